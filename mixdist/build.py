@@ -1,0 +1,129 @@
+"""From a config to objects; besides the commands, the only reader of configs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from mixdist.config import Config
+from mixdist.data import Dataset
+from mixdist.dispatch import Dispatch
+from mixdist.experts import Expert, ExpertBank
+from mixdist.gates import Gate
+from mixdist.mesh import Launch, Mesh, Placement, choose_device
+from mixdist.mixtures import SoftMixture
+from mixdist.noise import Purpose, weights_seed
+from mixdist.terms import Field, Spec
+from mixdist.wire import Wire, agree
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Session:
+    """A config made real on this rank: its place, its data, its mixture."""
+
+    mesh: Mesh
+    wire: Wire
+    train: Dataset
+    test: Dataset
+    mixture: SoftMixture
+
+
+def build_gate(config: Config, spec: Spec) -> Gate:
+    """Make the gate with its initial weights, a function of the seed alone; on the CPU."""
+    return _seeded(lambda: config.gate(spec, config.num_experts), weights_seed(config.seed, Purpose.GATE)).to(
+        DTYPES[config.dtype]
+    )
+
+
+def build_experts(config: Config, spec: Spec, ids: Iterable[int]) -> dict[int, Expert]:
+    """Make experts by global number, each with the initial weights that belong to its number; on the CPU."""
+    dtype = DTYPES[config.dtype]
+    return {
+        e: _seeded(lambda: config.expert(spec), weights_seed(config.seed, Purpose.WEIGHTS, e)).to(dtype) for e in ids
+    }
+
+
+def _seeded(make: Callable[[], T], seed: int) -> T:
+    # Modules draw their weights from torch's global generator; it is put back as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def build(config: Config) -> Session:
+    """Find this rank's place, load the data and make the mixture; every rank calls it.
+
+    Raises:
+        ValueError: something does not fit; the same message on every rank.
+    """
+    launch = Launch.read()
+    placement = Placement.plan(config.num_experts, launch.world_size, config.mesh.ep_size)
+    mesh = Mesh(placement, launch, choose_device(config.mesh.device, launch.local_rank), config.mesh.timeout_s)
+    wire = Wire(mesh.device)
+    made: tuple[Dataset, Dataset, SoftMixture] | None = None
+    error = None
+    try:
+        train, test = config.data.load()
+        made = train, test, build_mixture(config, train.spec, mesh, wire)
+    except ValueError as mistake:
+        error = str(mistake)
+    agree(error, mesh.world)
+    assert made is not None
+    return Session(mesh, wire, *made)
+
+
+def build_mixture(config: Config, spec: Spec, mesh: Mesh, wire: Wire) -> SoftMixture:
+    """Make this rank's part of the mixture."""
+    gate = build_gate(config, spec).to(mesh.device)
+    experts = {e: expert.to(mesh.device) for e, expert in build_experts(config, spec, mesh.experts).items()}
+    bank = ExpertBank(experts, config.execution)
+    return SoftMixture(gate, bank, Dispatch(mesh, wire, spec), spec, DTYPES[config.dtype])
+
+
+def describe(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """Say, in JSON, what must be the same for a checkpoint to be resumed; enough to load the model without its data."""
+    phases = [*config.pretrain, config.train]
+    return {
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "num_experts": config.num_experts,
+        "batch_sizes": [phase.batch_size for phase in phases],
+        "num_rows": len(dataset),
+        "spec": describe_spec(dataset.spec),
+        "label": dataset.label,
+        "class_names": list(dataset.class_names),
+    }
+
+
+def describe_spec(spec: Spec) -> dict[str, Any]:
+    """Give a spec as JSON."""
+    return {
+        name: {**vars(f), "shape": list(f.shape), "dtype": str(f.dtype).removeprefix("torch.")}
+        for name, f in spec.items()
+    }
+
+
+def read_spec(described: dict[str, Any]) -> dict[str, Field]:
+    """Undo ``describe_spec``."""
+    known = {str(d).removeprefix("torch."): d for d in _stored_types()}
+    return {n: Field(**{**f, "shape": tuple(f["shape"]), "dtype": known[f["dtype"]]}) for n, f in described.items()}
+
+
+def _stored_types() -> Sequence[torch.dtype]:
+    return (
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.float16,
+        torch.float32,
+        torch.float64,
+        torch.bool,
+    )

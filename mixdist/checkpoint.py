@@ -1,0 +1,275 @@
+"""Checkpoints: complete or absent, each expert under its global number, readable on any layout.
+
+A checkpoint ``step-000001000/`` holds one safetensors file for each expert and one for each shared module (weights as
+``model.*``, optimiser state as ``optimizer.*``), ``state.json`` (the position in the run and what the run is), and
+``MANIFEST.json`` with size and sha256 of every other file. It is written under another name, synced, voted on by all
+ranks and renamed; then ``latest`` moves. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mixdist.engines import NativeEngine
+from mixdist.mesh import Mesh
+from mixdist.mixtures import Owned
+from mixdist.wire import agree, gather_json
+
+MANIFEST, STATE, LATEST = "MANIFEST.json", "state.json", "latest"
+FORMAT = 1
+
+
+class Damaged(ValueError):
+    """A checkpoint whose files are not what its manifest says."""
+
+
+def file_name(owned: Owned) -> str:
+    """Give the file that holds a module: ``expert-0003.safetensors``, ``gate.safetensors``."""
+    return f"{owned.name if owned.expert is None else f'expert-{owned.expert:04d}'}.safetensors"
+
+
+def directory_name(step: int) -> str:
+    """Give the name of the checkpoint of a step."""
+    return f"step-{step:09d}"
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write and sync a file, aside first, so that under its final name it is complete or absent."""
+    aside = path.with_name(path.name + ".partial")
+    with open(aside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+class CheckpointStore:
+    """The checkpoints of one run, seen by every rank.
+
+    Args:
+        root: the folder ``checkpoints/`` of a run, on a file system that all ranks share.
+        mesh: this rank's place.
+        keep: how many of the newest to keep.
+    """
+
+    def __init__(self, root: Path, mesh: Mesh, keep: int = 3) -> None:
+        self.root, self.mesh, self.keep = root, mesh, keep
+
+    def save(self, step: int, state: dict[str, Any], owned: Sequence[Owned], engine: NativeEngine) -> None:
+        """Write the checkpoint of ``step``; every rank calls it.
+
+        Raises:
+            ValueError: some rank could not write; no checkpoint of this step exists then, older ones are untouched.
+        """
+        final = self.root / directory_name(step)
+        aside = self.root / (directory_name(step) + ".partial")
+        if self.mesh.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        agree(None, self.mesh.world)
+        written, error = self._write_own(aside, state, owned, engine)
+        agree(error, self.mesh.world)
+        entries = {name: entry for part in gather_json(written, self.mesh.world) for name, entry in part.items()}
+        error = self._commit(aside, final, entries) if self.mesh.rank == 0 else None
+        agree(error, self.mesh.world)
+
+    def _write_own(
+        self, aside: Path, state: dict[str, Any], owned: Sequence[Owned], engine: NativeEngine
+    ) -> tuple[dict[str, Any], str | None]:
+        written: dict[str, Any] = {}
+        try:
+            for one in owned:
+                speaks = self.mesh.rank == 0 if one.expert is None else self.mesh.leads
+                if speaks:
+                    path = aside / file_name(one)
+                    write_file(path, save(_tensors(one, engine)))
+                    written[path.name] = _entry(path)
+            if self.mesh.rank == 0:
+                write_file(aside / STATE, json.dumps(state, indent=2).encode())
+                written[STATE] = _entry(aside / STATE)
+        except OSError as error:
+            return {}, f"checkpoint {aside.name} could not be written ({error}): free space or choose another --out"
+        return written, None
+
+    def _commit(self, aside: Path, final: Path, entries: dict[str, Any]) -> str | None:
+        try:
+            manifest = {"format": FORMAT, "num_experts": self.mesh.placement.num_experts, "files": entries}
+            write_file(aside / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
+            _sync_directory(aside)
+            if final.exists():  # the same step once more, after a resume
+                _remove(final)
+            os.rename(aside, final)
+            _sync_directory(self.root)
+            write_file(self.root / LATEST, (final.name + "\n").encode())
+            for old in self.found()[self.keep :]:
+                _remove(old)
+        except OSError as error:
+            return f"checkpoint {final.name} could not be written ({error}): free space or choose another --out"
+        return None
+
+    def found(self) -> list[Path]:
+        """The checkpoints under their final names, newest first."""
+        return sorted((p for p in self.root.glob("step-*") if p.name.removeprefix("step-").isdigit()), reverse=True)
+
+    def choose(self) -> tuple[Path, list[str]]:
+        """Give the newest good checkpoint and a sentence for each damaged one passed over; every rank calls it.
+
+        Raises:
+            ValueError: there is none, none is good, or one lacks an expert or has one too many (named).
+        """
+        candidates = gather_json([p.name for p in self.found()], self.mesh.world)[0]
+        if not candidates:
+            raise ValueError(f"{self.root} holds no checkpoint: start the run without --resume, or name another run")
+        passed_over: list[str] = []
+        for name in candidates:
+            damage, fatal = self._verify(self.root / name)
+            agree(fatal, self.mesh.world)
+            damages = [d for d in gather_json(damage, self.mesh.world) if d]
+            if not damages:
+                return self.root / name, passed_over
+            passed_over.append(f"checkpoint {name} is damaged ({damages[0]})")
+        raise ValueError(f"{self.root} holds no good checkpoint: {'; '.join(passed_over)}; start the run anew")
+
+    def _verify(self, path: Path) -> tuple[str | None, str | None]:
+        """Check this rank's share of a checkpoint's files: (damage, what cannot be passed over)."""
+        try:
+            manifest = read_manifest(path)
+            missing_or_extra(path, manifest)
+            names = sorted(manifest["files"])[self.mesh.rank :: self.mesh.world_size]
+            for name in names:
+                verify_file(path, name, manifest)
+        except Damaged as damage:
+            return str(damage), None
+        except ValueError as error:
+            return None, str(error)
+        return None, None
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that it never stands half under its final name."""
+    doomed = path.with_name(path.name + ".doomed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def _tensors(owned: Owned, engine: NativeEngine) -> dict[str, Tensor]:
+    model = {f"model.{k}": v for k, v in owned.module.state_dict().items()}
+    optimizer = {f"optimizer.{k}": v for k, v in engine.optimizer_state(owned).items()}
+    # A stack's parameters are views of one storage; safetensors wants each tensor by itself.
+    return {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in (model | optimizer).items()
+    }
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's manifest.
+
+    Raises:
+        Damaged: it is missing or not a manifest.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
+        assert isinstance(manifest["files"], dict) and isinstance(manifest["num_experts"], int)
+        assert all(Path(name).name == name for name in manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise Damaged(f"{MANIFEST} cannot be read: {error}") from None
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{path / MANIFEST} has format {manifest.get('format')}, expected {FORMAT}: use the version that wrote it"
+        )
+    return manifest
+
+
+def missing_or_extra(path: Path, manifest: dict[str, Any]) -> None:
+    """Hold the expert files of a checkpoint against the number of experts.
+
+    Raises:
+        ValueError: an expert is missing, or one is there that does not belong; it is named.
+    """
+    expected = {file_name(Owned("", torch.nn.Identity(), e)): e for e in range(manifest["num_experts"])}
+    for name, e in expected.items():
+        if name not in manifest["files"] or not (path / name).exists():
+            raise ValueError(
+                f"checkpoint {path} lacks expert {e} ({name}): put the file back, or remove the whole checkpoint"
+            )
+    extra = sorted({p.name for p in path.glob("expert-*.safetensors")} - set(expected))
+    if extra:
+        raise ValueError(f"checkpoint {path} has {extra[0]}, but only {len(expected)} experts: remove that file")
+
+
+def verify_file(path: Path, name: str, manifest: dict[str, Any]) -> None:
+    """Hold a file against its manifest.
+
+    Raises:
+        Damaged: its size or checksum differs.
+    """
+    try:
+        found = _entry(path / name)
+    except OSError as error:
+        raise Damaged(f"{name} cannot be read: {error.strerror}") from None
+    expected = manifest["files"][name]
+    if found["bytes"] != expected["bytes"]:
+        raise Damaged(f"{name} has {found['bytes']} bytes, expected {expected['bytes']}")
+    if found["sha256"] != expected["sha256"]:
+        raise Damaged(f"{name} differs from its checksum")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read the JSON part of a checkpoint."""
+    state: dict[str, Any] = json.loads((path / STATE).read_bytes())
+    return state
+
+
+def load_module(path: Path, owned: Owned, engine: NativeEngine | None = None) -> None:
+    """Put a module's weights and, given an engine, its optimiser's state in place.
+
+    Raises:
+        ValueError: the file holds other parameters than the module has.
+    """
+    name = path / file_name(owned)
+    try:
+        with safe_open(name, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{name} cannot be read ({error}): use another checkpoint") from None
+    model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    own = owned.module.state_dict()
+    if {k: v.shape for k, v in model.items()} != {k: v.shape for k, v in own.items()}:
+        wrong = sorted(
+            k for k in model.keys() | own.keys() if k not in model or k not in own or model[k].shape != own[k].shape
+        )
+        raise ValueError(
+            f"{name} does not fit the config's {owned.name} ({', '.join(wrong)} differ): resume with the run's own config"
+        )
+    with torch.no_grad():
+        for key, value in model.items():
+            own[key].copy_(value)
+    if engine is not None:
+        state = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+        engine.load_optimizer_state(owned, state)

@@ -1,0 +1,260 @@
+"""Rows to experts and small fields back: the four primitives and the sums over the batch.
+
+Shape letters: B rows of this rank, R rows routed here (those of the whole EP group, in rank order, when dense),
+E all experts, e experts on this rank, P ranks of the EP group, W all ranks.
+
+Local losses sum to the global loss, so the adjoint of each primitive is the transpose of what it moves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixdist.mesh import Mesh
+from mixdist.terms import Batch, Spec
+from mixdist.wire import Group, Pending, Wire
+
+ID_BYTES = 8
+
+
+class _AllToAll(torch.autograd.Function):
+    """An all-to-all of flat numbers; its adjoint sends every number back the way it came."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, move: Callable[..., Pending], sent: list[int], received: list[int]) -> Tensor:
+        ctx.move, ctx.sent, ctx.received = move, sent, received
+        return move(flat, sent, received).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.move(grads[0].contiguous(), ctx.received, ctx.sent).wait(), None, None, None
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over ranks; its adjoint is the sum of every rank's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, wire: Wire, group: Group) -> Tensor:
+        ctx.wire, ctx.group = wire, group
+        return wire.all_reduce(tensor.clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.wire.all_reduce(grads[0].clone(), ctx.group), None, None
+
+
+class OverBatch:
+    """The one seam through which statistics of the global batch are taken; the identity in one process.
+
+    Args:
+        mesh: this rank's place.
+        wire: counts what it moves, as sync.
+    """
+
+    def __init__(self, mesh: Mesh, wire: Wire) -> None:
+        self.mesh, self.wire = mesh, wire
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum x over all ranks."""
+        return x if self.mesh.world is None else _AllReduce.apply(x, self.wire, self.mesh.world)
+
+    def gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """Give the rows (B, ...) of all ranks, in rank order: (sum of counts, ...)."""
+        if self.mesh.world is None:
+            return x
+        counts = list(counts)
+        assert x.shape[0] == counts[self.mesh.rank]
+        parts = [(x if rank != self.mesh.rank else None) for rank in range(self.mesh.world_size)]
+        shapes = [(n, *x.shape[1:]) for n in counts]
+        return torch.cat(_move(parts, x, self.mesh.rank, shapes, self.wire.all_gather, self.mesh.world))
+
+    def share(self, total: Tensor) -> Tensor:
+        """This rank's part of a term that every rank computes in full."""
+        return total / self.mesh.world_size
+
+
+def _move(
+    parts: Sequence[Tensor | None],
+    own: Tensor,
+    me: int,
+    shapes: Sequence[tuple[int, ...]],
+    collective: Callable[..., Pending],
+    group: Group,
+) -> list[Tensor]:
+    """Send parts[p] to member p and receive a tensor of shapes[p] from it; ``own`` stays in place of mine."""
+    sizes = [0 if p == me else math.prod(shape) for p, shape in enumerate(shapes)]
+    flat = torch.cat([own.new_zeros(0) if part is None else part.reshape(-1) for part in parts])
+    sent = [0 if part is None else part.numel() for part in parts]
+
+    def move(x: Tensor, a: list[int], b: list[int]) -> Pending:
+        return collective(x, a, b, group)
+
+    received = _AllToAll.apply(flat, move, sent, sizes).split(sizes)
+    return [own if p == me else r.reshape(shape) for p, (r, shape) in enumerate(zip(received, shapes, strict=True))]
+
+
+class Route:
+    """Rows on their way from every rank of an EP group to every other, and the way back.
+
+    Args:
+        counts: rows of each member of the EP group.
+        spec: the fields sent, "id" first.
+        own: this rank's packed rows.
+        pending: the other ranks' packed rows; None in a group of one.
+        me: this rank's place in the EP group.
+    """
+
+    def __init__(self, counts: Sequence[int], spec: Spec, own: Tensor, pending: Pending | None, me: int) -> None:
+        self.counts, self.spec, self.own, self.pending, self.me = list(counts), spec, own, pending, me
+
+    @property
+    def num_rows(self) -> int:
+        """R, the rows that arrive here, this rank's own among them."""
+        return sum(self.counts)
+
+    def rows(self) -> Batch:
+        """Wait for the rows; give them as stored."""
+        packed = self.own
+        if self.pending is not None:
+            width = self.own.shape[1]
+            sizes = [0 if p == self.me else n * width for p, n in enumerate(self.counts)]
+            arrived = [part.view(-1, width) for part in self.pending.wait().split(sizes)]
+            arrived[self.me] = self.own
+            packed = torch.cat(arrived)
+        return _unpack(packed, self.spec)
+
+    def by_member(self, field: Tensor) -> list[Tensor]:
+        """Cut a field (R, ...) into each member's rows."""
+        return list(field.split(self.counts))
+
+
+class Dispatch:
+    """The four primitives over one EP group, for dense routing.
+
+    Every rank of a group calls them in the same order, whatever its rows; that is what keeps them from hanging.
+
+    Args:
+        mesh: this rank's place.
+        wire: the counted collectives.
+        spec: the fields of stored rows.
+    """
+
+    def __init__(self, mesh: Mesh, wire: Wire, spec: Spec) -> None:
+        self.mesh, self.wire, self.spec = mesh, wire, spec
+        self.over_batch = OverBatch(mesh, wire)
+        placement = mesh.placement
+        self.num_experts = [len(placement.experts_of(p)) for p in range(placement.ep_size)]
+        self.first = placement.experts_of(mesh.member).start
+        self.members = placement.ep_ranks(mesh.replica)
+
+    def send(self, rows: Batch, fields: Sequence[str], counts: Sequence[int]) -> Route:
+        """Start sending the named fields of this rank's rows, as stored, to all experts of the EP group.
+
+        Args:
+            rows: B stored rows with "id".
+            fields: the fields that experts need.
+            counts: rows of every rank of the world.
+        """
+        spec = {name: self.spec[name] for name in fields}
+        own = _pack(rows, spec)
+        counts_P = [counts[rank] for rank in self.members]
+        others = len(counts_P) - 1
+        pending = None
+        if others:
+            flat = own.reshape(-1).repeat(others)
+            received = [0 if p == self.mesh.member else n * own.shape[1] for p, n in enumerate(counts_P)]
+            sent = [0 if p == self.mesh.member else own.numel() for p in range(len(counts_P))]
+            pending = self.wire.all_to_all(flat, sent, received, self.mesh.ep_group)
+            width = ID_BYTES + sum(f.num_bytes for f in spec.values())
+            self.wire.meter.wire_bytes_least += own.shape[0] * others * width
+        return Route(counts_P, spec, own, pending, self.mesh.member)
+
+    def combine(self, field: Tensor, route: Route) -> Tensor:
+        """Bring the experts' field (R, e, ...) back to the rows' own ranks: (B, E, ...)."""
+        if self.mesh.ep_group is None:
+            return field
+        parts: list[Tensor | None] = list(route.by_member(field))
+        own, parts[route.me] = parts[route.me], None
+        assert own is not None
+        shapes = [(own.shape[0], n, *field.shape[2:]) for n in self.num_experts]
+        width = field.shape[2:].numel()
+        others = route.num_rows - own.shape[0]
+        self._count(field, others * own.shape[1] * width, own.shape[0] * self._remote_experts * width)
+        return torch.cat(self._move(parts, own, shapes), dim=1)
+
+    def spread(self, field: Tensor, route: Route) -> Tensor:
+        """Take a field (B, E, ...) of this rank's rows to the experts: (R, e, ...); the transpose of combine."""
+        if self.mesh.ep_group is None:
+            return field
+        parts: list[Tensor | None] = list(field.split(self.num_experts, dim=1))
+        own, parts[route.me] = parts[route.me], None
+        assert own is not None
+        shapes = [(n, *own.shape[1:]) for n in route.counts]
+        width = field.shape[2:].numel()
+        others = route.num_rows - own.shape[0]
+        self._count(field, own.shape[0] * self._remote_experts * width, others * own.shape[1] * width)
+        return torch.cat(self._move(parts, own, shapes))
+
+    def exchange(self, field: Tensor, route: Route) -> Tensor:
+        """Show every expert's field (R, e, ...) to every rank of the EP group: (R, E, ...)."""
+        if self.mesh.ep_group is None:
+            return field
+        parts = [None if p == route.me else field for p in range(len(route.counts))]
+        shapes = [(route.num_rows, n, *field.shape[2:]) for n in self.num_experts]
+        others = len(route.counts) - 1
+        width = route.num_rows * field.shape[2:].numel()
+        self._count(field, field.shape[1] * others * width, self._remote_experts * width)
+        return torch.cat(self._move(parts, field, shapes), dim=1)
+
+    def combine_sum(self, field: Tensor, weights: Tensor, route: Route) -> Tensor:
+        """Give sum over experts of weights (B, E) times the experts' field (R, e, ...), at the rows' ranks: (B, ...).
+
+        A rank's own experts are summed before anything is sent.
+        """
+        local = torch.einsum("re,re...->r...", self.spread(weights, route), field)
+        if self.mesh.ep_group is None:
+            return local
+        parts: list[Tensor | None] = list(route.by_member(local))
+        own, parts[route.me] = parts[route.me], None
+        assert own is not None
+        shapes = [tuple(own.shape)] * len(route.counts)
+        others = len(route.counts) - 1
+        width = local.shape[1:].numel()
+        self._count(local, (route.num_rows - own.shape[0]) * width, own.shape[0] * others * width)
+        return torch.stack(self._move(parts, own, shapes)).sum(0)
+
+    @property
+    def _remote_experts(self) -> int:
+        return self.mesh.placement.num_experts - self.num_experts[self.mesh.member]
+
+    def _move(self, parts: Sequence[Tensor | None], own: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        return _move(parts, own, self.mesh.member, shapes, self.wire.all_to_all, self.mesh.ep_group)
+
+    def _count(self, field: Tensor, sent: int, returned: int) -> None:
+        """Count the least bytes of a move: the numbers sent and, where their gradient comes back, those returned."""
+        numbers = sent + (returned if field.requires_grad and torch.is_grad_enabled() else 0)
+        self.wire.meter.wire_bytes_least += numbers * field.element_size()
+
+
+def _pack(rows: Batch, spec: Spec) -> Tensor:
+    """Lay the id and the named fields of each row side by side as bytes: (B, bytes of a row)."""
+    parts = [rows["id"].reshape(-1, 1).view(torch.uint8)]
+    for name, field in spec.items():
+        stored = rows[name].reshape(len(rows["id"]), field.num_values).contiguous()
+        parts.append(stored.view(torch.uint8))
+    return torch.cat(parts, dim=1)
+
+
+def _unpack(packed: Tensor, spec: Spec) -> Batch:
+    """Undo _pack."""
+    widths = [ID_BYTES, *(field.num_bytes for field in spec.values())]
+    id_bytes, *parts = packed.split(widths, dim=1)
+    rows = {"id": id_bytes.contiguous().view(torch.int64).reshape(-1)}
+    for (name, field), part in zip(spec.items(), parts, strict=True):
+        rows[name] = part.contiguous().view(field.dtype).reshape(-1, *field.shape)
+    return rows

@@ -1,0 +1,200 @@
+"""The reference engine: reduce gradients, clip by ownership, step.
+
+Shape letters: E all experts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from mixdist.mesh import Mesh
+from mixdist.mixtures import Owned, Parts
+from mixdist.terms import Outcome
+from mixdist.wire import Wire
+
+OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
+ScheduleFactory = Callable[[Optimizer], LRScheduler]
+
+
+class Totals(NamedTuple):
+    """What one step was over the whole batch, the same on every rank.
+
+    Args:
+        outcome: every field summed over ranks.
+        grad_norm: norm of the gradient before clipping, what is shared once and each expert once.
+        meter: wire_bytes, wire_bytes_least and sync_bytes summed over ranks.
+    """
+
+    outcome: Outcome
+    grad_norm: float
+    meter: dict[str, int]
+
+
+class NotFinite(ValueError):
+    """A loss or a gradient is not a finite number; nothing was updated."""
+
+
+class NativeEngine:
+    """Gradients summed over whoever holds a copy, one optimiser for each module, in one process or many.
+
+    A missing gradient counts as zero, so that the optimiser of an expert without rows steps like any other.
+
+    Args:
+        parts: the mixture's modules on this rank.
+        mesh: this rank's place.
+        wire: the counted collectives.
+        optimizer: makes an optimiser for a module's parameters; one that works element by element.
+        schedule: makes a learning-rate schedule, stepped after every step; or None.
+        clip_norm: largest norm of the whole gradient; or None.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        mesh: Mesh,
+        wire: Wire,
+        optimizer: OptimizerFactory,
+        schedule: ScheduleFactory | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        self.parts, self.mesh, self.wire, self.clip_norm = parts, mesh, wire, clip_norm
+        self.owned = [owned for owned in parts.owned() if trainable(owned.module)]
+        self.optimizers = {owned.name: optimizer(trainable(owned.module)) for owned in self.owned}
+        self.schedules = [schedule(o) for o in self.optimizers.values()] if schedule else []
+        self.num_experts = mesh.placement.num_experts
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Set every gradient to zero, in place: a stack's gradients are views."""
+        for parameter in self._parameters(self.owned):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [p.grad for p in self._parameters(self.owned) if p.grad is not None]
+        if grads:
+            torch._foreach_zero_(grads)
+
+    def step(self, outcome: Outcome, step: int) -> Totals:
+        """Reduce gradients, check that all is finite, clip, and step the optimisers.
+
+        Args:
+            outcome: of the mixture's backward on this rank.
+            step: its number, for messages.
+
+        Raises:
+            NotFinite: a loss or gradient is not finite; names the expert. No parameter was changed.
+        """
+        self._reduce([o for o in self.owned if o.expert is None], self.mesh.world)
+        self._reduce([o for o in self.owned if o.expert is not None], self.mesh.replica_group)
+        totals, squares = self._totals(outcome)
+        _check_finite(totals.outcome, squares, [o.name for o in self.owned if o.expert is None], step)
+        if self.clip_norm is not None and totals.grad_norm > self.clip_norm:
+            grads = [p.grad for p in self._parameters(self.owned) if p.grad is not None]
+            torch._foreach_mul_(grads, self.clip_norm / totals.grad_norm)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        for schedule in self.schedules:
+            schedule.step()
+        return totals
+
+    def fast_forward(self, steps: int) -> None:
+        """Bring the schedules to where they are after ``steps`` steps: they are pure functions of it."""
+        with warnings.catch_warnings():
+            # torch warns that no optimiser has stepped yet: it has, in the run that is resumed.
+            warnings.simplefilter("ignore", UserWarning)
+            for schedule in self.schedules:
+                for _ in range(steps):
+                    schedule.step()
+
+    def learning_rate(self) -> float:
+        """The learning rate of the next step; 0 where nothing trains."""
+        return next((float(o.param_groups[0]["lr"]) for o in self.optimizers.values()), 0.0)
+
+    def optimizer_state(self, owned: Owned) -> dict[str, Tensor]:
+        """Give the optimiser's state of a module: "<parameter>.<key>" to tensor."""
+        optimizer = self.optimizers.get(owned.name)
+        state: dict[str, Tensor] = {}
+        if optimizer is not None:
+            for name, parameter in owned.module.named_parameters():
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    state[f"{name}.{key}"] = torch.as_tensor(value)
+        return state
+
+    def load_optimizer_state(self, owned: Owned, state: dict[str, Tensor]) -> None:
+        """Put back what ``optimizer_state`` gave; tensors of a parameter's shape go to its device."""
+        optimizer = self.optimizers.get(owned.name)
+        if optimizer is None:
+            return
+        for name, parameter in owned.module.named_parameters():
+            own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.rpartition(".")[0] == name}
+            for key, value in own.items():
+                optimizer.state[parameter][key] = value.to(parameter.device) if value.dim() else value.clone()
+
+    @staticmethod
+    def _parameters(owned: Iterable[Owned]) -> list[nn.Parameter]:
+        return [p for o in owned for p in trainable(o.module)]
+
+    def _reduce(self, owned: list[Owned], group: torch.distributed.ProcessGroup | None) -> None:
+        grads = [p.grad for p in self._parameters(owned) if p.grad is not None]
+        if group is None or not grads:
+            return
+        flat = self.wire.all_reduce(torch.cat([g.reshape(-1) for g in grads]), group)
+        for grad, reduced in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(reduced.view_as(grad))
+
+    def _squares(self) -> Tensor:
+        """This rank's part of the squared norms: entry e of expert e, and the last of all that is shared."""
+        squares = torch.zeros(self.num_experts + 1, dtype=torch.float64, device=self.mesh.device)
+        for owned in self.owned:
+            speaks = self.mesh.rank == 0 if owned.expert is None else self.mesh.leads
+            if speaks:
+                norms = torch._foreach_norm([p.grad for p in trainable(owned.module) if p.grad is not None])
+                place = self.num_experts if owned.expert is None else owned.expert
+                squares[place] += torch.stack(norms).double().square().sum()
+        return squares
+
+    def _totals(self, outcome: Outcome) -> tuple[Totals, Tensor]:
+        """Sum everything that ranks must know of a step in one reduction."""
+        meter = self.wire.meter
+        counts = {name: getattr(meter, name) for name in ("wire_bytes", "wire_bytes_least", "sync_bytes")}
+        fields = [self._squares(), torch.tensor(list(counts.values()), dtype=torch.float64, device=self.mesh.device)]
+        fields += [outcome.loss, *outcome.parts.values(), *outcome[2:]]
+        sizes = [f.numel() for f in fields]
+        packed = self.wire.all_reduce(torch.cat([f.reshape(-1).double() for f in fields]), self.mesh.world).cpu()
+        squares, bytes_, loss, *rest = packed.split(sizes)
+        rest = [r.view(f.shape) for r, f in zip(rest, fields[3:], strict=True)]
+        num_parts = len(outcome.parts)
+        parts = dict(zip(outcome.parts, rest[:num_parts], strict=True))
+        summed = Outcome(loss.reshape(()), parts, *rest[num_parts:])
+        meters = {name: int(b) for name, b in zip(counts, bytes_.tolist(), strict=True)}
+        return Totals(summed, squares.sum().sqrt().item(), meters), squares
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module that learn."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _check_finite(outcome: Outcome, squares: Tensor, shared: list[str], step: int) -> None:
+    remedy = "no parameter was changed; lower the learning rate, set clip_norm, or look at the rows of this step"
+    for e, (bad, seen) in enumerate(zip(outcome.bad_E.tolist(), outcome.seen_E.tolist(), strict=True)):
+        if bad:
+            raise NotFinite(
+                f"step {step}: the loss of expert {e} is not finite for {bad:.0f} of {seen:.0f} rows: {remedy}"
+            )
+    if outcome.bad_gate.item():
+        raise NotFinite(
+            f"step {step}: the gate's output is not a number for {outcome.bad_gate.item():.0f} rows: {remedy}"
+        )
+    names = [*(f"expert {e}" for e in range(len(squares) - 1)), " and ".join(shared)]
+    for name, square in zip(names, squares.tolist(), strict=True):
+        if not torch.tensor(square).isfinite():
+            raise NotFinite(f"step {step}: the gradient of {name} is not finite: {remedy}")
+    if not outcome.loss.isfinite():
+        raise NotFinite(f"step {step}: the loss ({outcome.loss.item()}) is not finite: {remedy}")

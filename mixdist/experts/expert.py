@@ -1,0 +1,71 @@
+"""What every expert is: a pure module that says how well it models each row.
+
+Shape letters: R rows routed here, E experts on this rank, D features of a row, L latent.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from mixdist.terms import Batch, ExpertTerms, Field, Spec
+
+
+class Expert(nn.Module):
+    """Base of all experts: subclass it, set ``fields`` and ``noise_shape``, and return :class:`ExpertTerms`.
+
+    An expert never draws random numbers and never communicates: its noise is handed in, keyed by row, and dispatch
+    brings the rows. The first argument of ``__init__`` is the data set's :data:`mixdist.terms.Spec`; all others come
+    from ``init_args`` in a config.
+
+    Attributes:
+        fields: the fields of a row that it needs; only those cross the wire.
+        noise_shape: the standard normal numbers that it needs for a row, or None.
+        stackable: True when ``forward`` also accepts parameters with a leading expert axis (see mixdist/nets.py), with
+            noise of shape (E, R, ...) and results of shape (E, R).
+    """
+
+    fields: tuple[str, ...] = ("x",)
+    noise_shape: tuple[int, ...] | None = None
+    stackable: bool = False
+
+    def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
+        """Say what this expert makes of R rows of real numbers, given standard normal noise (R, *noise_shape)."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def anneal(self, step: int) -> None:
+        """Set what a schedule changes, before training step ``step`` of the phase (from 0): KL warm-up and the like."""
+
+    def reconstruct(self, rows: Batch) -> Tensor:
+        """Give x as this expert would, without noise: (R, *shape of x)."""
+        raise NotImplementedError(f"{type(self).__name__} does not reconstruct")
+
+    def sample(self, eps: Tensor) -> Tensor:
+        """Turn standard normal noise (R, *noise_shape) into the mean of p(x|z): (R, *shape of x)."""
+        raise NotImplementedError(f"{type(self).__name__} does not sample")
+
+    def predict(self, rows: Batch) -> Tensor:
+        """Give the target's mean for each row: (R, *shape of y)."""
+        raise NotImplementedError(f"{type(self).__name__} does not predict")
+
+
+def real_field(spec: Spec, name: str, asked_by: str) -> Field:
+    """Give the field ``name`` of real numbers.
+
+    Raises:
+        ValueError: the data set has no such field, or it holds classes.
+    """
+    if name not in spec:
+        raise ValueError(
+            f"{asked_by} needs the field {name!r}, but the data has {sorted(spec)}: set its field argument"
+        )
+    field = spec[name]
+    if field.num_classes is not None:
+        raise ValueError(f"{asked_by} needs real numbers, but the field {name!r} holds {field.num_classes} classes")
+    return field
+
+
+def flat(x: Tensor) -> Tensor:
+    """Give (R, D) for rows (R, ...); also where R is 0."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))

@@ -1,0 +1,64 @@
+"""Experts of the supervised mixture (seed documents 000 and 001): y from x.
+
+Shape letters: R rows, E experts (leading, only in a stack), D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from mixdist.experts.expert import Expert, flat, real_field
+from mixdist.experts.likelihood import Likelihood
+from mixdist.nets import MLP, ActivationName
+from mixdist.terms import Batch, ExpertTerms, Spec
+
+
+class Regressor(Expert):
+    """y from x by an affine map (``hidden=[]``) or an MLP.
+
+    loss = sum_d (y_d - yhat_d)^2 for ``likelihood="squared"`` (seed document 000), else -log p(y|x) in nats, which
+    the mixture likelihood needs to be a likelihood (seed document 001, section 4).
+
+    Args:
+        spec: the data set's fields.
+        hidden: widths of the hidden layers; none for an affine map.
+        activation: of the hidden layers.
+        likelihood: squared, gaussian or laplace.
+        scale: standard deviation (gaussian) or Laplace scale, or "learned"; without effect on squared.
+        input: the field x.
+        target: the field y.
+
+    Raises:
+        ValueError: a field that is missing or holds classes; a width below 1.
+    """
+
+    stackable = True
+
+    def __init__(
+        self,
+        spec: Spec,
+        hidden: Sequence[int] = (),
+        activation: ActivationName = "relu",
+        likelihood: Literal["squared", "gaussian", "laplace"] = "squared",
+        scale: float | Literal["learned"] = "learned",
+        input: str = "x",
+        target: str = "y",
+    ) -> None:
+        super().__init__()
+        x, y = real_field(spec, input, "Regressor"), real_field(spec, target, "Regressor")
+        self.input, self.target, self.fields, self.shape = input, target, (input, target), y.shape
+        self.net = MLP([x.num_values, *hidden, y.num_values], activation)
+        self.likelihood = None if likelihood == "squared" else Likelihood(likelihood, scale, "identity")
+
+    def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
+        y, output = flat(rows[self.target]), self.net(flat(rows[self.input]))
+        if self.likelihood is None:
+            return ExpertTerms((y - output).square().sum(-1))
+        log_py = self.likelihood.log_prob(y, output)
+        return ExpertTerms(-log_py, log_py)
+
+    def predict(self, rows: Batch) -> Tensor:
+        return self.net(flat(rows[self.input])).reshape(-1, *self.shape)

@@ -1,0 +1,102 @@
+"""The variational autoencoder as an expert.
+
+Shape letters: R rows, E experts (leading, only in a stack), D features, L latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mixdist.experts.expert import Expert, flat, real_field
+from mixdist.experts.likelihood import Likelihood, LikelihoodName, MeanName
+from mixdist.nets import MLP, ActivationName
+from mixdist.stats import normal_kl
+from mixdist.terms import Batch, ExpertTerms, Spec
+
+
+class VAE(Expert):
+    """A VAE with MLP encoder and decoder (Kingma and Welling 2014); seed document 000's expert.
+
+    loss = -log p(x|z) + w beta sum_l max(KL_l, free_bits), with z = mu + sigma eps, KL_l = KL(q(z_l|x) || N(0, 1))
+    analytic, and w rising from 0 to 1 over ``kl_warmup`` training steps. ``kl_R`` is the plain KL, so that
+    ``log_px_R - kl_R`` is the ELBO whatever the training weights.
+
+    Args:
+        spec: the data set's fields.
+        latent: dimensions of z.
+        hidden: widths of the encoder's hidden layers; the decoder has them in reverse.
+        activation: of the hidden layers.
+        likelihood: gaussian, laplace or bernoulli.
+        scale: standard deviation (gaussian) or Laplace scale, or "learned"; without effect on bernoulli.
+        mean: sigmoid when x lies in [0, 1], identity otherwise; without effect on bernoulli.
+        beta: weight of the KL (Higgins et al. 2017).
+        kl_warmup: training steps over which the KL's weight rises linearly from 0; 0 for none.
+        free_bits: least KL charged for each latent dimension of each row, nats (Kingma et al. 2016, without the mean
+            over the batch, so that rows stay independent).
+        field: which field it models.
+
+    Raises:
+        ValueError: a field that is missing or holds classes; a width below 1; a negative weight.
+    """
+
+    stackable = True
+
+    def __init__(
+        self,
+        spec: Spec,
+        latent: int = 10,
+        hidden: Sequence[int] = (128,),
+        activation: ActivationName = "relu",
+        likelihood: LikelihoodName = "bernoulli",
+        scale: float | Literal["learned"] = "learned",
+        mean: MeanName = "sigmoid",
+        beta: float = 1.0,
+        kl_warmup: int = 0,
+        free_bits: float = 0.0,
+        field: str = "x",
+    ) -> None:
+        super().__init__()
+        described = real_field(spec, field, "VAE")
+        for name, value in (("beta", beta), ("kl_warmup", kl_warmup), ("free_bits", free_bits)):
+            if value < 0:
+                raise ValueError(f"VAE's {name} ({value}) must not be negative: give 0 or more")
+        self.field, self.fields, self.noise_shape = field, (field,), (latent,)
+        self.shape, self.beta, self.kl_warmup, self.free_bits = described.shape, beta, kl_warmup, free_bits
+        num_values = described.num_values
+        self.encoder = MLP([num_values, *hidden, 2 * latent], activation)
+        self.decoder = MLP([latent, *reversed(hidden), num_values], activation)
+        self.likelihood = Likelihood(likelihood, scale, mean)
+        self.kl_weight: Tensor
+        self.register_buffer("kl_weight", torch.tensor(1.0), persistent=False)
+
+    def anneal(self, step: int) -> None:
+        self.kl_weight.fill_(min(1.0, step / self.kl_warmup) if self.kl_warmup else 1.0)
+
+    def encode(self, rows: Batch) -> tuple[Tensor, Tensor]:
+        """Give mean and log variance of q(z|x), each (R, L)."""
+        mean, log_var = self.encoder(flat(rows[self.field])).chunk(2, dim=-1)
+        return mean, log_var
+
+    def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
+        assert eps is not None
+        mean, log_var = self.encode(rows)
+        z = mean + torch.exp(0.5 * log_var) * eps
+        log_px = self.likelihood.log_prob(flat(rows[self.field]), self.decoder(z))
+        kl_by_dimension = normal_kl(mean, log_var)
+        charged = kl_by_dimension.clamp(min=self.free_bits) if self.free_bits else kl_by_dimension
+        weight = self.beta * self.kl_weight if self.training else self.beta
+        return ExpertTerms(weight * charged.sum(-1) - log_px, log_px, kl_by_dimension.sum(-1))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Give the mean of p(x|z), (R, *shape of x), for z (R, L)."""
+        return self.likelihood.mean(self.decoder(z)).reshape(-1, *self.shape)
+
+    def reconstruct(self, rows: Batch) -> Tensor:
+        return self.decode(self.encode(rows)[0])
+
+    def sample(self, eps: Tensor) -> Tensor:
+        return self.decode(eps)

@@ -1,0 +1,149 @@
+"""The pictures of a run: owners of experts reconstruct, sample and predict; rank 0 draws.
+
+Shape letters: N rows shown, G points of a grid, E experts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load, save
+
+from mixdist.data import Dataset
+from mixdist.evaluate import Evaluation
+from mixdist.experts import Expert
+from mixdist.metrics import read_metrics
+from mixdist.mixtures import SoftMixture
+from mixdist.noise import Draw, Purpose
+from mixdist.pictures import (
+    Panel,
+    contingency_picture,
+    curves_picture,
+    experts_picture,
+    scatter_picture,
+    to_uint8,
+    training_picture,
+)
+from mixdist.wire import gather_bytes
+
+NUM_SAMPLES = 8
+
+
+def draw(mixture: SoftMixture, dataset: Dataset, evaluation: Evaluation, run: Path, seed: int) -> Path | None:
+    """Draw what the experts learned into ``run/images``; every rank calls it.
+
+    Args:
+        mixture: the trained mixture.
+        dataset: held-out rows.
+        evaluation: of the mixture on that data set.
+        run: the run's directory.
+        seed: of the run.
+
+    Returns:
+        the path of the main picture on rank 0; None on other ranks or where nothing can be drawn.
+    """
+    mesh = mixture.dispatch.mesh
+    own: dict[str, np.ndarray] = {}
+    if mesh.leads:
+        for e, expert in mixture.bank.owned().items():
+            own |= {
+                f"{e}/{name}": array for name, array in show(mixture, e, dataset, evaluation.first(e), seed).items()
+            }
+    shown: dict[str, np.ndarray] = {}
+    for data in gather_bytes(save(own), mesh.world):
+        shown |= load(data)
+    if mesh.rank:
+        return None
+    images = run / "images"
+    records = read_metrics(run)
+    if records:
+        training_picture(images / "training.png", records)
+    main = None
+    if evaluation.counts_EC is not None:
+        main = images / "labels.png"
+        contingency_picture(main, evaluation.counts_EC, class_names(dataset))
+    return _experts(images / "experts.png", dataset, evaluation, shown) or main
+
+
+def show(mixture: SoftMixture, e: int, dataset: Dataset, positions: list[int], seed: int) -> dict[str, np.ndarray]:
+    """Let an expert of this rank show what it can: reconstructions of rows, samples, or its curve over a grid."""
+    expert, device = mixture.bank.owned()[e], mixture.dispatch.mesh.device
+    shown: dict[str, torch.Tensor] = {}
+    expert.eval()
+    with torch.no_grad():
+        if can(expert, "reconstruct"):
+            rows = {
+                name: column.to(device)
+                for name, column in dataset.take(torch.tensor(positions, dtype=torch.int64)).items()
+            }
+            shown["reconstructions"] = expert.reconstruct(mixture.values(rows, expert.fields))
+        if can(expert, "sample") and expert.noise_shape is not None:
+            ids = torch.arange(NUM_SAMPLES, device=device)
+            shown["samples"] = expert.sample(
+                Draw(seed, Purpose.PRIOR).normal(ids, [e], expert.noise_shape, mixture.dtype)[0]
+            )
+        if can(expert, "predict") and is_curve(dataset):
+            shown["curve"] = expert.predict({"x": torch.as_tensor(grid(dataset)).to(device, mixture.dtype)})
+    expert.train()
+    return {name: tensor.float().cpu().numpy() for name, tensor in shown.items()}
+
+
+def can(expert: Expert, ability: str) -> bool:
+    """Say whether an expert has a method of its own where the base class has none."""
+    return getattr(type(expert), ability) is not getattr(Expert, ability)
+
+
+def targets(mixture: SoftMixture) -> str | None:
+    """Name the field that the experts predict, or None where they predict nothing."""
+    template = mixture.bank.template
+    return getattr(template, "target", None) if can(template, "predict") else None
+
+
+def is_curve(dataset: Dataset) -> bool:
+    """Say whether the data is one number y for one number x."""
+    spec = dataset.spec
+    real = [n for n in ("x", "y") if n in spec and spec[n].num_classes is None and spec[n].num_values == 1]
+    return len(real) == 2
+
+
+def grid(dataset: Dataset, num_points: int = 200) -> np.ndarray:
+    """Give evenly spaced x over the range of the data: (G, 1)."""
+    x = dataset.spec["x"].values(dataset.rows["x"], torch.float64)
+    return np.linspace(x.min().item(), x.max().item(), num_points)[:, None]
+
+
+def class_names(dataset: Dataset) -> list[str]:
+    """Name the classes of the label, by number where they have no names."""
+    return list(dataset.class_names) or [str(c) for c in range(dataset.num_classes or 0)]
+
+
+def _experts(path: Path, dataset: Dataset, evaluation: Evaluation, shown: dict[str, np.ndarray]) -> Path | None:
+    experts = range(len(evaluation.rows_E))
+    field = dataset.spec.get("x")
+    if field is None:
+        return None
+    values = field.values(dataset.rows["x"], torch.float64).numpy()
+    expert_N = evaluation.expert_N
+    if len(field.shape) == 3 and field.shape[0] in (1, 3) and "0/reconstructions" in shown:
+        experts_picture(path, [_panel(e, dataset, evaluation, values, shown) for e in experts])
+    elif is_curve(dataset) and "0/curve" in shown:
+        y = dataset.spec["y"].values(dataset.rows["y"], torch.float64).numpy()
+        curves = np.stack([shown[f"{e}/curve"].reshape(-1) for e in experts])
+        curves_picture(path, values.reshape(-1), y.reshape(-1), expert_N, grid(dataset).reshape(-1), curves)
+    elif field.shape == (2,):
+        scatter_picture(path, values, expert_N, [shown[f"{e}/samples"] for e in experts if f"{e}/samples" in shown])
+    else:
+        return None
+    return path
+
+
+def _panel(e: int, dataset: Dataset, evaluation: Evaluation, values: np.ndarray, shown: dict[str, np.ndarray]) -> Panel:
+    rows, title = int(evaluation.rows_E[e]), f"expert {e}: "
+    if evaluation.counts_EC is not None and rows:
+        title += f"mostly {class_names(dataset)[int(evaluation.counts_EC[e].argmax())]}, "
+    title += f"{rows} rows"
+    positions = evaluation.first(e)
+    samples = shown.get(f"{e}/samples", np.zeros((0, *values.shape[1:])))
+    return Panel(e, title, to_uint8(values[positions]), to_uint8(shown[f"{e}/reconstructions"]), to_uint8(samples))

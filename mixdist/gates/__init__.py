@@ -1,0 +1,7 @@
+"""Gates: which expert is responsible for a row."""
+
+from mixdist.gates.fixed import LabelOracle, Uniform
+from mixdist.gates.gate import Gate
+from mixdist.gates.softmax import Softmax
+
+__all__ = ["Gate", "LabelOracle", "Softmax", "Uniform"]

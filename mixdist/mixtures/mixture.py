@@ -1,0 +1,76 @@
+"""What every mixture is to the trainer: something that turns a shard of rows into gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from torch import nn
+
+from mixdist.data import Shard
+from mixdist.noise import Draw, Purpose
+from mixdist.objectives import Objective
+from mixdist.terms import Outcome
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in a run a step is: with a row's id and an expert it names every random draw.
+
+    Args:
+        seed: of the run.
+        phase: number of the phase.
+        step: training step within the phase, from 0.
+    """
+
+    seed: int
+    phase: int = 0
+    step: int = 0
+
+    def draw(self, purpose: Purpose) -> Draw:
+        """Name the draws of one purpose at this moment."""
+        return Draw(self.seed, purpose, self.phase, self.step)
+
+
+class Owned(NamedTuple):
+    """A module with its name in checkpoints and messages, and the expert it is, if it is one."""
+
+    name: str
+    module: nn.Module
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of a mixture on this rank.
+
+    Args:
+        shared: replicated on every rank: the gate, a shared decoder; by name.
+        experts: this rank's experts by global number.
+    """
+
+    shared: dict[str, nn.Module]
+    experts: dict[int, nn.Module] = field(default_factory=dict)
+
+    def owned(self) -> list[Owned]:
+        """All of them, shared ones first, experts in ascending order."""
+        experts = [Owned(f"expert {e}", module, e) for e, module in self.experts.items()]
+        return [Owned(name, module) for name, module in self.shared.items()] + experts
+
+
+class Mixture(Protocol):
+    """A short program over gate, experts and dispatch."""
+
+    @property
+    def parts(self) -> Parts:
+        """Its modules on this rank."""
+
+    def backward(self, shard: Shard, objective: Objective, at: Moment, num_parts: int = 1) -> Outcome:
+        """Add this rank's part of the gradient of the global loss to every parameter's ``grad``.
+
+        Args:
+            shard: this rank's rows of the global batch, and how many rows every rank has.
+            objective: what to minimise.
+            at: names the random draws.
+            num_parts: micro-batches; the gradient is the same for any number.
+        """

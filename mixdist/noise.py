@@ -1,0 +1,221 @@
+"""Random numbers that belong to rows: pure functions of (seed, purpose, phase, step, sample id, expert).
+
+The generator is Philox 4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011):
+a bijection of a 128-bit counter under a 64-bit key, without state. A row's numbers are therefore the same on any rank,
+in any batch and beside any other rows.
+
+Shape letters: R rows, E experts, N numbers of a row in blocks of four.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+Word = TypeVar("Word", int, Tensor)
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_CHUNK = 1 << 16
+
+
+class Purpose(IntEnum):
+    """What a draw is for. The numbers are part of every stream's key: changing one changes every run."""
+
+    WEIGHTS = 1  # initial weights of an expert
+    POSTERIOR = 2  # eps of an expert's posterior sample
+    GATE = 3  # the gate: its initial weights and its own eps
+    ORDER = 4  # the order of samples in an epoch
+    PRIOR = 5  # samples from the prior, for pictures
+    DATA = 6  # synthetic data and splits
+
+
+def philox(counter: Words, key: tuple[Tensor | int, Tensor | int]) -> Words:
+    """Philox 4x32-10: four pseudo-random words for each counter.
+
+    Args:
+        counter: four int64 tensors of uint32 words that broadcast together.
+        key: two uint32 words, int64 tensors that broadcast with the counter, or ints.
+
+    Returns:
+        Four int64 tensors of the common shape with words from 0 to 2**32 - 1.
+    """
+    # The rounds mix all words, so every word gets the common shape without being expanded first.
+    return _rounds(counter, cast(tuple[Tensor, Tensor], key))
+
+
+def _rounds(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, Word, Word, Word]:
+    """The ten rounds, for tensors (products wrap at 64 bits) and for Python ints (products do not)."""
+    c0, c1, c2, c3 = counter
+    for i in range(_ROUNDS):
+        k0, k1 = (key[0] + i * _KEY_STEPS[0]) & _MASK, (key[1] + i * _KEY_STEPS[1]) & _MASK
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        # c1 and c3 keep their high halves until the end: only their low halves are ever read.
+        c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & _MASK, p1, ((p0 >> 32) ^ c3 ^ k1) & _MASK, p0
+    return c0, c1 & _MASK, c2, c3 & _MASK
+
+
+@lru_cache(maxsize=1 << 16)
+def _stream(seed: int, purpose: Purpose, phase: int, expert: int) -> tuple[int, int, int, int]:
+    """The block of four words that names a stream, computed on the host."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed ({seed}) must be from 0 to 2**64 - 1: choose another seed.")
+    assert 0 <= min(phase, expert) <= max(phase, expert) <= _MASK, f"phase {phase} and expert {expert} must be uint32"
+    return _rounds((int(purpose), phase, expert, 0), (seed & _MASK, seed >> 32))
+
+
+def derive(seed: int, purpose: Purpose, phase: int = 0, expert: int = 0) -> tuple[int, int]:
+    """The Philox key of a stream: the first two words of philox((purpose, phase, expert, 0), seed).
+
+    Args:
+        seed: the run's seed, 64 bits.
+        purpose: what is drawn.
+        phase: the trainer's phase.
+        expert: the global expert number; 0 where there is none, as for the gate, which has a purpose of its own.
+
+    Raises:
+        ValueError: if the seed is not from 0 to 2**64 - 1.
+    """
+    return _stream(seed, purpose, phase, expert)[:2]
+
+
+def weights_seed(seed: int, purpose: Purpose, expert: int = 0) -> int:
+    """A seed for ``torch.manual_seed``, from 0 to 2**63 - 1, one for each purpose and expert.
+
+    It is made of the other two words of the block that ``derive`` takes its key from: torch's CUDA generator is Philox
+    too, and under the same key its numbers could be those of a ``Draw``.
+
+    Raises:
+        ValueError: if the seed is not from 0 to 2**64 - 1.
+    """
+    low, high = _stream(seed, purpose, 0, expert)[2:]
+    return low | (high & 0x7FFFFFFF) << 32
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All that names a draw but its rows and experts.
+
+    ``normal`` and ``uniform`` of one draw are made of the same words: take one of them. Numbers come in blocks of
+    four with counter (block, low half of the id, high half of the id, step) and key ``derive(seed, purpose, phase,
+    expert)``, so a longer row starts with the numbers of a shorter one.
+
+    Args:
+        seed: the run's seed, 64 bits.
+        purpose: what is drawn.
+        phase: the trainer's phase.
+        step: the step within the phase; its low 32 bits count.
+    """
+
+    seed: int
+    purpose: Purpose
+    phase: int = 0
+    step: int = 0
+
+    def normal(
+        self, ids_R: Tensor, experts: Sequence[int], shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Standard normal numbers by Box and Muller: sqrt(-2 log u) cos(2 pi v) and sqrt(-2 log u) sin(2 pi v).
+
+        They are computed in float64 and rounded to ``dtype`` last: runs of different precision see the same noise.
+
+        Args:
+            ids_R: int64 sample ids.
+            experts: global expert numbers.
+            shape: of what one expert draws for one row.
+            dtype: of the result.
+
+        Returns:
+            A tensor (E, R, *shape) on the device of the ids.
+
+        Raises:
+            ValueError: if the seed is not from 0 to 2**64 - 1.
+        """
+        words = self._words(ids_R, experts, shape)
+        radius = _unit(torch.stack(words[0::2], -1)).log_().mul_(-2.0).sqrt_()
+        angle = _unit(torch.stack(words[1::2], -1)).mul_(2.0 * math.pi)
+        numbers = torch.stack((angle.cos().mul_(radius), angle.sin_().mul_(radius)), -1)
+        return _rows(numbers.flatten(2), shape, dtype)
+
+    def uniform(
+        self, ids_R: Tensor, experts: Sequence[int], shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Uniform numbers on the open interval (0, 1): (word + 1/2) / 2**32.
+
+        Rounding to ``dtype`` never reaches 0 or 1.
+
+        Args:
+            ids_R: int64 sample ids.
+            experts: global expert numbers.
+            shape: of what one expert draws for one row.
+            dtype: of the result.
+
+        Returns:
+            A tensor (E, R, *shape) on the device of the ids.
+
+        Raises:
+            ValueError: if the seed is not from 0 to 2**64 - 1.
+        """
+        numbers = _unit(torch.stack(self._words(ids_R, experts, shape), -1))
+        limits = torch.finfo(dtype)
+        return _rows(numbers.flatten(2), shape, dtype).clamp_(limits.tiny, 1.0 - limits.eps / 2)
+
+    def _words(self, ids_R: Tensor, experts: Sequence[int], shape: tuple[int, ...]) -> Words:
+        """Philox words, each (E, R, blocks)."""
+        assert (ids_R.dtype, ids_R.ndim) == (torch.int64, 1), f"ids are {ids_R.dtype} {tuple(ids_R.shape)}"
+        device = ids_R.device
+        keys = [derive(self.seed, self.purpose, self.phase, expert) for expert in experts]
+        key = torch.tensor(keys, dtype=torch.int64, device=device).reshape(-1, 2, 1, 1)
+        block = torch.arange(-(-math.prod(shape) // 4), device=device)
+        step = torch.tensor(self.step & _MASK, device=device)
+        return philox((block, (ids_R & _MASK)[:, None], _high(ids_R)[:, None], step), (key[:, 0], key[:, 1]))
+
+
+def permutation(seed: int, phase: int, epoch: int, size: int) -> Tensor:
+    """The order of ``size`` samples in an epoch: a sort by 64-bit keyed hashes, equal hashes by position.
+
+    Args:
+        seed: the run's seed, 64 bits.
+        phase: the trainer's phase.
+        epoch: the epoch within the phase; its low 32 bits count.
+        size: the number of samples.
+
+    Returns:
+        An int64 tensor (size,) that holds each of 0 to size - 1 once.
+
+    Raises:
+        ValueError: if the seed is not from 0 to 2**64 - 1.
+    """
+    key = derive(seed, Purpose.ORDER, phase)
+    zero, epoch_word = torch.tensor(0), torch.tensor(epoch & _MASK)
+    hashes = torch.empty(size, dtype=torch.int64)
+    # In pieces, because the temporary words of a hundred million ids would not fit beside them.
+    for start in range(0, size, _CHUNK):
+        ids = torch.arange(start, min(start + _CHUNK, size))
+        low, high, _, _ = philox((zero, ids & _MASK, _high(ids), epoch_word), key)
+        hashes[start : start + _CHUNK] = low | high << 32
+    return torch.sort(hashes, stable=True).indices
+
+
+def _high(ids: Tensor) -> Tensor:
+    return (ids >> 32) & _MASK
+
+
+def _unit(words: Tensor) -> Tensor:
+    """Words to float64 in (0, 1): exact, since 33 bits fit."""
+    return words.to(torch.float64).add_(0.5).mul_(2.0**-32)
+
+
+def _rows(numbers: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The first numbers of each row in the row's shape: (E, R, N) to (E, R, *shape)."""
+    return numbers[:, :, : math.prod(shape)].reshape(*numbers.shape[:2], *shape).to(dtype).contiguous()

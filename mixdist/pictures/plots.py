@@ -1,0 +1,247 @@
+"""Plots of a run.
+
+Shape letters: N rows, E experts, C classes, G grid points.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mixdist.pictures.style import FAINT, INK, MARKERS, PALE, PALETTE, aside_of, colour_of
+
+
+def contingency_picture(path: Path, counts_EC: np.ndarray, class_names: Sequence[str]) -> None:
+    """Write experts against labels: the counts in the cells, and as colour their share of the expert's rows.
+
+    Args:
+        path: of the PNG file.
+        counts_EC: rows of each expert (down) and label (across).
+        class_names: of the labels.
+
+    Raises:
+        ValueError: where the names are not as many as the columns.
+    """
+    if counts_EC.ndim != 2 or 0 in counts_EC.shape or counts_EC.shape[1] != len(class_names):
+        raise ValueError(
+            f"counts_EC {counts_EC.shape} and class_names ({len(class_names)}) do not fit: expected (experts, classes) "
+            "and a name for each class; pass both from one data set."
+        )
+    num_experts, num_classes = counts_EC.shape
+    share_EC = counts_EC / np.maximum(counts_EC.sum(axis=1, keepdims=True), 1)
+    inch = min(0.62, 36 / max(num_experts, num_classes))
+    figure = Figure(figsize=(num_classes * inch, num_experts * inch), dpi=150)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.imshow(share_EC, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    slanted = max(map(len, class_names)) > 5
+    axes.set_xticks(range(num_classes), class_names, rotation=40 if slanted else 0, ha="left" if slanted else "center")
+    axes.set_yticks(range(num_experts), [f"expert {expert}" for expert in range(num_experts)])
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, colors=INK, labelsize=min(10, inch * 22))
+    axes.spines[:].set_visible(False)
+    axes.hlines(np.arange(1, num_experts) - 0.5, -0.5, num_classes - 0.5, color="white", linewidth=inch * 4)
+    axes.vlines(np.arange(1, num_classes) - 0.5, -0.5, num_experts - 0.5, color="white", linewidth=inch * 4)
+    longest = max(len(f"{count:,.10g}") for count in counts_EC.flat)
+    size = min(10.0, inch * 90 / max(5, longest))
+    for (expert, label), count in np.ndenumerate(counts_EC):
+        colour = "white" if share_EC[expert, label] > 0.5 else INK if count else PALE
+        axes.text(label, expert, f"{count:,.10g}", ha="center", va="center", color=colour, fontsize=size)
+    caption = "rows of each expert by label; darker is a larger share of its rows"
+    axes.set_xlabel(
+        textwrap.fill(caption, max(24, round(num_classes * inch * 13))), color=FAINT, fontsize=9, labelpad=8
+    )
+    _save(figure, path)
+
+
+def curves_picture(
+    path: Path, x_N: np.ndarray, y_N: np.ndarray, expert_N: np.ndarray, grid_G: np.ndarray, curves_EG: np.ndarray
+) -> None:
+    """Write rows coloured by their expert, and each expert's curve: solid where it is in charge, dashed elsewhere.
+
+    An expert is in charge at a grid point where a quarter or more of the rows nearest to it are its own, so that two
+    experts may share a place. The axes span the rows; a dashed curve may leave them.
+
+    Args:
+        path: of the PNG file.
+        x_N: inputs.
+        y_N: targets.
+        expert_N: the expert in charge of each row.
+        grid_G: inputs at which the curves are known, ascending.
+        curves_EG: each expert's prediction there.
+
+    Raises:
+        ValueError: for arrays whose lengths differ.
+    """
+    _same_length({"x_N": x_N, "y_N": y_N, "expert_N": expert_N})
+    _same_length({"grid_G": grid_G, "the rows of curves_EG": curves_EG.T})
+    figure = _figure(8.0, 4.8)
+    axes = _plot(figure.add_subplot(), "x", "y")
+    _points(axes, np.stack([x_N, y_N], axis=1), expert_N, label=False)
+    charge_EG = _in_charge(x_N, expert_N, grid_G, len(curves_EG))
+    for expert, (curve_G, charge_G) in enumerate(zip(curves_EG, charge_EG, strict=True)):
+        axes.plot(grid_G, curve_G, color=colour_of(expert), linewidth=1.0, dashes=(4, 3), alpha=0.7)
+        solid_G = np.where(charge_G, curve_G, np.nan)
+        axes.plot(grid_G, solid_G, color=colour_of(expert), linewidth=2.6, label=f"expert {expert}")
+    if len(y_N):
+        margin = 0.08 * float(np.ptp(y_N)) or 1.0
+        axes.set_ylim(float(y_N.min()) - margin, float(y_N.max()) + margin)
+    _legend(axes)
+    _save(figure, path)
+
+
+def _in_charge(x_N: np.ndarray, expert_N: np.ndarray, grid_G: np.ndarray, num_experts: int) -> np.ndarray:
+    """Return bool (E, G): which experts have a quarter or more of the up to 16 rows nearest to a grid point."""
+    count = min(len(x_N), 16)
+    if count == 0:
+        return np.zeros((num_experts, len(grid_G)), dtype=bool)
+    nearest = [np.argpartition(np.abs(x_N - x), count - 1)[:count] for x in grid_G]
+    share = [np.bincount(expert_N[rows], minlength=num_experts) / count for rows in nearest]
+    return np.stack(share, axis=1) >= 0.25
+
+
+def scatter_picture(
+    path: Path, x_N2: np.ndarray, expert_N: np.ndarray, samples_by_expert: Sequence[np.ndarray]
+) -> None:
+    """Write rows in the plane coloured by their expert and, beside them on the same axes, samples from each expert.
+
+    Args:
+        path: of the PNG file.
+        x_N2: rows.
+        expert_N: the expert in charge of each row.
+        samples_by_expert: (n, 2) for each expert, any n; an empty list leaves the second half out.
+
+    Raises:
+        ValueError: for rows or samples that are not in the plane, or arrays whose lengths differ.
+    """
+    _same_length({"x_N2": x_N2, "expert_N": expert_N})
+    for name, points in [("x_N2", x_N2), *((f"samples of expert {e}", s) for e, s in enumerate(samples_by_expert))]:
+        if points.ndim != 2 or points.shape[1] != 2:
+            raise ValueError(f"{name} {points.shape} cannot be drawn: expected shape (n, 2); choose two features.")
+    figure = _figure(9.6 if samples_by_expert else 5.4, 4.8)
+    halves = figure.subplots(1, 2 if samples_by_expert else 1, sharex=True, sharey=True, squeeze=False)[0]
+    _plot(halves[0], "", "", "rows by their expert")
+    _points(halves[0], x_N2, expert_N, label=not samples_by_expert)
+    if samples_by_expert:
+        _plot(halves[1], "", "", "samples from each expert")
+        experts = np.repeat(np.arange(len(samples_by_expert)), [len(samples) for samples in samples_by_expert])
+        _points(halves[1], np.concatenate(samples_by_expert), experts, label=True)
+    for axes in halves:
+        axes.set_aspect("equal")
+    _legend(halves[-1])
+    _save(figure, path)
+
+
+def training_picture(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write the loss over steps, and each expert's share of the load over steps.
+
+    Args:
+        path: of the PNG file.
+        records: as ``read_metrics`` gives them; those with "loss" (nats a row) and those with "load" (a number for each
+            expert) are drawn, the loads as shares.
+
+    Raises:
+        ValueError: where no record has a loss.
+    """
+    losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
+    loads = [(record["step"], record["load"]) for record in records if record.get("load")]
+    if not losses:
+        raise ValueError(f"records ({len(records)}) have no loss: expected one or more; train for a step first.")
+    figure = _figure(8.0, 5.6 if loads else 3.2)
+    halves = figure.subplots(2 if loads else 1, 1, sharex=True, squeeze=False)[:, 0]
+    axes = _plot(halves[0], "" if loads else "step", "loss, nats a row")
+    axes.plot(*zip(*losses, strict=True), color=INK, linewidth=1.4, marker="o" if len(losses) == 1 else "")
+    if loads:
+        _draw_loads(_plot(halves[1], "step", "share of the load"), loads)
+    _save(figure, path)
+
+
+def _draw_loads(axes: Axes, loads: Sequence[tuple[int, Sequence[float]]]) -> None:
+    num_experts = max(len(load) for _, load in loads)
+    load_TE = np.array([[*load, *[0.0] * (num_experts - len(load))] for _, load in loads])
+    share_TE = load_TE / np.maximum(load_TE.sum(axis=1, keepdims=True), 1e-300)
+    axes.stackplot(
+        [step for step, _ in loads],
+        share_TE.T,
+        colors=[colour_of(expert) for expert in range(num_experts)],
+        labels=[f"expert {expert}" for expert in range(num_experts)],
+        edgecolor="white",
+        linewidth=0.8,
+    )
+    axes.set_ylim(0, 1)
+    axes.margins(x=0)
+    axes.grid(visible=False)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    _legend(axes)
+
+
+def _points(axes: Axes, x_N2: np.ndarray, expert_N: np.ndarray, label: bool) -> None:
+    size = float(np.clip(6000 / max(1, len(x_N2)), 4, 24))
+    for expert in np.unique(expert_N).tolist():
+        own = expert_N == expert
+        axes.scatter(
+            x_N2[own, 0],
+            x_N2[own, 1],
+            s=size,
+            c=colour_of(expert),
+            marker=MARKERS[expert // len(PALETTE) % len(MARKERS)],
+            alpha=0.6,
+            linewidths=0,
+            label=f"expert {expert}" if label else None,
+        )
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _plot(axes: Axes, x_label: str, y_label: str, title: str = "") -> Axes:
+    """Give axes the look that all plots share."""
+    axes.set_xlabel(x_label, color=FAINT)
+    axes.set_ylabel(y_label, color=FAINT)
+    axes.set_title(title, color=INK, fontsize=11, fontweight="bold", loc="left")
+    axes.tick_params(length=0, colors=FAINT, labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(PALE)
+    axes.grid(color="#e8ebee", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _legend(axes: Axes) -> None:
+    """Put the experts at the right of the axes, in columns of 20."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        columns = -(-len(labels) // 20)
+        place: dict[str, Any] = {
+            "loc": "upper left",
+            "bbox_to_anchor": (1.01, 1.0),
+            "borderaxespad": 0.0,
+            "ncols": columns,
+        }
+        legend = axes.legend(**place, frameon=False, fontsize=9, labelcolor=INK, markerscale=2.0)
+        for handle in legend.legend_handles:
+            if handle is not None:
+                handle.set_alpha(1.0)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with aside_of(path) as aside:
+        # Without the software's version in it the same data gives the same bytes.
+        FigureCanvasAgg(figure).print_figure(
+            aside, format="png", bbox_inches="tight", pad_inches=0.2, metadata={"Software": None}
+        )
+
+
+def _same_length(arrays: Mapping[str, np.ndarray]) -> None:
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{name} ({length})" for name, length in lengths.items())
+        raise ValueError(f"{found} differ in length: expected one entry for each row; pass arrays of the same rows.")

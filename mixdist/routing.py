@@ -1,0 +1,26 @@
+"""From responsibilities to a plan: which experts see which row. Pure."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixdist.terms import RoutingPlan
+
+
+def dense(log_resp_BE: Tensor) -> RoutingPlan:
+    """Plan for every expert to see every row."""
+    num_rows, num_experts = log_resp_BE.shape
+    ids = torch.arange(num_experts, device=log_resp_BE.device)
+    return RoutingPlan(ids.expand(num_rows, num_experts), dense=True)
+
+
+def responsible(log_resp_BE: Tensor) -> Tensor:
+    """Give each row's most responsible expert (B,); ties go to the lowest number.
+
+    torch's argmax does not promise which of several equal maxima it gives, hence the detour.
+    """
+    num_experts = log_resp_BE.shape[1]
+    is_best = log_resp_BE == log_resp_BE.max(dim=1, keepdim=True).values
+    ids = torch.arange(num_experts, device=log_resp_BE.device)
+    return torch.where(is_best, ids, num_experts).min(dim=1).values

@@ -1,0 +1,127 @@
+"""The nouns of mixdist: what a row is, what a gate says of it, what an expert says of it.
+
+Shape letters: B rows on this rank, R rows routed here, E experts, K experts chosen for a row, S importance samples,
+L latent. The row axis comes first, so that dispatch can move any field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+"""Named fields of rows, each with the row axis first; "id" (int64) names the samples."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """How one field of a row is stored and what its numbers mean.
+
+    A field without classes holds real numbers, ``value = stored * scale + offset``; one with ``num_classes`` holds
+    class indices from 0 to ``num_classes - 1``. Rows stay as stored until they are at the expert.
+
+    Args:
+        shape: of one row: ``(channels, height, width)`` for images, ``(features,)`` for vectors, ``()`` for labels.
+        dtype: the stored type, as ``torch.uint8``.
+        scale: multiplies the stored number.
+        offset: is added after scaling.
+        num_classes: the number of classes of a label; None for real numbers.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    scale: float = 1.0
+    offset: float = 0.0
+    num_classes: int | None = None
+
+    @property
+    def num_values(self) -> int:
+        """Numbers in one row of this field."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one stored row of this field."""
+        return self.num_values * self.dtype.itemsize
+
+    def values(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """Turn stored rows into numbers: ``stored * scale + offset`` in ``dtype``, or int64 class indices."""
+        if self.num_classes is not None:
+            return stored.long()
+        values = stored.to(dtype)
+        if self.scale != 1.0:
+            values = values * self.scale
+        return values + self.offset if self.offset else values
+
+
+Spec = Mapping[str, Field]
+"""The fields of a data set by name, without "id"."""
+
+
+class Gating(NamedTuple):
+    """What the gate says of B rows.
+
+    Args:
+        log_resp_BE: log q(e|x), the log responsibilities; ``logsumexp`` over E is 0.
+        loss_B: the gate's own loss for each row in nats (the negative ELBO of a VaDE gate), or None.
+    """
+
+    log_resp_BE: Tensor
+    loss_B: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """Which experts see which row.
+
+    Args:
+        expert_ids_BK: global expert numbers; K = E when every expert sees every row.
+        dense: True when every expert sees every row; then nothing about the choice needs to cross the wire.
+    """
+
+    expert_ids_BK: Tensor
+    dense: bool = False
+
+
+class ExpertTerms(NamedTuple):
+    """What an expert says of R rows; every field has the row axis first, and all but the loss may be absent.
+
+    Args:
+        loss_R: the loss to be minimised for each row, in nats for likelihoods.
+        log_px_R: log p(x|z) or log p(y|x), nats.
+        kl_R: KL(q(z|x) || p(z)), nats, without beta, warm-up or free bits.
+    """
+
+    loss_R: Tensor
+    log_px_R: Tensor | None = None
+    kl_R: Tensor | None = None
+
+
+class Outcome(NamedTuple):
+    """What one step of a mixture leaves behind on this rank; every field is a sum over its rows, float64.
+
+    Summed over ranks each field is the global figure: local losses sum to the global loss, never average.
+
+    Args:
+        loss: this rank's part of the global loss.
+        parts: the loss's named parts, of the same kind.
+        load_E: sum of responsibilities for each expert, rows.
+        loss_E: sum of the expert's losses over all rows it saw, nats.
+        seen_E: rows that each expert saw.
+        bad_E: rows for which the expert's loss is not finite.
+        bad_gate: rows for which a responsibility is not a number.
+        entropy: sum over rows of the entropy of their responsibilities, nats.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    load_E: Tensor
+    loss_E: Tensor
+    seen_E: Tensor
+    bad_E: Tensor
+    bad_gate: Tensor
+    entropy: Tensor

@@ -1,0 +1,265 @@
+"""The training loop: phases of epochs of steps, from any position."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from mixdist.checkpoint import CheckpointStore, load_module, read_state
+from mixdist.data import Dataset, Loader
+from mixdist.engines import NativeEngine, Totals
+from mixdist.mesh import Mesh
+from mixdist.mixtures import Mixture, Moment
+from mixdist.objectives import Objective
+from mixdist.wire import Wire, gather_json
+
+
+def _adam() -> dict[str, object]:
+    return {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}}
+
+
+def _weighted_loss() -> dict[str, object]:
+    return {"class_path": "mixdist.objectives.WeightedLoss"}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with one objective and one set of optimisers.
+
+    Args:
+        epochs: passes over the training rows.
+        batch_size: rows of the global batch, over all ranks.
+        accumulate: micro-batches in which experts run a batch; the gradient is the same for any number.
+        trains: what learns: both, the gate alone or the experts alone.
+        objective: class of mixdist.objectives, or your own.
+        optimizer: any torch optimiser that works element by element.
+        schedule: any torch learning-rate schedule that needs no metric; stepped after every step.
+        clip_norm: largest norm of the whole gradient.
+    """
+
+    epochs: int = 10
+    batch_size: int = 100
+    accumulate: int = 1
+    trains: Literal["both", "gate", "experts"] = "both"
+    objective: Objective = field(default_factory=_weighted_loss)  # type: ignore[assignment]
+    optimizer: Callable[[Iterable[Tensor]], Optimizer] = field(default_factory=_adam)  # type: ignore[assignment]
+    schedule: Callable[[Optimizer], LRScheduler] | None = None
+    clip_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is: the next thing to do is batch ``batch`` of epoch ``epoch`` of phase ``phase``.
+
+    Args:
+        phase: number of the phase.
+        epoch: within the phase.
+        batch: within the epoch.
+        step: steps done in the phase.
+        total: steps done in the run.
+    """
+
+    phase: int = 0
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    total: int = 0
+
+
+class Recorder(Protocol):
+    """Receives a record of each logged step, on rank 0."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Keep one record."""
+
+
+class Trainer:
+    """Runs the phases of a mixture; every rank has one.
+
+    Args:
+        mixture: what trains.
+        dataset: training rows.
+        phases: in order.
+        seed: of the run.
+        mesh: this rank's place.
+        wire: the counted collectives.
+        store: where checkpoints go; None for none.
+        recorders: receive each logged step, on rank 0.
+        log_every: steps between records.
+        save_every: steps between checkpoints; None for one at the end of each epoch.
+        described: what a checkpoint says of the run, to be the same on resume.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        dataset: Dataset,
+        phases: Sequence[Phase],
+        seed: int,
+        mesh: Mesh,
+        wire: Wire,
+        store: CheckpointStore | None = None,
+        recorders: Sequence[Recorder] = (),
+        log_every: int = 10,
+        save_every: int | None = None,
+        described: dict[str, Any] | None = None,
+    ) -> None:
+        self.mixture, self.dataset, self.phases, self.seed = mixture, dataset, list(phases), seed
+        self.mesh, self.wire, self.store, self.recorders = mesh, wire, store, list(recorders)
+        self.log_every, self.save_every, self.described = log_every, save_every, described or {}
+        self.owned = mixture.parts.owned()
+        self.position = Position()
+        self.saved = -1
+        self.engine = self._enter(0)
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that the position is in."""
+        return self.phases[self.position.phase]
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return sum(p.epochs * -(-len(self.dataset) // p.batch_size) for p in self.phases)
+
+    def resume(self, path: Path) -> None:
+        """Take weights, optimisers and position from a checkpoint, whatever layout wrote it.
+
+        Raises:
+            ValueError: it belongs to another run.
+        """
+        state = read_state(path)
+        for key, value in self.described.items():
+            if state["run"].get(key) != value:
+                raise ValueError(
+                    f"checkpoint {path} was made with {key} {state['run'].get(key)}, the config has {value}: "
+                    f"resume with the run's own config, or start a new run"
+                )
+        self.position = Position(**state["position"])
+        if self.position.phase >= len(self.phases):
+            raise ValueError(
+                f"checkpoint {path} is in phase {self.position.phase}, but the config has {len(self.phases)}"
+            )
+        self.engine = self._enter(self.position.phase)
+        for owned in self.owned:
+            load_module(path, owned, self.engine)
+        self.engine.fast_forward(self.position.step)
+        self.saved = self.position.total
+
+    def fit(self) -> None:
+        """Run from the position to the end of the last phase.
+
+        Raises:
+            NotFinite: a loss or gradient is not finite; names the expert.
+        """
+        self._set_clock()
+        while not self._finished():
+            loader = self._loader()
+            self._step(loader)
+            ended = self._advance(loader.num_batches)
+            due = self.position.total % self.save_every == 0 if self.save_every else ended
+            if due or self._finished():
+                self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of the position."""
+        if self.store is None or self.saved == self.position.total:
+            return
+        state = {"position": asdict(self.position), "run": self.described}
+        self.store.save(self.position.total, state, self.owned, self.engine)
+        self.saved = self.position.total
+
+    def _finished(self) -> bool:
+        return self.position.epoch >= self.phase.epochs
+
+    def _advance(self, num_batches: int) -> bool:
+        """Move to the next step; give True where an epoch ended."""
+        p = self.position
+        p = replace(p, batch=p.batch + 1, step=p.step + 1, total=p.total + 1)
+        ended = p.batch == num_batches
+        if ended:
+            p = replace(p, epoch=p.epoch + 1, batch=0)
+        if p.epoch == self.phase.epochs and p.phase + 1 < len(self.phases):
+            self.position = replace(p, phase=p.phase + 1, epoch=0, step=0)
+            self.engine = self._enter(self.position.phase)
+        else:
+            self.position = p
+        return ended
+
+    def _enter(self, number: int) -> NativeEngine:
+        phase = self.phases[number]
+        for owned in self.owned:
+            kind = "gate" if owned.expert is None else "experts"
+            owned.module.requires_grad_(phase.trains in ("both", kind))
+        parts, wire = self.mixture.parts, self.wire
+        self._cached: Loader | None = None
+        return NativeEngine(parts, self.mesh, wire, phase.optimizer, phase.schedule, phase.clip_norm)
+
+    def _loader(self) -> Loader:
+        if self._cached is None:
+            mesh, number = self.mesh, self.position.phase
+            self._cached = Loader(self.dataset, self.phase.batch_size, self.seed, number, mesh.rank, mesh.world_size)
+        return self._cached
+
+    def _step(self, loader: Loader) -> None:
+        at = self.position
+        logged = (at.total + 1) % self.log_every == 0 or at.total == 0
+        self.wire.meter.reset(timed=logged)
+        for owned in self.owned:
+            getattr(owned.module, "anneal", lambda step: None)(at.step)
+        shard = loader.batch(at.epoch, at.batch).to(self.mesh.device)
+        self.engine.zero_grad()
+        moment = Moment(self.seed, at.phase, at.step)
+        outcome = self.mixture.backward(shard, self.phase.objective, moment, self.phase.accumulate)
+        rate = self.engine.learning_rate()
+        totals = self.engine.step(outcome, at.total + 1)
+        self._rows += shard.total
+        if logged:
+            self._record(totals, shard.total, rate)
+
+    def _record(self, totals: Totals, num_rows: int, rate: float) -> None:
+        """Hand a record of the step just done to the recorders of rank 0."""
+        meter, outcome = self.wire.meter, totals.outcome
+        own = [meter.waiting_s, meter.transfer_s, peak_memory(self.mesh.device)]
+        waiting, transfer, peak = zip(*gather_json(own, self.mesh.world), strict=True)
+        record = {
+            "step": self.position.total + 1,
+            "phase": self.position.phase,
+            "epoch": self.position.epoch,
+            "loss": outcome.loss.item(),
+            **{f"loss_{name}": part.item() for name, part in outcome.parts.items()},
+            "grad_norm": totals.grad_norm,
+            "learning_rate": rate,
+            "rows_per_s": self._rows / max(time.perf_counter() - self._since, 1e-9),
+            "load": (outcome.load_E / num_rows).tolist(),
+            "expert_loss": (outcome.loss_E / outcome.seen_E.clamp(min=1)).tolist(),
+            "responsibility_entropy": outcome.entropy.item() / num_rows,
+            **totals.meter,
+            "waiting_s": sum(waiting) / len(waiting),
+            "transfer_s": sum(transfer) / len(transfer),
+            "peak_memory_bytes": max(peak),
+        }
+        for recorder in self.recorders if self.mesh.rank == 0 else ():
+            recorder.write(record)
+        self._set_clock()
+
+    def _set_clock(self) -> None:
+        self._rows, self._since = 0, time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory held so far, bytes: allocated on a CUDA device, or resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,151 @@
+"""The collectives, counted and timed where they are called.
+
+Two kinds of traffic: ``wire`` is what dispatch moves (rows, losses, weights), ``sync`` is reductions of what is
+replicated (gradients of the gate, of replicas, sums over the batch). Bytes are those that leave this rank; a
+reduction of n bytes over W ranks counts 2 (W - 1) / W n, the ring's traffic.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+
+@dataclass
+class Meter:
+    """What crossed the wire since the last reset, on this rank.
+
+    Args:
+        wire_bytes: bytes that dispatch sent to other ranks, counted at the collectives.
+        wire_bytes_least: the least possible for the same rows and experts, counted from the routing alone.
+        sync_bytes: bytes of reductions of what is replicated.
+        waiting_s: seconds until the last rank of a group arrived; measured only while ``timed``.
+        transfer_s: seconds inside collectives after all had arrived; measured only while ``timed``.
+    """
+
+    wire_bytes: int = 0
+    wire_bytes_least: int = 0
+    sync_bytes: int = 0
+    waiting_s: float = 0.0
+    transfer_s: float = 0.0
+    timed: bool = False
+
+    def reset(self, timed: bool = False) -> None:
+        """Start a new count; ``timed`` puts a barrier before each collective to tell waiting from transfer."""
+        self.wire_bytes = self.wire_bytes_least = self.sync_bytes = 0
+        self.waiting_s = self.transfer_s = 0.0
+        self.timed = timed
+
+
+class Wire:
+    """Counted collectives of one rank; every one of them is the identity for a group of None (one process).
+
+    Args:
+        device: where tensors live.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.meter = Meter()
+
+    def all_to_all(self, flat: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Pending:
+        """Send ``sent[p]`` numbers of ``flat`` to member p, receive ``received[p]``; a handle to the result."""
+        self.meter.wire_bytes += sum(sent) * flat.element_size()
+        return self._all_to_all(flat, sent, received, group)
+
+    def all_gather(self, flat: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Pending:
+        """As ``all_to_all``, counted as sync: the same values go to every member."""
+        self.meter.sync_bytes += sum(sent) * flat.element_size()
+        return self._all_to_all(flat, sent, received, group)
+
+    def _all_to_all(self, flat: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Pending:
+        assert group is not None and flat.is_contiguous()
+        output = flat.new_empty(sum(received))
+
+        def start() -> Any:
+            return dist.all_to_all_single(output, flat, list(received), list(sent), group=group, async_op=True)
+
+        return self._run(start, output, flat, group)
+
+    def all_reduce(self, tensor: Tensor, group: Group) -> Tensor:
+        """Sum ``tensor`` in place over the group."""
+        if group is None:
+            return tensor
+        size = dist.get_world_size(group)
+        self.meter.sync_bytes += 2 * (size - 1) * tensor.numel() * tensor.element_size() // size
+        return self._run(lambda: dist.all_reduce(tensor, group=group, async_op=True), tensor, tensor, group).wait()
+
+    def _run(self, start: Callable[[], Any], output: Tensor, held: Tensor, group: Group) -> Pending:
+        if not self.meter.timed:
+            return Pending(output, held, start())
+        begin = self._now()
+        dist.all_reduce(torch.zeros(1, device=self.device), group=group)
+        arrived = self._now()
+        pending = Pending(output, held, start())
+        pending.wait()
+        self.meter.waiting_s += arrived - begin
+        self.meter.transfer_s += self._now() - arrived
+        return pending
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class Pending:
+    """A collective under way. It holds the send buffer, which must not change until ``wait`` returns."""
+
+    def __init__(self, output: Tensor, held: Tensor, work: Any) -> None:
+        self.output, self.held, self.work = output, held, work
+
+    def wait(self) -> Tensor:
+        """Give the result once it has arrived."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = self.held = None
+        return self.output
+
+
+def gather_bytes(data: bytes, group: Group) -> list[bytes]:
+    """Give every rank's bytes, in rank order, on every rank; the control plane's one collective, never pickled."""
+    if group is None:
+        return [data]
+    size = dist.get_world_size(group)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([len(data)]), group=group)
+    longest = max(int(n) for n in lengths)
+    if not longest:
+        return [b""] * size
+    mine = torch.zeros(longest, dtype=torch.uint8)
+    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else mine[:0]
+    everyone = [torch.zeros_like(mine) for _ in range(size)]
+    dist.all_gather(everyone, mine, group=group)
+    return [t[: int(n)].numpy().tobytes() for t, n in zip(everyone, lengths, strict=True)]
+
+
+def gather_json(value: Any, group: Group) -> list[Any]:
+    """Give every rank's JSON value, in rank order, on every rank."""
+    return [json.loads(data) for data in gather_bytes(json.dumps(value).encode(), group)]
+
+
+def agree(error: str | None, group: Group) -> None:
+    """Let every rank fail if one does, so that none waits for it.
+
+    Raises:
+        ValueError: some rank has an error: the same message on every rank, naming the rank if not all have it.
+    """
+    errors = gather_json(error, group)
+    bad = [(rank, e) for rank, e in enumerate(errors) if e]
+    if bad:
+        rank, first = bad[0]
+        raise ValueError(first if len(bad) == len(errors) else f"rank {rank}: {first}")

@@ -1,0 +1,133 @@
+"""Log-densities and divergences against torch.distributions, quadrature, numerical gradients and limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Bernoulli, Categorical, Laplace, Normal, kl_divergence
+
+from mixdist.stats import bernoulli_log_prob, entropy, laplace_log_prob, log_mean_exp, normal_kl, normal_log_prob
+
+Density = Callable[..., Tensor]
+
+
+def _random(*shape: int, seed: int = 0, grad: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_(grad)
+
+
+def _close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("density", "distribution"), [(normal_log_prob, Normal), (laplace_log_prob, Laplace)])
+def test_location_scale_densities(density: Density, distribution: type[Normal] | type[Laplace]) -> None:
+    x, mean, log_scale = _random(5, 7), _random(7, seed=1), _random(5, 1, seed=2)
+    _close(density(x, mean, log_scale), distribution(mean, log_scale.exp()).log_prob(x))
+    _close(density(x, mean, math.log(0.5)), distribution(mean, torch.tensor(0.5).double()).log_prob(x))
+
+
+@pytest.mark.parametrize("density", [normal_log_prob, laplace_log_prob])
+@pytest.mark.parametrize("log_scale", [-2.0, 0.0, 1.5])
+def test_densities_integrate_to_one(density: Density, log_scale: float) -> None:
+    # The kink of Laplace's density at the mean is a point of the grid, where the trapezoid rule loses nothing.
+    steps = torch.linspace(-40, 40, 160001, dtype=torch.float64)
+    mean = torch.tensor(0.3, dtype=torch.float64)
+    points = mean + steps * math.exp(log_scale)
+    total = torch.trapezoid(density(points, mean, log_scale).exp(), points)
+    assert abs(total.item() - 1) < 1e-6
+
+
+@pytest.mark.parametrize("density", [normal_log_prob, laplace_log_prob])
+def test_gradients_of_location_scale_densities(density: Density) -> None:
+    inputs = _random(3, 4, grad=True), _random(3, 4, seed=1, grad=True), _random(3, 1, seed=2, grad=True)
+    assert torch.autograd.gradcheck(density, inputs)
+
+
+def test_bernoulli_sums_to_one_and_agrees_with_torch() -> None:
+    logits = torch.linspace(-50, 50, 101, dtype=torch.float64)
+    one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    total = bernoulli_log_prob(one, logits).exp() + bernoulli_log_prob(zero, logits).exp()
+    _close(total, torch.ones_like(total))
+    x = (_random(101) > 0).double()
+    _close(bernoulli_log_prob(x, logits), Bernoulli(logits=logits).log_prob(x))
+
+
+def test_bernoulli_between_zero_and_one_is_cross_entropy() -> None:
+    x, logits = _random(4, 5).sigmoid(), _random(3, 4, 5, seed=1)
+    p = logits.sigmoid()
+    _close(bernoulli_log_prob(x, logits), x * p.log() + (1 - x) * (1 - p).log())
+
+
+def test_bernoulli_gradients_and_limits() -> None:
+    logits = torch.tensor([-3.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda value: bernoulli_log_prob(x, value), (logits,))
+    far = torch.tensor([-1e4, 1e4, -1e4, 1e4], dtype=torch.float64, requires_grad=True)
+    value = bernoulli_log_prob(torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=torch.float64), far)
+    assert value.tolist() == [0.0, 0.0, -1e4, -1e4]
+    (gradient,) = torch.autograd.grad(value.sum(), far)
+    assert gradient.tolist() == [0.0, 0.0, 1.0, -1.0]
+
+
+def test_normal_kl() -> None:
+    mean, log_var = _random(6, 3), _random(6, 3, seed=1)
+    expected = kl_divergence(Normal(mean, (0.5 * log_var).exp()), Normal(0.0, 1.0))
+    _close(normal_kl(mean, log_var), expected)
+    assert torch.autograd.gradcheck(normal_kl, (_random(2, 3, grad=True), _random(2, 3, seed=1, grad=True)))
+
+
+def test_normal_kl_is_the_integral() -> None:
+    x = torch.linspace(-15, 15, 30001, dtype=torch.float64)
+    mean, log_var, zero = torch.tensor(0.7).double(), torch.tensor(-0.4).double(), torch.tensor(0.0).double()
+    log_q, log_p = normal_log_prob(x, mean, 0.5 * log_var), normal_log_prob(x, zero, 0.0)
+    integral = torch.trapezoid(log_q.exp() * (log_q - log_p), x)
+    torch.testing.assert_close(normal_kl(mean, log_var), integral, rtol=1e-9, atol=0)
+
+
+def test_normal_kl_is_exact_near_the_prior() -> None:
+    # KL = v^2 / 4 + v^3 / 12 + ... for a log variance v and mean 0: no cancellation down to its own rounding.
+    tiny, zero = torch.tensor(1e-6, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    assert normal_kl(zero, zero).item() == 0.0
+    assert abs(normal_kl(zero, tiny).item() / 2.5e-13 - 1) < 1e-3
+    mean = torch.tensor(1e-9, dtype=torch.float64)
+    assert normal_kl(mean, zero).item() == pytest.approx(0.5e-18, rel=1e-12)
+
+
+def test_log_mean_exp() -> None:
+    x = _random(4, 5, 6)
+    _close(log_mean_exp(x, 1), x.exp().mean(1).log())
+    _close(log_mean_exp(x + 1e4, -1), log_mean_exp(x, -1) + 1e4)
+    _close(log_mean_exp(x[:, :1], 1), x[:, 0])
+    assert torch.autograd.gradcheck(lambda value: log_mean_exp(value, 0), (_random(3, 4, grad=True),))
+    some = torch.tensor([0.0, -math.inf], dtype=torch.float64, requires_grad=True)
+    value = log_mean_exp(some, 0)
+    assert value.item() == pytest.approx(-math.log(2))
+    assert torch.autograd.grad(value, some)[0].tolist() == [1.0, 0.0]
+
+
+def test_entropy() -> None:
+    log_p = _random(5, 4).log_softmax(1)
+    _close(entropy(log_p, 1), Categorical(logits=log_p).entropy())
+    _close(entropy(log_p.T, 0), entropy(log_p, 1))
+    uniform = torch.full((8,), -math.log(8), dtype=torch.float64)
+    assert entropy(uniform, 0).item() == pytest.approx(math.log(8), rel=1e-14)
+    assert torch.autograd.gradcheck(lambda value: entropy(value, 1), (log_p.detach().requires_grad_(),))
+
+
+def test_entropy_where_a_probability_is_zero() -> None:
+    log_p = torch.tensor([[0.0, -math.inf, -math.inf], [-1e5, 0.0, -math.inf]], requires_grad=True)
+    value = entropy(log_p, 1)
+    assert value.tolist() == [0.0, 0.0]
+    (gradient,) = torch.autograd.grad(value.sum(), log_p)
+    assert gradient.isfinite().all()
+    assert gradient[log_p == -math.inf].eq(0).all()
+    logits = torch.tensor([0.3, -math.inf, 1.0], requires_grad=True)
+    entropy(logits.log_softmax(0), 0).backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert entropy(torch.tensor([math.nan, 0.0]), 0).isnan()
