@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +20,8 @@ from mixdist.terms import Field, Spec
 from mixdist.wire import Wire, agree
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+STORED_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+STORED_REALS = (torch.float16, torch.float32, torch.float64)
 T = TypeVar("T")
 
 
@@ -43,10 +45,8 @@ def build_gate(config: Config, spec: Spec) -> Gate:
 
 def build_experts(config: Config, spec: Spec, ids: Iterable[int]) -> dict[int, Expert]:
     """Make experts by global number, each with the initial weights that belong to its number; on the CPU."""
-    dtype = DTYPES[config.dtype]
-    return {
-        e: _seeded(lambda: config.expert(spec), weights_seed(config.seed, Purpose.WEIGHTS, e)).to(dtype) for e in ids
-    }
+    seeds = {e: weights_seed(config.seed, Purpose.WEIGHTS, e) for e in ids}
+    return {e: _seeded(lambda: config.expert(spec), seed).to(DTYPES[config.dtype]) for e, seed in seeds.items()}
 
 
 def _seeded(make: Callable[[], T], seed: int) -> T:
@@ -103,27 +103,14 @@ def describe(config: Config, dataset: Dataset) -> dict[str, Any]:
 
 def describe_spec(spec: Spec) -> dict[str, Any]:
     """Give a spec as JSON."""
-    return {
-        name: {**vars(f), "shape": list(f.shape), "dtype": str(f.dtype).removeprefix("torch.")}
-        for name, f in spec.items()
-    }
+    return {name: {**vars(f), "shape": list(f.shape), "dtype": _type_name(f.dtype)} for name, f in spec.items()}
 
 
 def read_spec(described: dict[str, Any]) -> dict[str, Field]:
     """Undo ``describe_spec``."""
-    known = {str(d).removeprefix("torch."): d for d in _stored_types()}
-    return {n: Field(**{**f, "shape": tuple(f["shape"]), "dtype": known[f["dtype"]]}) for n, f in described.items()}
+    stored = {_type_name(d): d for d in (*STORED_INTEGERS, *STORED_REALS)}
+    return {n: Field(**{**f, "shape": tuple(f["shape"]), "dtype": stored[f["dtype"]]}) for n, f in described.items()}
 
 
-def _stored_types() -> Sequence[torch.dtype]:
-    return (
-        torch.uint8,
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.float16,
-        torch.float32,
-        torch.float64,
-        torch.bool,
-    )
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

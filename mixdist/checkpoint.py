@@ -195,7 +195,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
-        assert isinstance(manifest["files"], dict) and isinstance(manifest["num_experts"], int)
+        assert isinstance(manifest["files"], dict)
+        assert isinstance(manifest["num_experts"], int)
         assert all(Path(name).name == name for name in manifest["files"])
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise Damaged(f"{MANIFEST} cannot be read: {error}") from None
@@ -260,12 +261,12 @@ def load_module(path: Path, owned: Owned, engine: NativeEngine | None = None) ->
         raise ValueError(f"{name} cannot be read ({error}): use another checkpoint") from None
     model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     own = owned.module.state_dict()
-    if {k: v.shape for k, v in model.items()} != {k: v.shape for k, v in own.items()}:
-        wrong = sorted(
-            k for k in model.keys() | own.keys() if k not in model or k not in own or model[k].shape != own[k].shape
-        )
+    stored, needed = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (model, own))
+    wrong = sorted(k for k in stored.keys() | needed.keys() if stored.get(k) != needed.get(k))
+    if wrong:
         raise ValueError(
-            f"{name} does not fit the config's {owned.name} ({', '.join(wrong)} differ): resume with the run's own config"
+            f"{name} does not fit the config's {owned.name}: {wrong[0]} has shape {stored.get(wrong[0])}, expected "
+            f"{needed.get(wrong[0])}; resume with the run's own config"
         )
     with torch.no_grad():
         for key, value in model.items():

@@ -96,16 +96,13 @@ def train_parser() -> ArgumentParser:
 
 def _resumed(words: Sequence[str]) -> Path | None:
     """Find ``--resume RUN`` before parsing: the run's own config comes first, then what the words override."""
-    given = [
-        w.partition("=")[2] or (list(words) + [""])[i + 1] for i, w in enumerate(words) if w.split("=")[0] == "--resume"
-    ]
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    given = [word.partition("=")[2] or after for word, after in pairs if word.partition("=")[0] == "--resume"]
     if not given:
         return None
     run = Path(given[-1])
     if not (run / RESOLVED).is_file():
-        raise ValueError(
-            f"--resume {run}: no run is there ({RESOLVED} is missing), so no checkpoint; name a run's directory"
-        )
+        raise ValueError(f"--resume {run}: no checkpoint is there, nor a run ({RESOLVED}): name a run's directory")
     return run
 
 

@@ -49,8 +49,8 @@ def evaluate(
 
     The noise is keyed by row as in training, at step 0 of a phase of its own, so the result is the same on any layout.
     figures: ``loss`` = mean_n sum_e r_ne l_ne; ``elbo`` the same of ELBOs; ``bound`` = mean_n log sum_e r_ne
-    exp(elbo_ne), a bound on the mixture's log-likelihood with the gate's responsibilities as weights; ``accuracy`` after
-    Hungarian matching of experts to classes; NMI (arithmetic) and ARI of experts against labels; ``rmse`` of the
+    exp(elbo_ne), a bound on the mixture's log-likelihood with the gate's responsibilities as weights; ``accuracy``
+    after Hungarian matching of experts to classes; NMI (arithmetic) and ARI of experts against labels; ``rmse`` of the
     weighted mean prediction where the experts predict.
 
     Args:

@@ -47,10 +47,9 @@ def draw(mixture: SoftMixture, dataset: Dataset, evaluation: Evaluation, run: Pa
     mesh = mixture.dispatch.mesh
     own: dict[str, np.ndarray] = {}
     if mesh.leads:
-        for e, expert in mixture.bank.owned().items():
-            own |= {
-                f"{e}/{name}": array for name, array in show(mixture, e, dataset, evaluation.first(e), seed).items()
-            }
+        for e in mixture.bank.ids:
+            arrays = show(mixture, e, dataset, evaluation.first(e), seed)
+            own |= {f"{e}/{name}": array for name, array in arrays.items()}
     shown: dict[str, np.ndarray] = {}
     for data in gather_bytes(save(own), mesh.world):
         shown |= load(data)
@@ -74,16 +73,12 @@ def show(mixture: SoftMixture, e: int, dataset: Dataset, positions: list[int], s
     expert.eval()
     with torch.no_grad():
         if can(expert, "reconstruct"):
-            rows = {
-                name: column.to(device)
-                for name, column in dataset.take(torch.tensor(positions, dtype=torch.int64)).items()
-            }
-            shown["reconstructions"] = expert.reconstruct(mixture.values(rows, expert.fields))
+            stored = dataset.take(torch.tensor(positions, dtype=torch.int64))
+            rows = mixture.values({name: column.to(device) for name, column in stored.items()}, expert.fields)
+            shown["reconstructions"] = expert.reconstruct(rows)
         if can(expert, "sample") and expert.noise_shape is not None:
-            ids = torch.arange(NUM_SAMPLES, device=device)
-            shown["samples"] = expert.sample(
-                Draw(seed, Purpose.PRIOR).normal(ids, [e], expert.noise_shape, mixture.dtype)[0]
-            )
+            ids, prior = torch.arange(NUM_SAMPLES, device=device), Draw(seed, Purpose.PRIOR)
+            shown["samples"] = expert.sample(prior.normal(ids, [e], expert.noise_shape, mixture.dtype)[0])
         if can(expert, "predict") and is_curve(dataset):
             shown["curve"] = expert.predict({"x": torch.as_tensor(grid(dataset)).to(device, mixture.dtype)})
     expert.train()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -61,7 +62,7 @@ class MLP(nn.Module):
         if min(widths) < 1:
             raise ValueError(f"layer widths {list(widths)} must all be at least 1: mend hidden or latent")
         layers: list[nn.Module] = []
-        for num_in, num_out in zip(widths[:-1], widths[1:], strict=True):
+        for num_in, num_out in pairwise(widths):
             layers += [Affine(num_in, num_out), ACTIVATIONS[activation]()]
         self.layers = nn.Sequential(*layers[:-1])
 

@@ -82,6 +82,9 @@ class Recorder(Protocol):
     def write(self, record: dict[str, Any]) -> None:
         """Keep one record."""
 
+    def close(self) -> None:
+        """Finish."""
+
 
 class Trainer:
     """Runs the phases of a mixture; every rank has one.

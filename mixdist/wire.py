@@ -68,7 +68,8 @@ class Wire:
         return self._all_to_all(flat, sent, received, group)
 
     def _all_to_all(self, flat: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Pending:
-        assert group is not None and flat.is_contiguous()
+        assert group is not None
+        assert flat.is_contiguous()
         output = flat.new_empty(sum(received))
 
         def start() -> Any:
@@ -106,7 +107,9 @@ class Pending:
     """A collective under way. It holds the send buffer, which must not change until ``wait`` returns."""
 
     def __init__(self, output: Tensor, held: Tensor, work: Any) -> None:
-        self.output, self.held, self.work = output, held, work
+        self.output = output
+        self.held: Tensor | None = held
+        self.work = work
 
     def wait(self) -> Tensor:
         """Give the result once it has arrived."""

@@ -5,7 +5,7 @@ Shape letters: R rows routed here, E experts on this rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, cast
 
 import torch
@@ -35,7 +35,8 @@ class ExpertBank(nn.Module):
 
     def __init__(self, experts: Mapping[int, Expert], execution: Execution = "loop") -> None:
         super().__init__()
-        assert experts and list(experts) == sorted(experts)
+        assert experts
+        assert list(experts) == sorted(experts)
         self.experts = nn.ModuleDict({str(e): expert for e, expert in experts.items()})
         self.execution = execution
         self.stack: dict[str, Tensor] = {}
@@ -80,8 +81,15 @@ class ExpertBank(nn.Module):
         """
         if self.execution == "loop":
             terms = [expert(rows, None if eps is None else eps[i]) for i, expert in enumerate(self.experts.values())]
-            return ExpertTerms(*(None if f[0] is None else torch.stack(f, dim=1) for f in zip(*terms, strict=True)))
+            return _map(lambda *fields: torch.stack(fields, dim=1), *terms)
         for name, stacked in self.stack.items():
             stacked.requires_grad_(self.template.get_parameter(name).requires_grad)
         result: ExpertTerms = functional_call(self.template, self.stack, (rows, eps))
-        return ExpertTerms(*(None if field is None else field.transpose(0, 1) for field in result))
+        return _map(lambda field: field.transpose(0, 1), result)
+
+
+def _map(change: Callable[..., Tensor], *terms: ExpertTerms) -> ExpertTerms:
+    """Change each field that is there, given that field of all terms."""
+    loss, *rest = (None if f[0] is None else change(*f) for f in zip(*terms, strict=True))
+    assert loss is not None
+    return ExpertTerms(loss, *rest)

@@ -5,7 +5,6 @@ Shape letters: n images, H height, W width, C channels.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,7 +14,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mixdist.pictures.style import FAINT, INK, PALE, PALETTE, aside_of, colour_of
+from mixdist.pictures.style import FAINT, INK, aside_of, colour_of
 
 # Of an image grid, in pixels: what small images are enlarged to at most, and what is left white between things.
 CELL, GAP, ROW_GAP, BLOCK_GAP, MARGIN, BAR = 64, 4, 10, 32, 28, 6
