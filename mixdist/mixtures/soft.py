@@ -72,7 +72,8 @@ class SoftMixture:
         with torch.no_grad():
             named = {"rows": objective.rows(log_resp_BE, losses_BE).sum() / shard.total}
         if objective.balance is not None:
-            resp_sum_E = self.dispatch.over_batch.sum(log_resp_BE.exp().sum(0))
+            # In float64: near balance the term is a small difference of large numbers.
+            resp_sum_E = self.dispatch.over_batch.sum(log_resp_BE.double().exp().sum(0))
             balance = self.dispatch.over_batch.share(objective.balance(resp_sum_E, shard.total))
             named["balance"] = balance.detach()
             if learns:

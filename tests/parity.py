@@ -1,0 +1,245 @@
+"""One training run in miniature, on any layout: what every parity test compares.
+
+`run` is called on every rank with a `Case`; `merge` joins what the ranks report; `differences` holds two reports
+against each other by the rule max|a - b| <= tolerance * max|b| for each tensor (absolutely where b is 0).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mixdist.data import Dataset, Loader
+from mixdist.dispatch import Dispatch
+from mixdist.engines import NativeEngine
+from mixdist.evaluate import evaluate
+from mixdist.experts import VAE, Expert, ExpertBank, Regressor
+from mixdist.gates import Gate, LabelOracle, Softmax, Uniform
+from mixdist.mesh import Launch, Mesh, Placement
+from mixdist.mixtures import Mixture, Moment, SoftMixture
+from mixdist.nets import MLP
+from mixdist.noise import Draw, Purpose, weights_seed
+from mixdist.objectives import Balance, KLBalance, MixtureLikelihood, Objective, VarianceBalance, WeightedLoss
+from mixdist.terms import Batch, Field, Gating, Spec
+from mixdist.wire import Wire
+from tests.two_stage import WIDTH, Component, TwoStage
+
+SEED = 11
+NUM_ROWS = 45
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared. The layout, the execution and the accumulation must not matter; all else names a problem."""
+
+    ranks: int = 1
+    ep_size: int = 1
+    execution: str = "loop"
+    accumulate: int = 1
+    num_experts: int = 4
+    family: str = "soft"
+    objective: str = "weighted"
+    balance: str = "variance"
+    gate: str = "softmax"
+    expert: str = "bernoulli"
+    batch_size: int = 16
+    optimizer: str = "adam"
+    dtype: str = "float64"
+    steps: int = 20
+
+    def reference(self) -> Case:
+        """The same problem in one process, by the plainest way."""
+        return replace(self, ranks=1, ep_size=1, execution="loop", accumulate=1)
+
+    def __str__(self) -> str:
+        return "-".join(str(v) for v in vars(self).values())
+
+
+class Starved(Softmax):
+    """A learned gate that never chooses expert 1: it has rows, but no responsibility for any."""
+
+    def forward(self, rows: Batch, eps: Tensor | None) -> Gating:
+        logits_BE = self.net(rows["x"].flatten(1))
+        mask_E = torch.zeros(logits_BE.shape[1], dtype=logits_BE.dtype)
+        mask_E[1] = -torch.inf
+        return Gating(torch.log_softmax(logits_BE + mask_E, dim=-1))
+
+
+class Noisy(Softmax):
+    """A gate with noise and a loss of its own, as VaDE's and DMVAE's have."""
+
+    noise_shape = (3,)
+
+    def forward(self, rows: Batch, eps: Tensor | None) -> Gating:
+        assert eps is not None
+        logits_BE = self.net(rows["x"].flatten(1)) + 0.3 * eps.sum(1, keepdim=True) ** 2
+        log_resp_BE = torch.log_softmax(logits_BE * (1 + 0.1 * eps[:, :1]), dim=-1)
+        return Gating(log_resp_BE, 0.1 * logits_BE.square().sum(1))
+
+
+@functools.cache
+def data() -> Dataset:
+    """45 rows: 4x4 images as uint8, a real target, and a label of three classes."""
+    draw, ids = Draw(SEED, Purpose.DATA), torch.arange(NUM_ROWS) + 1000
+    x = (draw.uniform(ids, [0], (1, 4, 4))[0] * 255).round().to(torch.uint8)
+    label = (draw.uniform(ids, [1], ())[0] * 3).floor().to(torch.uint8)
+    y = draw.normal(ids, [2], (2,), torch.float32)[0]
+    spec = {
+        "x": Field((1, 4, 4), torch.uint8, 1 / 255),
+        "y": Field((2,), torch.float32),
+        "label": Field((), torch.uint8, num_classes=3),
+    }
+    return Dataset({"id": ids, "x": x, "y": y, "label": label}, spec, "label")
+
+
+def make_expert(case: Case, spec: Spec) -> Expert:
+    if case.expert == "regressor":
+        return Regressor(spec, [7], "tanh", "gaussian", "learned")
+    if case.expert == "laplace":
+        return VAE(spec, 3, [8], "elu", "laplace", 0.3, "identity", beta=0.7)
+    if case.expert == "gaussian":
+        return VAE(spec, 3, [8], "tanh", "gaussian", "learned", kl_warmup=10, free_bits=0.05)
+    return VAE(spec, 3, [8], "sigmoid", "bernoulli")
+
+
+def make_gate(case: Case, spec: Spec) -> Gate:
+    if case.gate == "oracle":
+        return LabelOracle(spec, case.num_experts, "label")
+    if case.gate == "uniform":
+        return Uniform(spec, case.num_experts)
+    kind = {"softmax": Softmax, "starved": Starved, "noisy": Noisy}[case.gate]
+    return kind(spec, case.num_experts, [6], "tanh")
+
+
+def make_objective(case: Case) -> Objective:
+    balances: dict[str, Balance | None] = {"none": None, "variance": VarianceBalance(0.1), "kl": KLBalance(2.0)}
+    kind = {"weighted": WeightedLoss, "mixture": MixtureLikelihood}[case.objective]
+    return kind(balances[case.balance])
+
+
+def seeded(make: Any, *args: Any, purpose: Purpose = Purpose.WEIGHTS, number: int = 0) -> Any:
+    torch.manual_seed(weights_seed(SEED, purpose, number))
+    return make(*args)
+
+
+@functools.cache
+def mesh_of(num_experts: int, ranks: int, ep_size: int) -> Mesh:
+    rank = dist.get_rank() if ranks > 1 else 0
+    return Mesh(Placement.plan(num_experts, ranks, ep_size), Launch(rank, ranks), torch.device("cpu"), 60.0)
+
+
+def make_mixture(case: Case, mesh: Mesh, wire: Wire) -> Mixture:
+    spec, dtype = data().spec, getattr(torch, case.dtype)
+    dispatch = Dispatch(mesh, wire, spec)
+    if case.family == "two-stage":
+        components = {e: seeded(Component, 16, number=e).to(dtype) for e in mesh.experts}
+        decoder = seeded(MLP, [WIDTH, 16], purpose=Purpose.GATE).to(dtype)
+        return TwoStage(components, decoder, dispatch, spec)
+    gate = seeded(make_gate, case, spec, purpose=Purpose.GATE).to(dtype)
+    experts = {e: seeded(make_expert, case, spec, number=e).to(dtype) for e in mesh.experts}
+    return SoftMixture(gate, ExpertBank(experts, case.execution), dispatch, spec, dtype)  # type: ignore[arg-type]
+
+
+def make_engine(case: Case, mixture: Mixture, mesh: Mesh, wire: Wire) -> NativeEngine:
+    if case.optimizer == "clipped-sgd":
+        return NativeEngine(mixture.parts, mesh, wire, lambda p: torch.optim.SGD(p, 0.01, momentum=0.9), clip_norm=0.5)
+    if case.optimizer == "scheduled-adamw":
+        return NativeEngine(
+            mixture.parts,
+            mesh,
+            wire,
+            lambda p: torch.optim.AdamW(p, 1e-2),
+            lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 30),
+        )
+    return NativeEngine(mixture.parts, mesh, wire, lambda p: torch.optim.Adam(p, 1e-2))
+
+
+def run(case: Case) -> dict[str, Any]:
+    """Train for a few steps on this rank; report the first step's gradients, every step's figures, and the end."""
+    mesh = mesh_of(case.num_experts, case.ranks, case.ep_size)
+    wire = Wire(mesh.device)
+    mixture = make_mixture(case, mesh, wire)
+    engine = make_engine(case, mixture, mesh, wire)
+    loader = Loader(data(), case.batch_size, SEED, 0, mesh.rank, mesh.world_size)
+    report: dict[str, Any] = {"speaks": {}, "copies": {}, "steps": [], "bytes": [], "margin": 1.0}
+    for step in range(case.steps):
+        for owned in mixture.parts.owned():
+            getattr(owned.module, "anneal", lambda step: None)(step)
+        wire.meter.reset()
+        shard = loader.batch(*divmod(step, loader.num_batches))
+        engine.zero_grad()
+        outcome = mixture.backward(shard, make_objective(case), Moment(SEED, 0, step), case.accumulate)
+        totals = engine.step(outcome, step)
+        report["steps"].append(figures(totals.outcome, totals.grad_norm))
+        report["bytes"].append((totals.meter["wire_bytes"], totals.meter["wire_bytes_least"]))
+        if step == 0:
+            keep(report, mixture, mesh, "gradient", lambda p: p.grad)
+    keep(report, mixture, mesh, "weight", lambda p: p)
+    if isinstance(mixture, SoftMixture):
+        judge(report, case, mixture)
+    return report
+
+
+def figures(outcome: Any, grad_norm: float) -> dict[str, Tensor]:
+    # Parts are one tensor: near balance the balance term is a small difference of large numbers, in float32 only rounding.
+    parts = {"parts": torch.stack(list(outcome.parts.values()))}
+    fields = {"loss": outcome.loss, "load": outcome.load_E, "losses": outcome.loss_E, "entropy": outcome.entropy}
+    return {**fields, **parts, "grad_norm": torch.tensor(grad_norm, dtype=torch.float64)}
+
+
+def keep(report: dict[str, Any], mixture: Mixture, mesh: Mesh, kind: str, get: Any) -> None:
+    """Keep a tensor of every parameter under its global name, once as the owner's and again as a copy's."""
+    for owned in mixture.parts.owned():
+        speaks = mesh.rank == 0 if owned.expert is None else mesh.leads
+        for name, parameter in owned.module.named_parameters():
+            report["speaks" if speaks else "copies"][f"{kind} {owned.name} {name}"] = get(parameter).detach().clone()
+
+
+def judge(report: dict[str, Any], case: Case, mixture: SoftMixture) -> None:
+    """Evaluate, and keep how far the gate was from deciding otherwise."""
+    evaluation = evaluate(mixture, data(), case.batch_size, SEED, "y" if case.expert == "regressor" else None)
+    report["decided"] = evaluation.expert_N.tolist()
+    report["figures"] = evaluation.figures
+    if case.gate not in ("oracle", "uniform", "noisy"):
+        with torch.no_grad():
+            values = mixture.values(data().rows, mixture.gate.fields)
+            best = mixture.gate(values, None).log_resp_BE.exp().topk(2, dim=1).values
+        report["margin"] = (best[:, 0] - best[:, 1]).min().item()
+
+
+def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join what ranks report: every parameter once, every copy held against it, bit for bit."""
+    merged = reports[0] | {"speaks": {}}
+    for report in reports:
+        merged["speaks"] |= report["speaks"]
+    for rank, report in enumerate(reports):
+        for name, copy in report["copies"].items():
+            assert torch.equal(copy, merged["speaks"][name]), f"rank {rank}'s copy of {name} differs"
+        for mine, first in zip(report["steps"], reports[0]["steps"], strict=True):
+            assert all(torch.equal(mine[name], first[name]) for name in first), f"rank {rank} has other figures"
+    return merged
+
+
+def tensors(report: dict[str, Any]) -> dict[str, Tensor]:
+    """Everything of a report that is compared by the rule."""
+    steps = {f"step {i} {name}": value for i, step in enumerate(report["steps"]) for name, value in step.items()}
+    judged = {f"evaluation {k}": torch.tensor(v, dtype=torch.float64) for k, v in report.get("figures", {}).items()}
+    return {**report["speaks"], **steps, **judged}
+
+
+def differences(got: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
+    """Give max|a - b| / max|b| of each tensor, max|a - b| where b is 0."""
+    a, b = tensors(got), tensors(wanted)
+    assert a.keys() == b.keys(), f"not in both: {sorted(a.keys() ^ b.keys())}"
+    result = {}
+    for name in b:
+        assert a[name].shape == b[name].shape, name
+        assert b[name].isfinite().all(), f"{name} is not finite"
+        largest = b[name].abs().max().item()
+        result[name] = (a[name] - b[name]).abs().max().item() / (largest or 1.0)
+    return result
