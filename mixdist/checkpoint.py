@@ -2,8 +2,8 @@
 
 A checkpoint ``step-000001000/`` holds one safetensors file for each expert and one for each shared module (weights as
 ``model.*``, optimiser state as ``optimizer.*``), ``state.json`` (the position in the run and what the run is), and
-``MANIFEST.json`` with size and sha256 of every other file. It is written under another name, synced, voted on by all
-ranks and renamed; then ``latest`` moves. No pickle anywhere.
+``MANIFEST.json`` with size and sha256 of every other file, and of itself. It is written under another name, synced,
+voted on by all ranks and renamed; then ``latest`` moves. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +49,15 @@ def directory_name(step: int) -> str:
 def write_file(path: Path, data: bytes) -> None:
     """Write and sync a file, aside first, so that under its final name it is complete or absent."""
     aside = path.with_name(path.name + ".partial")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _sync_directory(path: Path) -> None:
@@ -88,49 +94,81 @@ class CheckpointStore:
         """
         final = self.root / directory_name(step)
         aside = self.root / (directory_name(step) + ".partial")
+        entries: dict[str, Any] = {}
+        try:
+            self._together(final, lambda: self._begin(aside))
+            own = self._together(final, lambda: self._write_own(aside, state, owned, engine))
+            entries = {name: entry for part in gather_json(own, self.mesh.world) for name, entry in part.items()}
+            self._together(final, lambda: self._commit(aside, final, entries))
+        except ValueError:
+            if self.mesh.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+        if self.mesh.rank == 0:
+            self._prune()
+
+    def _together(self, final: Path, act: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+        """Do one stage of saving on every rank, and fail on every rank if one does."""
+        result, error = None, None
+        try:
+            result = act()
+        except OSError as mistake:
+            error = (
+                f"checkpoint {final.name} could not be written ({mistake}); those before it are untouched: free space "
+                f"or make {self.root} writable, then go on with --resume"
+            )
+        agree(error, self.mesh.world)
+        return result
+
+    def _begin(self, aside: Path) -> None:
         if self.mesh.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-        agree(None, self.mesh.world)
-        written, error = self._write_own(aside, state, owned, engine)
-        agree(error, self.mesh.world)
-        entries = {name: entry for part in gather_json(written, self.mesh.world) for name, entry in part.items()}
-        error = self._commit(aside, final, entries) if self.mesh.rank == 0 else None
-        agree(error, self.mesh.world)
 
     def _write_own(
         self, aside: Path, state: dict[str, Any], owned: Sequence[Owned], engine: NativeEngine
-    ) -> tuple[dict[str, Any], str | None]:
+    ) -> dict[str, Any]:
+        """Write the files that this rank speaks for; give their entries in the manifest."""
         written: dict[str, Any] = {}
-        try:
-            for one in owned:
-                speaks = self.mesh.rank == 0 if one.expert is None else self.mesh.leads
-                if speaks:
-                    path = aside / file_name(one)
-                    write_file(path, save(_tensors(one, engine)))
-                    written[path.name] = _entry(path)
-            if self.mesh.rank == 0:
-                write_file(aside / STATE, json.dumps(state, indent=2).encode())
-                written[STATE] = _entry(aside / STATE)
-        except OSError as error:
-            return {}, f"checkpoint {aside.name} could not be written ({error}): free space or choose another --out"
-        return written, None
+        for one in owned:
+            speaks = self.mesh.rank == 0 if one.expert is None else self.mesh.leads
+            if speaks:
+                path = aside / file_name(one)
+                write_file(path, save(_tensors(one, engine)))
+                written[path.name] = _entry(path)
+        if self.mesh.rank == 0:
+            write_file(aside / STATE, json.dumps(state, indent=2).encode())
+            written[STATE] = _entry(aside / STATE)
+        return written
 
-    def _commit(self, aside: Path, final: Path, entries: dict[str, Any]) -> str | None:
+    def _commit(self, aside: Path, final: Path, entries: dict[str, Any]) -> None:
+        if self.mesh.rank:
+            return
+        manifest = {"format": FORMAT, "num_experts": self.mesh.placement.num_experts, "files": entries}
+        manifest["sha256"] = _digest(manifest)
+        write_file(aside / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
+        _sync_directory(aside)
+        doomed = _doomed(final)
+        if final.exists():  # the same step once more, after a resume
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.rename(final, doomed)
         try:
-            manifest = {"format": FORMAT, "num_experts": self.mesh.placement.num_experts, "files": entries}
-            write_file(aside / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
-            _sync_directory(aside)
-            if final.exists():  # the same step once more, after a resume
-                _remove(final)
             os.rename(aside, final)
-            _sync_directory(self.root)
-            write_file(self.root / LATEST, (final.name + "\n").encode())
-            for old in self.found()[self.keep :]:
-                _remove(old)
-        except OSError as error:
-            return f"checkpoint {final.name} could not be written ({error}): free space or choose another --out"
-        return None
+        except OSError:
+            if doomed.exists():
+                os.rename(doomed, final)
+            raise
+        _sync_directory(self.root)
+        write_file(self.root / LATEST, (final.name + "\n").encode())
+
+    def _prune(self) -> None:
+        """Remove all but the newest, and what crashes left; what cannot be removed stays for the next time."""
+        for left in [*self.root.glob("step-*.doomed"), *self.root.glob("step-*.partial")]:
+            shutil.rmtree(left, ignore_errors=True)
+        for old in self.found()[self.keep :]:
+            with suppress(OSError):
+                os.rename(old, _doomed(old))
+            shutil.rmtree(_doomed(old), ignore_errors=True)
 
     def found(self) -> list[Path]:
         """The checkpoints under their final names, newest first."""
@@ -144,7 +182,7 @@ class CheckpointStore:
         """
         candidates = gather_json([p.name for p in self.found()], self.mesh.world)[0]
         if not candidates:
-            raise ValueError(f"{self.root} holds no checkpoint: start the run without --resume, or name another run")
+            raise ValueError(f"{self.root} holds no checkpoint: name another run, or start a new one without --resume")
         passed_over: list[str] = []
         for name in candidates:
             damage, fatal = self._verify(self.root / name)
@@ -170,12 +208,15 @@ class CheckpointStore:
         return None, None
 
 
-def _remove(path: Path) -> None:
-    """Remove a checkpoint so that it never stands half under its final name."""
-    doomed = path.with_name(path.name + ".doomed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
+def _doomed(path: Path) -> Path:
+    """Name what a checkpoint becomes before it is removed, so that it never stands half under its final name."""
+    return path.with_name(path.name + ".doomed")
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """The checksum of a manifest's content but for the checksum itself."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _tensors(owned: Owned, engine: NativeEngine) -> dict[str, Tensor]:
@@ -192,18 +233,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     Raises:
         Damaged: it is missing or not a manifest.
+        ValueError: another version's.
     """
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
-        assert isinstance(manifest["files"], dict)
-        assert isinstance(manifest["num_experts"], int)
-        assert all(Path(name).name == name for name in manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise Damaged(f"{MANIFEST} cannot be read: {error}") from None
+    except OSError as error:
+        raise Damaged(f"{MANIFEST} cannot be read: {error.strerror}") from None
+    except ValueError:  # cut, or no text at all
+        raise Damaged(f"{MANIFEST} is not JSON") from None
+    if not isinstance(manifest, dict) or manifest.get("sha256") != _digest(manifest):
+        raise Damaged(f"{MANIFEST} differs from its checksum")
     if manifest.get("format") != FORMAT:
         raise ValueError(
             f"{path / MANIFEST} has format {manifest.get('format')}, expected {FORMAT}: use the version that wrote it"
         )
+    if not isinstance(manifest.get("num_experts"), int) or not isinstance(manifest.get("files"), dict):
+        raise Damaged(f"{MANIFEST} lacks num_experts or files")
+    for name, entry in manifest["files"].items():
+        if not re.fullmatch(r"\w[\w.-]*", name) or not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+            raise Damaged(f"{MANIFEST} has an entry that no checkpoint has: {name!r}")
     return manifest
 
 

@@ -19,7 +19,7 @@ from mixdist.gallery import draw, targets
 from mixdist.mesh import Launch
 from mixdist.metrics import MetricsLog, Progress, table
 from mixdist.model import load
-from mixdist.parsing import RESOLVED, config_parser, dump, make_config, one_line, parse
+from mixdist.parsing import RESOLVED, config_parser, dump, make_config, one_line, parse, plain_parser, values_of
 from mixdist.pictures import sample_picture, to_uint8
 from mixdist.trainer import Recorder, Trainer
 from mixdist.wire import agree, gather_json
@@ -52,16 +52,18 @@ def main(words: Sequence[str] | None = None) -> int:
             raise ValueError(f"unknown command {words[0]!r}: expected {' or '.join(commands)}; see mixdist --help")
         commands[words[0]](words[1:])
         return 0
-    except ValueError as error:
-        return _fail(str(error))
+    except ValueError as error:  # the same on every rank
+        return _fail(one_line(str(error)), Launch.read().rank)
+    except OSError as error:  # a full disk, a folder that may not be written: perhaps on one rank alone
+        rank = Launch.read().rank
+        return _fail(f"rank {rank}: {error}: mend it and go on with --resume", 0)
     except KeyboardInterrupt:
         return 130
 
 
-def _fail(message: str) -> int:
-    launch = Launch.read()
-    if launch.rank == 0:
-        print(f"mixdist: {one_line(message)}", file=sys.stderr, flush=True)
+def _fail(message: str, rank: int) -> int:
+    if rank == 0:
+        print(f"mixdist: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(LINGER_S)
     return USER_ERROR
@@ -75,9 +77,10 @@ def train(words: Sequence[str]) -> None:
     parsed = parse(parser, [*first, *words])
     config = make_config(parser, parsed)
     session = build(config)
-    run = _run_directory(parsed, resumed, session)
     try:
-        _train(config, session, run, dump(parser, parsed), bool(resumed))
+        trainer = _trainer(config, session)
+        run = _run_directory(parsed, resumed, session)
+        _train(config, session, trainer, run, dump(parser, parsed), bool(resumed))
     finally:
         session.mesh.close()
 
@@ -86,23 +89,27 @@ def train_parser() -> ArgumentParser:
     """Make the parser of ``mixdist train``."""
     parser = config_parser(
         "mixdist train",
-        "Train a mixture, in one process or, one process a rank, under torchrun, deepspeed or srun. "
-        "Example: torchrun --nproc-per-node 2 -m mixdist train --config configs/digits_moe.yaml --train.epochs 5",
+        "Train a mixture, in one process or, one process a rank, under torchrun, deepspeed or srun. Every key below is "
+        "a key of the YAML file and, dotted, an option. A class is chosen by class_path, its arguments stand under "
+        "init_args; a class of your own is named by its import path. "
+        "Example: torchrun --standalone --nproc-per-node 2 -m mixdist train --config configs/digits_moe.yaml "
+        "--train.epochs 5 --expert.init_args.latent 16",
     )
     parser.add_argument("--out", type=str | None, help="the run's directory; unset, a new one under runs/")
-    parser.add_argument("--resume", type=str | None, help="a run's directory: go on from its newest good checkpoint")
+    parser.add_argument(
+        "--resume", type=str | None, help="a run's directory: go on from its newest good checkpoint, on any layout"
+    )
     return parser
 
 
 def _resumed(words: Sequence[str]) -> Path | None:
     """Find ``--resume RUN`` before parsing: the run's own config comes first, then what the words override."""
-    pairs = zip(words, [*words[1:], ""], strict=True)
-    given = [word.partition("=")[2] or after for word, after in pairs if word.partition("=")[0] == "--resume"]
+    given = values_of(words, "--resume")
     if not given:
         return None
     run = Path(given[-1])
     if not (run / RESOLVED).is_file():
-        raise ValueError(f"--resume {run}: no checkpoint is there, nor a run ({RESOLVED}): name a run's directory")
+        raise ValueError(f"--resume {run} is no run ({RESOLVED} is missing): name a directory that mixdist train made")
     return run
 
 
@@ -112,8 +119,10 @@ def _run_directory(parsed: Namespace, resumed: Path | None, session: Session) ->
     if session.mesh.rank == 0:
         try:
             chosen = str(_choose_directory(parsed, resumed))
-        except (ValueError, OSError) as mistake:
+        except ValueError as mistake:
             error = str(mistake)
+        except OSError as mistake:
+            error = f"the run's directory cannot be made ({mistake}): name another with --out"
     error = gather_json(error, session.mesh.world)[0]
     agree(error, session.mesh.world)
     return Path(gather_json(chosen, session.mesh.world)[0])
@@ -141,26 +150,26 @@ def _choose_directory(parsed: Namespace, resumed: Path | None) -> Path:
             number += 1
 
 
-def _train(config: Config, session: Session, run: Path, resolved: str, resumed: bool) -> None:
-    mesh, rank0 = session.mesh, session.mesh.rank == 0
-    store = CheckpointStore(run / "checkpoints", mesh, config.checkpoint.keep)
-    trainer = Trainer(
+def _trainer(config: Config, session: Session) -> Trainer:
+    """Make the trainer, before the run has a directory: what does not fit leaves nothing behind."""
+    return Trainer(
         session.mixture,
         session.train,
         [*config.pretrain, config.train],
         config.seed,
-        mesh,
+        session.mesh,
         session.wire,
-        store,
         log_every=config.log_every,
         save_every=config.checkpoint.every,
         described=describe(config, session.train),
     )
+
+
+def _train(config: Config, session: Session, trainer: Trainer, run: Path, resolved: str, resumed: bool) -> None:
+    mesh, rank0 = session.mesh, session.mesh.rank == 0
+    trainer.store = CheckpointStore(run / "checkpoints", mesh, config.checkpoint.keep)
     if resumed:
-        checkpoint, passed_over = store.choose()
-        for sentence in passed_over if rank0 else ():
-            print(f"mixdist: {sentence}; going back to {checkpoint.name}", file=sys.stderr, flush=True)
-        trainer.resume(checkpoint)
+        _resume(trainer, trainer.store)
     if rank0:
         write_file(run / RESOLVED, resolved.encode())
     recorders: list[Recorder] = []
@@ -175,6 +184,19 @@ def _train(config: Config, session: Session, run: Path, resolved: str, resumed: 
         for recorder in recorders:
             recorder.close()
     _conclude(config, session, run)
+
+
+def _resume(trainer: Trainer, store: CheckpointStore) -> None:
+    """Go to the newest good checkpoint, all ranks or none."""
+    checkpoint, passed_over = store.choose()
+    for sentence in passed_over if store.mesh.rank == 0 else ():
+        print(f"mixdist: {sentence}; going back to {checkpoint.name}", file=sys.stderr, flush=True)
+    error = None
+    try:
+        trainer.resume(checkpoint)
+    except ValueError as mistake:
+        error = str(mistake)
+    agree(error, store.mesh.world)
 
 
 def _conclude(config: Config, session: Session, run: Path) -> None:
@@ -196,15 +218,15 @@ def summary(evaluation: Evaluation, class_names: tuple[str, ...], label: str | N
 
 def sample(words: Sequence[str]) -> None:
     """``mixdist sample RUN``: a picture with a row of samples for each expert."""
-    parser = ArgumentParser(
-        prog="mixdist sample",
-        exit_on_error=False,
-        description="Draw from every expert of a run into a picture. Example: mixdist sample runs/digits_moe-1",
+    parser = plain_parser(
+        "mixdist sample",
+        "Draw from the prior of every expert of a run, one row of images each, into a picture; in one process, without "
+        "the data. Example: mixdist sample runs/digits_moe-1 --num_samples 16",
     )
     parser.add_argument("run", type=str, help="the run's directory")
-    parser.add_argument("--out", type=str | None, help="the picture; unset, RUN/images/samples.png")
+    parser.add_argument("--out", type=str | None, help="the picture, a PNG file; unset, RUN/images/samples.png")
     parser.add_argument("--num_samples", type=int, default=8, help="samples of each expert, 1 to 1000")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws: the same seed, the same samples")
     options = parse(parser, words)
     if not 1 <= options.num_samples <= 1000:
         raise ValueError(f"--num_samples ({options.num_samples}) must be from 1 to 1000")

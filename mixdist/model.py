@@ -5,6 +5,8 @@ Shape letters: N rows, E experts.
 
 from __future__ import annotations
 
+import math
+import warnings
 from os import PathLike
 from pathlib import Path
 
@@ -14,10 +16,11 @@ from torch import Tensor
 
 from mixdist.build import DTYPES, build_experts, build_gate, read_spec
 from mixdist.checkpoint import CheckpointStore, load_module, read_state
+from mixdist.evaluate import EVALUATION_PHASE
 from mixdist.experts import Expert
 from mixdist.gates import Gate
 from mixdist.mesh import Launch, Mesh, Placement
-from mixdist.mixtures import Owned
+from mixdist.mixtures import Moment, Owned
 from mixdist.noise import Draw, Purpose
 from mixdist.parsing import RESOLVED, read_config
 from mixdist.routing import responsible
@@ -58,16 +61,24 @@ class Model:
         for name, values in named.items():
             if name != "id":
                 rows[name] = self._field(name, torch.as_tensor(values))
-        first = next(iter(rows.values()))
-        rows["id"] = torch.as_tensor(named.get("id", torch.arange(len(first))))
+        lengths = {name: len(column) for name, column in rows.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"rows have fields of lengths {lengths}: give at least one field, all equally long")
+        num_rows = next(iter(lengths.values()))
+        rows["id"] = torch.as_tensor(named.get("id", torch.arange(num_rows)))
+        if rows["id"].shape != (num_rows,):
+            raise ValueError(
+                f"id has shape {tuple(rows['id'].shape)}: give one whole number for each of {num_rows} rows"
+            )
         return rows
 
     def _field(self, name: str, values: Tensor) -> Tensor:
         if name not in self.spec:
             raise ValueError(f"field {name!r} is not one of the model's: give {sorted(self.spec)}")
         field = self.spec[name]
-        if values[0:1].numel() != field.num_values or values.dim() == 0:
-            raise ValueError(f"field {name!r} has rows of shape {tuple(values.shape[1:])}: give rows of {field.shape}")
+        if values.dim() == 0 or math.prod(values.shape[1:]) != field.num_values:
+            wanted = ", ".join(map(str, ("N", *field.shape)))
+            raise ValueError(f"field {name!r} has shape {tuple(values.shape)}: give N rows as ({wanted})")
         values = values.reshape(-1, *field.shape)
         as_stored = field.num_classes is not None or (values.dtype == field.dtype and not values.is_floating_point())
         return field.values(values, self.dtype) if as_stored else values.to(self.dtype)
@@ -78,7 +89,7 @@ class Model:
         named = self.rows(rows)
         eps = None
         if self.gate.noise_shape is not None:
-            eps = Draw(self.seed, Purpose.GATE).normal(named["id"], [0], self.gate.noise_shape, self.dtype)[0]
+            eps = self._draw(Purpose.GATE).normal(named["id"], [0], self.gate.noise_shape, self.dtype)[0]
         return self.gate(named, eps).log_resp_BE.exp()
 
     def assign(self, rows: Tensor | np.ndarray | Batch) -> Tensor:
@@ -88,18 +99,27 @@ class Model:
     @torch.no_grad()
     def terms(self, rows: Tensor | np.ndarray | Batch, expert: int) -> ExpertTerms:
         """Give an expert's loss, log p(x|z) and KL for each row, nats, with noise keyed by the row's id or place."""
-        named, one = self.rows(rows), self.experts[expert]
+        named, one = self.rows(rows), self._expert(expert)
         eps = None
         if one.noise_shape is not None:
-            eps = Draw(self.seed, Purpose.POSTERIOR).normal(named["id"], [expert], one.noise_shape, self.dtype)[0]
+            eps = self._draw(Purpose.POSTERIOR).normal(named["id"], [expert], one.noise_shape, self.dtype)[0]
         return one(named, eps)
+
+    def _draw(self, purpose: Purpose) -> Draw:
+        """The noise of evaluation: rows with their ids from training get the figures that ended the run."""
+        return Moment(self.seed, phase=EVALUATION_PHASE).draw(purpose)
+
+    def _expert(self, number: int) -> Expert:
+        if number not in self.experts:
+            raise ValueError(f"expert {number} is not one of the model's: give 0 to {len(self.experts) - 1}")
+        return self.experts[number]
 
     @torch.no_grad()
     def reconstruct(self, rows: Tensor | np.ndarray | Batch, expert: int | None = None) -> Tensor:
         """Reconstruct rows by one expert, or each by its most responsible one: (N, *shape of x)."""
         named = self.rows(rows)
         if expert is not None:
-            return self.experts[expert].reconstruct(named)
+            return self._expert(expert).reconstruct(named)
         expert_N = self.assign(named)
         results = torch.empty_like(named["x"])
         for e in expert_N.unique().tolist():
@@ -117,7 +137,7 @@ class Model:
     @torch.no_grad()
     def sample(self, num_samples: int, expert: int, seed: int = 0) -> Tensor:
         """Draw from an expert's prior and decode: means of p(x|z), (num_samples, *shape of x)."""
-        one = self.experts[expert]
+        one = self._expert(expert)
         if one.noise_shape is None:
             raise ValueError(f"expert {expert} ({type(one).__name__}) has no prior to sample from: use predict")
         eps = Draw(seed, Purpose.PRIOR).normal(torch.arange(num_samples), [expert], one.noise_shape, self.dtype)
@@ -135,8 +155,15 @@ def load(run: str | PathLike[str]) -> Model:
         raise ValueError(f"{directory} holds no run ({RESOLVED} is missing): name a directory that mixdist train made")
     config = read_config(directory / RESOLVED)
     mesh = Mesh(Placement.plan(config.num_experts, 1), Launch(), torch.device("cpu"))
-    path, _ = CheckpointStore(directory / "checkpoints", mesh).choose()
+    path, passed_over = CheckpointStore(directory / "checkpoints", mesh).choose()
+    for sentence in passed_over:
+        warnings.warn(f"{sentence}; using {path.name}", stacklevel=2)
     about = read_state(path)["run"]
+    if about["num_experts"] != config.num_experts:
+        raise ValueError(
+            f"{directory / RESOLVED} has num_experts {config.num_experts}, but checkpoint {path.name} was made with "
+            f"{about['num_experts']}: put the run's own {RESOLVED} back"
+        )
     spec = read_spec(about["spec"])
     gate, experts = build_gate(config, spec), build_experts(config, spec, range(config.num_experts))
     load_module(path, Owned("gate", gate))

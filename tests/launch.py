@@ -1,0 +1,168 @@
+"""Start mixdist for tests: in this process, or in processes of its own under a watchdog that ends them all."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from mixdist.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+WATCHDOG_S = 120.0
+
+SMALL: dict[str, Any] = {
+    "data": {"class_path": "mixdist.data.Digits"},
+    "num_experts": 4,
+    "gate": {"class_path": "mixdist.gates.Softmax", "init_args": {"hidden": [8]}},
+    "expert": {"class_path": "mixdist.experts.VAE", "init_args": {"hidden": [8], "latent": 2}},
+    "train": {
+        "epochs": 1,
+        "batch_size": 500,
+        "objective": {
+            "class_path": "mixdist.objectives.WeightedLoss",
+            "init_args": {
+                "balance": {"class_path": "mixdist.objectives.VarianceBalance", "init_args": {"weight": 0.1}}
+            },
+        },
+        "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.001}},
+    },
+    "log_every": 1,
+}
+"""A config of a run that takes three steps."""
+
+REMOVED = object()
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """Give SMALL with other values: ``changed(gate__init_args__hidden=[3])``; REMOVED takes a key away."""
+    config = copy.deepcopy(SMALL)
+    for path, value in changes.items():
+        *outer, last = path.split("__")
+        section = config
+        for key in outer:
+            section = section.setdefault(key, {})
+        if value is REMOVED:
+            del section[last]
+        else:
+            section[last] = value
+    return config
+
+
+def write_config(path: Path, config: Any) -> str:
+    """Write a YAML file; give its path as a word."""
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return str(path)
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def here(*words: str) -> Ended:
+    """Run a command in this process."""
+    out, err, path = io.StringIO(), io.StringIO(), list(sys.path)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            code = main(words)
+    finally:
+        sys.path[:] = path
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+class Started:
+    """A command in processes of its own, its output in files."""
+
+    def __init__(self, command: Sequence[str], folder: Path, env: dict[str, str]) -> None:
+        self.out, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
+            stdout=self.out,
+            stderr=self.err,
+            start_new_session=True,
+        )
+
+    def kill(self) -> None:
+        """End the process and all it started with SIGKILL, as a machine that loses power would."""
+        family = [self.process.pid, *_descendants(self.process.pid)]
+        for pid in family:  # torchrun first: it would report, and its workers have groups of their own
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+
+    def text(self) -> tuple[str, str]:
+        """What it has printed so far."""
+        for file in (self.out, self.err):
+            file.seek(0)
+        return self.out.read(), self.err.read()
+
+    def end(self, timeout_s: float = WATCHDOG_S) -> Ended:
+        """Wait for its end; fail with its output where it takes too long."""
+        try:
+            code = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"did not end within {timeout_s} s\n" + "\n".join(self.text())) from None
+        return Ended(code, *self.text())
+
+    def until(self, condition: Callable[[], bool], timeout_s: float = WATCHDOG_S) -> None:
+        """Wait until something holds while it runs; fail with its output where it ends before or takes too long."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError("ended or took too long\n" + "\n".join(self.text()))
+            time.sleep(0.05)
+
+
+@contextmanager
+def start(*words: str, ranks: int, folder: Path, **env: str) -> Iterator[Started]:
+    """Start a command under torchrun in a folder; whatever is left of it is ended at the end."""
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    started = Started([sys.executable, "-m", *torchrun, "mixdist", *words], folder, env)
+    try:
+        yield started
+    finally:
+        if started.process.poll() is None:
+            started.kill()
+        started.out.close()
+        started.err.close()
+
+
+def torchrun(*words: str, ranks: int, folder: Path, **env: str) -> Ended:
+    """Run a command under torchrun in a folder to its end."""
+    with start(*words, ranks=ranks, folder=folder, **env) as started:
+        return started.end()
+
+
+def _descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except (OSError, IndexError):  # it ended meanwhile
+            continue
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found[1:]

@@ -1,0 +1,159 @@
+"""The engine: one norm of everything counted once, zero gradients that step, and nothing that is not finite."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mixdist.engines import NativeEngine, NotFinite
+from mixdist.mesh import Launch, Mesh, Placement
+from mixdist.mixtures import Moment, Parts
+from mixdist.terms import Outcome
+from mixdist.wire import Wire
+from tests.parity import SEED, Case, Loader, data, make_mixture, make_objective
+
+MESH = Mesh(Placement.plan(3, 1), Launch(), torch.device("cpu"))
+
+
+def parts() -> Parts:
+    torch.manual_seed(0)
+    return Parts({"gate": nn.Linear(3, 2).double()}, {e: nn.Linear(2, 2).double() for e in range(3)})
+
+
+def outcome(**changed: Any) -> Outcome:
+    zero, zeros = torch.zeros((), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    fields = {"loss": zero, "parts": {}, "load_E": zeros, "loss_E": zeros, "seen_E": zeros + 4}
+    return Outcome(**{**fields, "bad_E": zeros, "bad_gate": zero, "entropy": zero, **changed})
+
+
+def engine_of(made: Parts, optimizer: Callable[..., Any] | None = None, **arguments: Any) -> NativeEngine:
+    return NativeEngine(made, MESH, Wire(MESH.device), optimizer or (lambda p: torch.optim.SGD(p, 1.0)), **arguments)
+
+
+def all_parameters(made: Parts) -> list[nn.Parameter]:
+    return [p for owned in made.owned() for p in owned.module.parameters()]
+
+
+def fill(made: Parts) -> None:
+    for i, parameter in enumerate(all_parameters(made)):
+        parameter.grad = torch.full_like(parameter, 0.1 * (i + 1))
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.3, 1e6])
+def test_clipping_is_torch_s_own_on_all_parameters(clip_norm: float | None) -> None:
+    made = parts()
+    engine = engine_of(made, clip_norm=clip_norm)
+    fill(made)
+    judge = copy.deepcopy(all_parameters(made))
+    for mine, parameter in zip(judge, all_parameters(made), strict=True):
+        assert parameter.grad is not None
+        mine.grad = parameter.grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(judge, clip_norm or float("inf"))
+    totals = engine.step(outcome(), 1)
+    assert totals.grad_norm == pytest.approx(norm.item(), rel=1e-14)
+    for mine, parameter in zip(judge, all_parameters(made), strict=True):
+        assert mine.grad is not None
+        # torch divides by norm + 1e-6, which is 1e-6 / norm of difference.
+        torch.testing.assert_close(parameter.detach(), (mine - mine.grad).detach(), rtol=3e-6, atol=1e-7)
+
+
+def test_a_missing_gradient_is_zero_and_its_optimizer_steps() -> None:
+    made = parts()
+    engine = engine_of(made, lambda p: torch.optim.Adam(p, 0.1))
+    fill(made)
+    engine.step(outcome(), 1)
+    before = [p.detach().clone() for p in made.experts[1].parameters()]
+    engine.zero_grad()
+    engine.step(outcome(), 2)
+    state = engine.optimizer_state(made.owned()[2])
+    assert state["weight.step"].item() == 2
+    # Adam's momentum of the first step goes on moving the weights: a skipped step would not.
+    assert all(not torch.equal(a, b) for a, b in zip(before, made.experts[1].parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"bad_E": torch.tensor([0.0, 0.0, 2.0])}, "step 7: the loss of expert 2 is not finite for 2 of 4 rows"),
+        ({"bad_gate": torch.tensor(3.0)}, "step 7: the gate's output is not a number for 3 rows"),
+        ({"loss": torch.tensor(torch.inf)}, r"step 7: the loss \(inf\) is not finite"),
+    ],
+)
+def test_what_is_not_finite_is_named_and_nothing_moves(changed: dict[str, Any], said: str) -> None:
+    made = parts()
+    engine = engine_of(made)
+    fill(made)
+    before = [p.detach().clone() for p in all_parameters(made)]
+    with pytest.raises(NotFinite, match=said) as caught:
+        engine.step(outcome(**changed), 7)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, all_parameters(made), strict=True))
+
+
+@pytest.mark.parametrize(("owner", "name"), [(0, "gate"), (2, "expert 1")])
+def test_a_gradient_that_is_not_finite_is_named(owner: int, name: str) -> None:
+    made = parts()
+    engine = engine_of(made)
+    fill(made)
+    parameter = next(iter(made.owned()[owner].module.parameters()))
+    assert parameter.grad is not None
+    parameter.grad[0, 0] = torch.nan
+    with pytest.raises(NotFinite, match=f"the gradient of {name} is not finite"):
+        engine.step(outcome(), 1)
+
+
+def nan_row_on_one_rank(bad_rank: int) -> str:
+    """Train a step in which one rank's expert breaks; every rank must hear of it."""
+    mesh = Mesh(Placement.plan(4, 2), Launch(dist.get_rank(), 2), torch.device("cpu"), 60.0)
+    wire, case = Wire(mesh.device), Case(ranks=2, ep_size=2)
+    mixture = make_mixture(case, mesh, wire)
+    engine = NativeEngine(mixture.parts, mesh, wire, lambda p: torch.optim.Adam(p))
+    if mesh.rank == bad_rank:
+        broken = list(mixture.parts.experts.values())[1]
+        next(broken.parameters()).data[0, 0] = torch.nan
+    shard = Loader(data(), 16, SEED, 0, mesh.rank, 2).batch(0, 0)
+    result = mixture.backward(shard, make_objective(case), Moment(SEED))
+    try:
+        engine.step(result, 5)
+    except NotFinite as error:
+        return str(error)
+    return "nothing was seen"
+
+
+@pytest.mark.parametrize(("bad_rank", "expert"), [(0, 1), (1, 3)])
+def test_every_rank_hears_of_one_rank_s_broken_expert(pool: Callable[..., Any], bad_rank: int, expert: int) -> None:
+    for message in pool(2).run("tests.test_engine:nan_row_on_one_rank", bad_rank):
+        assert message.startswith(f"step 5: the loss of expert {expert} is not finite for 16 of 16 rows")
+
+
+def test_a_schedule_is_replayed_to_the_same_rate() -> None:
+    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 5)
+        fall = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 6], 0.3)
+        return torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, fall], [5])
+
+    walked, jumped = (engine_of(parts(), lambda p: torch.optim.SGD(p, 0.7), schedule=schedule) for _ in range(2))
+    rates = []
+    for step in range(12):
+        rates.append(walked.learning_rate())
+        walked.step(outcome(), step)
+    assert len(set(rates)) > 5
+    jumped.fast_forward(12)
+    assert jumped.learning_rate() == walked.learning_rate()
+
+
+def test_modules_that_do_not_train_have_no_optimizer_and_do_not_count() -> None:
+    made = parts()
+    made.shared["gate"].requires_grad_(False)
+    engine = engine_of(made)
+    fill(made)
+    assert list(engine.optimizers) == ["expert 0", "expert 1", "expert 2"]
+    own = [p.grad for p in all_parameters(made) if p.requires_grad and p.grad is not None]
+    expected = torch.stack([g.square().sum() for g in own]).sum().sqrt().item()
+    assert engine.step(outcome(), 1).grad_norm == pytest.approx(expected, rel=1e-14)

@@ -1,0 +1,177 @@
+"""Gates: responsibilities against scipy, limits of the temperature, the oracle, what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.special
+import torch
+from torch import Tensor
+
+from mixdist.gates import Gate, LabelOracle, Softmax, Uniform
+from mixdist.nets import Affine
+from mixdist.terms import Batch, Field, Spec
+
+SPEC: Spec = {
+    "x": Field((6,), torch.float64),
+    "image": Field((1, 2, 3), torch.uint8, scale=1 / 255),
+    "number": Field((), torch.float64),
+    "y": Field((), torch.int64, num_classes=4),
+}
+KINDS = ["uniform", "linear", "mlp", "image", "oracle"]
+
+
+def _gate(kind: str, num_experts: int = 4) -> Gate:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        match kind:
+            case "uniform":
+                gate: Gate = Uniform(SPEC, num_experts)
+            case "oracle":
+                gate = LabelOracle(SPEC, num_experts)
+            case "mlp":
+                gate = Softmax(SPEC, num_experts, hidden=[5], activation="tanh", temperature=0.5)
+            case "image":
+                gate = Softmax(SPEC, num_experts, field="image")
+            case _:
+                gate = Softmax(SPEC, num_experts)
+    return gate.double()
+
+
+def _rows(num_rows: int = 50) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    values = {n: torch.randn(num_rows, *f.shape, generator=generator).double() for n, f in SPEC.items() if n != "y"}
+    return {"id": torch.arange(num_rows), "y": torch.arange(num_rows) % 4, **values}
+
+
+def _log_resp(gate: Gate, rows: Batch) -> Tensor:
+    """Ask the gate about the fields it says it reads, and no others."""
+    gating = gate({"id": rows["id"], **{name: rows[name] for name in gate.fields}}, None)
+    assert gating.loss_B is None
+    return gating.log_resp_BE.detach()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_responsibilities_sum_to_one(kind: str) -> None:
+    log_resp = _log_resp(_gate(kind), _rows())
+    assert log_resp.dtype == torch.float64
+    assert log_resp.shape == (50, 4)
+    torch.testing.assert_close(log_resp.logsumexp(1), torch.zeros(50).double(), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows(kind: str) -> None:
+    gate = _gate(kind)
+    log_resp = gate(_rows(0), None).log_resp_BE
+    assert log_resp.shape == (0, 4)
+    if log_resp.requires_grad:
+        log_resp.sum().backward()
+        assert all(p.grad is not None and p.grad.eq(0).all() for p in gate.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_depends_on_no_other(kind: str) -> None:
+    gate, rows = _gate(kind), _rows()
+    some = {name: column[[40, 7]] for name, column in rows.items()}
+    torch.testing.assert_close(_log_resp(gate, some), _log_resp(gate, rows)[[40, 7]], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_softmax_against_scipy(temperature: float) -> None:
+    gate, rows = Softmax(SPEC, 3, temperature=temperature).double(), _rows()
+    affine = gate.net.layers[0]
+    assert isinstance(affine, Affine)
+    torch.nn.init.normal_(affine.bias)
+    logits = rows["x"].numpy() @ affine.weight.detach().numpy() + affine.bias.detach().numpy()
+    expected = scipy.special.log_softmax(logits / temperature, axis=1)
+    np.testing.assert_allclose(_log_resp(gate, rows).numpy(), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_temperature_limits() -> None:
+    gate, rows = _gate("linear"), _rows()
+    assert isinstance(gate, Softmax)
+    best = _log_resp(gate, rows).argmax(1)
+    gate.temperature = 1e-8
+    cold = _log_resp(gate, rows).exp()
+    torch.testing.assert_close(cold, torch.eye(4).double()[best], rtol=0, atol=1e-12)
+    gate.temperature = 1e12
+    hot = _log_resp(gate, rows)
+    torch.testing.assert_close(hot, torch.full((50, 4), -math.log(4)).double(), rtol=0, atol=1e-7)
+
+
+def test_entropy_rises_with_temperature() -> None:
+    gate, rows = _gate("linear"), _rows()
+    assert isinstance(gate, Softmax)
+    entropies = []
+    for temperature in (0.1, 0.5, 1.0, 2.0, 10.0):
+        gate.temperature = temperature
+        log_resp = _log_resp(gate, rows)
+        entropies.append(-(log_resp.exp() * log_resp).sum(1))
+    assert (torch.stack(entropies).diff(dim=0) > 0).all()
+
+
+def test_extreme_logits_stay_normalised() -> None:
+    gate, rows = _gate("linear"), _rows()
+    rows["x"] = 1e6 * rows["x"]
+    log_resp = _log_resp(gate, rows)
+    assert log_resp.isfinite().all()
+    torch.testing.assert_close(log_resp.exp().sum(1), torch.ones(50).double(), rtol=1e-14, atol=0)
+
+
+def test_softmax_reads_a_field_of_single_numbers() -> None:
+    gate, rows = Softmax(SPEC, 3, field="number").double(), _rows()
+    column = dict(rows, number=rows["number"][:, None])
+    wide = Softmax({"number": Field((1,), torch.float64)}, 3, field="number").double()
+    wide.load_state_dict(gate.state_dict())
+    torch.testing.assert_close(_log_resp(gate, rows), _log_resp(wide, column), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("num_experts", [1, 3, 10])
+def test_uniform_is_exact(num_experts: int) -> None:
+    gate = Uniform(SPEC, num_experts).double()
+    assert gate.fields == ()
+    assert not list(gate.parameters())
+    expected = torch.full((50, num_experts), -math.log(num_experts), dtype=torch.float64)
+    torch.testing.assert_close(_log_resp(gate, _rows()), expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("num_experts", [4, 7])
+def test_oracle_is_one_hot(num_experts: int) -> None:
+    gate, rows = LabelOracle(SPEC, num_experts).double(), _rows()
+    assert gate.fields == ("y",)
+    resp = _log_resp(gate, rows).exp()
+    assert resp.tolist() == np.eye(num_experts)[rows["y"].numpy()].tolist()
+
+
+@pytest.mark.parametrize(
+    ("spec", "num_experts", "field", "said"),
+    [
+        ({"x": SPEC["x"]}, 4, "y", "the label 'y', but the data has no labels"),
+        (SPEC, 4, "class", r"the label 'class', but the data has labels \['y'\]"),
+        (SPEC, 4, "x", r"the label 'x', but the data has labels \['y'\]"),
+        (SPEC, 3, "y", "4 classes for 3 experts: set num_experts to 4"),
+    ],
+)
+def test_oracle_refuses(spec: Spec, num_experts: int, field: str, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^LabelOracle .*{said}") as caught:
+        LabelOracle(spec, num_experts, field)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["z", "y"])
+def test_softmax_refuses_what_holds_no_real_numbers(field: str) -> None:
+    with pytest.raises(ValueError, match=rf"^Softmax reads the field '{field}' of real numbers, but .*: set field$"):
+        Softmax(SPEC, 4, field=field)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_softmax_refuses_a_temperature(temperature: float) -> None:
+    with pytest.raises(ValueError, match=rf"^temperature \({temperature}\) must be positive"):
+        Softmax(SPEC, 4, temperature=temperature)
+
+
+def test_softmax_refuses_an_empty_layer() -> None:
+    with pytest.raises(ValueError, match=r"^layer widths \[6, 0, 4\] must all be at least 1"):
+        Softmax(SPEC, 4, hidden=[0])

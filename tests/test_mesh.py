@@ -1,0 +1,163 @@
+"""Placement as arithmetic, over every small case; launch and device without starting anything."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from mixdist.mesh import Launch, Mesh, Placement, choose_device
+
+LARGEST = 12
+SIZES = range(1, LARGEST + 1)
+
+
+def _fits(num_experts: int, world_size: int, ep_size: int) -> bool:
+    return 1 <= ep_size <= num_experts and world_size % ep_size == 0
+
+
+def _refusal(num_experts: int, world_size: int, ep_size: int | None = None) -> str | None:
+    try:
+        Placement.plan(num_experts, world_size, ep_size)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _advised(message: str) -> list[int]:
+    found = re.search(r"set mesh\.ep_size to ([\d, ]*(?: or )?\d+)", message)
+    assert found is not None, message
+    return [int(number) for number in re.findall(r"\d+", found[1])]
+
+
+@pytest.mark.parametrize("num_experts", SIZES)
+def test_each_expert_once_in_each_replica(num_experts: int) -> None:
+    for world_size in SIZES:
+        for ep_size in (p for p in SIZES if _fits(num_experts, world_size, p)):
+            placement = Placement.plan(num_experts, world_size, ep_size)
+            blocks = [placement.experts_of(member) for member in range(ep_size)]
+            # In order and without gaps: that is once each, and contiguous.
+            assert [e for block in blocks for e in block] == list(range(num_experts))
+            sizes = [len(block) for block in blocks]
+            assert min(sizes) >= 1
+            assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("num_experts", SIZES)
+def test_groups_partition_the_ranks(num_experts: int) -> None:
+    for world_size in SIZES:
+        for ep_size in (p for p in SIZES if _fits(num_experts, world_size, p)):
+            placement = Placement.plan(num_experts, world_size, ep_size)
+            ep_groups = [placement.ep_ranks(replica) for replica in range(placement.num_replicas)]
+            replica_groups = [placement.replica_ranks(member) for member in range(ep_size)]
+            assert {len(group) for group in ep_groups} == {ep_size}
+            assert {len(group) for group in replica_groups} == {placement.num_replicas}
+            for groups in (ep_groups, replica_groups):
+                assert sorted(rank for group in groups for rank in group) == list(range(world_size))
+            for rank in range(world_size):
+                replica, member = placement.replica_of(rank), placement.member_of(rank)
+                assert ep_groups[replica][member] == rank
+                assert replica_groups[member][replica] == rank
+            # Neighbours, so that an EP group stays inside a node.
+            assert all(group == list(range(group[0], group[0] + ep_size)) for group in ep_groups)
+
+
+@pytest.mark.parametrize("num_experts", SIZES)
+def test_a_refused_ep_size_is_told_exactly_what_works(num_experts: int) -> None:
+    for world_size in SIZES:
+        works = [p for p in SIZES if _fits(num_experts, world_size, p)]
+        assert works == [p for p in SIZES if _refusal(num_experts, world_size, p) is None]
+        for ep_size in sorted({-1, 0, *SIZES, LARGEST + 1} - set(works)):
+            message = _refusal(num_experts, world_size, ep_size)
+            assert message is not None
+            assert _advised(message) == works
+            assert "\n" not in message
+            for said in (f"num_experts ({num_experts})", f"{world_size} ranks", f"ep_size {ep_size}:"):
+                assert said in message
+
+
+@pytest.mark.parametrize("num_experts", SIZES)
+def test_without_ep_size_all_ranks_or_whole_replicas(num_experts: int) -> None:
+    for world_size in SIZES:
+        message = _refusal(num_experts, world_size)
+        if world_size <= num_experts or world_size % num_experts == 0:
+            assert message is None
+            assert Placement.plan(num_experts, world_size).ep_size == min(num_experts, world_size)
+            continue
+        assert message is not None
+        assert "\n" not in message
+        assert f"{num_experts} experts cannot be placed on {world_size} ranks" in message
+        assert _advised(message) == [p for p in SIZES if _fits(num_experts, world_size, p)]
+        assert f"start at most {num_experts} ranks or a multiple of {num_experts}" in message
+
+
+@pytest.mark.parametrize("num_experts", [0, -3])
+def test_no_experts_cannot_be_placed(num_experts: int) -> None:
+    with pytest.raises(ValueError, match=rf"num_experts \({num_experts}\) must be at least 1"):
+        Placement.plan(num_experts, 2)
+
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "6", "SLURM_LOCALID": "2"}
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        (TORCHRUN, Launch(5, 8, 1)),
+        (SRUN, Launch(3, 6, 2)),
+        ({}, Launch(0, 1, 0)),
+        # torchrun started by srun: the inner launcher made this process.
+        (TORCHRUN | SRUN, Launch(5, 8, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, Launch(2, 4, 2)),
+        ({"WORLD_SIZE": "4"}, Launch(0, 1, 0)),
+        # An interactive allocation, or one task: nothing was started together.
+        ({"SLURM_NTASKS": "6"}, Launch(0, 1, 0)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}, Launch(0, 1, 0)),
+    ],
+)
+def test_launch_is_read_from_the_environment(env: dict[str, str], expected: Launch) -> None:
+    assert Launch.read(env) == expected
+
+
+def test_launch_reads_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert Launch.read() == Launch(5, 8, 1)
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
+    """A machine that has this many CUDA devices, as far as torch can tell."""
+    count: int = request.param
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    return count
+
+
+@pytest.mark.parametrize("devices", [0], indirect=True)
+def test_device_without_cuda(devices: int) -> None:
+    assert choose_device("auto", 3) == torch.device("cpu")
+    assert choose_device("cpu", 3) == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"^local rank 0 has no CUDA device .*0 found.*set mesh\.device to cpu$"):
+        choose_device("cuda", 0)
+
+
+@pytest.mark.parametrize("devices", [2], indirect=True)
+def test_device_with_cuda(devices: int) -> None:
+    assert choose_device("cpu", 1) == torch.device("cpu")
+    for name in ("auto", "cuda"):
+        assert [choose_device(name, rank) for rank in range(2)] == [torch.device("cuda", 0), torch.device("cuda", 1)]
+        with pytest.raises(ValueError, match=r"local rank 2 has no CUDA device .*2 found.*at most 2 processes"):
+            choose_device(name, 2)
+
+
+def test_one_process_needs_no_groups() -> None:
+    mesh = Mesh(Placement.plan(5, 1), Launch(), torch.device("cpu"))
+    assert (mesh.world, mesh.ep_group, mesh.replica_group) == (None, None, None)
+    assert list(mesh.experts) == [0, 1, 2, 3, 4]
+    assert mesh.leads
+    mesh.close()
+    assert not torch.distributed.is_initialized()

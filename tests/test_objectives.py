@@ -1,0 +1,183 @@
+"""Objectives and balance terms against numpy, bounds, limits and numerical gradients."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+import torch
+from torch import Tensor
+
+from mixdist.objectives import Balance, KLBalance, MixtureLikelihood, Objective, VarianceBalance, WeightedLoss
+
+OBJECTIVES = [WeightedLoss(), MixtureLikelihood()]
+BALANCES = [VarianceBalance(0.3), KLBalance(0.7)]
+by_name = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
+balance_by_name = pytest.mark.parametrize("balance", BALANCES, ids=lambda b: type(b).__name__)
+
+
+def _inputs(rows: int = 9, experts: int = 5, spread: float = 3.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows + experts)
+    log_resp, losses = (spread * torch.randn(2, rows, experts, generator=generator, dtype=torch.float64)).unbind()
+    return log_resp.log_softmax(1).requires_grad_(), losses.requires_grad_()
+
+
+def _close(actual: Tensor, expected: object) -> None:
+    torch.testing.assert_close(actual, torch.as_tensor(expected), rtol=1e-12, atol=1e-13)
+
+
+def _one_hot(labels: list[int], experts: int) -> Tensor:
+    return torch.eye(experts, dtype=torch.float64)[labels].log().requires_grad_()
+
+
+def test_weighted_loss_against_numpy() -> None:
+    log_resp, losses = _inputs()
+    expected = np.einsum("be,be->b", np.exp(log_resp.detach().numpy()), losses.detach().numpy())
+    _close(WeightedLoss().rows(log_resp, losses).detach(), expected)
+
+
+def test_mixture_likelihood_against_scipy() -> None:
+    log_resp, losses = _inputs()
+    resp = np.exp(log_resp.detach().numpy())
+    expected = -scipy.special.logsumexp(-losses.detach().numpy(), b=resp, axis=1)
+    _close(MixtureLikelihood().rows(log_resp, losses).detach(), expected)
+
+
+def test_mixture_likelihood_of_gaussians_is_the_density_of_their_mixture() -> None:
+    x = np.linspace(-30, 30, 20001)
+    weights, means, scales = np.array([0.2, 0.5, 0.3]), np.array([-2.0, 0.0, 4.0]), np.array([0.5, 1.0, 2.0])
+    losses = torch.from_numpy(-scipy.stats.norm.logpdf(x[:, None], means, scales))
+    rows = MixtureLikelihood().rows(torch.from_numpy(np.log(weights)).expand(len(x), 3), losses)
+    assert np.trapezoid(np.exp(-rows.numpy()), x) == pytest.approx(1.0, rel=1e-10)
+
+
+def test_far_losses_do_not_overflow() -> None:
+    log_resp, losses = _inputs()
+    rows = MixtureLikelihood().rows(log_resp, losses)
+    for far in (-1e4, 1e4):
+        _close(MixtureLikelihood().rows(log_resp, losses + far), rows + far)
+
+
+@by_name
+def test_gradients(objective: Objective) -> None:
+    assert torch.autograd.gradcheck(objective.rows, _inputs(rows=4, experts=3, spread=1.0))
+
+
+def test_gradient_by_the_losses_is_the_posterior_responsibility() -> None:
+    log_resp, losses = _inputs()
+    (gradient,) = torch.autograd.grad(MixtureLikelihood().rows(log_resp, losses).sum(), losses)
+    joint = np.exp(log_resp.detach().numpy() - losses.detach().numpy())
+    _close(gradient, joint / joint.sum(1, keepdims=True))
+    (gradient,) = torch.autograd.grad(WeightedLoss().rows(log_resp, losses).sum(), losses)
+    _close(gradient, log_resp.detach().exp())
+
+
+def test_mixture_likelihood_lies_between_the_least_and_the_weighted_loss() -> None:
+    log_resp, losses = _inputs(rows=1000)
+    mixture, weighted = (objective.rows(log_resp, losses) for objective in (MixtureLikelihood(), WeightedLoss()))
+    assert (mixture < weighted).all()  # Jensen; strictly, since losses and responsibilities differ
+    assert (mixture > losses.min(1).values).all()
+    assert (weighted < losses.max(1).values).all()
+
+
+@by_name
+def test_equal_losses_are_the_loss(objective: Objective) -> None:
+    log_resp, losses = _inputs()
+    same = losses[:, :1].detach()
+    _close(objective.rows(log_resp, same.expand(-1, 5)).detach(), same[:, 0])
+
+
+@by_name
+def test_a_row_depends_on_no_other(objective: Objective) -> None:
+    log_resp, losses = _inputs()
+    rows = objective.rows(log_resp, losses).detach()
+    _close(torch.cat([objective.rows(log_resp[b : b + 1], losses[b : b + 1]) for b in range(9)]).detach(), rows)
+    assert objective.rows(log_resp[:0], losses[:0]).shape == (0,)
+
+
+@by_name
+def test_an_oracle_gives_the_chosen_loss_and_finite_gradients(objective: Objective) -> None:
+    labels = [2, 0, 0, 4]
+    log_resp, losses = _one_hot(labels, 5), _inputs(rows=4)[1]
+    rows = objective.rows(log_resp, losses)
+    _close(rows.detach(), losses.detach()[range(4), labels])
+    gate_gradient, gradient = torch.autograd.grad(rows.sum(), (log_resp, losses))
+    _close(gradient, log_resp.detach().exp())
+    assert gate_gradient.isfinite().all()
+    assert gate_gradient[log_resp == -math.inf].eq(0).all()
+
+
+@balance_by_name
+def test_an_oracle_gives_the_balance_finite_gradients(balance: Balance) -> None:
+    log_resp = _one_hot([2, 0, 0, 4], 5)  # experts 1 and 3 have no responsibility at all
+    value = balance(log_resp.exp().sum(0), 4)
+    (gradient,) = torch.autograd.grad(value, log_resp)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+    assert gradient[log_resp == -math.inf].eq(0).all()
+
+
+def test_variance_balance_is_the_population_variance_of_the_sums() -> None:
+    resp_sum = _inputs()[0].detach().exp().sum(0)
+    _close(VarianceBalance(0.3)(resp_sum, 9), 0.3 * np.var(resp_sum.numpy()))
+    _close(VarianceBalance()(resp_sum, 9), 0.1 * np.var(resp_sum.numpy()))
+    _close(VarianceBalance(0.3)(2 * resp_sum, 18), 4 * 0.3 * np.var(resp_sum.numpy()))
+
+
+def test_kl_balance_is_the_divergence_of_the_mean_from_uniform() -> None:
+    resp_sum = _inputs()[0].detach().exp().sum(0)
+    expected = 0.7 * scipy.stats.entropy(resp_sum.numpy() / 9, np.full(5, 1 / 5))
+    _close(KLBalance(0.7)(resp_sum, 9), expected)
+    _close(KLBalance(0.7)(2 * resp_sum, 18), expected)
+
+
+def test_one_expert_with_everything_is_the_largest_balance() -> None:
+    everything = torch.tensor([0.0, 8.0, 0.0, 0.0], dtype=torch.float64)
+    assert KLBalance(0.5)(everything, 8).item() == pytest.approx(0.5 * math.log(4), rel=1e-14)
+    assert VarianceBalance(0.5)(everything, 8).item() == pytest.approx(0.5 * 8**2 * 3 / 16, rel=1e-14)
+    generator = torch.Generator().manual_seed(0)
+    for resp_sum in 8 * torch.rand(100, 4, generator=generator, dtype=torch.float64).softmax(1):
+        for balance in BALANCES:
+            assert 0 < balance(resp_sum, 8) < balance(everything, 8)
+
+
+@balance_by_name
+def test_balance_is_zero_and_flat_at_uniform(balance: Balance) -> None:
+    resp_sum = torch.full((6,), 2.5, dtype=torch.float64, requires_grad=True)
+    value = balance(resp_sum, 15)
+    assert value.item() == pytest.approx(0.0, abs=1e-15)
+    (gradient,) = torch.autograd.grad(value, resp_sum)
+    # Flat along the simplex: moving responsibility from one expert to another changes nothing.
+    _close(gradient - gradient.mean(), torch.zeros(6, dtype=torch.float64))
+    assert balance(torch.tensor([15.0], dtype=torch.float64), 15).item() == 0.0
+
+
+@balance_by_name
+def test_balance_gradients(balance: Balance) -> None:
+    resp_sum = _inputs()[0].detach().exp().sum(0).requires_grad_()
+    assert torch.autograd.gradcheck(lambda value: balance(value, 9), (resp_sum,))
+
+
+@balance_by_name
+def test_balance_pulls_towards_uniform(balance: Balance) -> None:
+    resp_sum = torch.tensor([0.0, 1.0, 2.0, 5.0], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(balance(resp_sum, 8), resp_sum)
+    assert gradient.isfinite().all()
+    assert (gradient.diff() > 0).all()
+
+
+@pytest.mark.parametrize("kind", [VarianceBalance, KLBalance])
+@pytest.mark.parametrize("weight", [-0.1, math.inf, math.nan])
+def test_a_weight_that_rewards_collapse_is_refused(kind: type[VarianceBalance | KLBalance], weight: float) -> None:
+    with pytest.raises(ValueError, match=rf"^{kind.__name__}'s weight \({weight}\) must be 0 or more"):
+        kind(weight)
+
+
+@by_name
+def test_objectives_carry_their_balance(objective: Objective) -> None:
+    assert objective.balance is None
+    balance = KLBalance()
+    assert type(objective)(balance).balance is balance
