@@ -55,8 +55,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except ValueError as error:  # the same on every rank
         return _fail(one_line(str(error)), Launch.read().rank)
     except OSError as error:  # a full disk, a folder that may not be written: perhaps on one rank alone
-        rank = Launch.read().rank
-        return _fail(f"rank {rank}: {error}: mend it and go on with --resume", 0)
+        launch = Launch.read()
+        where = f"rank {launch.rank}: " if launch.world_size > 1 else ""
+        return _fail(f"{where}{error}: mend it and try again", rank=0)
     except KeyboardInterrupt:
         return 130
 

@@ -7,12 +7,14 @@ group is a block of neighbouring ranks, so that it fits inside a node and replic
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,8 @@ class Launch:
         """Read what torchrun and the deepspeed launcher set, else what srun sets, else one process."""
         if "RANK" in env and "WORLD_SIZE" in env:
             rank, world_size, local = env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", env["RANK"])
-        elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-            rank, world_size, local = env["SLURM_PROCID"], env["SLURM_NTASKS"], env.get("SLURM_LOCALID", "0")
+        elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # unset in a batch script outside srun
+            rank, world_size, local = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"], env["SLURM_LOCALID"]
         else:
             return Launch()
         return Launch(int(rank), int(world_size), int(local))
@@ -116,6 +118,8 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    if not count:
+        raise ValueError("mesh.device (cuda) needs a CUDA device and none is here: set mesh.device to cpu or auto")
     if local_rank >= count:
         raise ValueError(
             f"local rank {local_rank} has no CUDA device of its own ({count} found): start at most {count} processes "
@@ -142,6 +146,7 @@ class Mesh:
         self.member = placement.member_of(self.rank)
         self.replica = placement.replica_of(self.rank)
         self.timeout = timedelta(seconds=timeout_s)
+        self.store: dist.Store | None = None
         if self.world_size > 1 and not dist.is_initialized():
             self._start(launch)
         self.world: dist.ProcessGroup | None = dist.group.WORLD if self.world_size > 1 else None
@@ -149,14 +154,28 @@ class Mesh:
         self.replica_group = self._group([placement.replica_ranks(m) for m in range(placement.ep_size)])
 
     def _start(self, launch: Launch) -> None:
+        if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise ValueError(
+                "MASTER_ADDR and MASTER_PORT are not set: start with torchrun, or export them as in launch/slurm.sbatch"
+            )
         cuda = self.device.type == "cuda"
+        self.store, rank, world_size = next(rendezvous("env://", launch.rank, launch.world_size, timeout=self.timeout))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=self.store,
             timeout=self.timeout,
-            rank=launch.rank,
-            world_size=launch.world_size,
+            rank=rank,
+            world_size=world_size,
             device_id=self.device if cuda else None,
         )
+
+    def missing(self, patience_s: float = 3.0) -> tuple[list[int], bool]:
+        """After a collective failed: which ranks do not answer, and whether this one is to speak for those that do."""
+        assert self.store is not None
+        self.store.set(f"mixdist/left/{self.rank}", "1")
+        time.sleep(patience_s)
+        missing = [rank for rank in range(self.world_size) if not self.store.check([f"mixdist/left/{rank}"])]
+        return missing, self.rank == min(set(range(self.world_size)) - set(missing))
 
     def _group(self, partition: list[list[int]]) -> dist.ProcessGroup | None:
         # Every rank creates every group, in one order: that is what new_group asks for.

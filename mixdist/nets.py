@@ -68,3 +68,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+def flat(x: Tensor) -> Tensor:
+    """Give (R, D) for rows (R, ...); also where R is 0."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))

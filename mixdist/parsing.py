@@ -145,10 +145,9 @@ def _check_yaml(path: str, parser: ArgumentParser) -> None:
         where = f" line {mark.line + 1} column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise ValueError(f"--config {path}{where} is not YAML ({one_line(problem)}): mend that line") from None
-    if not isinstance(root, yaml.MappingNode | None):
+    if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"--config {path} has no keys: expected lines such as num_experts: 10; see {EXAMPLE}")
-    if root is not None:
-        _check_node(root, path, "", _keys(parser), set())
+    _check_node(root, path, "", _keys(parser), set())
 
 
 def _check_node(node: yaml.Node, path: str, key: str, keys: Sequence[str], seen: set[int]) -> None:
@@ -201,27 +200,19 @@ def _try_out(name: str, phase: Phase) -> None:
     """Step a phase's optimiser and schedule once on one number: better now than after the phases before it."""
     number = torch.nn.Parameter(torch.zeros(1))
     number.grad = torch.zeros(1)
-    errors = (TypeError, ValueError, RuntimeError)
+    part, remedy = "optimizer", "choose one that works element by element, such as torch.optim.Adam"
     try:
         optimizer = phase.optimizer([number])
-    except errors as error:
-        raise ValueError(f"{name}.optimizer cannot be made ({one_line(str(error))}): change its init_args") from None
-    try:
         with suppress(AssertionError):  # capturable optimisers want CUDA
             optimizer.step()
-    except errors as error:
-        raise ValueError(
-            f"{name}.optimizer ({type(optimizer).__name__}) cannot be used here ({one_line(str(error))}): choose one "
-            f"that works element by element, such as torch.optim.Adam"
-        ) from None
-    try:
-        if phase.schedule is not None:
-            phase.schedule(optimizer).step()
-    except errors as error:
-        raise ValueError(
-            f"{name}.schedule cannot be used ({one_line(str(error))}): change its init_args, or choose one that needs "
-            f"no metric, such as torch.optim.lr_scheduler.StepLR"
-        ) from None
+        part, remedy = "schedule", "choose one that needs no metric, such as torch.optim.lr_scheduler.StepLR"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch would have it made before the step
+            if phase.schedule is not None:
+                phase.schedule(optimizer).step()
+    except (TypeError, ValueError, RuntimeError) as error:
+        told = one_line(str(error))
+        raise ValueError(f"{name}.{part} cannot be used ({told}): change its init_args, or {remedy}") from None
 
 
 # After the parser: its complaints in plain words.

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,23 @@ class Meter:
         self.wire_bytes = self.wire_bytes_least = self.sync_bytes = 0
         self.waiting_s = self.transfer_s = 0.0
         self.timed = timed
+
+
+class LostRank(RuntimeError):
+    """A collective did not complete: some rank has died, hangs, or took another way."""
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Tell a failed collective from other errors.
+
+    Raises:
+        LostRank: the backend gave up.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRank(str(error)) from error
 
 
 class Wire:
@@ -86,12 +104,13 @@ class Wire:
         return self._run(lambda: dist.all_reduce(tensor, group=group, async_op=True), tensor, tensor, group).wait()
 
     def _run(self, start: Callable[[], Any], output: Tensor, held: Tensor, group: Group) -> Pending:
-        if not self.meter.timed:
-            return Pending(output, held, start())
-        begin = self._now()
-        dist.all_reduce(torch.zeros(1, device=self.device), group=group)
-        arrived = self._now()
-        pending = Pending(output, held, start())
+        with together():
+            if not self.meter.timed:
+                return Pending(output, held, start())
+            begin = self._now()
+            dist.all_reduce(torch.zeros(1, device=self.device), group=group)
+            arrived = self._now()
+            pending = Pending(output, held, start())
         pending.wait()
         self.meter.waiting_s += arrived - begin
         self.meter.transfer_s += self._now() - arrived
@@ -114,7 +133,8 @@ class Pending:
     def wait(self) -> Tensor:
         """Give the result once it has arrived."""
         if self.work is not None:
-            self.work.wait()
+            with together():
+                self.work.wait()
             self.work = self.held = None
         return self.output
 
@@ -125,14 +145,16 @@ def gather_bytes(data: bytes, group: Group) -> list[bytes]:
         return [data]
     size = dist.get_world_size(group)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
-    dist.all_gather(lengths, torch.tensor([len(data)]), group=group)
+    with together():
+        dist.all_gather(lengths, torch.tensor([len(data)]), group=group)
     longest = max(int(n) for n in lengths)
     if not longest:
         return [b""] * size
     mine = torch.zeros(longest, dtype=torch.uint8)
     mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else mine[:0]
     everyone = [torch.zeros_like(mine) for _ in range(size)]
-    dist.all_gather(everyone, mine, group=group)
+    with together():
+        dist.all_gather(everyone, mine, group=group)
     return [t[: int(n)].numpy().tobytes() for t, n in zip(everyone, lengths, strict=True)]
 
 

@@ -80,6 +80,8 @@ def here(*words: str) -> Ended:
     try:
         with redirect_stdout(out), redirect_stderr(err):
             code = main(words)
+    except SystemExit as end:  # argparse's way to end with help
+        code = int(end.code or 0)
     finally:
         sys.path[:] = path
     return Ended(code, out.getvalue(), err.getvalue())
@@ -89,7 +91,7 @@ class Started:
     """A command in processes of its own, its output in files."""
 
     def __init__(self, command: Sequence[str], folder: Path, env: dict[str, str]) -> None:
-        self.out, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        self.out, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             command,
             cwd=folder,

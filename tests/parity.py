@@ -186,7 +186,7 @@ def run(case: Case) -> dict[str, Any]:
 
 
 def figures(outcome: Any, grad_norm: float) -> dict[str, Tensor]:
-    # Parts are one tensor: near balance the balance term is a small difference of large numbers, in float32 only rounding.
+    # Parts are one tensor: near balance the balance term is a small difference of large numbers.
     parts = {"parts": torch.stack(list(outcome.parts.values()))}
     fields = {"loss": outcome.loss, "load": outcome.load_E, "losses": outcome.loss_E, "entropy": outcome.entropy}
     return {**fields, **parts, "grad_norm": torch.tensor(grad_norm, dtype=torch.float64)}

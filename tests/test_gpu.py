@@ -13,7 +13,7 @@ import torch
 from mixdist.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = "--train.epochs 1 --dtype float64 --log_every 1 --num_experts 4 --train.optimizer.fused false".split()
+WORDS = ["--train.epochs=1", "--dtype=float64", "--log_every=1", "--num_experts=4", "--train.optimizer.fused=false"]
 needs = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 

@@ -99,7 +99,7 @@ def test_no_experts_cannot_be_placed(num_experts: int) -> None:
 
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
-SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "6", "SLURM_LOCALID": "2"}
+SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2"}
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "6", "SLURM_LOCALID": "2"}
         (TORCHRUN | SRUN, Launch(5, 8, 1)),
         ({"RANK": "2", "WORLD_SIZE": "4"}, Launch(2, 4, 2)),
         ({"WORLD_SIZE": "4"}, Launch(0, 1, 0)),
-        # An interactive allocation, or one task: nothing was started together.
-        ({"SLURM_NTASKS": "6"}, Launch(0, 1, 0)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}, Launch(0, 1, 0)),
+        # A batch script outside srun, or one task: nothing was started together.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "6", "SLURM_LOCALID": "0"}, Launch(0, 1, 0)),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, Launch(0, 1, 0)),
     ],
 )
 def test_launch_is_read_from_the_environment(env: dict[str, str], expected: Launch) -> None:
@@ -141,7 +141,7 @@ def devices(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 def test_device_without_cuda(devices: int) -> None:
     assert choose_device("auto", 3) == torch.device("cpu")
     assert choose_device("cpu", 3) == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"^local rank 0 has no CUDA device .*0 found.*set mesh\.device to cpu$"):
+    with pytest.raises(ValueError, match=r"^mesh\.device \(cuda\) needs a CUDA device and none is here: set"):
         choose_device("cuda", 0)
 
 

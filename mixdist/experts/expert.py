@@ -5,8 +5,6 @@ Shape letters: R rows routed here, E experts on this rank, D features of a row, 
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 
 from mixdist.terms import Batch, ExpertTerms, Field, Spec
@@ -64,8 +62,3 @@ def real_field(spec: Spec, name: str, asked_by: str) -> Field:
     if field.num_classes is not None:
         raise ValueError(f"{asked_by} needs real numbers, but the field {name!r} holds {field.num_classes} classes")
     return field
-
-
-def flat(x: Tensor) -> Tensor:
-    """Give (R, D) for rows (R, ...); also where R is 0."""
-    return x.reshape(x.shape[0], math.prod(x.shape[1:]))

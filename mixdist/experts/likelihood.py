@@ -40,11 +40,7 @@ class Likelihood(nn.Module):
         if name == "bernoulli":
             return
         # (1, 1) broadcasts over (R, D), and (E, 1, 1) over (E, R, D) when experts are stacked.
-        start = torch.zeros(1, 1) if scale == "learned" else torch.full((1, 1), math.log(scale))
-        if scale == "learned":
-            self.log_scale = nn.Parameter(start)
-        else:
-            self.register_buffer("log_scale", start, persistent=False)
+        self.log_scale = nn.Parameter(torch.zeros(1, 1)) if scale == "learned" else math.log(scale)
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
         """Give log p(x|output), nats: x (R, D), output (R, D) or (E, R, D); result (R,) or (E, R)."""

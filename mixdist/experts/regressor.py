@@ -10,9 +10,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from mixdist.experts.expert import Expert, flat, real_field
+from mixdist.experts.expert import Expert, real_field
 from mixdist.experts.likelihood import Likelihood
-from mixdist.nets import MLP, ActivationName
+from mixdist.nets import MLP, ActivationName, flat
 from mixdist.terms import Batch, ExpertTerms, Spec
 
 

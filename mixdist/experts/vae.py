@@ -5,15 +5,16 @@ Shape letters: R rows, E experts (leading, only in a stack), D features, L laten
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mixdist.experts.expert import Expert, flat, real_field
+from mixdist.experts.expert import Expert, real_field
 from mixdist.experts.likelihood import Likelihood, LikelihoodName, MeanName
-from mixdist.nets import MLP, ActivationName
+from mixdist.nets import MLP, ActivationName, flat
 from mixdist.stats import normal_kl
 from mixdist.terms import Batch, ExpertTerms, Spec
 
@@ -62,8 +63,8 @@ class VAE(Expert):
         super().__init__()
         described = real_field(spec, field, "VAE")
         for name, value in (("beta", beta), ("kl_warmup", kl_warmup), ("free_bits", free_bits)):
-            if value < 0:
-                raise ValueError(f"VAE's {name} ({value}) must not be negative: give 0 or more")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"VAE's {name} ({value}) must be a number from 0: give 0 or more")
         self.field, self.fields, self.noise_shape = field, (field,), (latent,)
         self.shape, self.beta, self.kl_warmup, self.free_bits = described.shape, beta, kl_warmup, free_bits
         num_values = described.num_values

@@ -5,8 +5,6 @@ Shape letters: B rows on this rank, E experts.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -21,11 +19,12 @@ class Uniform(Gate):
 
     def __init__(self, spec: Spec, num_experts: int) -> None:
         super().__init__()
-        self.log_prior_E: Tensor
-        self.register_buffer("log_prior_E", torch.full((num_experts,), -math.log(num_experts)), persistent=False)
+        # Zeros are exact in any dtype that the module is moved to; their log-softmax is taken there.
+        self.zeros_E: Tensor
+        self.register_buffer("zeros_E", torch.zeros(num_experts), persistent=False)
 
     def forward(self, rows: Batch, eps: Tensor | None) -> Gating:
-        return Gating(self.log_prior_E.expand(rows["id"].shape[0], -1))
+        return Gating(torch.log_softmax(self.zeros_E, dim=0).expand(rows["id"].shape[0], -1))
 
 
 class LabelOracle(Gate):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mixdist.gates.gate import Gate
-from mixdist.nets import MLP, ActivationName
+from mixdist.nets import MLP, ActivationName, flat
 from mixdist.terms import Batch, Gating, Spec
 
 
@@ -41,11 +42,11 @@ class Softmax(Gate):
             raise ValueError(
                 f"Softmax reads the field {field!r} of real numbers, but the data has {sorted(spec)}: set field"
             )
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature ({temperature}) must be positive: give 1 for a plain softmax")
         self.field, self.fields, self.temperature = field, (field,), temperature
         self.net = MLP([spec[field].num_values, *hidden, num_experts], activation)
 
     def forward(self, rows: Batch, eps: Tensor | None) -> Gating:
-        logits_BE = self.net(rows[self.field].flatten(1))
+        logits_BE = self.net(flat(rows[self.field]))
         return Gating(torch.log_softmax(logits_BE / self.temperature, dim=-1))
