@@ -71,7 +71,7 @@ def build(config: Config) -> Session:
     try:
         train, test = config.data.load()
         made = train, test, build_mixture(config, train.spec, mesh, wire)
-    except ValueError as mistake:
+    except (ValueError, OSError) as mistake:
         error = str(mistake)
     agree(error, mesh.world)
     assert made is not None

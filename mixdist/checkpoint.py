@@ -193,6 +193,15 @@ class CheckpointStore:
             passed_over.append(f"checkpoint {name} is damaged ({damages[0]})")
         raise ValueError(f"{self.root} holds no good checkpoint: {'; '.join(passed_over)}; start the run anew")
 
+    def set_aside_after(self, chosen: Path) -> None:
+        """Rename the checkpoints newer than the one a run goes on from, so that they never count as its newest."""
+        if self.mesh.rank == 0:
+            for newer in self.found():
+                if newer.name > chosen.name:
+                    shutil.rmtree(damaged := newer.with_name(newer.name + ".damaged"), ignore_errors=True)
+                    os.rename(newer, damaged)
+        agree(None, self.mesh.world)
+
     def _verify(self, path: Path) -> tuple[str | None, str | None]:
         """Check this rank's share of a checkpoint's files: (damage, what cannot be passed over)."""
         try:

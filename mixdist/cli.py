@@ -16,13 +16,13 @@ from mixdist.checkpoint import CheckpointStore, write_file
 from mixdist.config import Config
 from mixdist.evaluate import Evaluation, evaluate, expert_rows
 from mixdist.gallery import draw, targets
-from mixdist.mesh import Launch
+from mixdist.mesh import Launch, Mesh
 from mixdist.metrics import MetricsLog, Progress, table
 from mixdist.model import load
 from mixdist.parsing import RESOLVED, config_parser, dump, make_config, one_line, parse, plain_parser, values_of
 from mixdist.pictures import sample_picture, to_uint8
 from mixdist.trainer import Recorder, Trainer
-from mixdist.wire import agree, gather_json
+from mixdist.wire import LostRank, agree, gather_json
 
 USER_ERROR = 2
 LINGER_S = 10.0
@@ -62,6 +62,17 @@ def main(words: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _leave(mesh: Mesh, lost: LostRank) -> None:
+    """Name the ranks that do not answer, once, and end this one; a launcher may end all first and tell by itself."""
+    missing, speaks = mesh.missing()
+    if speaks:
+        who = f"rank {', '.join(map(str, missing))} does not answer" if missing else "a collective failed on every rank"
+        limit = f"mesh.timeout_s is {mesh.timeout.total_seconds():g}"
+        remedy = "look at that rank's own messages, then go on with --resume"
+        print(f"mixdist: {who} ({one_line(str(lost))}; {limit}): {remedy}", file=sys.stderr, flush=True)
+    os._exit(1)  # groups that lost a member cannot be ended in good order
+
+
 def _fail(message: str, rank: int) -> int:
     if rank == 0:
         print(f"mixdist: {message}", file=sys.stderr, flush=True)
@@ -82,6 +93,8 @@ def train(words: Sequence[str]) -> None:
         trainer = _trainer(config, session)
         run = _run_directory(parsed, resumed, session)
         _train(config, session, trainer, run, dump(parser, parsed), bool(resumed))
+    except LostRank as lost:
+        _leave(session.mesh, lost)
     finally:
         session.mesh.close()
 
@@ -198,6 +211,7 @@ def _resume(trainer: Trainer, store: CheckpointStore) -> None:
     except ValueError as mistake:
         error = str(mistake)
     agree(error, store.mesh.world)
+    store.set_aside_after(checkpoint)
 
 
 def _conclude(config: Config, session: Session, run: Path) -> None:

@@ -53,7 +53,7 @@ class Config:
         gate: class of mixdist.gates, or your own Gate; gives responsibilities.
         expert: class of mixdist.experts, or your own Expert.
         num_experts: how many experts.
-        seed: of every random draw.
+        seed: names every random draw: the same seed, the same run.
         dtype: of parameters and real numbers.
         execution: how a rank runs its experts: one after another (loop) or as one batched product (stacked).
         pretrain: phases before the main one.
@@ -98,6 +98,6 @@ def check(config: Config) -> None:
             positive[f"{name}.{key}"] = getattr(phase, key)
     for key, value in positive.items():
         if value is not None and not value > 0:
-            raise ValueError(f"{key} ({value}) must be above 0")
+            raise ValueError(f"{key} ({value}) must be above 0: give 1 or more")
     if not 0 <= config.seed < 2**64:
-        raise ValueError(f"seed ({config.seed}) must be from 0 to 2**64 - 1")
+        raise ValueError(f"seed ({config.seed}) must be from 0 to 2**64 - 1: choose another")

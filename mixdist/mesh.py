@@ -172,9 +172,15 @@ class Mesh:
     def missing(self, patience_s: float = 3.0) -> tuple[list[int], bool]:
         """After a collective failed: which ranks do not answer, and whether this one is to speak for those that do."""
         assert self.store is not None
-        self.store.set(f"mixdist/left/{self.rank}", "1")
-        time.sleep(patience_s)
-        missing = [rank for rank in range(self.world_size) if not self.store.check([f"mixdist/left/{rank}"])]
+        try:
+            self.store.set(f"mixdist/left/{self.rank}", "1")
+        except RuntimeError:  # without a launcher the store lives in rank 0
+            return [0], self.rank == 1
+        try:
+            time.sleep(patience_s)
+            missing = [rank for rank in range(self.world_size) if not self.store.check([f"mixdist/left/{rank}"])]
+        except RuntimeError:  # rank 0 waited as long, spoke and left
+            return [], False
         return missing, self.rank == min(set(range(self.world_size)) - set(missing))
 
     def _group(self, partition: list[list[int]]) -> dist.ProcessGroup | None:

@@ -27,6 +27,12 @@ NUM_EXPERTS = 2
 FILES = ["MANIFEST.json", "expert-0000.safetensors", "expert-0001.safetensors", "gate.safetensors", "state.json"]
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That files are synced is counted below; how long a disk takes for it is not the matter here."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 class Run:
     """Two experts and a gate that learn something, and their checkpoints."""
 

@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "metrics", "evaluate", "pictures"),
     ("trainer", "gallery"),
     ("config",),
+    ("complaints",),
     ("parsing", "build"),
     ("model",),
     ("cli",),

@@ -1,0 +1,65 @@
+"""Nothing hangs: a rank that dies or stops ends the others, with its name, within the timeout (contract 7)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "digits_moe.yaml"
+TIMEOUT_S = 4
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def start(rank: int, port: str, out: Path) -> subprocess.Popen[str]:
+    """Start one rank of three by hand, without a launcher that would end the others itself."""
+    env = {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = [f"--config={CONFIG}", f"--mesh.timeout_s={TIMEOUT_S}", "--log_every=1", "--num_experts=3", f"--out={out}"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "mixdist", "train", *words],
+        env={**os.environ, **env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(("sent", "lost"), [(signal.SIGKILL, 2), (signal.SIGSTOP, 1)], ids=["killed", "stopped"])
+def test_a_lost_rank_is_named_and_nobody_waits_for_it(tmp_path: Path, sent: signal.Signals, lost: int) -> None:
+    port, metrics = free_port(), tmp_path / "run" / "metrics.jsonl"
+    ranks = [start(rank, port, tmp_path / "run") for rank in range(3)]
+    try:
+        deadline = time.monotonic() + 90
+        while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+            assert time.monotonic() < deadline, "the run did not begin"
+            assert all(rank.poll() is None for rank in ranks), [r.stderr.read() for r in ranks if r.stderr]
+            time.sleep(0.1)
+        ranks[lost].send_signal(sent)
+        begin = time.monotonic()
+        left = [rank for i, rank in enumerate(ranks) if i != lost]
+        told = [rank.communicate(timeout=TIMEOUT_S + 30)[1] for rank in left]
+        assert time.monotonic() - begin < TIMEOUT_S + 20
+        assert [rank.returncode for rank in left] == [1, 1]
+        lines = [line for text in told for line in text.splitlines() if line.startswith("mixdist: ")]
+        assert len(lines) == 1, told
+        assert lines[0].startswith(f"mixdist: rank {lost} does not answer")
+        assert "--resume" in lines[0]
+        assert "Traceback" not in "".join(told)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+            if rank.stderr is not None:
+                rank.stderr.close()
