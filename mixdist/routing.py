@@ -1,18 +1,10 @@
-"""From responsibilities to a plan: which experts see which row. Pure."""
+"""From responsibilities to decisions. Pure. In dense routing every expert sees every row, and nothing is decided but
+which expert is the most responsible."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from mixdist.terms import RoutingPlan
-
-
-def dense(log_resp_BE: Tensor) -> RoutingPlan:
-    """Plan for every expert to see every row."""
-    num_rows, num_experts = log_resp_BE.shape
-    ids = torch.arange(num_experts, device=log_resp_BE.device)
-    return RoutingPlan(ids.expand(num_rows, num_experts), dense=True)
 
 
 def responsible(log_resp_BE: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The nouns of mixdist: what a row is, what a gate says of it, what an expert says of it.
 
-Shape letters: B rows on this rank, R rows routed here, E experts, K experts chosen for a row, S importance samples,
-L latent. The row axis comes first, so that dispatch can move any field.
+Shape letters: B rows on this rank, R rows routed here, E experts. The row axis comes first, so that dispatch can move
+any field.
 """
 
 from __future__ import annotations
@@ -72,19 +72,6 @@ class Gating(NamedTuple):
 
     log_resp_BE: Tensor
     loss_B: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class RoutingPlan:
-    """Which experts see which row.
-
-    Args:
-        expert_ids_BK: global expert numbers; K = E when every expert sees every row.
-        dense: True when every expert sees every row; then nothing about the choice needs to cross the wire.
-    """
-
-    expert_ids_BK: Tensor
-    dense: bool = False
 
 
 class ExpertTerms(NamedTuple):

@@ -86,5 +86,6 @@ class Pool:
             elif process.is_alive():
                 pipe.send(None)
         for process in self.processes:
-            process.join(timeout=10)
+            process.join(timeout=1)
+            process.kill()
         self.folder.cleanup()

@@ -127,6 +127,21 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert latest(run) == "step-000000011"
 
 
+def test_damaged_ones_do_not_push_out_what_follows(tmp_path: Path) -> None:
+    run = Run(tmp_path, keep=2)
+    for step in (10, 20):
+        run.save(step)
+    run.store.keep = 1
+    (tmp_path / "step-000000020" / "gate.safetensors").write_bytes(b"damaged")
+    path, passed_over = run.store.choose()
+    assert path.name == "step-000000010"
+    assert len(passed_over) == 1
+    run.store.set_aside_after(path)
+    run.save(15)
+    assert run.steps() == ["step-000000015"]
+    assert (tmp_path / "step-000000020.damaged").is_dir()
+
+
 class Crash(BaseException):
     """The process is gone: nothing catches it."""
 

@@ -1,4 +1,4 @@
-"""Plans against numpy, whose argmax promises the first of equal maxima."""
+"""Decisions against numpy, whose argmax promises the first of equal maxima."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixdist.routing import dense, responsible
+from mixdist.routing import responsible
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 7, 64])
@@ -36,13 +36,5 @@ def test_the_choice_ignores_an_offset_and_the_other_rows() -> None:
     assert responsible(log_resp + 8.0).equal(chosen)
 
 
-def test_a_dense_plan_sends_every_row_to_every_expert() -> None:
-    plan = dense(torch.zeros(4, 3))
-    assert plan.dense
-    assert plan.expert_ids_BK.dtype == torch.int64
-    assert plan.expert_ids_BK.tolist() == [[0, 1, 2]] * 4
-
-
 def test_no_rows() -> None:
-    assert dense(torch.zeros(0, 3)).expert_ids_BK.shape == (0, 3)
     assert responsible(torch.zeros(0, 3)).shape == (0,)
