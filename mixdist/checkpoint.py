@@ -131,8 +131,7 @@ class CheckpointStore:
         """Write the files that this rank speaks for; give their entries in the manifest."""
         written: dict[str, Any] = {}
         for one in owned:
-            speaks = self.mesh.rank == 0 if one.expert is None else self.mesh.leads
-            if speaks:
+            if self.mesh.speaks_for(one.expert):
                 path = aside / file_name(one)
                 write_file(path, save(_tensors(one, engine)))
                 written[path.name] = _entry(path)

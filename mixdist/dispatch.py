@@ -41,11 +41,12 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, wire: Wire, group: Group) -> Tensor:
         ctx.wire, ctx.group = wire, group
-        return wire.all_reduce(tensor.clone(), group)
+        # Gloo sums memory as it lies: strides must be the same on every rank.
+        return wire.all_reduce(tensor.clone(memory_format=torch.contiguous_format), group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.wire.all_reduce(grads[0].clone(), ctx.group), None, None
+        return ctx.wire.all_reduce(grads[0].clone(memory_format=torch.contiguous_format), ctx.group), None, None
 
 
 class OverBatch:

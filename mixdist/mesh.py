@@ -202,6 +202,10 @@ class Mesh:
         """True on the ranks that speak for their experts: those of the first replica."""
         return self.replica == 0
 
+    def speaks_for(self, expert: int | None) -> bool:
+        """Say whether this rank counts and writes an expert of its own, or (None) what is shared: each once."""
+        return self.rank == 0 if expert is None else self.leads
+
     def close(self) -> None:
         """End the process groups."""
         if self.world is not None and dist.is_initialized():

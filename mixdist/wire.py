@@ -99,6 +99,7 @@ class Wire:
         """Sum ``tensor`` in place over the group."""
         if group is None:
             return tensor
+        assert tensor.is_contiguous()
         size = dist.get_world_size(group)
         self.meter.sync_bytes += 2 * (size - 1) * tensor.numel() * tensor.element_size() // size
         return self._run(lambda: dist.all_reduce(tensor, group=group, async_op=True), tensor, tensor, group).wait()

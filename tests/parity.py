@@ -195,7 +195,7 @@ def figures(outcome: Any, grad_norm: float) -> dict[str, Tensor]:
 def keep(report: dict[str, Any], mixture: Mixture, mesh: Mesh, kind: str, get: Any) -> None:
     """Keep a tensor of every parameter under its global name, once as the owner's and again as a copy's."""
     for owned in mixture.parts.owned():
-        speaks = mesh.rank == 0 if owned.expert is None else mesh.leads
+        speaks = mesh.speaks_for(owned.expert)
         for name, parameter in owned.module.named_parameters():
             report["speaks" if speaks else "copies"][f"{kind} {owned.name} {name}"] = get(parameter).detach().clone()
 

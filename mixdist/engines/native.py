@@ -5,6 +5,7 @@ Shape letters: E all experts.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -65,18 +66,20 @@ class NativeEngine:
         clip_norm: float | None = None,
     ) -> None:
         self.parts, self.mesh, self.wire, self.clip_norm = parts, mesh, wire, clip_norm
-        self.owned = [owned for owned in parts.owned() if trainable(owned.module)]
-        self.optimizers = {owned.name: optimizer(trainable(owned.module)) for owned in self.owned}
+        listed = [(owned, trainable(owned.module)) for owned in parts.owned()]
+        self.trained = [(owned, parameters) for owned, parameters in listed if parameters]
+        self.optimizers = {owned.name: optimizer(parameters) for owned, parameters in self.trained}
         self.schedules = [schedule(o) for o in self.optimizers.values()] if schedule else []
         self.num_experts = mesh.placement.num_experts
         self.zero_grad()
 
     def zero_grad(self) -> None:
         """Set every gradient to zero, in place: a stack's gradients are views."""
-        for parameter in self._parameters(self.owned):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        grads = [p.grad for p in self._parameters(self.owned) if p.grad is not None]
+        for _, parameters in self.trained:
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        grads = [grad for _, grads in self._gradients() for grad in grads]
         if grads:
             torch._foreach_zero_(grads)
 
@@ -90,13 +93,14 @@ class NativeEngine:
         Raises:
             NotFinite: a loss or gradient is not finite; names the expert. No parameter was changed.
         """
-        self._reduce([o for o in self.owned if o.expert is None], self.mesh.world)
-        self._reduce([o for o in self.owned if o.expert is not None], self.mesh.replica_group)
-        totals, squares = self._totals(outcome)
-        _check_finite(totals.outcome, squares, [o.name for o in self.owned if o.expert is None], step)
+        gradients = self._gradients()
+        self._reduce([g for owned, grads in gradients if owned.expert is None for g in grads], self.mesh.world)
+        own = [g for owned, grads in gradients if owned.expert is not None for g in grads]
+        self._reduce(own, self.mesh.replica_group)
+        totals, squares = self._totals(outcome, gradients)
+        _check_finite(totals.outcome, squares, [o.name for o, _ in self.trained if o.expert is None], step)
         if self.clip_norm is not None and totals.grad_norm > self.clip_norm:
-            grads = [p.grad for p in self._parameters(self.owned) if p.grad is not None]
-            torch._foreach_mul_(grads, self.clip_norm / totals.grad_norm)
+            torch._foreach_mul_([g for _, grads in gradients for g in grads], self.clip_norm / totals.grad_norm)
         for optimizer in self.optimizers.values():
             optimizer.step()
         for schedule in self.schedules:
@@ -136,34 +140,34 @@ class NativeEngine:
             for key, value in own.items():
                 optimizer.state[parameter][key] = value.to(parameter.device) if value.dim() else value.clone()
 
-    @staticmethod
-    def _parameters(owned: Iterable[Owned]) -> list[nn.Parameter]:
-        return [p for o in owned for p in trainable(o.module)]
+    def _gradients(self) -> list[tuple[Owned, list[Tensor]]]:
+        return [(owned, [p.grad for p in parameters if p.grad is not None]) for owned, parameters in self.trained]
 
-    def _reduce(self, owned: list[Owned], group: torch.distributed.ProcessGroup | None) -> None:
-        grads = [p.grad for p in self._parameters(owned) if p.grad is not None]
+    def _reduce(self, grads: list[Tensor], group: torch.distributed.ProcessGroup | None) -> None:
         if group is None or not grads:
             return
         flat = self.wire.all_reduce(torch.cat([g.reshape(-1) for g in grads]), group)
         for grad, reduced in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(reduced.view_as(grad))
 
-    def _squares(self) -> Tensor:
+    def _squares(self, gradients: list[tuple[Owned, list[Tensor]]]) -> Tensor:
         """This rank's part of the squared norms: entry e of expert e, and the last of all that is shared."""
         squares = torch.zeros(self.num_experts + 1, dtype=torch.float64, device=self.mesh.device)
-        for owned in self.owned:
-            speaks = self.mesh.rank == 0 if owned.expert is None else self.mesh.leads
-            if speaks:
-                norms = torch._foreach_norm([p.grad for p in trainable(owned.module) if p.grad is not None])
-                place = self.num_experts if owned.expert is None else owned.expert
-                squares[place] += torch.stack(norms).double().square().sum()
+        spoken = [(owned, grads) for owned, grads in gradients if self.mesh.speaks_for(owned.expert)]
+        places = [self.num_experts if o.expert is None else o.expert for o, grads in spoken for _ in grads]
+        if places:
+            norms = torch.stack(torch._foreach_norm([g for _, grads in spoken for g in grads]))
+            squares.index_add_(0, torch.tensor(places, device=squares.device), norms.double().square())
         return squares
 
-    def _totals(self, outcome: Outcome) -> tuple[Totals, Tensor]:
+    def _totals(self, outcome: Outcome, gradients: list[tuple[Owned, list[Tensor]]]) -> tuple[Totals, Tensor]:
         """Sum everything that ranks must know of a step in one reduction."""
         meter = self.wire.meter
         counts = {name: getattr(meter, name) for name in ("wire_bytes", "wire_bytes_least", "sync_bytes")}
-        fields = [self._squares(), torch.tensor(list(counts.values()), dtype=torch.float64, device=self.mesh.device)]
+        fields = [
+            self._squares(gradients),
+            torch.tensor(list(counts.values()), dtype=torch.float64, device=self.mesh.device),
+        ]
         fields += [outcome.loss, *outcome.parts.values(), *outcome[2:]]
         sizes = [f.numel() for f in fields]
         packed = self.wire.all_reduce(torch.cat([f.reshape(-1).double() for f in fields]), self.mesh.world).cpu()
@@ -194,7 +198,7 @@ def _check_finite(outcome: Outcome, squares: Tensor, shared: list[str], step: in
         )
     names = [*(f"expert {e}" for e in range(len(squares) - 1)), " and ".join(shared)]
     for name, square in zip(names, squares.tolist(), strict=True):
-        if not torch.tensor(square).isfinite():
+        if not math.isfinite(square):
             raise NotFinite(f"step {step}: the gradient of {name} is not finite: {remedy}")
     if not outcome.loss.isfinite():
         raise NotFinite(f"step {step}: the loss ({outcome.loss.item()}) is not finite: {remedy}")

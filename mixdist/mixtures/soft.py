@@ -60,14 +60,16 @@ class SoftMixture:
 
     def backward(self, shard: Shard, objective: Objective, at: Moment, num_parts: int = 1) -> Outcome:
         """Add this rank's part of the gradient of the global loss to every parameter's ``grad``."""
-        gating = self.gating(shard.rows, at)
         shards = shard.split(num_parts)
+        first = self._send(shards[0])  # under way while the gate runs
+        gating = self.gating(shard.rows, at)
         learns = gating.log_resp_BE.requires_grad
         sizes = [part.size for part in shards]
         leaves = [part.detach().requires_grad_(learns) for part in gating.log_resp_BE.split(sizes)]
-        losses = [
-            self._backward_part(p, leaf, objective, at, shard.total) for p, leaf in zip(shards, leaves, strict=True)
-        ]
+        losses = []
+        for i, (part, leaf) in enumerate(zip(shards, leaves, strict=True)):
+            route = self._send(part) if i else first
+            losses.append(self._backward_part(route, leaf, objective, at, shard.total))
         log_resp_BE, losses_BE = torch.cat(leaves), torch.cat(losses)
         with torch.no_grad():
             named = {"rows": objective.rows(log_resp_BE, losses_BE).sum() / shard.total}
@@ -83,8 +85,10 @@ class SoftMixture:
         self._backward_gate(gating, leaves, shard.total)
         return _outcome(named, log_resp_BE.detach(), losses_BE)
 
-    def _backward_part(self, part: Shard, log_resp_BE: Tensor, objective: Objective, at: Moment, total: int) -> Tensor:
-        route = self.dispatch.send(part.rows, self.bank.template.fields, part.counts)
+    def _send(self, shard: Shard) -> Route:
+        return self.dispatch.send(shard.rows, self.bank.template.fields, shard.counts)
+
+    def _backward_part(self, route: Route, log_resp_BE: Tensor, objective: Objective, at: Moment, total: int) -> Tensor:
         losses_BE = self.dispatch.combine(self.expert_terms(route, at).loss_R, route)
         loss = objective.rows(log_resp_BE, losses_BE).sum() / total
         if loss.requires_grad:
@@ -121,8 +125,8 @@ class SoftMixture:
     @torch.no_grad()
     def score(self, shard: Shard, at: Moment) -> Scores:
         """Say what gate and experts make of rows, without training; every rank calls it."""
+        route = self._send(shard)
         gating = self.gating(shard.rows, at)
-        route = self.dispatch.send(shard.rows, self.bank.template.fields, shard.counts)
         terms = self.expert_terms(route, at)
         losses_BE = self.dispatch.combine(terms.loss_R, route)
         elbo_BE = None
@@ -134,8 +138,8 @@ class SoftMixture:
     @torch.no_grad()
     def predict(self, shard: Shard, at: Moment) -> Tensor:
         """Give the responsibility-weighted mean of the experts' predictions, (B, *shape of the target)."""
+        route = self._send(shard)
         weights_BE = self.gating(shard.rows, at).log_resp_BE.exp()
-        route = self.dispatch.send(shard.rows, self.bank.template.fields, shard.counts)
         rows = self.values(route.rows(), self.bank.template.fields)
         predictions = torch.stack([expert.predict(rows) for expert in self.bank.owned().values()], dim=1)
         return self.dispatch.combine_sum(predictions, weights_BE, route)
@@ -154,7 +158,7 @@ def _outcome(named: dict[str, Tensor], log_resp_BE: Tensor, losses_BE: Tensor) -
         parts=parts,
         load_E=resp_BE.sum(0),
         loss_E=losses_BE.double().sum(0),
-        seen_E=torch.full_like(resp_BE[0:0].sum(0), losses_BE.shape[0]),
+        seen_E=resp_BE.new_full(resp_BE.shape[1:], len(losses_BE)),
         bad_E=(~losses_BE.isfinite()).double().sum(0),
         bad_gate=log_resp_BE.isnan().any(1).double().sum(),
         entropy=entropy(log_resp_BE, dim=-1).double().sum(),
