@@ -17,7 +17,7 @@ from mixdist.mesh import Launch, Mesh, Placement, choose_device
 from mixdist.mixtures import SoftMixture
 from mixdist.noise import Purpose, weights_seed
 from mixdist.terms import Field, Spec
-from mixdist.wire import Wire, agree
+from mixdist.wire import Wire, agree, alike
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 STORED_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -56,15 +56,23 @@ def _seeded(make: Callable[[], T], seed: int) -> T:
         return make()
 
 
-def build(config: Config) -> Session:
-    """Find this rank's place, load the data and make the mixture; every rank calls it.
+def build_mesh(config: Config) -> Mesh:
+    """Find this rank's place and meet the others.
 
     Raises:
-        ValueError: something does not fit; the same message on every rank.
+        ValueError: no layout fits, no device is there, or the ranks do not find each other.
     """
     launch = Launch.read()
     placement = Placement.plan(config.num_experts, launch.world_size, config.mesh.ep_size)
-    mesh = Mesh(placement, launch, choose_device(config.mesh.device, launch.local_rank), config.mesh.timeout_s)
+    return Mesh(placement, launch, choose_device(config.mesh.device, launch), config.mesh.timeout_s)
+
+
+def build(config: Config, mesh: Mesh) -> Session:
+    """Load the data and make the mixture; every rank calls it.
+
+    Raises:
+        Agreed: something does not fit; the same message on every rank.
+    """
     wire = Wire(mesh.device)
     made: tuple[Dataset, Dataset, SoftMixture] | None = None
     error = None
@@ -75,15 +83,32 @@ def build(config: Config) -> Session:
         error = str(mistake)
     agree(error, mesh.world)
     assert made is not None
+    alike("the data", [made[0].fingerprint[:16], made[1].fingerprint[:16]], mesh.world)
     return Session(mesh, wire, *made)
 
 
 def build_mixture(config: Config, spec: Spec, mesh: Mesh, wire: Wire) -> SoftMixture:
     """Make this rank's part of the mixture."""
     gate = build_gate(config, spec).to(mesh.device)
+    check_fields("gate", gate, spec)
     experts = {e: expert.to(mesh.device) for e, expert in build_experts(config, spec, mesh.experts).items()}
     bank = ExpertBank(experts, config.execution)
+    check_fields("expert", bank.template, spec)
     return SoftMixture(gate, bank, Dispatch(mesh, wire, spec), spec, DTYPES[config.dtype])
+
+
+def check_fields(key: str, module: Gate | Expert, spec: Spec) -> None:
+    """Hold what a gate or expert reads against what the data has.
+
+    Raises:
+        ValueError: a field is missing.
+    """
+    for name in module.fields:
+        if name not in spec:
+            has = ", ".join(spec)
+            raise ValueError(
+                f"{key} ({type(module).__name__}) needs the field {name!r}, but the data has {has}: change one"
+            )
 
 
 def describe(config: Config, dataset: Dataset) -> dict[str, Any]:
@@ -94,7 +119,8 @@ def describe(config: Config, dataset: Dataset) -> dict[str, Any]:
         "dtype": config.dtype,
         "num_experts": config.num_experts,
         "batch_sizes": [phase.batch_size for phase in phases],
-        "num_rows": len(dataset),
+        "pretrain_epochs": [phase.epochs for phase in config.pretrain],
+        "data": dataset.fingerprint,
         "spec": describe_spec(dataset.spec),
         "label": dataset.label,
         "class_names": list(dataset.class_names),

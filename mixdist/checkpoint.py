@@ -26,7 +26,7 @@ from torch import Tensor
 from mixdist.engines import NativeEngine
 from mixdist.mesh import Mesh
 from mixdist.mixtures import Owned
-from mixdist.wire import agree, gather_json
+from mixdist.wire import Agreed, agree, gather_json
 
 MANIFEST, STATE, LATEST = "MANIFEST.json", "state.json", "latest"
 FORMAT = 1
@@ -36,9 +36,9 @@ class Damaged(ValueError):
     """A checkpoint whose files are not what its manifest says."""
 
 
-def file_name(owned: Owned) -> str:
-    """Give the file that holds a module: ``expert-0003.safetensors``, ``gate.safetensors``."""
-    return f"{owned.name if owned.expert is None else f'expert-{owned.expert:04d}'}.safetensors"
+def file_name(name: str, expert: int | None = None) -> str:
+    """Give the file that holds a module: ``expert-0003.safetensors``, or ``gate.safetensors`` for what is shared."""
+    return f"{name if expert is None else f'expert-{expert:04d}'}.safetensors"
 
 
 def directory_name(step: int) -> str:
@@ -112,7 +112,7 @@ class CheckpointStore:
         result, error = None, None
         try:
             result = act()
-        except OSError as mistake:
+        except (OSError, SafetensorError) as mistake:
             error = (
                 f"checkpoint {final.name} could not be written ({mistake}); those before it are untouched: free space "
                 f"or make {self.root} writable, then go on with --resume"
@@ -132,7 +132,7 @@ class CheckpointStore:
         written: dict[str, Any] = {}
         for one in owned:
             if self.mesh.speaks_for(one.expert):
-                path = aside / file_name(one)
+                path = aside / file_name(one.name, one.expert)
                 write_file(path, save(_tensors(one, engine)))
                 written[path.name] = _entry(path)
         if self.mesh.rank == 0:
@@ -177,11 +177,11 @@ class CheckpointStore:
         """Give the newest good checkpoint and a sentence for each damaged one passed over; every rank calls it.
 
         Raises:
-            ValueError: there is none, none is good, or one lacks an expert or has one too many (named).
+            Agreed: there is none, none is good, or one lacks an expert or has one too many (named).
         """
         candidates = gather_json([p.name for p in self.found()], self.mesh.world)[0]
         if not candidates:
-            raise ValueError(f"{self.root} holds no checkpoint: name another run, or start a new one without --resume")
+            raise Agreed(f"{self.root} holds no checkpoint: name another run, or remove this one and start it anew")
         passed_over: list[str] = []
         for name in candidates:
             damage, fatal = self._verify(self.root / name)
@@ -190,16 +190,19 @@ class CheckpointStore:
             if not damages:
                 return self.root / name, passed_over
             passed_over.append(f"checkpoint {name} is damaged ({damages[0]})")
-        raise ValueError(f"{self.root} holds no good checkpoint: {'; '.join(passed_over)}; start the run anew")
+        raise Agreed(f"{self.root} holds no good checkpoint: {'; '.join(passed_over)}; start the run anew")
 
     def set_aside_after(self, chosen: Path) -> None:
         """Rename the checkpoints newer than the one a run goes on from, so that they never count as its newest."""
-        if self.mesh.rank == 0:
-            for newer in self.found():
+        error = None
+        try:
+            for newer in self.found() if self.mesh.rank == 0 else ():
                 if newer.name > chosen.name:
                     shutil.rmtree(damaged := newer.with_name(newer.name + ".damaged"), ignore_errors=True)
                     os.rename(newer, damaged)
-        agree(None, self.mesh.world)
+        except OSError as mistake:
+            error = f"{newer} could not be set aside ({mistake}): make {self.root} writable"
+        agree(error, self.mesh.world)
 
     def _verify(self, path: Path) -> tuple[str | None, str | None]:
         """Check this rank's share of a checkpoint's files: (damage, what cannot be passed over)."""
@@ -269,7 +272,7 @@ def missing_or_extra(path: Path, manifest: dict[str, Any]) -> None:
     Raises:
         ValueError: an expert is missing, or one is there that does not belong; it is named.
     """
-    expected = {file_name(Owned("", torch.nn.Identity(), e)): e for e in range(manifest["num_experts"])}
+    expected = {file_name("expert", e): e for e in range(manifest["num_experts"])}
     for name, e in expected.items():
         if name not in manifest["files"] or not (path / name).exists():
             raise ValueError(
@@ -309,7 +312,7 @@ def load_module(path: Path, owned: Owned, engine: NativeEngine | None = None) ->
     Raises:
         ValueError: the file holds other parameters than the module has.
     """
-    name = path / file_name(owned)
+    name = path / file_name(owned.name, owned.expert)
     try:
         with safe_open(name, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO
 
+import numpy as np
 from jsonargparse import ArgumentParser, Namespace
 
-from mixdist.build import Session, build, describe
+from mixdist.build import Session, build, build_mesh, describe
 from mixdist.checkpoint import CheckpointStore, write_file
 from mixdist.config import Config
+from mixdist.engines import NotFinite
 from mixdist.evaluate import Evaluation, evaluate, expert_rows
 from mixdist.gallery import draw, targets
 from mixdist.mesh import Launch, Mesh
 from mixdist.metrics import MetricsLog, Progress, table
 from mixdist.model import load
 from mixdist.parsing import RESOLVED, config_parser, dump, make_config, one_line, parse, plain_parser, values_of
-from mixdist.pictures import sample_picture, to_uint8
+from mixdist.pictures import sample_picture, scatter_picture, to_uint8
 from mixdist.trainer import Recorder, Trainer
-from mixdist.wire import LostRank, agree, gather_json
+from mixdist.wire import Agreed, LostRank, agree, gather_json
 
-USER_ERROR = 2
+USER_ERROR, INTERRUPTED = 2, 130
 LINGER_S = 10.0
 """Seconds that other ranks wait before they leave with an error, so that rank 0's message is out before a launcher,
 which ends all processes when one fails, ends rank 0."""
@@ -55,14 +58,11 @@ def main(words: Sequence[str] | None = None) -> int:
             raise ValueError(f"unknown command {words[0]!r}: expected {' or '.join(commands)}; see mixdist --help")
         commands[words[0]](words[1:])
         return 0
-    except ValueError as error:  # the same on every rank
-        return _fail(one_line(str(error)), Launch.read().rank)
-    except OSError as error:  # a full disk, a folder that may not be written: perhaps on one rank alone
-        launch = Launch.read()
-        where = f"rank {launch.rank}: " if launch.world_size > 1 else ""
-        return _fail(f"{where}{error}: mend it and try again", rank=0)
+    except (ValueError, OSError) as error:
+        return _fail(_told(error), Launch.read().rank, alone=isinstance(error, Alone))
     except KeyboardInterrupt:
-        return 130
+        print("mixdist: interrupted: go on with mixdist train --resume RUN", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _keep_large_blocks() -> None:
@@ -88,8 +88,17 @@ def _leave(mesh: Mesh, lost: LostRank) -> None:
     os._exit(1)  # groups that lost a member cannot be ended in good order
 
 
-def _fail(message: str, rank: int) -> int:
-    if rank == 0:
+class Alone(ValueError):
+    """A mistake that this rank met by itself; the others may wait for it in a collective."""
+
+
+def _told(error: Exception) -> str:
+    return one_line(str(error)) + (": mend it and try again" if isinstance(error, OSError) else "")
+
+
+def _fail(message: str, rank: int, alone: bool) -> int:
+    """Tell what all ranks know once, from rank 0, and what one knows alone from that rank."""
+    if rank == 0 or alone:
         print(f"mixdist: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(LINGER_S)
@@ -103,15 +112,24 @@ def train(words: Sequence[str]) -> None:
     first = ["--config", str(resumed / RESOLVED)] if resumed else []
     parsed = parse(parser, [*first, *words])
     config = make_config(parser, parsed)
-    session = build(config)
+    mesh = build_mesh(config)
+    held: IO[str] | None = None
     try:
+        session = build(config, mesh)
         trainer = _trainer(config, session)
         run = _run_directory(parsed, resumed, session)
+        held = _hold(run, mesh)
         _train(config, session, trainer, run, dump(parser, parsed), bool(resumed))
     except LostRank as lost:
-        _leave(session.mesh, lost)
+        _leave(mesh, lost)
+    except (Agreed, NotFinite):
+        raise
+    except (ValueError, OSError) as error:
+        raise Alone(f"rank {mesh.rank}: {_told(error)}" if mesh.world_size > 1 else _told(error)) from error
     finally:
-        session.mesh.close()
+        mesh.close()
+        if held is not None:
+            held.close()
 
 
 def train_parser() -> ArgumentParser:
@@ -157,6 +175,20 @@ def _run_directory(parsed: Namespace, resumed: Path | None, session: Session) ->
     return Path(gather_json(chosen, session.mesh.world)[0])
 
 
+def _hold(run: Path, mesh: Mesh) -> IO[str] | None:
+    """Take the run for this process and those with it: two that write one record would destroy it."""
+    held, error = None, None
+    if mesh.rank == 0:
+        held = open(run / ".lock", "w")  # noqa: SIM115 (it is held as long as the run lasts)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            held.close()
+            error = f"{run} is being written by another process: wait for it, or end it"
+    agree(gather_json(error, mesh.world)[0], mesh.world)
+    return held
+
+
 def _choose_directory(parsed: Namespace, resumed: Path | None) -> Path:
     if resumed:
         if parsed.out and Path(parsed.out).resolve() != resumed.resolve():
@@ -164,7 +196,7 @@ def _choose_directory(parsed: Namespace, resumed: Path | None) -> Path:
         return resumed
     if parsed.out:
         run = Path(parsed.out)
-        if (run / RESOLVED).exists() or (run / "checkpoints").exists():
+        if any((run / name).exists() for name in (RESOLVED, "checkpoints", "metrics.jsonl")):
             raise ValueError(f"--out {run} holds a run already: go on with --resume {run}, or name another directory")
         run.mkdir(parents=True, exist_ok=True)
         return run
@@ -261,7 +293,11 @@ def sample(words: Sequence[str]) -> None:
     if not 1 <= options.num_samples <= 1000:
         raise ValueError(f"--num_samples ({options.num_samples}) must be from 1 to 1000")
     model = load(options.run)
-    images: list[Any] = [to_uint8(model.sample(options.num_samples, e, options.seed).numpy()) for e in model.experts]
+    samples = [model.sample(options.num_samples, e, options.seed).numpy() for e in model.experts]
     path = Path(options.out or Path(options.run) / "images" / "samples.png")
-    sample_picture(path, images, [f"expert {e}" for e in model.experts])
+    if samples[0].shape[1:] == (2,):
+        experts = np.repeat(np.arange(len(samples)), options.num_samples)
+        scatter_picture(path, np.concatenate(samples), experts, [])
+    else:
+        sample_picture(path, [to_uint8(images) for images in samples], [f"expert {e}" for e in model.experts])
     print(path)

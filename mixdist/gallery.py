@@ -13,7 +13,6 @@ from safetensors.numpy import load, save
 
 from mixdist.data import Dataset
 from mixdist.evaluate import Evaluation
-from mixdist.experts import Expert
 from mixdist.metrics import read_metrics
 from mixdist.mixtures import SoftMixture
 from mixdist.noise import Draw, Purpose
@@ -72,28 +71,23 @@ def show(mixture: SoftMixture, e: int, dataset: Dataset, positions: list[int], s
     shown: dict[str, torch.Tensor] = {}
     expert.eval()
     with torch.no_grad():
-        if can(expert, "reconstruct"):
+        if expert.can("reconstruct"):
             stored = dataset.take(torch.tensor(positions, dtype=torch.int64))
             rows = mixture.values({name: column.to(device) for name, column in stored.items()}, expert.fields)
             shown["reconstructions"] = expert.reconstruct(rows)
-        if can(expert, "sample") and expert.noise_shape is not None:
+        if expert.can("sample") and expert.noise_shape is not None:
             ids, prior = torch.arange(NUM_SAMPLES, device=device), Draw(seed, Purpose.PRIOR)
             shown["samples"] = expert.sample(prior.normal(ids, [e], expert.noise_shape, mixture.dtype)[0])
-        if can(expert, "predict") and is_curve(dataset):
+        if expert.can("predict") and is_curve(dataset) and expert.fields == ("x", "y"):
             shown["curve"] = expert.predict({"x": torch.as_tensor(grid(dataset)).to(device, mixture.dtype)})
     expert.train()
     return {name: tensor.float().cpu().numpy() for name, tensor in shown.items()}
 
 
-def can(expert: Expert, ability: str) -> bool:
-    """Say whether an expert has a method of its own where the base class has none."""
-    return getattr(type(expert), ability) is not getattr(Expert, ability)
-
-
 def targets(mixture: SoftMixture) -> str | None:
     """Name the field that the experts predict, or None where they predict nothing."""
     template = mixture.bank.template
-    return getattr(template, "target", None) if can(template, "predict") else None
+    return getattr(template, "target", None) if template.can("predict") else None
 
 
 def is_curve(dataset: Dataset) -> bool:
@@ -119,26 +113,38 @@ def _experts(path: Path, dataset: Dataset, evaluation: Evaluation, shown: dict[s
     field = dataset.spec.get("x")
     if field is None:
         return None
-    values = field.values(dataset.rows["x"], torch.float64).numpy()
     expert_N = evaluation.expert_N
     if len(field.shape) == 3 and field.shape[0] in (1, 3) and "0/reconstructions" in shown:
-        experts_picture(path, [_panel(e, dataset, evaluation, values, shown) for e in experts])
+        experts_picture(path, [_panel(e, dataset, evaluation, shown) for e in experts])
     elif is_curve(dataset) and "0/curve" in shown:
-        y = dataset.spec["y"].values(dataset.rows["y"], torch.float64).numpy()
         curves = np.stack([shown[f"{e}/curve"].reshape(-1) for e in experts])
-        curves_picture(path, values.reshape(-1), y.reshape(-1), expert_N, grid(dataset).reshape(-1), curves)
+        curves_picture(
+            path,
+            numbers(dataset, "x").reshape(-1),
+            numbers(dataset, "y").reshape(-1),
+            expert_N,
+            grid(dataset).reshape(-1),
+            curves,
+        )
     elif field.shape == (2,):
-        scatter_picture(path, values, expert_N, [shown[f"{e}/samples"] for e in experts if f"{e}/samples" in shown])
+        scatter_picture(
+            path, numbers(dataset, "x"), expert_N, [shown[f"{e}/samples"] for e in experts if f"{e}/samples" in shown]
+        )
     else:
         return None
     return path
 
 
-def _panel(e: int, dataset: Dataset, evaluation: Evaluation, values: np.ndarray, shown: dict[str, np.ndarray]) -> Panel:
+def numbers(dataset: Dataset, name: str, positions: list[int] | slice = slice(None)) -> np.ndarray:
+    """Give a field's numbers, of some rows or all."""
+    return dataset.spec[name].values(dataset.rows[name][positions], torch.float64).numpy()
+
+
+def _panel(e: int, dataset: Dataset, evaluation: Evaluation, shown: dict[str, np.ndarray]) -> Panel:
     rows, title = int(evaluation.rows_E[e]), f"expert {e}: "
     if evaluation.counts_EC is not None and rows:
         title += f"mostly {class_names(dataset)[int(evaluation.counts_EC[e].argmax())]}, "
     title += f"{rows} rows"
-    positions = evaluation.first(e)
-    samples = shown.get(f"{e}/samples", np.zeros((0, *values.shape[1:])))
-    return Panel(e, title, to_uint8(values[positions]), to_uint8(shown[f"{e}/reconstructions"]), to_uint8(samples))
+    originals = numbers(dataset, "x", evaluation.first(e))
+    samples = shown.get(f"{e}/samples", np.zeros((0, *originals.shape[1:])))
+    return Panel(e, title, to_uint8(originals), to_uint8(shown[f"{e}/reconstructions"]), to_uint8(samples))

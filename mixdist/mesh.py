@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -92,40 +93,43 @@ class Launch:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_size: int = 1
 
     @staticmethod
     def read(env: Mapping[str, str] = os.environ) -> Launch:
         """Read what torchrun and the deepspeed launcher set, else what srun sets, else one process."""
         if "RANK" in env and "WORLD_SIZE" in env:
             rank, world_size, local = env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", env["RANK"])
+            local_size = env.get("LOCAL_WORLD_SIZE", "1")
         elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # unset in a batch script outside srun
             rank, world_size, local = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"], env["SLURM_LOCALID"]
+            local_size = env.get("SLURM_NTASKS_PER_NODE", "1")
         else:
             return Launch()
-        return Launch(int(rank), int(world_size), int(local))
+        return Launch(int(rank), int(world_size), int(local), max(int(local_size), int(local) + 1))
 
 
-def choose_device(name: str, local_rank: int) -> torch.device:
-    """Give this process's device, bound before any group is made.
+def choose_device(name: str, launch: Launch) -> torch.device:
+    """Give this process's device, bound before any group is made; all processes of a host choose alike.
 
     Args:
-        name: auto (CUDA where there is some), cpu or cuda.
-        local_rank: the process's number on its host.
+        name: auto (CUDA where each process of the host has a device of its own), cpu or cuda.
+        launch: who this process is.
 
     Raises:
         ValueError: CUDA asked for where there is none, or more processes than devices.
     """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and count < launch.local_size):
         return torch.device("cpu")
-    count = torch.cuda.device_count()
     if not count:
         raise ValueError("mesh.device (cuda) needs a CUDA device and none is here: set mesh.device to cpu or auto")
-    if local_rank >= count:
+    if launch.local_size > count:
         raise ValueError(
-            f"local rank {local_rank} has no CUDA device of its own ({count} found): start at most {count} processes "
-            f"on a host, or set mesh.device to cpu"
+            f"{launch.local_size} processes on this host have {count} CUDA devices: start at most {count}, or set "
+            f"mesh.device to cpu"
         )
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", launch.local_rank)
     torch.cuda.set_device(device)
     return device
 
@@ -159,29 +163,39 @@ class Mesh:
                 "MASTER_ADDR and MASTER_PORT are not set: start with torchrun, or export them as in launch/slurm.sbatch"
             )
         cuda = self.device.type == "cuda"
-        self.store, rank, world_size = next(rendezvous("env://", launch.rank, launch.world_size, timeout=self.timeout))
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=self.store,
-            timeout=self.timeout,
-            rank=rank,
-            world_size=world_size,
-            device_id=self.device if cuda else None,
-        )
+        try:
+            self.store, rank, size = next(rendezvous("env://", launch.rank, launch.world_size, timeout=self.timeout))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                store=self.store,
+                timeout=self.timeout,
+                rank=rank,
+                world_size=size,
+                device_id=self.device if cuda else None,
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"the {launch.world_size} ranks did not find each other at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']} within mesh.timeout_s ({self.timeout.total_seconds():g}): {error}; "
+                f"start all of them, and look at their own messages"
+            ) from None
 
-    def missing(self, patience_s: float = 3.0) -> tuple[list[int], bool]:
-        """After a collective failed: which ranks do not answer, and whether this one is to speak for those that do."""
+    def missing(self, patience_s: float = 8.0) -> tuple[list[int], bool]:
+        """After a collective failed: which ranks do not answer, and whether this one is to tell."""
         assert self.store is not None
+        for group in (self.ep_group, self.replica_group, self.world):
+            with suppress(RuntimeError):
+                if group is not None:
+                    group.abort()  # whoever waits for this rank learns of it now, and answers below
+        answered = False
         try:
             self.store.set(f"mixdist/left/{self.rank}", "1")
-        except RuntimeError:  # without a launcher the store lives in rank 0
-            return [0], self.rank == 1
-        try:
+            answered = True
             time.sleep(patience_s)
             missing = [rank for rank in range(self.world_size) if not self.store.check([f"mixdist/left/{rank}"])]
-        except RuntimeError:  # rank 0 waited as long, spoke and left
-            return [], False
-        return missing, self.rank == min(set(range(self.world_size)) - set(missing))
+            return missing, self.store.add("mixdist/told", 1) == 1
+        except RuntimeError:  # without a launcher the store lives in rank 0: it is lost, or has told and left
+            return [0], self.rank == 1 and not answered
 
     def _group(self, partition: list[list[int]]) -> dist.ProcessGroup | None:
         # Every rank creates every group, in one order: that is what new_group asks for.

@@ -86,20 +86,34 @@ class Model:
     @torch.no_grad()
     def responsibilities(self, rows: Tensor | np.ndarray | Batch) -> Tensor:
         """Give q(e|x), (N, E)."""
-        named = self.rows(rows)
+        return self._log_responsibilities(self.rows(rows)).exp()
+
+    def _log_responsibilities(self, named: Batch) -> Tensor:
+        self._require(named, self.gate)
         eps = None
         if self.gate.noise_shape is not None:
             eps = self._draw(Purpose.GATE).normal(named["id"], [0], self.gate.noise_shape, self.dtype)[0]
-        return self.gate(named, eps).log_resp_BE.exp()
+        return self.gate(named, eps).log_resp_BE
 
+    @staticmethod
+    def _require(named: Batch, module: Gate | Expert) -> None:
+        for name in module.fields:
+            if name not in named:
+                kind = type(module).__name__
+                raise ValueError(
+                    f"{kind} needs the field {name!r}, given were {sorted(named)}: give rows as a dict of fields"
+                )
+
+    @torch.no_grad()
     def assign(self, rows: Tensor | np.ndarray | Batch) -> Tensor:
         """Give the number of the most responsible expert of each row, (N,)."""
-        return responsible(self.responsibilities(rows))
+        return responsible(self._log_responsibilities(self.rows(rows)))
 
     @torch.no_grad()
     def terms(self, rows: Tensor | np.ndarray | Batch, expert: int) -> ExpertTerms:
         """Give an expert's loss, log p(x|z) and KL for each row, nats, with noise keyed by the row's id or place."""
         named, one = self.rows(rows), self._expert(expert)
+        self._require(named, one)
         eps = None
         if one.noise_shape is not None:
             eps = self._draw(Purpose.POSTERIOR).normal(named["id"], [expert], one.noise_shape, self.dtype)[0]
@@ -138,7 +152,7 @@ class Model:
     def sample(self, num_samples: int, expert: int, seed: int = 0) -> Tensor:
         """Draw from an expert's prior and decode: means of p(x|z), (num_samples, *shape of x)."""
         one = self._expert(expert)
-        if one.noise_shape is None:
+        if one.noise_shape is None or not one.can("sample"):
             raise ValueError(f"expert {expert} ({type(one).__name__}) has no prior to sample from: use predict")
         eps = Draw(seed, Purpose.PRIOR).normal(torch.arange(num_samples), [expert], one.noise_shape, self.dtype)
         return one.sample(eps[0])

@@ -31,16 +31,15 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 class Affine(nn.Module):
     """y = x W + b with W stored [in, out], so that a stack of experts is one batched product.
 
-    W and b are drawn from U(-a, a) with a = 1 / sqrt(in), as in torch's own linear layer.
+    W is drawn from U(-a, a) with a = sqrt(6 / (in + out)) (Glorot and Bengio 2010, eq. 16); b starts at zero.
     """
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_in, num_out))
-        self.bias = nn.Parameter(torch.empty(num_out))
-        bound = 1 / math.sqrt(num_in)
+        self.bias = nn.Parameter(torch.zeros(num_out))
+        bound = math.sqrt(6 / (num_in + num_out))
         nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dim() == 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -121,9 +122,14 @@ class Trainer:
         self.mesh, self.wire, self.store, self.recorders = mesh, wire, store, list(recorders)
         self.log_every, self.save_every, self.described = log_every, save_every, described or {}
         self.owned = mixture.parts.owned()
+        # What a module froze when it was made stays frozen.
+        self.learnable = [[p for p in owned.module.parameters() if p.requires_grad] for owned in self.owned]
         self.position = Position()
         self.saved = -1
+        self._set_clock()
         self.engine = self._enter(0)
+        for number in range(len(self.phases)):
+            self._try_schedule(number)
 
     @property
     def phase(self) -> Phase:
@@ -153,7 +159,17 @@ class Trainer:
             raise ValueError(
                 f"checkpoint {path} is in phase {self.position.phase}, but the config has {len(self.phases)}"
             )
+        if self.position.epoch > self.phase.epochs:
+            raise ValueError(
+                f"checkpoint {path} is at epoch {self.position.epoch}, but train.epochs is {self.phase.epochs}: "
+                f"give {self.position.epoch} or more"
+            )
         self.engine = self._enter(self.position.phase)
+        if self.engine.kind() != state["optimizer"]:
+            raise ValueError(
+                f"checkpoint {path} was made with the optimiser {state['optimizer']}, the config has "
+                f"{self.engine.kind()}: resume with the run's own optimiser, or start a new run"
+            )
         for owned in self.owned:
             load_module(path, owned, self.engine)
         self.engine.fast_forward(self.position.step)
@@ -178,9 +194,11 @@ class Trainer:
         """Write a checkpoint of the position."""
         if self.store is None or self.saved == self.position.total:
             return
-        state = {"position": asdict(self.position), "run": self.described}
+        begin = time.perf_counter()
+        state = {"position": asdict(self.position), "run": self.described, "optimizer": self.engine.kind()}
         self.store.save(self.position.total, state, self.owned, self.engine)
         self.saved = self.position.total
+        self._since += time.perf_counter() - begin  # rows_per_s is of training alone
 
     def _finished(self) -> bool:
         return self.position.epoch >= self.phase.epochs
@@ -201,12 +219,32 @@ class Trainer:
 
     def _enter(self, number: int) -> NativeEngine:
         phase = self.phases[number]
-        for owned in self.owned:
+        for owned, parameters in zip(self.owned, self.learnable, strict=True):
             kind = "gate" if owned.expert is None else "experts"
-            owned.module.requires_grad_(phase.trains in ("both", kind))
+            for parameter in parameters:
+                parameter.requires_grad_(phase.trains in ("both", kind))
         parts, wire = self.mixture.parts, self.wire
         self._cached: Loader | None = None
-        return NativeEngine(parts, self.mesh, wire, phase.optimizer, phase.schedule, phase.clip_norm)
+        engine = NativeEngine(parts, self.mesh, wire, phase.optimizer, phase.schedule, phase.clip_norm)
+        if not engine.trained:
+            raise ValueError(f"phase {number} trains {phase.trains}, which has no parameters: set trains to both")
+        return engine
+
+    def _try_schedule(self, number: int) -> None:
+        """Run a phase's schedule to its end on one number: a schedule that is too short fails now."""
+        phase = self.phases[number]
+        if phase.schedule is None:
+            return
+        optimizer = phase.optimizer([torch.nn.Parameter(torch.zeros(1))])
+        schedule, steps = phase.schedule(optimizer), phase.epochs * -(-len(self.dataset) // phase.batch_size)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # no step of the optimiser lies between
+                for _ in range(steps):
+                    schedule.step()
+        except ValueError as error:
+            key = "train" if number + 1 == len(self.phases) else f"pretrain[{number}]"
+            raise ValueError(f"{key}.schedule cannot run for the {steps} steps of its phase: {error}") from None
 
     def _loader(self) -> Loader:
         if self._cached is None:
@@ -216,7 +254,7 @@ class Trainer:
 
     def _step(self, loader: Loader) -> None:
         at = self.position
-        logged = (at.total + 1) % self.log_every == 0 or at.total == 0
+        logged = (at.total + 1) % self.log_every == 0 or at.total in (0, self.total_steps - 1)
         self.wire.meter.reset(timed=logged)
         for owned in self.owned:
             getattr(owned.module, "anneal", lambda step: None)(at.step)

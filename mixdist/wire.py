@@ -51,6 +51,10 @@ class LostRank(RuntimeError):
     """A collective did not complete: some rank has died, hangs, or took another way."""
 
 
+class Agreed(ValueError):
+    """A mistake that every rank has heard of: one of them tells it."""
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Tell a failed collective from other errors.
@@ -65,7 +69,7 @@ def together() -> Iterator[None]:
 
 
 class Wire:
-    """Counted collectives of one rank; every one of them is the identity for a group of None (one process).
+    """Counted collectives of one rank.
 
     Args:
         device: where tensors live.
@@ -96,7 +100,7 @@ class Wire:
         return self._run(start, output, flat, group)
 
     def all_reduce(self, tensor: Tensor, group: Group) -> Tensor:
-        """Sum ``tensor`` in place over the group."""
+        """Sum ``tensor`` in place over the group; a group of None (one process) changes nothing."""
         if group is None:
             return tensor
         assert tensor.is_contiguous()
@@ -168,10 +172,22 @@ def agree(error: str | None, group: Group) -> None:
     """Let every rank fail if one does, so that none waits for it.
 
     Raises:
-        ValueError: some rank has an error: the same message on every rank, naming the rank if not all have it.
+        Agreed: some rank has an error: the same message on every rank, naming the rank if not all have it.
     """
     errors = gather_json(error, group)
     bad = [(rank, e) for rank, e in enumerate(errors) if e]
     if bad:
         rank, first = bad[0]
-        raise ValueError(first if len(bad) == len(errors) else f"rank {rank}: {first}")
+        raise Agreed(first if len(bad) == len(errors) else f"rank {rank}: {first}")
+
+
+def alike(name: str, value: Any, group: Group) -> None:
+    """Hold this rank's value against every other's.
+
+    Raises:
+        Agreed: a rank has another value than rank 0.
+    """
+    values = gather_json(value, group)
+    other = next((rank for rank, theirs in enumerate(values) if theirs != values[0]), None)
+    if other is not None:
+        raise Agreed(f"{name} of rank {other} ({values[other]}) differs from rank 0's ({values[0]}): give all the same")

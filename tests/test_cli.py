@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import gzip
 import struct
 from pathlib import Path
@@ -490,10 +491,10 @@ def test_a_picture_that_cannot_be_written_is_told(folder: Path) -> None:
     assert line.endswith(": mend it and try again")
 
 
-def trained(folder: Path, config: Any = SMALL) -> Path:
-    ended = here("train", "--config", write_config(folder / "c.yaml", config), "--out", "run")
+def trained(folder: Path, config: Any = SMALL, out: str = "run") -> Path:
+    ended = here("train", "--config", write_config(folder / "c.yaml", config), "--out", out)
     assert (ended.code, ended.err) == (0, "")
-    return folder / "run"
+    return folder / out
 
 
 def test_what_a_model_takes(folder: Path) -> None:
@@ -527,7 +528,7 @@ def test_a_run_is_not_written_over(folder: Path) -> None:
     for path in run.glob("checkpoints/step-*"):
         path.rmdir()
     line = refused("train", "--resume", "run")
-    assert line == "run/checkpoints holds no checkpoint: name another run, or start a new one without --resume"
+    assert line == "run/checkpoints holds no checkpoint: name another run, or remove this one and start it anew"
 
 
 def test_another_config_does_not_resume(folder: Path) -> None:
@@ -593,4 +594,57 @@ def test_data_without_images_gives_no_picture_of_samples(folder: Path) -> None:
     model = mixdist.load("run")
     assert model.sample(4, 0).shape == (4, 2)
     assert model.assign(Blobs(rows=60).load()[0].rows["x"]).shape == (60,)
-    assert "cannot be shown" in refused("sample", "run")
+    assert here("sample", "run").code == 0  # a scatter plot
+    data["init_args"]["num_features"] = 3
+    trained(folder, changed(data=data, expert=expert), out="cube")
+    assert "cannot be shown" in refused("sample", "cube")
+
+
+def test_another_optimiser_is_refused_on_resume(folder: Path) -> None:
+    trained(folder)
+    before = (folder / "run" / "config.yaml").read_bytes()
+    line = refused("train", "--resume", "run", "--train.optimizer", "torch.optim.RMSprop", "--train.epochs", "9")
+    assert "was made with the optimiser Adam, the config has RMSprop" in line
+    assert (folder / "run" / "config.yaml").read_bytes() == before
+
+
+def test_another_data_set_is_refused_on_resume(folder: Path) -> None:
+    data = {"class_path": "mixdist.data.Blobs", "init_args": {"rows": 60, "test_rows": 20}}
+    expert = {"class_path": "mixdist.experts.VAE", "init_args": {"likelihood": "gaussian", "mean": "identity"}}
+    trained(folder, changed(data=data, expert=expert))
+    assert "was made with data " in refused("train", "--resume", "run", "--data.seed", "77", "--train.epochs", "9")
+
+
+def test_a_run_cannot_end_before_where_it_is(folder: Path) -> None:
+    trained(folder, changed(train={**SMALL["train"], "epochs": 3}))
+    assert "is at epoch 3, but train.epochs is 2: give 3 or more" in refused(
+        "train", "--resume", "run", "--train.epochs", "2"
+    )
+
+
+def test_two_processes_do_not_write_one_run(folder: Path) -> None:
+    run = trained(folder)
+    with open(run / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert refused("train", "--resume", "run") == "run is being written by another process: wait for it, or end it"
+
+
+def test_a_schedule_that_is_too_short_is_refused_before_training(folder: Path) -> None:
+    schedule = {"class_path": "torch.optim.lr_scheduler.OneCycleLR", "init_args": {"max_lr": 0.1, "total_steps": 2}}
+    config = changed(train={**SMALL["train"], "schedule": schedule})
+    line = refused("train", "--config", write_config(folder / "c.yaml", config), "--out", "short")
+    assert line.startswith("train.schedule cannot run for the 3 steps of its phase: ")
+    assert not (folder / "short").exists()
+
+
+def test_a_phase_that_trains_nothing_is_refused(folder: Path) -> None:
+    config = changed(gate={"class_path": "mixdist.gates.Uniform"}, train={**SMALL["train"], "trains": "gate"})
+    line = refused("train", "--config", write_config(folder / "c.yaml", config), "--out", "idle")
+    assert line == "phase 0 trains gate, which has no parameters: set trains to both"
+
+
+def test_an_expert_that_needs_another_field_is_refused(folder: Path) -> None:
+    expert = {"class_path": "mixdist.experts.VAE", "init_args": {"field": "pixels"}}
+    config = changed(expert=expert)
+    line = refused("train", "--config", write_config(folder / "c.yaml", config), "--out", "wrong")
+    assert "VAE needs the field 'pixels', but the data has ['x', 'y']" in line

@@ -36,7 +36,7 @@ def start(rank: int, port: str, out: Path) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize(("sent", "lost"), [(signal.SIGKILL, 2), (signal.SIGSTOP, 1)], ids=["killed", "stopped"])
+@pytest.mark.parametrize(("sent", "lost"), [(signal.SIGKILL, 1), (signal.SIGKILL, 2), (signal.SIGSTOP, 1)], ids=str)
 def test_a_lost_rank_is_named_and_nobody_waits_for_it(tmp_path: Path, sent: signal.Signals, lost: int) -> None:
     port, metrics = free_port(), tmp_path / "run" / "metrics.jsonl"
     ranks = [start(rank, port, tmp_path / "run") for rank in range(3)]

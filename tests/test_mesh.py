@@ -98,19 +98,19 @@ def test_no_experts_cannot_be_placed(num_experts: int) -> None:
         Placement.plan(num_experts, 2)
 
 
-TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
-SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2"}
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2", "SLURM_NTASKS_PER_NODE": "3"}
 
 
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        (TORCHRUN, Launch(5, 8, 1)),
-        (SRUN, Launch(3, 6, 2)),
+        (TORCHRUN, Launch(5, 8, 1, 4)),
+        (SRUN, Launch(3, 6, 2, 3)),
         ({}, Launch(0, 1, 0)),
         # torchrun started by srun: the inner launcher made this process.
-        (TORCHRUN | SRUN, Launch(5, 8, 1)),
-        ({"RANK": "2", "WORLD_SIZE": "4"}, Launch(2, 4, 2)),
+        (TORCHRUN | SRUN, Launch(5, 8, 1, 4)),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, Launch(2, 4, 2, 3)),
         ({"WORLD_SIZE": "4"}, Launch(0, 1, 0)),
         # A batch script outside srun, or one task: nothing was started together.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "6", "SLURM_LOCALID": "0"}, Launch(0, 1, 0)),
@@ -124,7 +124,7 @@ def test_launch_is_read_from_the_environment(env: dict[str, str], expected: Laun
 def test_launch_reads_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    assert Launch.read() == Launch(5, 8, 1)
+    assert Launch.read() == Launch(5, 8, 1, 4)
 
 
 @pytest.fixture
@@ -139,19 +139,23 @@ def devices(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 
 @pytest.mark.parametrize("devices", [0], indirect=True)
 def test_device_without_cuda(devices: int) -> None:
-    assert choose_device("auto", 3) == torch.device("cpu")
-    assert choose_device("cpu", 3) == torch.device("cpu")
+    assert choose_device("auto", Launch(3, 4, 3, 4)) == torch.device("cpu")
+    assert choose_device("cpu", Launch(3, 4, 3, 4)) == torch.device("cpu")
     with pytest.raises(ValueError, match=r"^mesh\.device \(cuda\) needs a CUDA device and none is here: set"):
-        choose_device("cuda", 0)
+        choose_device("cuda", Launch())
 
 
 @pytest.mark.parametrize("devices", [2], indirect=True)
 def test_device_with_cuda(devices: int) -> None:
-    assert choose_device("cpu", 1) == torch.device("cpu")
+    two, three = ([Launch(rank, n, rank, n) for rank in range(n)] for n in (2, 3))
+    assert choose_device("cpu", two[1]) == torch.device("cpu")
     for name in ("auto", "cuda"):
-        assert [choose_device(name, rank) for rank in range(2)] == [torch.device("cuda", 0), torch.device("cuda", 1)]
-        with pytest.raises(ValueError, match=r"local rank 2 has no CUDA device .*2 found.*at most 2 processes"):
-            choose_device(name, 2)
+        assert [choose_device(name, one) for one in two] == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    # More processes than devices: all of a host compute on the CPU, or all fail, and never some of them.
+    assert [choose_device("auto", one) for one in three] == [torch.device("cpu")] * 3
+    for one in three:
+        with pytest.raises(ValueError, match=r"^3 processes on this host have 2 CUDA devices: start at most 2"):
+            choose_device("cuda", one)
 
 
 def test_one_process_needs_no_groups() -> None:

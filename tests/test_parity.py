@@ -13,7 +13,7 @@ import pytest
 from tests.parity import Case, differences, merge, run
 from tests.pool import Pool
 
-LAYOUTS = ((1, 1), (2, 2), (3, 3), (4, 4), (4, 2))
+LAYOUTS = ((1, 1), (2, 2), (3, 3), (4, 4), (4, 2), (2, 1), (4, 1))
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
 # Every pair of these is covered by some case that runs by default.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -31,14 +32,23 @@ class Dataset:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if "id" not in self.rows or self.rows.keys() != {"id", *self.spec}:
+            raise ValueError(
+                f"rows have the fields {sorted(self.rows)}, expected {sorted({'id', *self.spec})}: add or drop"
+            )
         ids = self.rows["id"]
+        if ids.dtype != torch.int64 or ids.ndim != 1 or len(ids.unique()) != len(ids):
+            raise ValueError(
+                f"id ({ids.dtype}, {tuple(ids.shape)}) must be one int64 a row, all different: number the rows"
+            )
         if len(ids) == 0:
             raise ValueError("the data set has 0 samples, expected at least 1: raise its size or its limit.")
-        assert (ids.dtype, ids.ndim) == (torch.int64, 1), f"ids are {ids.dtype} {tuple(ids.shape)}"
-        assert (ids.sort().values.diff() > 0).all(), "ids are not unique"
-        assert self.rows.keys() == {"id", *self.spec}, f"rows {sorted(self.rows)} against fields {sorted(self.spec)}"
-        assert self.label is None or self.spec[self.label].num_classes is not None, f"{self.label} has no classes"
-        assert len(self.class_names) in (0, self.num_classes), f"{len(self.class_names)} names of classes"
+        if self.label is not None and self.num_classes is None:
+            raise ValueError(f"label {self.label!r} must be a field with num_classes: declare them in the spec")
+        if len(self.class_names) not in (0, self.num_classes):
+            raise ValueError(
+                f"class_names ({len(self.class_names)}) must be {self.num_classes}: name each class or none"
+            )
         for name, field in self.spec.items():
             self._check(name, field)
 
@@ -48,7 +58,15 @@ class Dataset:
     @property
     def num_classes(self) -> int | None:
         """Classes of the label; None without a label."""
-        return None if self.label is None else self.spec[self.label].num_classes
+        return None if self.label is None or self.label not in self.spec else self.spec[self.label].num_classes
+
+    @property
+    def fingerprint(self) -> str:
+        """Name the rows by their content: sha256 over every field, ids first."""
+        digest = hashlib.sha256()
+        for name in ("id", *sorted(self.spec)):
+            digest.update(self.rows[name].contiguous().numpy().data)
+        return digest.hexdigest()
 
     def take(self, index: Tensor) -> Batch:
         """The rows at the positions ``index`` (int64), as stored."""
@@ -56,8 +74,11 @@ class Dataset:
 
     def _check(self, name: str, field: Field) -> None:
         column = self.rows[name]
-        assert column.shape == (len(self), *field.shape), f"{name}: {tuple(column.shape)} against {field.shape}"
-        assert column.dtype == field.dtype, f"{name}: {column.dtype} against {field.dtype}"
+        if column.shape != (len(self), *field.shape) or column.dtype != field.dtype:
+            expected = f"{(len(self), *field.shape)} of {field.dtype}"
+            raise ValueError(
+                f"field {name!r} is {tuple(column.shape)} of {column.dtype}, expected {expected}: mend its spec"
+            )
         if field.num_classes is not None:
             expected, remedy = f"a class from 0 to {field.num_classes - 1}", "correct the label or num_classes"
             classes = column.long()  # 256 classes would overflow a comparison of bytes

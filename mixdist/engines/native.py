@@ -23,6 +23,9 @@ from mixdist.wire import Wire
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
 
+IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable", "maximize")
+"""Flags of an optimiser that leave its state as it is."""
+
 
 class Totals(NamedTuple):
     """What one step was over the whole batch, the same on every rank.
@@ -116,6 +119,13 @@ class NativeEngine:
                 for _ in range(steps):
                     schedule.step()
 
+    def kind(self) -> str:
+        """Name the optimiser as far as its state depends on it: class, and flags such as amsgrad."""
+        for optimizer in self.optimizers.values():
+            flags = [k for k, v in optimizer.defaults.items() if v is True and k not in IMPLEMENTATION]
+            return " ".join([type(optimizer).__name__, *sorted(flags)])
+        return "none"
+
     def learning_rate(self) -> float:
         """The learning rate of the next step; 0 where nothing trains."""
         return next((float(o.param_groups[0]["lr"]) for o in self.optimizers.values()), 0.0)
@@ -135,10 +145,13 @@ class NativeEngine:
         optimizer = self.optimizers.get(owned.name)
         if optimizer is None:
             return
+        group = optimizer.param_groups[0]
         for name, parameter in owned.module.named_parameters():
             own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.rpartition(".")[0] == name}
             for key, value in own.items():
-                optimizer.state[parameter][key] = value.to(parameter.device) if value.dim() else value.clone()
+                # As in torch: a step counter stays on the CPU, but where a fused optimiser reads it on the device.
+                moves = value.dim() or group.get("fused") or group.get("capturable")
+                optimizer.state[parameter][key] = value.to(parameter.device) if moves else value.clone()
 
     def _gradients(self) -> list[tuple[Owned, list[Tensor]]]:
         return [(owned, [p.grad for p in parameters if p.grad is not None]) for owned, parameters in self.trained]

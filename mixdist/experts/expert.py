@@ -32,6 +32,10 @@ class Expert(nn.Module):
         """Say what this expert makes of R rows of real numbers, given standard normal noise (R, *noise_shape)."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
+    def can(self, ability: str) -> bool:
+        """Say whether this expert has a method of its own where this base class has none: can("sample")."""
+        return getattr(type(self), ability) is not getattr(Expert, ability)
+
     def anneal(self, step: int) -> None:
         """Set what a schedule changes, before training step ``step`` of the phase (from 0): KL warm-up and the like."""
 

@@ -49,7 +49,7 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
-            f"images {images.shape} cannot be shown: expected (n, C, H, W) with C 1 or 3; choose a field of images."
+            f"images {images.shape} cannot be shown: expected (n, C, H, W) with C 1 or 3; use mixdist.load."
         )
     if np.isnan(images).any():
         raise ValueError(f"images {images.shape} cannot be shown: expected values from 0 to 1, found NaN; mask them.")
