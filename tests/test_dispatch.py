@@ -26,6 +26,7 @@ SPEC = {
 }
 COUNTS = (3, 0, 5, 2)
 NUM_EXPERTS = 5
+WIDTH = 1000
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 
 
@@ -114,8 +115,8 @@ def traffic(num_rows: int) -> dict[str, Any]:
     dist.barrier()
     before = int(LOOPBACK.read_text())
     route = dispatch.send(rows, ["x"], (num_rows, num_rows))
-    terms = (route.rows()["x"].double().sum((1, 2, 3))[:, None] + 1).requires_grad_()
-    dispatch.combine(terms, route).sum().backward()
+    wide = (route.rows()["x"].double().reshape(-1, 1, 3 * 64 * 64)[:, :, :WIDTH] + 1).requires_grad_()
+    dispatch.combine(wide, route).sum().backward()
     dist.barrier()
     return {
         "seen": int(LOOPBACK.read_text()) - before,
@@ -150,13 +151,14 @@ def test_adjoints_are_transposes(pool: Callable[[int], Pool], layout: tuple[int,
 
 @pytest.mark.skipif(not LOOPBACK.exists(), reason="no counters of the loopback interface here")
 def test_counted_bytes_are_those_of_the_interface(pool: Callable[[int], Pool]) -> None:
-    """Two ranks on one host: 2 x 400 rows of 12,288 bytes with their ids; losses back, gradients out."""
-    reports = pool(2).run("tests.test_dispatch:traffic", 400)
-    sent, least = (sum(report[name] for report in reports) for name in ("sent", "least"))
-    assert least == 2 * 400 * (3 * 64 * 64 + 8) + 2 * 400 * 2 * 8
-    assert sent == least
-    seen = max(report["seen"] for report in reports)
-    assert sent <= seen <= 1.05 * sent + 1e6  # headers, acknowledgements, and what else runs here
+    """Two ranks on one host: 2 x 400 rows of 12,288 bytes with their ids; wide fields back, their gradients out."""
+    seen = []
+    for _ in range(5):  # whatever else uses the interface only adds: the least of some attempts is ours
+        reports = pool(2).run("tests.test_dispatch:traffic", 400)
+        sent, least = (sum(report[name] for report in reports) for name in ("sent", "least"))
+        assert sent == least == 2 * 400 * (3 * 64 * 64 + 8) + 2 * 400 * 2 * 8 * WIDTH
+        seen.append(max(report["seen"] for report in reports))
+    assert sent <= min(seen) <= 1.05 * sent  # headers and acknowledgements
 
 
 def test_all_ranks_learn_of_one_rank_s_error(pool: Callable[[int], Pool]) -> None:
