@@ -15,6 +15,7 @@ import time
 
 import torch
 
+from mixdist.build import keep_large_blocks
 from mixdist.experts import VAE, ExpertBank
 from mixdist.terms import Field
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps a turn; the first turn warms up")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_large_blocks()  # as every command does
     rivals = {execution: make(execution, options.experts) for execution in ("loop", "stacked")}
     x = torch.rand(options.rows, 1, 28, 28)
     eps = torch.randn(options.experts, options.rows, 10)

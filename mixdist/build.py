@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +36,18 @@ class Session:
     train: Dataset
     test: Dataset
     mixture: SoftMixture
+
+
+def keep_large_blocks() -> None:
+    """Let glibc keep what a step frees: by default it gives large blocks back, and each step pays for fresh pages.
+
+    mallopt's M_MMAP_THRESHOLD is -3 and M_TRIM_THRESHOLD -1. A step of configs/mnist_moe.yaml took 1.4 to 1.5 times as
+    long without this, with the same peak memory.
+    """
+    with suppress(OSError, AttributeError):  # another libc has no such call
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 32 << 20)
+        libc.mallopt(-1, 1 << 30)
 
 
 def build_gate(config: Config, spec: Spec) -> Gate:

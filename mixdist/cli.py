@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from jsonargparse import ArgumentParser, Namespace
 
-from mixdist.build import Session, build, build_mesh, describe
+from mixdist.build import Session, build, build_mesh, describe, keep_large_blocks
 from mixdist.checkpoint import CheckpointStore, write_file
 from mixdist.config import Config
 from mixdist.engines import NotFinite
@@ -47,7 +45,7 @@ mixdist COMMAND --help tells each command's options. A first run:
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command; give the exit code: 0, or 2 for what a user can mend, told in one line by rank 0."""
     words = list(sys.argv[1:] if words is None else words)
-    _keep_large_blocks()
+    keep_large_blocks()
     sys.path.insert(0, os.getcwd())  # classes of one's own are found from the console script as with python -m
     commands = {"train": train, "sample": sample}
     if not words or words[0] in ("-h", "--help"):
@@ -63,18 +61,6 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mixdist: interrupted: go on with mixdist train --resume RUN", file=sys.stderr)
         return INTERRUPTED
-
-
-def _keep_large_blocks() -> None:
-    """Let glibc keep what a step frees: by default it gives large blocks back, and each step pays for fresh pages.
-
-    mallopt's M_MMAP_THRESHOLD is -3 and M_TRIM_THRESHOLD -1. A step of configs/mnist_moe.yaml took 1.4 to 1.5 times as
-    long without this, with the same peak memory.
-    """
-    with suppress(OSError, AttributeError):  # another libc has no such call
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 32 << 20)
-        libc.mallopt(-1, 1 << 30)
 
 
 def _leave(mesh: Mesh, lost: LostRank) -> None:
