@@ -6,9 +6,9 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar, cast
 
 import numpy as np
 from jsonargparse import ArgumentParser, Namespace
@@ -26,6 +26,8 @@ from mixdist.parsing import RESOLVED, config_parser, dump, make_config, one_line
 from mixdist.pictures import sample_picture, scatter_picture, to_uint8
 from mixdist.trainer import Recorder, Trainer
 from mixdist.wire import Agreed, LostRank, agree, gather_json
+
+T = TypeVar("T")
 
 USER_ERROR, INTERRUPTED = 2, 130
 LINGER_S = 10.0
@@ -102,7 +104,7 @@ def train(words: Sequence[str]) -> None:
     held: IO[str] | None = None
     try:
         session = build(config, mesh)
-        trainer = _trainer(config, session)
+        trainer = _agreed(lambda: _trainer(config, session), mesh)
         run = _run_directory(parsed, resumed, session)
         held = _hold(run, mesh)
         _train(config, session, trainer, run, dump(parser, parsed), bool(resumed))
@@ -116,6 +118,17 @@ def train(words: Sequence[str]) -> None:
         mesh.close()
         if held is not None:
             held.close()
+
+
+def _agreed(make: Callable[[], T], mesh: Mesh) -> T:
+    """Do something on every rank, or fail on every rank with one message."""
+    made, error = None, None
+    try:
+        made = make()
+    except (ValueError, OSError) as mistake:
+        error = _told(mistake)
+    agree(error, mesh.world)
+    return cast(T, made)
 
 
 def train_parser() -> ArgumentParser:
@@ -238,12 +251,7 @@ def _resume(trainer: Trainer, store: CheckpointStore) -> None:
     checkpoint, passed_over = store.choose()
     for sentence in passed_over if store.mesh.rank == 0 else ():
         print(f"mixdist: {sentence}; going back to {checkpoint.name}", file=sys.stderr, flush=True)
-    error = None
-    try:
-        trainer.resume(checkpoint)
-    except ValueError as mistake:
-        error = str(mistake)
-    agree(error, store.mesh.world)
+    _agreed(lambda: trainer.resume(checkpoint), store.mesh)
     store.set_aside_after(checkpoint)
 
 
