@@ -161,7 +161,7 @@ def expert_rows(evaluation: Evaluation, class_names: tuple[str, ...]) -> list[li
     """Give one line for each expert: number, rows, mean loss, and the class it took with its share."""
     lines: list[list[Any]] = []
     for e, rows in enumerate(evaluation.rows_E):
-        loss = f"{evaluation.loss_E[e]:.2f}" if rows else "-"
+        loss = f"{evaluation.loss_E[e]:.4g}" if rows else "-"
         line = [e, int(rows), loss]
         if evaluation.counts_EC is not None:
             took = int(evaluation.counts_EC[e].argmax())

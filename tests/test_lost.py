@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "digits_moe.yaml"
-TIMEOUT_S = 4
+TIMEOUT_S = 15
 
 
 def free_port() -> str:
