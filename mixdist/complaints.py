@@ -51,6 +51,7 @@ class _Place(NamedTuple):
 
     @staticmethod
     def of(message: str, position: int) -> _Place:
+        """Read the place of the complaint that begins at a position of the parser's message."""
         before, after = message[:position], message[position:]
         first, *rest = [*re.findall(r'Parser key "([^"]+)"', before), ""]
         key = first + "".join(f".init_args.{name}" for name in rest if name)

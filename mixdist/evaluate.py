@@ -96,6 +96,7 @@ class _Tally:
         self.has_elbo = self.has_target = False
 
     def add(self, rows: dict[str, Tensor], scores: Scores) -> None:
+        """Count a batch of this rank's rows."""
         resp_BE, expert_B = scores.log_resp_BE.double().exp(), responsible(scores.log_resp_BE)
         losses_BE = scores.losses_BE.double()
         self.sums[0] += (resp_BE * losses_BE).sum()
@@ -115,6 +116,7 @@ class _Tally:
         self.has_target = True
 
     def result(self) -> Evaluation:
+        """Sum over ranks; every rank calls it."""
         over_batch = self.dispatch.over_batch
         sums = (over_batch.sum(self.sums) / len(self.dataset)).tolist()
         loss_E, counts_EC = over_batch.sum(self.loss_E).cpu().numpy(), over_batch.sum(self.counts_EC).cpu().numpy()
