@@ -7,7 +7,6 @@ group is a block of neighbouring ranks, so that it fits inside a node and replic
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+
+from mixdist.pulse import Pulse
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Mesh:
         self.member = placement.member_of(self.rank)
         self.replica = placement.replica_of(self.rank)
         self.timeout = timedelta(seconds=timeout_s)
-        self.store: dist.Store | None = None
+        self.pulse: Pulse | None = None
         if self.world_size > 1 and not dist.is_initialized():
             self._start(launch)
         self.world: dist.ProcessGroup | None = dist.group.WORLD if self.world_size > 1 else None
@@ -164,15 +165,16 @@ class Mesh:
             )
         cuda = self.device.type == "cuda"
         try:
-            self.store, rank, size = next(rendezvous("env://", launch.rank, launch.world_size, timeout=self.timeout))
+            store, rank, size = next(rendezvous("env://", launch.rank, launch.world_size, timeout=self.timeout))
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo",
-                store=self.store,
+                store=store,
                 timeout=self.timeout,
                 rank=rank,
                 world_size=size,
                 device_id=self.device if cuda else None,
             )
+            self.pulse = Pulse(store, rank, size)
         except RuntimeError as error:
             raise ValueError(
                 f"the {launch.world_size} ranks did not find each other at {os.environ['MASTER_ADDR']}:"
@@ -180,22 +182,14 @@ class Mesh:
                 f"start all of them, and look at their own messages"
             ) from None
 
-    def missing(self, patience_s: float = 8.0) -> tuple[list[int], bool]:
-        """After a collective failed: which ranks do not answer, and whether this one is to tell."""
-        assert self.store is not None
+    def missing(self) -> tuple[list[int], bool]:
+        """After a collective failed: which ranks are gone, and whether this one is to tell."""
+        assert self.pulse is not None
         for group in (self.ep_group, self.replica_group, self.world):
             with suppress(RuntimeError):
                 if group is not None:
-                    group.abort()  # whoever waits for this rank learns of it now, and answers below
-        answered = False
-        try:
-            self.store.set(f"mixdist/left/{self.rank}", "1")
-            answered = True
-            time.sleep(patience_s)
-            missing = [rank for rank in range(self.world_size) if not self.store.check([f"mixdist/left/{rank}"])]
-            return missing, self.store.add("mixdist/told", 1) == 1
-        except RuntimeError:  # without a launcher the store lives in rank 0: it is lost, or has told and left
-            return [0], self.rank == 1 and not answered
+                    group.abort()  # whoever waits for this rank learns of it now
+        return self.pulse.missing()
 
     def _group(self, partition: list[list[int]]) -> dist.ProcessGroup | None:
         # Every rank creates every group, in one order: that is what new_group asks for.
@@ -222,5 +216,7 @@ class Mesh:
 
     def close(self) -> None:
         """End the process groups."""
+        if self.pulse is not None:
+            self.pulse.stop()
         if self.world is not None and dist.is_initialized():
             dist.destroy_process_group()

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "mixdist"
 # Rooms (files or folders of mixdist/) from the bottom up; rooms on one line stand side by side.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("terms",),
-    ("stats", "noise", "nets"),
+    ("stats", "noise", "nets", "pulse"),
     ("data", "experts", "gates"),
     ("routing", "objectives"),
     ("mesh",),
