@@ -47,6 +47,13 @@ class Expert(nn.Module):
         """Turn standard normal noise (R, *noise_shape) into the mean of p(x|z): (R, *shape of x)."""
         raise NotImplementedError(f"{type(self).__name__} does not sample")
 
+    def log_weights(self, rows: Batch, eps: Tensor) -> Tensor:
+        """Give log p(x, z) - log q(z|x) for S posterior samples of each row: (R, S) nats, eps (R, S, *noise_shape).
+
+        Their log-mean-exp over S estimates log p(x) (importance sampling; Burda et al. 2016, eq. 8).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no importance weights")
+
     def predict(self, rows: Batch) -> Tensor:
         """Give the target's mean for each row: (R, *shape of y)."""
         raise NotImplementedError(f"{type(self).__name__} does not predict")

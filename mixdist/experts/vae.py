@@ -92,6 +92,16 @@ class VAE(Expert):
         weight = self.beta * self.kl_weight if self.training else self.beta
         return ExpertTerms(weight * charged.sum(-1) - log_px, log_px, kl_by_dimension.sum(-1))
 
+    def log_weights(self, rows: Batch, eps: Tensor) -> Tensor:
+        mean, log_var = self.encode(rows)
+        z = mean[:, None] + torch.exp(0.5 * log_var)[:, None] * eps
+        # log N(z; 0, 1) - log N(z; mean, var), where the two constants cancel.
+        log_ratio = 0.5 * (eps.square() - z.square() + log_var[:, None]).sum(-1)
+        num_samples = eps.shape[1]
+        x = flat(rows[self.field]).repeat_interleave(num_samples, dim=0)
+        log_px = self.likelihood.log_prob(x, self.decoder(z.flatten(0, 1)))
+        return log_px.view(-1, num_samples) + log_ratio
+
     def decode(self, z: Tensor) -> Tensor:
         """Give the mean of p(x|z), (R, *shape of x), for z (R, L)."""
         return self.likelihood.mean(self.decoder(z)).reshape(-1, *self.shape)
