@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from mixdist.mesh import Mesh
+from mixdist.route import ID_BYTES, Pairs, Route, pack, pack_mask
 from mixdist.terms import Batch, Spec
 from mixdist.wire import Group, Pending, Wire
-
-ID_BYTES = 8
 
 
 class _AllToAll(torch.autograd.Function):
@@ -88,6 +87,8 @@ def _move(
     group: Group,
 ) -> list[Tensor]:
     """Send parts[p] to member p and receive a tensor of shapes[p] from it; ``own`` stays in place of mine."""
+    if group is None:
+        return [own]
     sizes = [0 if p == me else math.prod(shape) for p, shape in enumerate(shapes)]
     flat = torch.cat([own.new_zeros(0) if part is None else part.reshape(-1) for part in parts])
     sent = [0 if part is None else part.numel() for part in parts]
@@ -99,43 +100,8 @@ def _move(
     return [own if p == me else r.reshape(shape) for p, (r, shape) in enumerate(zip(received, shapes, strict=True))]
 
 
-class Route:
-    """Rows on their way from every rank of an EP group to every other, and the way back.
-
-    Args:
-        counts: rows of each member of the EP group.
-        spec: the fields sent, "id" first.
-        own: this rank's packed rows.
-        pending: the other ranks' packed rows; None in a group of one.
-        me: this rank's place in the EP group.
-    """
-
-    def __init__(self, counts: Sequence[int], spec: Spec, own: Tensor, pending: Pending | None, me: int) -> None:
-        self.counts, self.spec, self.own, self.pending, self.me = list(counts), spec, own, pending, me
-
-    @property
-    def num_rows(self) -> int:
-        """R, the rows that arrive here, this rank's own among them."""
-        return sum(self.counts)
-
-    def rows(self) -> Batch:
-        """Wait for the rows; give them as stored."""
-        packed = self.own
-        if self.pending is not None:
-            width = self.own.shape[1]
-            sizes = [0 if p == self.me else n * width for p, n in enumerate(self.counts)]
-            arrived = [part.view(-1, width) for part in self.pending.wait().split(sizes)]
-            arrived[self.me] = self.own
-            packed = torch.cat(arrived)
-        return _unpack(packed, self.spec)
-
-    def by_member(self, field: Tensor) -> list[Tensor]:
-        """Cut a field (R, ...) into each member's rows."""
-        return list(field.split(self.counts))
-
-
 class Dispatch:
-    """The four primitives over one EP group, for dense routing.
+    """The four primitives over one EP group.
 
     Every rank of a group calls them in the same order, whatever its rows; that is what keeps them from hanging.
 
@@ -149,8 +115,8 @@ class Dispatch:
         self.mesh, self.wire, self.spec = mesh, wire, spec
         self.over_batch = OverBatch(mesh, wire)
         placement = mesh.placement
-        self.num_experts = [len(placement.experts_of(p)) for p in range(placement.ep_size)]
-        self.first = placement.experts_of(mesh.member).start
+        self.experts = [placement.experts_of(p) for p in range(placement.ep_size)]
+        self.num_experts = [len(experts) for experts in self.experts]
         self.members = placement.ep_ranks(mesh.replica)
 
     def send(self, rows: Batch, fields: Sequence[str], counts: Sequence[int]) -> Route:
@@ -162,21 +128,54 @@ class Dispatch:
             counts: rows of every rank of the world.
         """
         spec = {name: self.spec[name] for name in fields}
-        own = _pack(rows, spec)
+        own = pack(rows, spec)
         counts_P = [counts[rank] for rank in self.members]
-        others = len(counts_P) - 1
-        pending = None
-        if others:
-            flat = own.reshape(-1).repeat(others)
-            received = [0 if p == self.mesh.member else n * own.shape[1] for p, n in enumerate(counts_P)]
-            sent = [0 if p == self.mesh.member else own.numel() for p in range(len(counts_P))]
-            pending = self.wire.all_to_all(flat, sent, received, self.mesh.ep_group)
-            width = ID_BYTES + sum(f.num_bytes for f in spec.values())
-            self.wire.meter.wire_bytes_least += own.shape[0] * others * width
-        return Route(counts_P, spec, own, pending, self.mesh.member)
+        parts = [own] * len(counts_P)
+        return Route(counts_P, spec, own, self._start(parts, counts_P, spec), self.mesh.member, self._here)
+
+    def send_some(self, rows: Batch, fields: Sequence[str], routed_BE: Tensor, counts: Sequence[int]) -> Route:
+        """Start sending each row once to each member of the EP group that has an expert for it.
+
+        Args:
+            rows: B stored rows with "id".
+            fields: the fields that experts need.
+            routed_BE: True where the expert sees the row.
+            counts: rows that arrive here from each member, as ``arrivals`` tells.
+        """
+        spec = {name: self.spec[name] for name in fields}
+        packed, parts = pack(rows, spec), []
+        sent = [Pairs.of(routed_BE, experts) for experts in self.experts]
+        for pairs, experts in zip(sent, self.experts, strict=True):
+            mask = routed_BE[pairs.rows, experts.start : experts.stop]
+            parts.append(torch.cat([packed[pairs.rows], pack_mask(mask)], dim=1))
+        pending = self._start(parts, counts, spec)
+        return Route(counts, spec, parts[self.mesh.member], pending, self.mesh.member, self._here, sent, len(packed))
+
+    def arrivals(self, routed: Sequence[Tensor]) -> list[list[int]]:
+        """Tell, for each of some plans (B, E), how many rows each member of the EP group will send here.
+
+        A statistic of the batch that every rank must know before it can receive; counted as sync.
+        """
+        sent = [[int(r[:, e.start : e.stop].any(1).sum()) for e in self.experts] for r in routed]
+        table_WMP = self.over_batch.gather(torch.tensor([sent], device=self.mesh.device), [1] * self.mesh.world_size)
+        return table_WMP[self.members, :, self.mesh.member].T.tolist()
+
+    def _start(self, parts: Sequence[Tensor], counts: Sequence[int], spec: Spec) -> Pending | None:
+        """Start moving packed rows: parts[p] to member p, counts[p] rows from it."""
+        me, others = self.mesh.member, [p for p in range(len(parts)) if p != self.mesh.member]
+        if not others:
+            return None
+        flat = torch.cat([parts[p].reshape(-1) for p in others])
+        sent = [0 if p == me else part.numel() for p, part in enumerate(parts)]
+        received = [0 if p == me else n * parts[me].shape[1] for p, n in enumerate(counts)]
+        width = ID_BYTES + sum(f.num_bytes for f in spec.values())
+        self.wire.meter.wire_bytes_least += sum(len(parts[p]) for p in others) * width
+        return self.wire.all_to_all(flat, sent, received, self.mesh.ep_group)
 
     def combine(self, field: Tensor, route: Route) -> Tensor:
-        """Bring the experts' field (R, e, ...) back to the rows' own ranks: (B, E, ...)."""
+        """Bring the experts' field (R, e, ...) back to the rows' own ranks: (B, E, ...), zero where unseen."""
+        if route.sent is not None:
+            return self._combine_some(field, route, route.sent)
         if self.mesh.ep_group is None:
             return field
         parts: list[Tensor | None] = list(route.by_member(field))
@@ -188,8 +187,22 @@ class Dispatch:
         self._count(field, others * own.shape[1] * width, own.shape[0] * self._remote_experts * width)
         return torch.cat(self._move(parts, own, shapes), dim=1)
 
+    def _combine_some(self, field: Tensor, route: Route, sent: list[Pairs]) -> Tensor:
+        width = field.shape[2:]
+        parts: list[Tensor | None] = list(route.pairs(field))
+        own, parts[route.me] = parts[route.me], None
+        assert own is not None
+        back = [(len(pairs.row_T), *width) for pairs in sent]
+        self._count_pairs(field, parts, back, width.numel())
+        pairs_T = torch.cat(self._move(parts, own, back))
+        row_T, expert_T = (torch.cat([getattr(p, name) for p in sent]) for name in ("row_T", "expert_T"))
+        result = field.new_zeros(route.num_own, self.mesh.placement.num_experts, *width)
+        return result.index_put((row_T, expert_T), pairs_T)
+
     def spread(self, field: Tensor, route: Route) -> Tensor:
         """Take a field (B, E, ...) of this rank's rows to the experts: (R, e, ...); the transpose of combine."""
+        if route.sent is not None:
+            return self._spread_some(field, route, route.sent)
         if self.mesh.ep_group is None:
             return field
         parts: list[Tensor | None] = list(field.split(self.num_experts, dim=1))
@@ -201,8 +214,21 @@ class Dispatch:
         self._count(field, own.shape[0] * self._remote_experts * width, others * own.shape[1] * width)
         return torch.cat(self._move(parts, own, shapes))
 
+    def _spread_some(self, field: Tensor, route: Route, sent: list[Pairs]) -> Tensor:
+        width = field.shape[2:]
+        assert route.mask_Re is not None
+        parts: list[Tensor | None] = [field[pairs.row_T, pairs.expert_T] for pairs in sent]
+        own, parts[route.me] = parts[route.me], None
+        assert own is not None
+        out = [(int(mask.sum()), *width) for mask in route.mask_Re.split(route.counts)]
+        self._count_pairs(field, parts, out, width.numel())
+        pairs_T = torch.cat(self._move(parts, own, out))
+        result = field.new_zeros(route.num_rows, self._here, *width)
+        return result.index_put(route.mask_Re.nonzero(as_tuple=True), pairs_T)
+
     def exchange(self, field: Tensor, route: Route) -> Tensor:
-        """Show every expert's field (R, e, ...) to every rank of the EP group: (R, E, ...)."""
+        """Show every expert's field (R, e, ...) to every rank of the EP group: (R, E, ...); dense routing only."""
+        assert route.sent is None
         if self.mesh.ep_group is None:
             return field
         parts = [None if p == route.me else field for p in range(len(route.counts))]
@@ -215,8 +241,9 @@ class Dispatch:
     def combine_sum(self, field: Tensor, weights: Tensor, route: Route) -> Tensor:
         """Give sum over experts of weights (B, E) times the experts' field (R, e, ...), at the rows' ranks: (B, ...).
 
-        A rank's own experts are summed before anything is sent.
+        A rank's own experts are summed before anything is sent. Dense routing only.
         """
+        assert route.sent is None
         local = torch.einsum("re,re...->r...", self.spread(weights, route), field)
         if self.mesh.ep_group is None:
             return local
@@ -231,7 +258,11 @@ class Dispatch:
 
     @property
     def _remote_experts(self) -> int:
-        return self.mesh.placement.num_experts - self.num_experts[self.mesh.member]
+        return self.mesh.placement.num_experts - self._here
+
+    @property
+    def _here(self) -> int:
+        return self.num_experts[self.mesh.member]
 
     def _move(self, parts: Sequence[Tensor | None], own: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         return _move(parts, own, self.mesh.member, shapes, self.wire.all_to_all, self.mesh.ep_group)
@@ -241,21 +272,8 @@ class Dispatch:
         numbers = sent + (returned if field.requires_grad and torch.is_grad_enabled() else 0)
         self.wire.meter.wire_bytes_least += numbers * field.element_size()
 
-
-def _pack(rows: Batch, spec: Spec) -> Tensor:
-    """Lay the id and the named fields of each row side by side as bytes: (B, bytes of a row)."""
-    parts = [rows["id"].reshape(-1, 1).view(torch.uint8)]
-    for name, field in spec.items():
-        stored = rows[name].reshape(len(rows["id"]), field.num_values).contiguous()
-        parts.append(stored.view(torch.uint8))
-    return torch.cat(parts, dim=1)
-
-
-def _unpack(packed: Tensor, spec: Spec) -> Batch:
-    """Undo _pack."""
-    widths = [ID_BYTES, *(field.num_bytes for field in spec.values())]
-    id_bytes, *parts = packed.split(widths, dim=1)
-    rows = {"id": id_bytes.contiguous().view(torch.int64).reshape(-1)}
-    for (name, field), part in zip(spec.items(), parts, strict=True):
-        rows[name] = part.contiguous().view(field.dtype).reshape(-1, *field.shape)
-    return rows
+    def _count_pairs(
+        self, field: Tensor, parts: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]], width: int
+    ) -> None:
+        back = sum(shape[0] for p, shape in enumerate(shapes) if p != self.mesh.member)
+        self._count(field, sum(len(part) for part in parts if part is not None) * width, back * width)

@@ -70,6 +70,12 @@ class MLP(nn.Module):
         return self.layers(x)
 
 
-def flat(x: Tensor) -> Tensor:
-    """Give (R, D) for rows (R, ...); also where R is 0."""
-    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+def flat(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Give (R, D) for rows (R, *shape), and (E, R, D) for each expert's own rows (E, R, *shape); also where R is 0.
+
+    Args:
+        x: rows.
+        shape: of one row; unset, all axes but the first.
+    """
+    shape = x.shape[1:] if shape is None else shape
+    return x.reshape(*x.shape[: x.dim() - len(shape)], math.prod(shape))

@@ -102,6 +102,7 @@ class Outcome(NamedTuple):
         bad_E: rows for which the expert's loss is not finite.
         bad_gate: rows for which a responsibility is not a number.
         entropy: sum over rows of the entropy of their responsibilities, nats.
+        lost: responsibility that capacity refused, rows.
     """
 
     loss: Tensor
@@ -112,3 +113,4 @@ class Outcome(NamedTuple):
     bad_E: Tensor
     bad_gate: Tensor
     entropy: Tensor
+    lost: Tensor

@@ -18,13 +18,14 @@ from mixdist.data import Dataset, Loader
 from mixdist.dispatch import Dispatch
 from mixdist.engines import NativeEngine
 from mixdist.evaluate import evaluate
-from mixdist.experts import VAE, Expert, ExpertBank, Regressor
+from mixdist.experts import VAE, Compute, Expert, ExpertBank, Regressor
 from mixdist.gates import Gate, LabelOracle, Softmax, Uniform
 from mixdist.mesh import Launch, Mesh, Placement
 from mixdist.mixtures import Mixture, Moment, SoftMixture
 from mixdist.nets import MLP
 from mixdist.noise import Draw, Purpose, weights_seed
 from mixdist.objectives import Balance, KLBalance, MixtureLikelihood, Objective, VarianceBalance, WeightedLoss
+from mixdist.routing import TopK
 from mixdist.terms import Batch, Field, Gating, Spec
 from mixdist.wire import Wire
 from tests.two_stage import WIDTH, Component, TwoStage
@@ -47,6 +48,10 @@ class Case:
     balance: str = "variance"
     gate: str = "softmax"
     expert: str = "bernoulli"
+    routing: str = "dense"
+    way: str = "back"
+    prefetch: bool = False
+    memory: str = "whole"
     batch_size: int = 16
     optimizer: str = "adam"
     dtype: str = "float64"
@@ -54,7 +59,8 @@ class Case:
 
     def reference(self) -> Case:
         """The same problem in one process, by the plainest way."""
-        return replace(self, ranks=1, ep_size=1, execution="loop", accumulate=1)
+        plain = {"execution": "loop", "accumulate": 1, "way": "back", "prefetch": False, "memory": "whole"}
+        return replace(self, ranks=1, ep_size=1, **plain)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         return "-".join(str(v) for v in vars(self).values())
@@ -68,6 +74,16 @@ class Starved(Softmax):
         mask_E = torch.zeros(logits_BE.shape[1], dtype=logits_BE.dtype)
         mask_E[1] = -torch.inf
         return Gating(torch.log_softmax(logits_BE + mask_E, dim=-1))
+
+
+class Tied(Softmax):
+    """A gate with ties: its logits are whole numbers, and for one row in three all equal."""
+
+    def forward(self, rows: Batch, eps: Tensor | None) -> Gating:
+        logits_BE = 3 * self.net(rows["x"].flatten(1))
+        # Rounded, with the gradient of what was rounded; else nothing would train it.
+        logits_BE = logits_BE + (logits_BE.round() - logits_BE).detach()
+        return Gating(torch.log_softmax(logits_BE * (rows["id"] % 3 > 0).to(logits_BE)[:, None], dim=-1))
 
 
 class Noisy(Softmax):
@@ -112,8 +128,19 @@ def make_gate(case: Case, spec: Spec) -> Gate:
         return LabelOracle(spec, case.num_experts, "label")
     if case.gate == "uniform":
         return Uniform(spec, case.num_experts)
-    kind = {"softmax": Softmax, "starved": Starved, "noisy": Noisy}[case.gate]
+    kind = {"softmax": Softmax, "starved": Starved, "noisy": Noisy, "tied": Tied}[case.gate]
     return kind(spec, case.num_experts, [6], "tanh")
+
+
+def make_routing(case: Case) -> TopK | None:
+    """ "top2" is dropless, "top2-tight" has a capacity below an even load, "top2-raw" keeps its weights as they are."""
+    if case.routing == "dense":
+        return None
+    name, _, how = case.routing.partition("-")
+    return TopK(int(name[3:]), 0.7 if how == "tight" else None, renormalise=how != "raw")
+
+
+COMPUTE = {"whole": Compute(), "pieces": Compute(micro_batch=2), "recompute": Compute(micro_batch=3, recompute=True)}
 
 
 def make_objective(case: Case) -> Objective:
@@ -142,7 +169,8 @@ def make_mixture(case: Case, mesh: Mesh, wire: Wire) -> Mixture:
         return TwoStage(components, decoder, dispatch, spec)
     gate = seeded(make_gate, case, spec, purpose=Purpose.GATE).to(dtype)
     experts = {e: seeded(make_expert, case, spec, number=e).to(dtype) for e in mesh.experts}
-    return SoftMixture(gate, ExpertBank(experts, case.execution), dispatch, spec, dtype)  # type: ignore[arg-type]
+    bank = ExpertBank(experts, case.execution, COMPUTE[case.memory])  # type: ignore[arg-type]
+    return SoftMixture(gate, bank, dispatch, spec, dtype, make_routing(case), case.way == "ahead")
 
 
 def make_engine(case: Case, mixture: Mixture, mesh: Mesh, wire: Wire) -> NativeEngine:
@@ -156,7 +184,9 @@ def make_engine(case: Case, mixture: Mixture, mesh: Mesh, wire: Wire) -> NativeE
             lambda p: torch.optim.AdamW(p, 1e-2),
             lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 30),
         )
-    return NativeEngine(mixture.parts, mesh, wire, lambda p: torch.optim.Adam(p, 1e-2))
+    # Adam divides by |g| + eps. A gradient that is 0 but for rounding (1e-17: the logit of an expert that no row chose)
+    # moves a weight by lr 1e-17 / eps; torch's eps of 1e-8 would make that 1e-11 a step, and no two sums agree on it.
+    return NativeEngine(mixture.parts, mesh, wire, lambda p: torch.optim.Adam(p, 1e-2, eps=1e-5))
 
 
 def run(case: Case) -> dict[str, Any]:
@@ -167,13 +197,16 @@ def run(case: Case) -> dict[str, Any]:
     engine = make_engine(case, mixture, mesh, wire)
     loader = Loader(data(), case.batch_size, SEED, 0, mesh.rank, mesh.world_size)
     report: dict[str, Any] = {"speaks": {}, "copies": {}, "steps": [], "bytes": [], "margin": 1.0}
+    upcoming = loader.batch(0, 0)
     for step in range(case.steps):
         for owned in mixture.parts.owned():
             getattr(owned.module, "anneal", lambda step: None)(step)
         wire.meter.reset()
-        shard = loader.batch(*divmod(step, loader.num_batches))
+        shard, upcoming = upcoming, loader.batch(*divmod(step + 1, loader.num_batches))
         engine.zero_grad()
-        outcome = mixture.backward(shard, make_objective(case), Moment(SEED, 0, step), case.accumulate)
+        outcome = mixture.backward(
+            shard, make_objective(case), Moment(SEED, 0, step), case.accumulate, upcoming if case.prefetch else None
+        )
         totals = engine.step(outcome, step)
         report["steps"].append(figures(totals.outcome, totals.grad_norm))
         report["bytes"].append((totals.meter["wire_bytes"], totals.meter["wire_bytes_least"]))
@@ -188,7 +221,7 @@ def run(case: Case) -> dict[str, Any]:
 def figures(outcome: Any, grad_norm: float) -> dict[str, Tensor]:
     # Parts are one tensor: near balance the balance term is a small difference of large numbers.
     parts = {"parts": torch.stack(list(outcome.parts.values()))}
-    fields = {"loss": outcome.loss, "load": outcome.load_E, "losses": outcome.loss_E, "entropy": outcome.entropy}
+    fields = {name: getattr(outcome, name) for name in ("loss", "load_E", "loss_E", "seen_E", "lost", "entropy")}
     return {**fields, **parts, "grad_norm": torch.tensor(grad_norm, dtype=torch.float64)}
 
 
@@ -205,11 +238,12 @@ def judge(report: dict[str, Any], case: Case, mixture: SoftMixture) -> None:
     evaluation = evaluate(mixture, data(), case.batch_size, SEED, "y" if case.expert == "regressor" else None)
     report["decided"] = evaluation.expert_N.tolist()
     report["figures"] = evaluation.figures
-    if case.gate not in ("oracle", "uniform", "noisy"):
+    if case.gate not in ("oracle", "uniform", "noisy", "tied"):
         with torch.no_grad():
             values = mixture.values(data().rows, mixture.gate.fields)
-            best = mixture.gate(values, None).log_resp_BE.exp().topk(2, dim=1).values
-        report["margin"] = (best[:, 0] - best[:, 1]).min().item()
+            best = mixture.gate(values, None).log_resp_BE.exp().sort(dim=1, descending=True).values
+        chosen = mixture.routing.k if mixture.routing else 1
+        report["margin"] = (best[:, :chosen] - best[:, 1 : chosen + 1]).min().item()
 
 
 def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Laplace, MultivariateNormal, Normal, kl_divergence
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mixdist.experts import VAE, Expert, ExpertBank, Regressor
+from mixdist.experts import VAE, Expert, ExpertBank, Noise, Regressor
 from mixdist.nets import MLP, Affine
 from mixdist.terms import Batch, Field, Spec
 
@@ -227,6 +227,11 @@ def _bank(kind: type[Expert], options: dict[str, Any], execution: Any, ids: tupl
     return ExpertBank({e: _make(kind, options, seed=e) for e in ids}, execution)
 
 
+def _given(bank: ExpertBank, eps: Tensor) -> Noise:
+    """Hand out given noise (E, R, *): row r has the id r."""
+    return lambda ids, experts: eps[[bank.ids.index(e) for e in experts]][:, ids]
+
+
 def _mixed(terms: Iterable[Tensor | None]) -> Tensor:
     """Mix all fields, rows and experts into one number, each with a weight of its own."""
     return torch.stack([(_random(*f.shape, seed=i) * f).sum() for i, f in enumerate(terms) if f is not None]).sum()
@@ -238,7 +243,10 @@ def _mixed(terms: Iterable[Tensor | None]) -> Tensor:
 def test_bank_is_its_experts(kind: type[Expert], options: dict[str, Any], execution: str, ids: tuple[int, ...]) -> None:
     bank, alone = (_bank(kind, options, e, ids) for e in (execution, "loop"))
     rows, eps = _rows(), _random(len(ids), 7, 3)
-    terms, judges = bank(rows, eps), [expert(rows, eps[i]) for i, expert in enumerate(alone.owned().values())]
+    terms, judges = (
+        bank(rows, _given(bank, eps)),
+        [expert(rows, eps[i]) for i, expert in enumerate(alone.owned().values())],
+    )
     for field, own in zip(terms, zip(*judges, strict=True), strict=True):
         assert (field is None) == (own[0] is None)
         if field is not None:
@@ -252,7 +260,7 @@ def test_bank_is_its_experts(kind: type[Expert], options: dict[str, Any], execut
         assert gradient is not None
         assert parameter.grad.abs().max() > 0, name
         _close(gradient, parameter.grad)
-    assert all(f.shape == (0, len(ids)) for f in bank(_rows(0), eps[:, :0]) if f is not None)
+    assert all(f.shape == (0, len(ids)) for f in bank(_rows(0), _given(bank, eps[:, :0])) if f is not None)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +275,7 @@ def test_optimisers_step_a_stack_like_a_loop(optimizer: Callable[..., Optimizer]
         for step in range(5):
             for stepper in steppers:
                 stepper.zero_grad(set_to_none=False)
-            bank(_rows(), _random(3, 7, 3, seed=step)).loss_R.sum().backward()
+            bank(_rows(), _given(bank, _random(3, 7, 3, seed=step))).loss_R.sum().backward()
             for stepper in steppers:
                 stepper.step()
     loop, stacked = (bank.state_dict() for bank in banks)
@@ -281,15 +289,17 @@ def test_a_stack_follows_what_is_loaded() -> None:
     source, bank = _bank(VAE, VAES[-1], "loop", (1, 3)), _bank(VAE, VAES[-1], "stacked", (0, 2))
     for new, old in zip(bank.owned().values(), source.owned().values(), strict=True):
         new.load_state_dict(old.state_dict())
-    _close(bank(_rows(), _random(2, 7, 3)).loss_R, source(_rows(), _random(2, 7, 3)).loss_R)
+    eps = _random(2, 7, 3)
+    _close(bank(_rows(), _given(bank, eps)).loss_R, source(_rows(), _given(source, eps)).loss_R)
 
 
 @pytest.mark.parametrize("execution", ["loop", "stacked"])
 def test_a_frozen_bank_gives_no_gradient(execution: str) -> None:
     bank = _bank(VAE, VAES[-1], execution).requires_grad_(False)
-    assert not bank(_rows(), _random(3, 7, 3)).loss_R.requires_grad
+    noise = _given(bank, _random(3, 7, 3))
+    assert not bank(_rows(), noise).loss_R.requires_grad
     assert all(p.grad is None or p.grad.eq(0).all() for p in bank.parameters())
-    bank.requires_grad_(True)(_rows(), _random(3, 7, 3)).loss_R.sum().backward()
+    bank.requires_grad_(True)(_rows(), noise).loss_R.sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in bank.parameters())
 
 

@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("routing", "objectives"),
     ("mesh",),
     ("wire",),
+    ("route",),
     ("dispatch",),
     ("mixtures",),
     ("engines",),

@@ -45,7 +45,9 @@ class TwoStage:
     def parts(self) -> Parts:
         return Parts({"decoder": self.decoder}, dict(self.components))
 
-    def backward(self, shard: Shard, objective: Objective, at: Moment, num_parts: int = 1) -> Outcome:
+    def backward(
+        self, shard: Shard, objective: Objective, at: Moment, num_parts: int = 1, upcoming: Shard | None = None
+    ) -> Outcome:
         dispatch, spec = self.dispatch, self.spec["x"]
         route = dispatch.send(shard.rows, ("x",), shard.counts)
         rows = route.rows()
@@ -65,7 +67,7 @@ class TwoStage:
         resp = weights_BE.detach()
         zeros = torch.zeros_like(resp.sum(0))
         return Outcome(
-            loss.detach(), {"rows": rows_loss.detach()}, resp.sum(0), zeros, zeros, zeros, zeros.sum(), zeros.sum()
+            loss.detach(), {"rows": rows_loss.detach()}, resp.sum(0), zeros, zeros, zeros, *[zeros.sum()] * 3
         )
 
     def _statistics(self, h_BH: Tensor, shard: Shard) -> Tensor:

@@ -1,25 +1,53 @@
 """The experts of one rank, run one after another or as one stack.
 
-Shape letters: R rows routed here, E experts on this rank.
+Shape letters: R rows routed here, E experts on this rank, M rows that one expert sees.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from mixdist.experts.expert import Expert
 from mixdist.terms import Batch, ExpertTerms
 
 Execution = Literal["loop", "stacked"]
+Noise = Callable[[Tensor, Sequence[int]], Tensor]
+"""Gives the noise (experts, rows, *noise_shape) for sample ids and global expert numbers."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How an expert runs its rows. Memory and speed only: the first two change nothing beyond rounding.
+
+    Args:
+        micro_batch: rows that an expert runs at once; unset, all that arrive. With recompute, or with one-way dispatch,
+            it bounds the memory for activations.
+        recompute: run the forward pass again in the backward pass instead of keeping its activations.
+        bf16: run experts under bfloat16 autocast; parameters stay as they are.
+        channels_last: lay images out with channels last, which suits convolutions on tensor cores.
+        compile: run experts through torch.compile.
+    """
+
+    micro_batch: int | None = None
+    recompute: bool = False
+    bf16: bool = False
+    channels_last: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"compute.micro_batch ({self.micro_batch}) must be at least 1: give rows, or null for all")
 
 
 class ExpertBank(nn.Module):
-    """Experts of one rank by their global numbers; every one of them sees all rows handed in.
+    """Experts of one rank by their global numbers.
 
     In stacked execution each kind of parameter of all experts lies in one tensor with a leading expert axis, and each
     expert's own parameter and gradient are views of it: optimisers and checkpoints see one set for each expert, the
@@ -29,20 +57,28 @@ class ExpertBank(nn.Module):
     Args:
         experts: global expert number to expert, in ascending order.
         execution: loop or stacked.
+        compute: how an expert runs its rows.
 
     Raises:
         ValueError: stacked execution of experts that cannot be stacked.
     """
 
-    def __init__(self, experts: Mapping[int, Expert], execution: Execution = "loop") -> None:
+    def __init__(
+        self, experts: Mapping[int, Expert], execution: Execution = "loop", compute: Compute | None = None
+    ) -> None:
         super().__init__()
         assert experts
         assert list(experts) == sorted(experts)
         self.experts = nn.ModuleDict({str(e): expert for e, expert in experts.items()})
-        self.execution = execution
+        self.execution, self.compute = execution, compute or Compute()
         self.stack: dict[str, Tensor] = {}
+        if self.compute.channels_last:
+            for expert in self.experts.values():
+                expert.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if execution == "stacked":
             self._stack()
+        # Kept out of the module's own list: a compiled module shares its parameters with the expert.
+        self._calls = {e: self._callable(expert) for e, expert in self.owned().items()}
 
     @property
     def ids(self) -> list[int]:
@@ -70,23 +106,117 @@ class ExpertBank(nn.Module):
                 p.data, p.grad = stacked.detach()[i], stacked.grad[i]
             self.stack[name] = stacked
 
-    def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
-        """Give every expert's terms for every row.
+    def _callable(self, expert: Expert) -> Callable[[Batch, Tensor | None], ExpertTerms]:
+        call = torch.compile(expert, dynamic=True) if self.compute.compile else expert
+
+        def run(rows: Batch, eps: Tensor | None) -> ExpertTerms:
+            if not self.compute.bf16:
+                return call(rows, eps)
+            with torch.autocast(rows["id"].device.type, torch.bfloat16):
+                return ExpertTerms(*(None if f is None else f.float() for f in call(rows, eps)))  # type: ignore[arg-type]
+
+        return run
+
+    def forward(self, rows: Batch, noise: Noise | None = None, mask_RE: Tensor | None = None) -> ExpertTerms:
+        """Give every expert's terms for its rows.
 
         Args:
             rows: R rows of real numbers.
-            eps: noise (E, R, *noise_shape) or None.
+            noise: draws for them, or None.
+            mask_RE: True where the expert sees the row; None where every expert sees every row.
 
         Returns:
-            terms with fields (R, E, ...).
+            terms with fields (R, E), zero where the expert does not see the row.
         """
-        if self.execution == "loop":
-            terms = [expert(rows, None if eps is None else eps[i]) for i, expert in enumerate(self.experts.values())]
-            return _map(lambda *fields: torch.stack(fields, dim=1), *terms)
+        if self.execution == "stacked":
+            return self._run_stack(rows, noise, mask_RE)
+        columns = []
+        for i, e in enumerate(self.ids):
+            terms = [self._recomputed(e, *piece[1:]) for piece in self._pieces(i, e, rows, noise, mask_RE)]
+            column = _map(lambda *fields: torch.cat(fields), *terms)
+            columns.append(_map(lambda field, i=i: _place(field, i, mask_RE), column))
+        return _map(lambda *fields: torch.stack(fields, dim=1), *columns)
+
+    def backward(self, rows: Batch, noise: Noise | None, mask_RE: Tensor | None, grads_RE: Tensor) -> Tensor:
+        """Run the experts and add the gradient of sum(grads * losses) to their parameters' ``grad``; give the losses.
+
+        A micro-batch's activations are gone before the next begins.
+        """
+        if self.execution == "stacked":
+            losses_RE = self._run_stack(rows, noise, mask_RE).loss_R
+            _differentiate(losses_RE, grads_RE)
+            return losses_RE.detach()
+        losses_RE = torch.zeros_like(grads_RE)
+        for i, e in enumerate(self.ids):
+            for places, taken, eps in self._pieces(i, e, rows, noise, mask_RE):
+                losses = self._calls[e](taken, eps).loss_R
+                _differentiate(losses, grads_RE[places, i])
+                losses_RE[places, i] = losses.detach()
+        return losses_RE
+
+    def _pieces(
+        self, i: int, e: int, rows: Batch, noise: Noise | None, mask_RE: Tensor | None
+    ) -> Iterator[tuple[Tensor | slice, Batch, Tensor | None]]:
+        """Cut an expert's rows into micro-batches, at least one: their places, the rows, their noise."""
+        num_rows = len(rows["id"])
+        places_M = None if mask_RE is None else mask_RE[:, i].nonzero()[:, 0]
+        count = num_rows if places_M is None else len(places_M)
+        size = self.compute.micro_batch or max(count, 1)
+        for start in range(0, max(count, 1), size):
+            piece: Tensor | slice = slice(start, min(start + size, count))
+            if places_M is not None:
+                piece = places_M[piece]
+            taken = rows if count == num_rows and size >= count else {n: column[piece] for n, column in rows.items()}
+            if self.compute.channels_last:
+                taken = {n: _channels_last(column) for n, column in taken.items()}
+            yield piece, taken, None if noise is None else noise(taken["id"], [e])[0]
+
+    def _recomputed(self, e: int, rows: Batch, eps: Tensor | None) -> ExpertTerms:
+        if self.compute.recompute and torch.is_grad_enabled():
+            # Experts draw nothing themselves, so there is no generator to put back.
+            return checkpoint(self._calls[e], rows, eps, use_reentrant=False, preserve_rng_state=False)
+        return self._calls[e](rows, eps)
+
+    def _run_stack(self, rows: Batch, noise: Noise | None, mask_RE: Tensor | None) -> ExpertTerms:
         for name, stacked in self.stack.items():
             stacked.requires_grad_(self.template.get_parameter(name).requires_grad)
-        result: ExpertTerms = functional_call(self.template, self.stack, (rows, eps))
-        return _map(lambda field: field.transpose(0, 1), result)
+        if mask_RE is None:
+            eps = None if noise is None else noise(rows["id"], self.ids)
+            return _map(lambda field: field.transpose(0, 1), self._call_stack(rows, eps))
+        # Every expert gets as many rows as the busiest, real ones: what it says of those that fill up is not read.
+        num_rows, counts_E = mask_RE.shape[0], mask_RE.sum(0)
+        order_EM = mask_RE.T.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : int(counts_E.max())]
+        taken = {name: column[order_EM] for name, column in rows.items()}
+        eps = None
+        if noise is not None:
+            eps = torch.stack([noise(ids_M, [e])[0] for ids_M, e in zip(taken["id"], self.ids, strict=True)])
+        seen_EM = torch.arange(order_EM.shape[1], device=order_EM.device) < counts_E[:, None]
+
+        def place(field: Tensor) -> Tensor:
+            full = field.new_zeros(num_rows, len(self.ids))
+            experts_EM = torch.arange(len(self.ids), device=order_EM.device)[:, None].expand_as(order_EM)
+            return full.index_put((order_EM[seen_EM], experts_EM[seen_EM]), field[seen_EM])
+
+        return _map(place, self._call_stack(taken, eps))
+
+    def _call_stack(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
+        return functional_call(self.template, self.stack, (rows, eps))
+
+
+def _differentiate(losses: Tensor, grads: Tensor) -> None:
+    if losses.requires_grad:
+        losses.backward(grads)
+
+
+def _place(field: Tensor, i: int, mask_RE: Tensor | None) -> Tensor:
+    """Put an expert's field (M,) to its rows: (R,)."""
+    if mask_RE is None:
+        return field
+    return field.new_zeros(mask_RE.shape[0]).index_put((mask_RE[:, i].nonzero()[:, 0],), field)
+
+
+def _channels_last(column: Tensor) -> Tensor:
+    return column.contiguous(memory_format=torch.channels_last) if column.dim() == 4 else column
 
 
 def _map(change: Callable[..., Tensor], *terms: ExpertTerms) -> ExpertTerms:

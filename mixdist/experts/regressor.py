@@ -50,15 +50,16 @@ class Regressor(Expert):
         super().__init__()
         x, y = real_field(spec, input, "Regressor"), real_field(spec, target, "Regressor")
         self.input, self.target, self.fields, self.shape = input, target, (input, target), y.shape
+        self.input_shape = x.shape
         self.net = MLP([x.num_values, *hidden, y.num_values], activation)
         self.likelihood = None if likelihood == "squared" else Likelihood(likelihood, scale, "identity")
 
     def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
-        y, output = flat(rows[self.target]), self.net(flat(rows[self.input]))
+        y, output = flat(rows[self.target], self.shape), self.net(flat(rows[self.input], self.input_shape))
         if self.likelihood is None:
             return ExpertTerms((y - output).square().sum(-1))
         log_py = self.likelihood.log_prob(y, output)
         return ExpertTerms(-log_py, log_py)
 
     def predict(self, rows: Batch) -> Tensor:
-        return self.net(flat(rows[self.input])).reshape(-1, *self.shape)
+        return self.net(flat(rows[self.input], self.input_shape)).reshape(-1, *self.shape)

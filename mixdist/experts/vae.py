@@ -79,14 +79,14 @@ class VAE(Expert):
 
     def encode(self, rows: Batch) -> tuple[Tensor, Tensor]:
         """Give mean and log variance of q(z|x), each (R, L)."""
-        mean, log_var = self.encoder(flat(rows[self.field])).chunk(2, dim=-1)
+        mean, log_var = self.encoder(flat(rows[self.field], self.shape)).chunk(2, dim=-1)
         return mean, log_var
 
     def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
         assert eps is not None
         mean, log_var = self.encode(rows)
         z = mean + torch.exp(0.5 * log_var) * eps
-        log_px = self.likelihood.log_prob(flat(rows[self.field]), self.decoder(z))
+        log_px = self.likelihood.log_prob(flat(rows[self.field], self.shape), self.decoder(z))
         kl_by_dimension = normal_kl(mean, log_var)
         charged = kl_by_dimension.clamp(min=self.free_bits) if self.free_bits else kl_by_dimension
         weight = self.beta * self.kl_weight if self.training else self.beta
@@ -98,7 +98,7 @@ class VAE(Expert):
         # log N(z; 0, 1) - log N(z; mean, var), where the two constants cancel.
         log_ratio = 0.5 * (eps.square() - z.square() + log_var[:, None]).sum(-1)
         num_samples = eps.shape[1]
-        x = flat(rows[self.field]).repeat_interleave(num_samples, dim=0)
+        x = flat(rows[self.field], self.shape).repeat_interleave(num_samples, dim=0)
         log_px = self.likelihood.log_prob(x, self.decoder(z.flatten(0, 1)))
         return log_px.view(-1, num_samples) + log_ratio
 

@@ -65,7 +65,9 @@ class Mixture(Protocol):
     def parts(self) -> Parts:
         """Its modules on this rank."""
 
-    def backward(self, shard: Shard, objective: Objective, at: Moment, num_parts: int = 1) -> Outcome:
+    def backward(
+        self, shard: Shard, objective: Objective, at: Moment, num_parts: int = 1, upcoming: Shard | None = None
+    ) -> Outcome:
         """Add this rank's part of the gradient of the global loss to every parameter's ``grad``.
 
         Args:
@@ -73,4 +75,5 @@ class Mixture(Protocol):
             objective: what to minimise.
             at: names the random draws.
             num_parts: micro-batches; the gradient is the same for any number.
+            upcoming: the next step's rows, which may be sent already; the next call is then for this very shard.
         """

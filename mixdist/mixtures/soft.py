@@ -5,18 +5,22 @@ Shape letters: B rows on this rank, R rows routed here, E all experts, e experts
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mixdist.data import Shard
-from mixdist.dispatch import Dispatch, Route
-from mixdist.experts import ExpertBank
+from mixdist.dispatch import Dispatch
+from mixdist.experts import ExpertBank, Noise
 from mixdist.gates import Gate
 from mixdist.mixtures.mixture import Moment, Parts
 from mixdist.noise import Purpose
 from mixdist.objectives import Objective
+from mixdist.route import Route
+from mixdist.routing import RoutingPlan, TopK, admitted, demand
+from mixdist.routing import plan as lay_out
 from mixdist.stats import entropy
 from mixdist.terms import Batch, ExpertTerms, Gating, Outcome, Spec
 
@@ -36,11 +40,15 @@ class Scores(NamedTuple):
 
 
 class SoftMixture:
-    """Gate and experts, each row seen by every expert; seed documents 000 and 001.
+    """Gate and experts, each row seen by every expert or by its k most responsible ones; seed documents 000 and 001.
 
     The gate runs once on all of a rank's rows and the experts in micro-batches, each of which is sent, run, combined
     and differentiated down to its responsibilities; the balance term, a statistic of the whole batch, is then
     differentiated once, and both gradients together go through the gate. So accumulation is exact.
+
+    One way: where the objective is linear in the experts' losses, L = 1/N sum w_ne l_ne, a loss's gradient w_ne / N is
+    known before the loss and goes out ahead; the expert differentiates at once, and the losses that return teach only
+    the gate. Otherwise losses return, the objective is taken of them, and their gradients go out.
 
     Args:
         gate: replicated on every rank.
@@ -48,31 +56,54 @@ class SoftMixture:
         dispatch: brings rows to experts and losses back.
         spec: the fields of stored rows.
         dtype: of real numbers.
+        routing: which experts see a row; None for all of them.
+        one_way: send the gradients of the losses ahead.
     """
 
-    def __init__(self, gate: Gate, bank: ExpertBank, dispatch: Dispatch, spec: Spec, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        bank: ExpertBank,
+        dispatch: Dispatch,
+        spec: Spec,
+        dtype: torch.dtype,
+        routing: TopK | None = None,
+        one_way: bool = False,
+    ) -> None:
         self.gate, self.bank, self.dispatch, self.spec, self.dtype = gate, bank, dispatch, spec, dtype
+        self.routing, self.one_way = routing, one_way
+        self._ahead: tuple[Shard, Route] | None = None
 
     @property
     def parts(self) -> Parts:
         """The gate is shared; the experts are this rank's own."""
         return Parts({"gate": self.gate}, dict(self.bank.owned()))
 
-    def backward(self, shard: Shard, objective: Objective, at: Moment, num_parts: int = 1) -> Outcome:
+    def backward(
+        self, shard: Shard, objective: Objective, at: Moment, num_parts: int = 1, upcoming: Shard | None = None
+    ) -> Outcome:
         """Add this rank's part of the gradient of the global loss to every parameter's ``grad``."""
         shards = shard.split(num_parts)
-        first = self._send(shards[0])  # under way while the gate runs
+        first = self._first(shard, shards[0]) if self.routing is None else None  # under way while the gate runs
         gating = self.gating(shard.rows, at)
         learns = gating.log_resp_BE.requires_grad
         sizes = [part.size for part in shards]
         leaves = [part.detach().requires_grad_(learns) for part in gating.log_resp_BE.split(sizes)]
-        losses = []
-        for i, (part, leaf) in enumerate(zip(shards, leaves, strict=True)):
-            route = self._send(part) if i else first
-            losses.append(self._backward_part(route, leaf, objective, at, shard.total))
+        plan, routes = None, self._routes(shards, first)
+        if self.routing is not None:
+            plan = self._plan(self.routing, gating.log_resp_BE, shard)
+            routes = self._sparse_routes(shards, plan)
+        elif upcoming is not None:
+            self._ahead = upcoming, self._send(upcoming.split(num_parts)[0])
+        choices = [None] * num_parts if plan is None else list(plan.routed_BE.split(sizes))
+        losses = [
+            self._backward_part(next(routes), leaf, routed, objective, at, shard.total)
+            for leaf, routed in zip(leaves, choices, strict=True)
+        ]
         log_resp_BE, losses_BE = torch.cat(leaves), torch.cat(losses)
         with torch.no_grad():
-            named = {"rows": objective.rows(log_resp_BE, losses_BE).sum() / shard.total}
+            rows_loss = self._rows_loss(objective, log_resp_BE, None if plan is None else plan.routed_BE, losses_BE)
+        named = {"rows": rows_loss / shard.total}
         if objective.balance is not None:
             # In float64: near balance the term is a small difference of large numbers.
             resp_sum_E = self.dispatch.over_batch.sum(log_resp_BE.double().exp().sum(0))
@@ -83,17 +114,78 @@ class SoftMixture:
         if gating.loss_B is not None:
             named["gate"] = gating.loss_B.detach().sum() / shard.total
         self._backward_gate(gating, leaves, shard.total)
-        return _outcome(named, log_resp_BE.detach(), losses_BE)
+        return _outcome(named, log_resp_BE.detach(), losses_BE, plan)
 
     def _send(self, shard: Shard) -> Route:
         return self.dispatch.send(shard.rows, self.bank.template.fields, shard.counts)
 
-    def _backward_part(self, route: Route, log_resp_BE: Tensor, objective: Objective, at: Moment, total: int) -> Tensor:
-        losses_BE = self.dispatch.combine(self.expert_terms(route, at).loss_R, route)
-        loss = objective.rows(log_resp_BE, losses_BE).sum() / total
+    def _first(self, shard: Shard, part: Shard) -> Route:
+        """The route of a step's first rows, which may have been sent in the step before."""
+        ahead, self._ahead = self._ahead, None
+        return ahead[1] if ahead is not None and ahead[0] is shard else self._send(part)
+
+    def _routes(self, shards: list[Shard], first: Route | None) -> Iterator[Route]:
+        for part in shards:
+            yield self._send(part) if first is None else first
+            first = None
+
+    def _sparse_routes(self, shards: list[Shard], plan: RoutingPlan) -> Iterator[Route]:
+        routed = plan.routed_BE.split([part.size for part in shards])
+        counts = self.dispatch.arrivals(routed)
+        for part, part_routed, part_counts in zip(shards, routed, counts, strict=True):
+            yield self.dispatch.send_some(part.rows, self.bank.template.fields, part_routed, part_counts)
+
+    def _plan(self, routing: TopK, log_resp_BE: Tensor, shard: Shard) -> RoutingPlan:
+        """Decide over the global batch which experts see this rank's rows."""
+        over_batch, num_experts = self.dispatch.over_batch, log_resp_BE.shape[1]
+        choices_BK = routing.choices(log_resp_BE)
+        capacity = routing.capacity(shard.total, num_experts)
+        demand_WKE = demand(choices_BK, num_experts)[None]
+        rank = 0
+        if capacity is not None:
+            demand_WKE = over_batch.gather(demand_WKE, [1] * len(shard.counts))
+            rank = self.dispatch.mesh.rank
+        return lay_out(log_resp_BE, choices_BK, admitted(choices_BK, demand_WKE, rank, capacity))
+
+    def _rows_loss(
+        self, objective: Objective, log_resp_BE: Tensor, routed_BE: Tensor | None, losses_BE: Tensor
+    ) -> Tensor:
+        """Sum the objective's rows; a row that no expert saw has none."""
+        if self.routing is None or routed_BE is None:
+            return objective.rows(log_resp_BE, losses_BE).sum()
+        seen = routed_BE.any(1)
+        log_weights_BE = self.routing.log_weights(log_resp_BE, routed_BE)
+        return objective.rows(log_weights_BE[seen], losses_BE[seen]).sum()
+
+    def _backward_part(
+        self,
+        route: Route,
+        log_resp_BE: Tensor,
+        routed_BE: Tensor | None,
+        objective: Objective,
+        at: Moment,
+        total: int,
+    ) -> Tensor:
+        if self.one_way:
+            losses_BE = self._backward_ahead(route, log_resp_BE, routed_BE, at, total)
+        else:
+            losses_BE = self.dispatch.combine(self.expert_terms(route, at).loss_R, route)
+        loss = self._rows_loss(objective, log_resp_BE, routed_BE, losses_BE) / total
         if loss.requires_grad:
             loss.backward()
         return losses_BE.detach()
+
+    def _backward_ahead(
+        self, route: Route, log_resp_BE: Tensor, routed_BE: Tensor | None, at: Moment, total: int
+    ) -> Tensor:
+        log_weights_BE = log_resp_BE.detach()
+        if self.routing is not None and routed_BE is not None:
+            log_weights_BE = self.routing.log_weights(log_weights_BE, routed_BE)
+        rows = route.rows()  # before weights are spread: it is the rows that tell which weights are wanted
+        grads_Re = self.dispatch.spread(log_weights_BE.exp() / total, route)
+        values = self.values(rows, self.bank.template.fields)
+        losses_Re = self.bank.backward(values, self._noise(at), route.mask_Re, grads_Re)
+        return self.dispatch.combine(losses_Re, route)
 
     def _backward_gate(self, gating: Gating, leaves: list[Tensor], total: int) -> None:
         outputs: list[Tensor] = []
@@ -116,15 +208,27 @@ class SoftMixture:
 
     def expert_terms(self, route: Route, at: Moment) -> ExpertTerms:
         """Run this rank's experts on the rows that arrive: fields (R, e, ...)."""
-        rows, eps = route.rows(), None
-        template = self.bank.template
-        if template.noise_shape is not None:
-            eps = at.draw(Purpose.POSTERIOR).normal(rows["id"], self.bank.ids, template.noise_shape, self.dtype)
-        return self.bank(self.values(rows, template.fields), eps)
+        rows = self.values(route.rows(), self.bank.template.fields)
+        return self.bank(rows, self._noise(at), route.mask_Re)
+
+    def _noise(self, at: Moment) -> Noise | None:
+        shape = self.bank.template.noise_shape
+        if shape is None:
+            return None
+        draw = at.draw(Purpose.POSTERIOR)
+        return lambda ids, experts: draw.normal(ids, experts, shape, self.dtype)
+
+    def log_weights(self, gating: Gating) -> Tensor:
+        """Give the log weights of all experts for each row outside training: what routing leaves out is -inf."""
+        if self.routing is None:
+            return gating.log_resp_BE
+        choices_BK = self.routing.choices(gating.log_resp_BE)
+        asked_BK = choices_BK < gating.log_resp_BE.shape[1]
+        return self.routing.log_weights(gating.log_resp_BE, lay_out(gating.log_resp_BE, choices_BK, asked_BK).routed_BE)
 
     @torch.no_grad()
     def score(self, shard: Shard, at: Moment) -> Scores:
-        """Say what gate and experts make of rows, without training; every rank calls it."""
+        """Say what gate and all experts make of rows, without training or capacity; every rank calls it."""
         route = self._send(shard)
         gating = self.gating(shard.rows, at)
         terms = self.expert_terms(route, at)
@@ -133,13 +237,13 @@ class SoftMixture:
         if terms.log_px_R is not None:
             bound = terms.log_px_R if terms.kl_R is None else terms.log_px_R - terms.kl_R
             elbo_BE = self.dispatch.combine(bound, route)
-        return Scores(gating.log_resp_BE, losses_BE, elbo_BE)
+        return Scores(self.log_weights(gating), losses_BE, elbo_BE)
 
     @torch.no_grad()
     def predict(self, shard: Shard, at: Moment) -> Tensor:
         """Give the responsibility-weighted mean of the experts' predictions, (B, *shape of the target)."""
         route = self._send(shard)
-        weights_BE = self.gating(shard.rows, at).log_resp_BE.exp()
+        weights_BE = self.log_weights(self.gating(shard.rows, at)).exp()
         rows = self.values(route.rows(), self.bank.template.fields)
         predictions = torch.stack([expert.predict(rows) for expert in self.bank.owned().values()], dim=1)
         return self.dispatch.combine_sum(predictions, weights_BE, route)
@@ -150,16 +254,21 @@ class SoftMixture:
         return {"id": rows["id"], **named}
 
 
-def _outcome(named: dict[str, Tensor], log_resp_BE: Tensor, losses_BE: Tensor) -> Outcome:
+def _outcome(
+    named: dict[str, Tensor], log_resp_BE: Tensor, losses_BE: Tensor, plan: RoutingPlan | None = None
+) -> Outcome:
     parts = {name: value.double() for name, value in named.items()}
     resp_BE = log_resp_BE.double().exp()
+    routed_BE = torch.ones_like(resp_BE, dtype=torch.bool) if plan is None else plan.routed_BE
+    lost = resp_BE.new_zeros(()) if plan is None else plan.lost_B.double().sum()
     return Outcome(
         loss=torch.stack(list(parts.values())).sum(),
         parts=parts,
         load_E=resp_BE.sum(0),
         loss_E=losses_BE.double().sum(0),
-        seen_E=resp_BE.new_full(resp_BE.shape[1:], len(losses_BE)),
+        seen_E=routed_BE.double().sum(0),
         bad_E=(~losses_BE.isfinite()).double().sum(0),
         bad_gate=log_resp_BE.isnan().any(1).double().sum(),
         entropy=entropy(log_resp_BE, dim=-1).double().sum(),
+        lost=lost,
     )
