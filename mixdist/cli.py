@@ -107,6 +107,7 @@ def train(words: Sequence[str]) -> None:
         trainer = _agreed(lambda: _trainer(config, session), mesh)
         run = _run_directory(parsed, resumed, session)
         held = _hold(run, mesh)
+        parsed.execution = session.mixture.bank.execution  # what auto took: the run goes on with it
         _train(config, session, trainer, run, dump(parser, parsed), bool(resumed))
     except LostRank as lost:
         _leave(mesh, lost)
@@ -221,6 +222,7 @@ def _trainer(config: Config, session: Session) -> Trainer:
         session.wire,
         log_every=config.log_every,
         save_every=config.checkpoint.every,
+        prefetch=config.dispatch.prefetch,
         described=describe(config, session.train),
     )
 

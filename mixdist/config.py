@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mixdist.data import Source
-from mixdist.experts import Expert
+from mixdist.experts import Compute, Expert
 from mixdist.gates import Gate
+from mixdist.routing import TopK
 from mixdist.terms import Spec
 from mixdist.trainer import Phase
 
@@ -29,6 +30,20 @@ class MeshConfig:
     ep_size: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class DispatchConfig:
+    """How rows and losses travel; the run is the same either way.
+
+    Args:
+        one_way: send the gradients of the losses ahead with the rows, so that an expert differentiates at once; needs
+            an objective that is linear in the experts' losses.
+        prefetch: send the next step's rows while this step's experts run; needs dense routing.
+    """
+
+    one_way: bool = False
+    prefetch: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,11 @@ class Config:
         num_experts: how many experts.
         seed: names every random draw: the same seed, the same run.
         dtype: of parameters and real numbers.
-        execution: how a rank runs its experts: one after another (loop) or as one batched product (stacked).
+        execution: how a rank runs its experts: one after another (loop), as one batched product (stacked), or the
+            faster of the two here (auto: timed once; the run's config.yaml keeps which it took).
+        routing: top-k; unset, every expert sees every row.
+        dispatch: how rows and losses travel.
+        compute: how an expert runs its rows.
         pretrain: phases before the main one.
         train: the main phase.
         mesh: where experts live.
@@ -70,7 +89,10 @@ class Config:
     num_experts: int
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
-    execution: Literal["loop", "stacked"] = "loop"
+    execution: Literal["auto", "loop", "stacked"] = "auto"
+    routing: TopK | None = None
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    compute: Compute = field(default_factory=Compute)
     pretrain: list[Phase] = field(default_factory=list)
     train: Phase = field(default_factory=Phase)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -93,7 +115,8 @@ def check(config: Config) -> None:
         "checkpoint.keep": config.checkpoint.keep,
         "checkpoint.every": config.checkpoint.every,
     }
-    for name, phase in (*((f"pretrain[{i}]", p) for i, p in enumerate(config.pretrain)), ("train", config.train)):
+    phases = (*((f"pretrain[{i}]", p) for i, p in enumerate(config.pretrain)), ("train", config.train))
+    for name, phase in phases:
         for key in ("epochs", "batch_size", "accumulate", "clip_norm"):
             positive[f"{name}.{key}"] = getattr(phase, key)
     for key, value in positive.items():
@@ -101,3 +124,20 @@ def check(config: Config) -> None:
             raise ValueError(f"{key} ({value}) must be above 0: give 1 or more")
     if not 0 <= config.seed < 2**64:
         raise ValueError(f"seed ({config.seed}) must be from 0 to 2**64 - 1: choose another")
+    if config.routing is not None and config.routing.k > config.num_experts:
+        raise ValueError(
+            f"routing.k ({config.routing.k}) must be at most num_experts ({config.num_experts}): lower it, or leave "
+            f"routing out for every expert to see every row"
+        )
+    if config.dispatch.prefetch and config.routing is not None:
+        raise ValueError(
+            "dispatch.prefetch (true) needs dense routing: with top-k a row's way depends on the gate after the step "
+            "before; set it to false, or leave routing out"
+        )
+    for name, phase in phases:
+        if config.dispatch.one_way and not phase.objective.linear:
+            kind = type(phase.objective).__name__
+            raise ValueError(
+                f"dispatch.one_way (true) needs an objective linear in the experts' losses, and {name}.objective is "
+                f"{kind}: set it to false, or take WeightedLoss"
+            )

@@ -62,7 +62,12 @@ class Objective:
 
     Args:
         balance: the term over the batch, or None.
+
+    Attributes:
+        linear: whether a row's loss is linear in the experts' losses, with the responsibilities as its coefficients.
     """
+
+    linear: bool = False
 
     def __init__(self, balance: Balance | None = None) -> None:
         self.balance = balance
@@ -74,6 +79,8 @@ class Objective:
 
 class WeightedLoss(Objective):
     """sum_e r_ne l_ne: the loss of seed document 000; linear in the experts' losses."""
+
+    linear = True
 
     def rows(self, log_resp_BE: Tensor, losses_BE: Tensor) -> Tensor:
         return (log_resp_BE.exp() * losses_BE).sum(-1)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mixdist.checkpoint import CheckpointStore, load_module, read_state
-from mixdist.data import Dataset, Loader
+from mixdist.data import Dataset, Loader, Shard
 from mixdist.engines import NativeEngine, Totals
 from mixdist.mesh import Mesh
 from mixdist.mixtures import Mixture, Moment
@@ -102,6 +102,7 @@ class Trainer:
         log_every: steps between records.
         save_every: steps between checkpoints; None for one at the end of each epoch.
         described: what a checkpoint says of the run, to be the same on resume.
+        prefetch: let the mixture send a step's rows during the step before.
     """
 
     def __init__(
@@ -117,10 +118,16 @@ class Trainer:
         log_every: int = 10,
         save_every: int | None = None,
         described: dict[str, Any] | None = None,
+        prefetch: bool = False,
     ) -> None:
         self.mixture, self.dataset, self.phases, self.seed = mixture, dataset, list(phases), seed
         self.mesh, self.wire, self.store, self.recorders = mesh, wire, store, list(recorders)
-        self.log_every, self.save_every, self.described = log_every, save_every, described or {}
+        self.log_every, self.save_every, self.described, self.prefetch = (
+            log_every,
+            save_every,
+            described or {},
+            prefetch,
+        )
         self.owned = mixture.parts.owned()
         # What a module froze when it was made stays frozen.
         self.learnable = [[p for p in owned.module.parameters() if p.requires_grad] for owned in self.owned]
@@ -225,6 +232,7 @@ class Trainer:
                 parameter.requires_grad_(phase.trains in ("both", kind))
         parts, wire = self.mixture.parts, self.wire
         self._cached: Loader | None = None
+        self._upcoming: Shard | None = None
         engine = NativeEngine(parts, self.mesh, wire, phase.optimizer, phase.schedule, phase.clip_norm)
         if not engine.trained:
             raise ValueError(f"phase {number} trains {phase.trains}, which has no parameters: set trains to both")
@@ -258,15 +266,22 @@ class Trainer:
         self.wire.meter.reset(timed=logged)
         for owned in self.owned:
             getattr(owned.module, "anneal", lambda step: None)(at.step)
-        shard = loader.batch(at.epoch, at.batch).to(self.mesh.device)
+        shard = self._upcoming or loader.batch(at.epoch, at.batch).to(self.mesh.device)
+        self._upcoming = self._next(loader) if self.prefetch else None
         self.engine.zero_grad()
         moment = Moment(self.seed, at.phase, at.step)
-        outcome = self.mixture.backward(shard, self.phase.objective, moment, self.phase.accumulate)
+        outcome = self.mixture.backward(shard, self.phase.objective, moment, self.phase.accumulate, self._upcoming)
         rate = self.engine.learning_rate()
         totals = self.engine.step(outcome, at.total + 1)
         self._rows += shard.total
         if logged:
             self._record(totals, shard.total, rate)
+
+    def _next(self, loader: Loader) -> Shard | None:
+        """This rank's rows of the next step, or None at the end of the phase."""
+        at = self.position
+        epoch, batch = divmod(at.epoch * loader.num_batches + at.batch + 1, loader.num_batches)
+        return loader.batch(epoch, batch).to(self.mesh.device) if epoch < self.phase.epochs else None
 
     def _record(self, totals: Totals, num_rows: int, rate: float) -> None:
         """Hand a record of the step just done to the recorders of rank 0."""
@@ -283,6 +298,8 @@ class Trainer:
             "learning_rate": rate,
             "rows_per_s": self._rows / max(time.perf_counter() - self._since, 1e-9),
             "load": (outcome.load_E / num_rows).tolist(),
+            "seen": (outcome.seen_E / num_rows).tolist(),
+            "lost_weight": outcome.lost.item() / num_rows,
             "expert_loss": (outcome.loss_E / outcome.seen_E.clamp(min=1)).tolist(),
             "responsibility_entropy": outcome.entropy.item() / num_rows,
             **totals.meter,

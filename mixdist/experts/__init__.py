@@ -3,6 +3,7 @@
 from mixdist.experts.bank import Compute, Execution, ExpertBank, Noise
 from mixdist.experts.expert import Expert
 from mixdist.experts.regressor import Regressor
+from mixdist.experts.timing import time_executions
 from mixdist.experts.vae import VAE
 
-__all__ = ["VAE", "Compute", "Execution", "Expert", "ExpertBank", "Noise", "Regressor"]
+__all__ = ["VAE", "Compute", "Execution", "Expert", "ExpertBank", "Noise", "Regressor", "time_executions"]
