@@ -16,8 +16,8 @@ import time
 import torch
 
 from mixdist.build import keep_large_blocks
-from mixdist.experts import VAE, ExpertBank
-from mixdist.terms import Field
+from mixdist.experts import VAE, ExpertBank, Noise
+from mixdist.terms import Batch, Field
 
 SPEC = {"x": Field((1, 28, 28), torch.uint8, 1 / 255)}
 
@@ -30,13 +30,13 @@ def make(execution: str, num_experts: int) -> tuple[ExpertBank, list[torch.optim
     return bank, [torch.optim.Adam(expert.parameters(), fused=True) for expert in experts.values()]
 
 
-def step(bank: ExpertBank, optimizers: list[torch.optim.Optimizer], x: torch.Tensor, eps: torch.Tensor) -> float:
+def step(bank: ExpertBank, optimizers: list[torch.optim.Optimizer], rows: Batch, noise: Noise) -> float:
     """Do one step; give its seconds."""
     begin = time.perf_counter()
     for parameter in bank.parameters():
         if parameter.grad is not None:
             parameter.grad.zero_()
-    bank({"x": x}, eps).loss_R.mean().backward()
+    bank(rows, noise).loss_R.mean().backward()
     for optimizer in optimizers:
         optimizer.step()
     return time.perf_counter() - begin
@@ -54,12 +54,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     keep_large_blocks()  # as every command does
     rivals = {execution: make(execution, options.experts) for execution in ("loop", "stacked")}
-    x = torch.rand(options.rows, 1, 28, 28)
+    rows = {"x": torch.rand(options.rows, 1, 28, 28), "id": torch.arange(options.rows)}
     eps = torch.randn(options.experts, options.rows, 10)
     turns: dict[str, list[float]] = {execution: [] for execution in rivals}
     for turn in range(options.turns + 1):
         for execution, (bank, optimizers) in rivals.items():
-            seconds = [step(bank, optimizers, x, eps) for _ in range(options.steps)]
+            seconds = [step(bank, optimizers, rows, lambda ids, experts: eps[list(experts)]) for _ in range(options.steps)]
             if turn:
                 turns[execution].append(1000 * statistics.median(seconds))
     ratios = [a / b for a, b in zip(turns["loop"], turns["stacked"], strict=True)]
