@@ -279,7 +279,7 @@ def test_the_stated_numbers_of_parameters() -> None:
         (partial(ConvSoftmax, num_experts=4, field="y"), "(Conv)?Softmax reads the field 'y' of real numbers"),
         (
             partial(ConvSoftmax, num_experts=4, temperature=0.0),
-            r"(ConvSoftmax.s )?temperature \(0.0\) must be positive",
+            r"(ConvSoftmax.s )?temperature \(0.0\)",
         ),
         (partial(ConvSoftmax, num_experts=4, channels=[4] * 5), r"channels .* give at most 3"),
     ],
