@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import mixdist
+from mixdist.cli import main
+from mixdist.data import Digits
 from mixdist.experts import Classifier, ExpertBank
 from mixdist.objectives import MixtureLikelihood
 from mixdist.terms import Batch, Field, Spec
@@ -85,6 +90,18 @@ def test_no_rows(given: dict[str, Any]) -> None:
     assert loss.shape == (0,)
     assert expert.predict(_rows(0)).shape == (0, 4)
     assert all(p.grad is not None and p.grad.eq(0).all() for p in expert.parameters())
+
+
+def test_a_run_ends_with_the_likelihood_of_its_weighted_mean(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = Path(__file__).parents[1] / "configs" / "digits_moe_supervised.yaml"
+    run = tmp_path / "run"
+    assert main(["train", "--config", str(config), "--train.epochs", "2", "--out", str(run)]) == 0
+    bound = float(re.search(r" bound (-?[0-9.]+)", capsys.readouterr().out)[1])
+    rows = Digits().load()[1].rows
+    p = mixdist.load(run).predict(rows["x"])
+    assert p.shape == (359, 10)
+    torch.testing.assert_close(p.sum(1), torch.ones(359))
+    assert p.gather(1, rows["y"].long()[:, None]).log().mean().item() == pytest.approx(bound, abs=1e-4)
 
 
 @pytest.mark.parametrize(

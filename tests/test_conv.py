@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from mixdist.convnets import ConvDecoder, ConvEncoder
-from mixdist.experts import ConvVAE, Expert, ExpertBank
+from mixdist.experts import VAE, ConvVAE, Expert, ExpertBank
 from mixdist.gates import ConvSoftmax, Gate
 from mixdist.stats import log_mean_exp
 from mixdist.terms import Batch, Field, Spec
@@ -250,6 +250,27 @@ def test_a_bank_runs_them_in_a_loop_and_refuses_to_stack() -> None:
     torch.testing.assert_close(ExpertBank(experts)(rows, eps).loss_R, expected)
     with pytest.raises(ValueError, match="needs stackable experts, and ConvVAE is not"):
         ExpertBank(experts, "stacked")
+
+
+@pytest.mark.parametrize("scale", ["learned", 0.05])
+def test_the_logistic_is_stacked_in_a_vae_that_stacks(scale: Any) -> None:
+    make = partial(VAE, SPEC, latent=3, hidden=[5], likelihood="logistic", scale=scale, field="grey")
+    banks = [ExpertBank({e: _seeded(make, e) for e in range(3)}, execution) for execution in ("loop", "stacked")]
+    rows, eps = _rows(), _random(3, 6, 3)
+    for bank in banks:
+        bank(rows, eps).loss_R.sum().backward()
+    torch.testing.assert_close(banks[1](rows, eps).loss_R, banks[0](rows, eps).loss_R)
+    for name, parameter in banks[0].named_parameters():
+        torch.testing.assert_close(banks[1].get_parameter(name).grad, parameter.grad)
+
+
+def test_the_mass_of_a_pixel_sums_to_one_over_the_levels_of_the_field() -> None:
+    for field, num_levels in (("x", 256), ("grey", 17)):
+        likelihood = ConvVAE(SPEC, channels=[4], likelihood="logistic", field=field).double().likelihood
+        levels = SPEC[field].values(torch.arange(num_levels, dtype=torch.uint8)[:, None], torch.float64)
+        for output in (-30.0, -1.0, 0.2, 30.0):
+            log_p = likelihood.log_prob(levels, torch.full_like(levels, output))
+            assert log_p.logsumexp(0).item() == pytest.approx(0.0, abs=1e-9)
 
 
 def test_the_stated_numbers_of_parameters() -> None:
