@@ -96,7 +96,7 @@ def test_a_run_ends_with_the_likelihood_of_its_weighted_mean(tmp_path: Path, cap
     config = Path(__file__).parents[1] / "configs" / "digits_moe_supervised.yaml"
     run = tmp_path / "run"
     assert main(["train", "--config", str(config), "--train.epochs", "2", "--out", str(run)]) == 0
-    bound = float(re.search(r" bound (-?[0-9.]+)", capsys.readouterr().out)[1])
+    bound = float(re.search(r"\bbound\s+(-?[0-9.]+)", capsys.readouterr().out)[1])
     rows = Digits().load()[1].rows
     p = mixdist.load(run).predict(rows["x"])
     assert p.shape == (359, 10)
