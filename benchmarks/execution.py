@@ -59,7 +59,9 @@ def main() -> None:
     turns: dict[str, list[float]] = {execution: [] for execution in rivals}
     for turn in range(options.turns + 1):
         for execution, (bank, optimizers) in rivals.items():
-            seconds = [step(bank, optimizers, rows, lambda ids, experts: eps[list(experts)]) for _ in range(options.steps)]
+            seconds = [
+                step(bank, optimizers, rows, lambda ids, experts: eps[list(experts)]) for _ in range(options.steps)
+            ]
             if turn:
                 turns[execution].append(1000 * statistics.median(seconds))
     ratios = [a / b for a, b in zip(turns["loop"], turns["stacked"], strict=True)]

@@ -282,9 +282,11 @@ def find(class_path: str) -> Any:
 def _init_args(class_path: str) -> list[str]:
     """Name what a class takes from a config."""
     try:
-        parameters = inspect.signature(find(class_path)).parameters.values()
+        parameters = list(inspect.signature(find(class_path)).parameters.values())
     except (ValueError, TypeError):
         return []
     handed_in = () if class_path.endswith(".Phase") else ("spec", "num_experts", "params", "optimizer")
-    named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return [name for name in named if name not in handed_in]
+    if any(p.kind == p.VAR_KEYWORD for p in parameters):
+        # What **options hand on to a base class only the parser knows.
+        return ArgumentParser().add_class_arguments(find(class_path), fail_untyped=False, skip=set(handed_in))
+    return [p.name for p in parameters if p.kind != p.VAR_POSITIONAL and p.name not in handed_in]

@@ -72,6 +72,14 @@ STEP_LR = "torch.optim.lr_scheduler.StepLR"
             ["unknown config key gate.init_args.hiden:", "did you mean hidden?", "mixdist.gates.Softmax takes hidden"],
         ),
         (
+            {"gate": {"class_path": "mixdist.gates.ConvSoftmax", "init_args": {"temprature": 2.0}}},
+            [
+                "unknown config key gate.init_args.temprature:",
+                "did you mean temperature?",
+                "ConvSoftmax takes channels",
+            ],
+        ),
+        (
             {"expert__init_args__zzz": 3},
             ["unknown config key expert.init_args.zzz: remove it", "mixdist.experts.VAE takes latent, hidden"],
         ),
@@ -121,7 +129,7 @@ def test_an_unknown_key_is_refused_at_any_depth(changes: dict[str, Any], told: l
         ({"train__optimizer__init_args__lr": "fast"}, ["train.optimizer.init_args.lr (fast) must be a number"]),
         ({"train__optimizer__init_args__fused": "si"}, ["train.optimizer.init_args.fused (si) must be true or false"]),
         ({"data__init_args__test_fraction": "some"}, ["data.init_args.test_fraction (some) must be a number"]),
-        ({"data": [1]}, ["data ([1]) must have class_path", "choose mixdist.data.Blobs, mixdist.data.Digits"]),
+        ({"data": [1]}, ["data ([1]) must have class_path", "choose mixdist.data.Blobs, mixdist.data.Cifar10"]),
         ({"pretrain": {"epochs": 2}}, ["pretrain ({'epochs': 2}) must be a list: write pretrain: [{epochs: 1}]"]),
         ({"pretrain": [{"epochs": "two"}]}, ["pretrain.epochs (two) must be a whole number"]),
     ],
@@ -150,7 +158,7 @@ OWN = "a file of your own must lie in the working directory"
         ({"gate": {"class_path": "broken_syntax.Mine"}}, ["broken_syntax.py line 1", "is not Python"]),
         (
             {"expert": {"class_path": "mixdist.gates.Softmax"}},
-            ["expert (mixdist.gates.Softmax) must be a subclass of Expert: choose mixdist.experts.Regressor"],
+            ["expert (mixdist.gates.Softmax) must be a subclass of Expert: choose mixdist.experts.Classifier"],
         ),
         ({"gate": {"class_path": "mixdist.experts.VAE"}}, ["gate (mixdist.experts.VAE) must be a subclass of Gate"]),
         ({"data": {"class_path": "mixdist.experts.VAE"}}, ["data (mixdist.experts.VAE) must be a subclass of Source"]),

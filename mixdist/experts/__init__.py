@@ -1,9 +1,22 @@
 """Experts: each says, for rows handed to it, how well it models them."""
 
 from mixdist.experts.bank import Compute, Execution, ExpertBank, Noise
+from mixdist.experts.classifier import Classifier
+from mixdist.experts.conv_vae import ConvVAE
 from mixdist.experts.expert import Expert
 from mixdist.experts.regressor import Regressor
 from mixdist.experts.timing import time_executions
 from mixdist.experts.vae import VAE
 
-__all__ = ["VAE", "Compute", "Execution", "Expert", "ExpertBank", "Noise", "Regressor", "time_executions"]
+__all__ = [
+    "VAE",
+    "Classifier",
+    "Compute",
+    "ConvVAE",
+    "Execution",
+    "Expert",
+    "ExpertBank",
+    "Noise",
+    "Regressor",
+    "time_executions",
+]
