@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jsonargparse import ArgumentParser, Namespace
@@ -41,6 +41,8 @@ EXACT = "nothing: the experts have no importance weights; log p(y|x), where they
 def evaluate_run(words: Sequence[str]) -> None:
     """``mixdist evaluate RUN``: figures on held-out rows, printed and written to RUN/evaluation.json."""
     parser, run = evaluate_parser(), _run_of(words)
+    if run is None and not any(word == "-h" or word.partition("=")[0].endswith("help") for word in words):
+        raise ValueError("evaluate needs a run: name a directory that mixdist train made, as mixdist evaluate RUN")
     if run is not None and not (run / RESOLVED).is_file():
         raise ValueError(f"{run} holds no run ({RESOLVED} is missing): name a directory that mixdist train made")
     options = parse(parser, [*(["--config", str(run / RESOLVED)] if run else []), *words])
@@ -68,7 +70,7 @@ def evaluate_parser() -> ArgumentParser:
         "evaluate runs/mnist --num_samples 100",
     )
     parser.add_argument("run", type=str, help="the run's directory")
-    parser.add_argument("--split", choices=["test", "train"], default="test", help="the rows: test or train")
+    parser.add_argument("--split", type=Literal["test", "train"], default="test", help="the rows: test or train")
     parser.add_argument("--num_samples", type=int, default=100, help="importance samples for each row and expert")
     return parser
 
@@ -77,7 +79,7 @@ def _run_of(words: Sequence[str]) -> Path | None:
     """Find RUN before parsing, since the run's own config comes first: the one word that no option takes."""
     before = ["", *words]
     for i, word in enumerate(words):
-        takes = before[i].startswith("-") and "=" not in before[i] and not before[i].endswith("help")
+        takes = before[i].startswith("-") and "=" not in before[i] and before[i] not in ("-h", "--help")
         if not word.startswith("-") and not takes:
             return Path(word)
     return None
