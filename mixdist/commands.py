@@ -136,13 +136,13 @@ def _evaluate(config: Config, session: Session, options: Namespace, checkpoint: 
             lambda done, total: bar.write({"step": done}),
         )
     if rank0:
-        report = {
-            "protocol": protocol(config, session, options, checkpoint, dataset),
-            **described(evaluation, dataset),
-        }
-        write_file(path, (json.dumps(_without_nan(report), indent=2, allow_nan=False) + "\n").encode())
-        print(summary(evaluation, dataset, "held-out" if options.split == "test" else "training"))
-        print(f"log-likelihoods by {options.num_samples} importance samples, as far as experts have them, nats a row")
+        how = protocol(config, session, options, checkpoint, dataset)
+        print(summary(evaluation, dataset, "held-out" if options.split == "test" else "training"), flush=True)
+        if "log_likelihood_gate" in evaluation.figures:
+            drawn = how["num_samples"]
+            print("log-likelihoods, nats a row:", f"{drawn} importance samples for each expert" if drawn else "exact")
+        report = _without_nan({"protocol": how, **described(evaluation, dataset)})
+        write_file(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
         print(f"run: {run}   checkpoint: {checkpoint.name}   figures: {path}", flush=True)
 
 
