@@ -1,44 +1,35 @@
-"""The commands: ``mixdist train`` and ``mixdist sample``."""
+"""``mixdist COMMAND``, and the command ``mixdist train``."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TypeVar, cast
+from typing import IO
 
-import numpy as np
 from jsonargparse import ArgumentParser, Namespace
 
 from mixdist.build import Session, build, build_mesh, describe, keep_large_blocks
 from mixdist.checkpoint import CheckpointStore, write_file
+from mixdist.commands import evaluate_run, sample, summary
 from mixdist.config import Config
-from mixdist.engines import NotFinite
-from mixdist.evaluate import Evaluation, evaluate, expert_rows
+from mixdist.ending import INTERRUPTED, Alone, agreed, fail, told, told_once
+from mixdist.evaluate import evaluate
 from mixdist.gallery import draw, targets
 from mixdist.mesh import Launch, Mesh
-from mixdist.metrics import MetricsLog, Progress, table
-from mixdist.model import load
-from mixdist.parsing import RESOLVED, config_parser, dump, make_config, one_line, parse, plain_parser, values_of
-from mixdist.pictures import sample_picture, scatter_picture, to_uint8
+from mixdist.metrics import MetricsLog, Progress
+from mixdist.parsing import RESOLVED, config_parser, dump, make_config, parse, values_of
 from mixdist.trainer import Recorder, Trainer
-from mixdist.wire import Agreed, LostRank, agree, gather_json
-
-T = TypeVar("T")
-
-USER_ERROR, INTERRUPTED = 2, 130
-LINGER_S = 10.0
-"""Seconds that other ranks wait before they leave with an error, so that rank 0's message is out before a launcher,
-which ends all processes when one fails, ends rank 0."""
+from mixdist.wire import agree, gather_json
 
 USAGE = """usage: mixdist COMMAND [options]
 
 commands:
-  train    train a mixture of experts, in one process or under torchrun, deepspeed or srun
-  sample   draw from every expert of a run into a picture
+  train     train a mixture of experts, in one process or under torchrun, deepspeed or srun
+  evaluate  likelihoods, reconstruction and clustering of a run on held-out rows, on any layout
+  sample    draw from every expert of a run into a picture
 
 mixdist COMMAND --help tells each command's options. A first run:
   torchrun --standalone --nproc-per-node 2 -m mixdist train --config configs/digits_moe.yaml"""
@@ -49,48 +40,21 @@ def main(words: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     keep_large_blocks()
     sys.path.insert(0, os.getcwd())  # classes of one's own are found from the console script as with python -m
-    commands = {"train": train, "sample": sample}
+    commands = {"train": train, "evaluate": evaluate_run, "sample": sample}
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0
     try:
         if words[0] not in commands:
-            raise ValueError(f"unknown command {words[0]!r}: expected {' or '.join(commands)}; see mixdist --help")
+            raise ValueError(f"unknown command {words[0]!r}: expected {', '.join(commands)}; see mixdist --help")
         commands[words[0]](words[1:])
         return 0
     except (ValueError, OSError) as error:
-        return _fail(_told(error), Launch.read().rank, alone=isinstance(error, Alone))
+        return fail(told(error), Launch.read().rank, alone=isinstance(error, Alone))
     except KeyboardInterrupt:
-        print("mixdist: interrupted: go on with mixdist train --resume RUN", file=sys.stderr)
+        remedy = "go on with mixdist train --resume RUN" if words[0] == "train" else "start it again"
+        print(f"mixdist: interrupted: {remedy}", file=sys.stderr)
         return INTERRUPTED
-
-
-def _leave(mesh: Mesh, lost: LostRank) -> None:
-    """Name the ranks that do not answer, once, and end this one; a launcher may end all first and tell by itself."""
-    missing, speaks = mesh.missing()
-    if speaks:
-        who = f"rank {', '.join(map(str, missing))} does not answer" if missing else "a collective failed on every rank"
-        limit = f"mesh.timeout_s is {mesh.timeout.total_seconds():g}"
-        remedy = "look at that rank's own messages, then go on with --resume"
-        print(f"mixdist: {who} ({one_line(str(lost))}; {limit}): {remedy}", file=sys.stderr, flush=True)
-    os._exit(1)  # groups that lost a member cannot be ended in good order
-
-
-class Alone(ValueError):
-    """A mistake that this rank met by itself; the others may wait for it in a collective."""
-
-
-def _told(error: Exception) -> str:
-    return one_line(str(error)) + (": mend it and try again" if isinstance(error, OSError) else "")
-
-
-def _fail(message: str, rank: int, alone: bool) -> int:
-    """Tell what all ranks know once, from rank 0, and what one knows alone from that rank."""
-    if rank == 0 or alone:
-        print(f"mixdist: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(LINGER_S)
-    return USER_ERROR
 
 
 def train(words: Sequence[str]) -> None:
@@ -103,33 +67,16 @@ def train(words: Sequence[str]) -> None:
     mesh = build_mesh(config)
     held: IO[str] | None = None
     try:
-        session = build(config, mesh)
-        trainer = _agreed(lambda: _trainer(config, session), mesh)
-        run = _run_directory(parsed, resumed, session)
-        held = _hold(run, mesh)
-        parsed.execution = session.mixture.bank.execution  # what auto took: the run goes on with it
-        _train(config, session, trainer, run, dump(parser, parsed), bool(resumed))
-    except LostRank as lost:
-        _leave(mesh, lost)
-    except (Agreed, NotFinite):
-        raise
-    except (ValueError, OSError) as error:
-        raise Alone(f"rank {mesh.rank}: {_told(error)}" if mesh.world_size > 1 else _told(error)) from error
+        with told_once(mesh, "look at that rank's own messages, then go on with --resume"):
+            session = build(config, mesh)
+            trainer = agreed(lambda: _trainer(config, session), mesh)
+            run = _run_directory(parsed, resumed, session)
+            held = _hold(run, mesh)
+            parsed.execution = session.mixture.bank.execution  # what auto took: the run goes on with it
+            _train(config, session, trainer, run, dump(parser, parsed), bool(resumed))
     finally:
-        mesh.close()
         if held is not None:
             held.close()
-
-
-def _agreed(make: Callable[[], T], mesh: Mesh) -> T:
-    """Do something on every rank, or fail on every rank with one message."""
-    made, error = None, None
-    try:
-        made = make()
-    except (ValueError, OSError) as mistake:
-        error = _told(mistake)
-    agree(error, mesh.world)
-    return cast(T, made)
 
 
 def train_parser() -> ArgumentParser:
@@ -253,7 +200,7 @@ def _resume(trainer: Trainer, store: CheckpointStore) -> None:
     checkpoint, passed_over = store.choose()
     for sentence in passed_over if store.mesh.rank == 0 else ():
         print(f"mixdist: {sentence}; going back to {checkpoint.name}", file=sys.stderr, flush=True)
-    _agreed(lambda: trainer.resume(checkpoint), store.mesh)
+    agreed(lambda: trainer.resume(checkpoint), store.mesh)
     store.set_aside_after(checkpoint)
 
 
@@ -263,37 +210,5 @@ def _conclude(config: Config, session: Session, run: Path) -> None:
     evaluation = evaluate(session.mixture, session.test, config.test_batch_size, config.seed, target)
     picture = draw(session.mixture, session.test, evaluation, run, config.seed)
     if session.mesh.rank == 0:
-        print(summary(evaluation, session.test.class_names, session.test.label, len(session.test)))
+        print(summary(evaluation, session.test))
         print(f"run: {run}" + (f"   picture: {picture}" if picture else ""), flush=True)
-
-
-def summary(evaluation: Evaluation, class_names: tuple[str, ...], label: str | None, num_rows: int) -> str:
-    """Give the table that ends a run: a line for each expert, then the figures, on held-out rows."""
-    headers = ["expert", "rows", "mean loss", *([f"took {label}"] if label else [])]
-    figures = "   ".join(f"{name} {value:.4f}" for name, value in evaluation.figures.items())
-    return f"{table(headers, expert_rows(evaluation, class_names))}\n{num_rows} held-out rows: {figures}"
-
-
-def sample(words: Sequence[str]) -> None:
-    """``mixdist sample RUN``: a picture with a row of samples for each expert."""
-    parser = plain_parser(
-        "mixdist sample",
-        "Draw from the prior of every expert of a run, one row of images each, into a picture; in one process, without "
-        "the data. Example: mixdist sample runs/digits_moe-1 --num_samples 16",
-    )
-    parser.add_argument("run", type=str, help="the run's directory")
-    parser.add_argument("--out", type=str | None, help="the picture, a PNG file; unset, RUN/images/samples.png")
-    parser.add_argument("--num_samples", type=int, default=8, help="samples of each expert, 1 to 1000")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws: the same seed, the same samples")
-    options = parse(parser, words)
-    if not 1 <= options.num_samples <= 1000:
-        raise ValueError(f"--num_samples ({options.num_samples}) must be from 1 to 1000")
-    model = load(options.run)
-    samples = [model.sample(options.num_samples, e, options.seed).numpy() for e in model.experts]
-    path = Path(options.out or Path(options.run) / "images" / "samples.png")
-    if samples[0].shape[1:] == (2,):
-        experts = np.repeat(np.arange(len(samples)), options.num_samples)
-        scatter_picture(path, np.concatenate(samples), experts, [])
-    else:
-        sample_picture(path, [to_uint8(images) for images in samples], [f"expert {e}" for e in model.experts])
-    print(path)

@@ -5,6 +5,8 @@ Shape letters: B rows on this rank, N all rows, E experts, C classes.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,20 +17,31 @@ from torch import Tensor
 
 from mixdist.data import Dataset, Loader
 from mixdist.dispatch import Dispatch
+from mixdist.evidence import Evidence, evidence, mixture_log_likelihood, quiet, reconstructed, shares
+from mixdist.health import dead, duplicates, in_words
 from mixdist.mixtures import Moment, Scores, SoftMixture
 from mixdist.routing import responsible
+from mixdist.stats import entropy
 from mixdist.wire import gather_bytes
+
+EVALUATION_PHASE = 2**31
+"""A phase number that no training phase has: it keys the noise of evaluation."""
 
 
 class Evaluation(NamedTuple):
     """Figures of a mixture on a data set, the same on every rank.
 
     Args:
-        figures: name to number: loss, elbo, bound (nats a row), accuracy, nmi, ari, rmse where they apply.
+        figures: name to number; see :func:`evaluate`.
         rows_E: rows for which each expert is the most responsible.
         loss_E: mean loss over those rows, nats; NaN without rows.
         counts_EC: experts against labels, rows; None without a label.
         expert_N: the most responsible expert of each row, in the data set's order.
+        share_E: mean responsibility of each expert.
+        on_own: for each expert the means over the rows for which it is the most responsible: loss, elbo,
+            log_likelihood with its standard error (mean over rows), squared_error of reconstructions.
+        on_all: the same means over all rows.
+        findings: a sentence for each dead expert and each pair of duplicates (:mod:`mixdist.health`).
     """
 
     figures: dict[str, float]
@@ -36,6 +49,10 @@ class Evaluation(NamedTuple):
     loss_E: np.ndarray
     counts_EC: np.ndarray | None
     expert_N: np.ndarray
+    share_E: np.ndarray
+    on_own: dict[str, np.ndarray]
+    on_all: dict[str, np.ndarray]
+    findings: list[str]
 
     def first(self, expert: int, num_rows: int = 8) -> list[int]:
         """Give the places in the data set of the first rows for which an expert is the most responsible."""
@@ -43,15 +60,31 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    mixture: SoftMixture, dataset: Dataset, batch_size: int, seed: int, target: str | None = None
+    mixture: SoftMixture,
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    target: str | None = None,
+    num_samples: int | None = None,
+    shares_from: Dataset | None = None,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Evaluate on every row of a data set once; every rank calls it.
 
     The noise is keyed by row as in training, at step 0 of a phase of its own, so the result is the same on any layout.
-    figures: ``loss`` = mean_n sum_e r_ne l_ne; ``elbo`` the same of ELBOs; ``bound`` = mean_n log sum_e r_ne
-    exp(elbo_ne), a bound on the mixture's log-likelihood with the gate's responsibilities as weights; ``accuracy``
-    after Hungarian matching of experts to classes; NMI (arithmetic) and ARI of experts against labels; ``rmse`` of the
-    weighted mean prediction where the experts predict.
+    With r_ne the responsibilities, e(n) the most responsible expert and D the numbers in a row, the figures are
+
+    - ``loss`` = mean_n sum_e r_ne l_ne; ``elbo`` the same of ELBOs; ``bound`` = mean_n log sum_e r_ne exp(elbo_ne);
+      nats. An ELBO is log p(x|z) - KL at one posterior sample or, with ``num_samples``, the mean of S log-weights.
+    - ``log_likelihood_shares`` and ``log_likelihood_gate`` with ``num_samples``: mean_n of the two mixture
+      likelihoods of :func:`mixdist.evidence.mixture_log_likelihood`; the shares are the mean responsibilities over
+      ``shares_from``.
+    - ``rmse_row`` = sqrt(mean_n sum_d (x_nd - xhat_nd)^2) and ``rmse_value`` = rmse_row / sqrt(D) of the
+      reconstructions by e(n), at the mean of q(z|x): for images, error per image and per pixel, in units of x.
+    - of the weighted mean prediction: ``rmse`` = sqrt(mean_n ||y_n - yhat_n||^2) for numbers; for classes
+      ``prediction_accuracy`` and ``nll`` = -mean_n log sum_e r_ne p_e(y_n|x_n), nats.
+    - ``accuracy``, ``purity``, ``nmi``, ``ari``: see :func:`clustering`.
+    - ``routing_entropy`` = mean_n H(r_n), nats, and ``experts_in_use`` = exp H(mean_n r_n).
 
     Args:
         mixture: the mixture.
@@ -59,78 +92,145 @@ def evaluate(
         batch_size: of the global batch.
         seed: of the run.
         target: the field that the experts predict; None where they do not.
+        num_samples: S, importance samples for each row and expert; None for no likelihoods.
+        shares_from: rows that the mixture's weights are taken from, the training rows; None for ``dataset`` itself.
+        on_batch: is told the batches done and all batches.
     """
-    dispatch = mixture.dispatch
-    mesh = dispatch.mesh
-    loader = Loader(dataset, batch_size, seed, 0, mesh.rank, mesh.world_size, ordered=True)
-    tally = _Tally(dispatch, mesh.placement.num_experts, dataset)
+    mesh = mixture.dispatch.mesh
+    at = Moment(seed, phase=EVALUATION_PHASE)
     modules = [owned.module for owned in mixture.parts.owned()]
     for module in modules:
         module.eval()
-    at = Moment(seed, phase=EVALUATION_PHASE)
+    tally = _Tally(mixture.dispatch, mesh.placement.num_experts, dataset, reconstructed(mixture))
+    share_E = None if num_samples is None else shares(mixture, shares_from or dataset, batch_size, at)
+    loader = Loader(dataset, batch_size, seed, 0, mesh.rank, mesh.world_size, ordered=True)
     for index in range(loader.num_batches):
         shard = loader.batch(0, index).to(mesh.device)
-        tally.add(shard.rows, mixture.score(shard, at))
+        scores = mixture.score(shard, at)
+        route = mixture.dispatch.send(shard.rows, mixture.bank.template.fields, shard.counts)
+        found = None if num_samples is None else evidence(mixture, shard, route, at, num_samples)
+        tally.add(shard.rows, scores, found, share_E)
+        tally.add_quiet(scores, *quiet(mixture, route))
         if target is not None:
-            tally.add_error(mixture.predict(shard, at), mixture.values(shard.rows, (target,))[target])
+            tally.add_prediction(mixture.predict(shard, at), mixture.values(shard.rows, (target,))[target])
+        on_batch(index + 1, loader.num_batches)
     for module in modules:
         module.train()
     return tally.result()
 
 
-EVALUATION_PHASE = 2**31
-"""A phase number that no training phase has: it keys the noise of evaluation."""
-
-
 class _Tally:
-    """Sums over this rank's rows; every sum over ranks goes through one seam at the end."""
+    """Named sums over this rank's rows; every sum over ranks goes through one seam at the end.
 
-    def __init__(self, dispatch: Dispatch, num_experts: int, dataset: Dataset) -> None:
-        self.dispatch, self.dataset = dispatch, dataset
-        device = dispatch.mesh.device
-        num_classes = dataset.num_classes or 1
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, elbo, bound, squared error
-        self.loss_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
-        self.counts_EC = torch.zeros(num_experts, num_classes, dtype=torch.float64, device=device)
+    Args:
+        dispatch: of the mixture.
+        num_experts: E.
+        dataset: what is evaluated on.
+        field: the field that the experts reconstruct, or None.
+    """
+
+    def __init__(self, dispatch: Dispatch, num_experts: int, dataset: Dataset, field: str | None) -> None:
+        self.dispatch, self.dataset, self.num_experts = dispatch, dataset, num_experts
+        self.num_values = dispatch.spec[field].num_values if field else 0
+        self.sums: dict[str, Tensor] = {}
         self.chosen: list[Tensor] = []
-        self.has_elbo = self.has_target = False
 
-    def add(self, rows: dict[str, Tensor], scores: Scores) -> None:
+    def add(self, rows: dict[str, Tensor], scores: Scores, found: Evidence | None, share_E: Tensor | None) -> None:
         """Count a batch of this rank's rows."""
-        resp_BE, expert_B = scores.log_resp_BE.double().exp(), responsible(scores.log_resp_BE)
-        losses_BE = scores.losses_BE.double()
-        self.sums[0] += (resp_BE * losses_BE).sum()
-        if scores.elbo_BE is not None:
-            elbo_BE = scores.elbo_BE.double()
-            self.sums[1] += (resp_BE * elbo_BE).sum()
-            self.sums[2] += torch.logsumexp(scores.log_resp_BE.double() + elbo_BE, dim=1).sum()
-            self.has_elbo = True
-        self.loss_E.index_add_(0, expert_B, losses_BE.gather(1, expert_B[:, None])[:, 0])
+        log_resp_BE, expert_B = scores.log_resp_BE.double(), responsible(scores.log_resp_BE)
+        resp_BE = log_resp_BE.exp()
+        self._sum("share", resp_BE.sum(0))
+        self._sum("entropy", entropy(log_resp_BE, dim=-1).sum())
+        self._sum("loss", (resp_BE * scores.losses_BE).sum())
+        self._each("loss", scores.losses_BE, expert_B)
+        elbo_BE = scores.elbo_BE if found is None else found.elbo
+        if elbo_BE is not None:
+            self._sum("elbo", (resp_BE * elbo_BE).sum())
+            self._sum("bound", mixture_log_likelihood(elbo_BE, log_resp_BE).sum())
+            self._each("elbo", elbo_BE, expert_B)
+        if found is not None and share_E is not None:
+            self._sum("log_likelihood_shares", mixture_log_likelihood(found.log_px, share_E.log()).sum())
+            self._sum("log_likelihood_gate", mixture_log_likelihood(found.log_px, log_resp_BE).sum())
+            self._each("log_likelihood", found.log_px, expert_B)
+            self._each("log_likelihood_error", found.error, expert_B)
         label = self.dataset.label
         class_B = rows[label].long() if label else torch.zeros_like(expert_B)
-        self.counts_EC.index_put_((expert_B, class_B), self.sums.new_ones(len(expert_B)), accumulate=True)
+        counts_EC = resp_BE.new_zeros(self.num_experts, self.dataset.num_classes or 1)
+        counts_EC.index_put_((expert_B, class_B), resp_BE.new_ones(len(expert_B)), accumulate=True)
+        self._sum("counts", counts_EC)
         self.chosen.append(torch.stack([rows["id"], expert_B], dim=1).cpu())
 
-    def add_error(self, prediction: Tensor, target: Tensor) -> None:
-        self.sums[3] += (prediction - target).double().square().sum()
-        self.has_target = True
+    def add_quiet(self, scores: Scores, losses_BE: Tensor, squared_BE: Tensor | None) -> None:
+        """Count what the experts make of the batch without noise."""
+        self._sum("quiet", losses_BE.sum(0))
+        self._sum("quiet_squares", losses_BE.square().sum(0))
+        by_expert = losses_BE.T.contiguous()
+        distance_EE = torch.cdist(by_expert, by_expert, compute_mode="donot_use_mm_for_euclid_dist")
+        self._sum("difference", distance_EE.square())
+        if squared_BE is not None:
+            expert_B = responsible(scores.log_resp_BE)
+            self._sum("squared_error", squared_BE.gather(1, expert_B[:, None]).sum())
+            self._each("squared_error", squared_BE, expert_B)
+
+    def add_prediction(self, prediction: Tensor, target: Tensor) -> None:
+        """Count predictions: numbers against numbers, or probabilities (B, C) against classes."""
+        if target.is_floating_point():
+            self._sum("prediction_error", (prediction - target).double().square().sum())
+            return
+        probability_B = prediction.double().gather(1, target[:, None])[:, 0]
+        self._sum("nll", -probability_B.log().sum())
+        self._sum("prediction_accuracy", (prediction.argmax(1) == target).double().sum())
+
+    def _sum(self, name: str, value: Tensor) -> None:
+        value = value.detach().double()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def _each(self, name: str, field_BE: Tensor, expert_B: Tensor) -> None:
+        """Count each expert's field, over its own rows and over all."""
+        field_BE = field_BE.double()
+        own_B = field_BE.gather(1, expert_B[:, None])[:, 0]
+        self._sum(f"own {name}", field_BE.new_zeros(self.num_experts).index_add(0, expert_B, own_B))
+        self._sum(f"all {name}", field_BE.sum(0))
 
     def result(self) -> Evaluation:
         """Sum over ranks; every rank calls it."""
-        over_batch = self.dispatch.over_batch
-        sums = (over_batch.sum(self.sums) / len(self.dataset)).tolist()
-        loss_E, counts_EC = over_batch.sum(self.loss_E).cpu().numpy(), over_batch.sum(self.counts_EC).cpu().numpy()
-        rows_E = counts_EC.sum(1)
-        figures = {"loss": sums[0]}
-        if self.has_elbo:
-            figures |= {"elbo": sums[1], "bound": sums[2]}
-        if self.has_target:
-            figures["rmse"] = sums[3] ** 0.5
-        counts = counts_EC.round().astype(np.int64) if self.dataset.label else None
-        if counts is not None:
-            figures |= clustering(counts)
+        num_rows, over_batch = len(self.dataset), self.dispatch.over_batch
+        sums = {name: over_batch.sum(value.contiguous()).cpu().numpy() for name, value in self.sums.items()}
+        rows_E, share_E = sums["counts"].sum(1), sums["share"] / num_rows
+        counts_EC = sums["counts"].round().astype(np.int64) if self.dataset.label else None
         with np.errstate(invalid="ignore"):
-            return Evaluation(figures, rows_E.round().astype(np.int64), loss_E / rows_E, counts, self._experts())
+            on_own = {n.removeprefix("own "): s / rows_E for n, s in sums.items() if n.startswith("own ")}
+        on_all = {n.removeprefix("all "): s / num_rows for n, s in sums.items() if n.startswith("all ")}
+        variance = float((sums["quiet_squares"] / num_rows - (sums["quiet"] / num_rows) ** 2).mean())
+        pairs = duplicates(np.sqrt(sums["difference"] / num_rows), math.sqrt(max(variance, 0.0)))
+        return Evaluation(
+            self._figures(sums, counts_EC),
+            rows_E.round().astype(np.int64),
+            on_own["loss"],
+            counts_EC,
+            self._experts(),
+            share_E,
+            on_own,
+            on_all,
+            in_words(share_E, dead(share_E), pairs),
+        )
+
+    def _figures(self, sums: dict[str, np.ndarray], counts_EC: np.ndarray | None) -> dict[str, float]:
+        mean = {name: float(value) / len(self.dataset) for name, value in sums.items() if value.ndim == 0}
+        names = ("loss", "elbo", "bound", "log_likelihood_shares", "log_likelihood_gate", "prediction_accuracy", "nll")
+        figures = {name: mean[name] for name in names if name in mean}
+        if "prediction_error" in mean:
+            figures["rmse"] = math.sqrt(mean["prediction_error"])
+        if "squared_error" in mean:
+            figures["rmse_row"] = math.sqrt(mean["squared_error"])
+            figures["rmse_value"] = figures["rmse_row"] / math.sqrt(self.num_values)
+        if counts_EC is not None:
+            figures |= clustering(counts_EC)
+        share_E = torch.from_numpy(sums["share"] / len(self.dataset))
+        return figures | {
+            "routing_entropy": mean["entropy"],
+            "experts_in_use": math.exp(entropy(share_E.log(), dim=0).item()),
+        }
 
     def _experts(self) -> np.ndarray:
         """Put every rank's (id, expert) pairs into the data set's order."""
@@ -146,28 +246,33 @@ class _Tally:
 def clustering(counts_EC: np.ndarray) -> dict[str, float]:
     """Compare experts with labels, from their contingency table.
 
-    accuracy: largest share of rows on a one-to-one matching of experts to classes (Hungarian method); nmi: mutual
-    information over the arithmetic mean of the entropies; ari: adjusted Rand index.
+    accuracy: largest share of rows on a one-to-one matching of experts to classes (Hungarian method); purity: share of
+    rows of their expert's most frequent class; nmi: mutual information over the arithmetic mean of the entropies; ari:
+    adjusted Rand index.
     """
     experts, classes = linear_sum_assignment(counts_EC, maximize=True)
     e, c = np.nonzero(counts_EC)
     by_expert, by_class = (np.repeat(index, counts_EC[e, c]) for index in (e, c))
     return {
         "accuracy": float(counts_EC[experts, classes].sum() / counts_EC.sum()),
+        "purity": float(counts_EC.max(1).sum() / counts_EC.sum()),
         "nmi": float(normalized_mutual_info_score(by_class, by_expert)),
         "ari": float(adjusted_rand_score(by_class, by_expert)),
     }
 
 
-def expert_rows(evaluation: Evaluation, class_names: tuple[str, ...]) -> list[list[Any]]:
-    """Give one line for each expert: number, rows, mean loss, and the class it took with its share."""
+def expert_table(evaluation: Evaluation, dataset: Dataset) -> tuple[list[str], list[list[Any]]]:
+    """Give headers and a line for each expert: number, rows, means over them, and the class it took with its share."""
+    label, class_names = dataset.label, dataset.class_names
+    shown = {"loss": "mean loss"}
+    if "log_likelihood" in evaluation.on_own:
+        shown |= {"elbo": "elbo", "log_likelihood": "log-likelihood"}
     lines: list[list[Any]] = []
     for e, rows in enumerate(evaluation.rows_E):
-        loss = f"{evaluation.loss_E[e]:.4g}" if rows else "-"
-        line = [e, int(rows), loss]
+        line = [e, int(rows), *(f"{evaluation.on_own[name][e]:.4g}" if rows else "-" for name in shown)]
         if evaluation.counts_EC is not None:
             took = int(evaluation.counts_EC[e].argmax())
             name = class_names[took] if class_names else str(took)
             line.append(f"{name} ({evaluation.counts_EC[e, took] / rows:.0%})" if rows else "-")
         lines.append(line)
-    return lines
+    return ["expert", "rows", *shown.values(), *([f"took {label}"] if label else [])], lines

@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     ORDER = 4  # the order of samples in an epoch
     PRIOR = 5  # samples from the prior, for pictures
     DATA = 6  # synthetic data and splits
+    IMPORTANCE = 7  # eps of the posterior samples that estimate a likelihood
 
 
 def philox(counter: Words, key: tuple[Tensor | int, Tensor | int]) -> Words:

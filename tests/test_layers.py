@@ -20,30 +20,32 @@ PACKAGE = ROOT / "mixdist"
 
 # Rooms (files or folders of mixdist/) from the bottom up; rooms on one line stand side by side.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("terms",),
+    ("terms", "version"),
     ("stats", "noise", "nets", "pulse"),
     ("convnets",),
     ("data", "experts", "gates"),
-    ("routing", "objectives"),
+    ("routing", "objectives", "health"),
     ("mesh",),
     ("wire",),
     ("route",),
     ("dispatch",),
     ("mixtures",),
-    ("engines",),
+    ("engines", "evidence"),
     ("checkpoint", "metrics", "evaluate", "pictures"),
     ("trainer", "gallery"),
     ("config",),
     ("complaints",),
     ("parsing", "build"),
     ("model",),
+    ("ending",),
+    ("commands",),
     ("cli",),
     ("__init__", "__main__"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # Rooms of pure mathematics, and what none of them may import.
-PURE = ("terms", "stats", "noise", "nets", "convnets", "experts", "gates", "routing", "objectives")
+PURE = ("terms", "stats", "noise", "nets", "convnets", "experts", "gates", "routing", "objectives", "health")
 PROCESSES = ("torch.distributed", "mixdist.mesh", "mixdist.wire", "mixdist.dispatch", "mixdist.config", "mixdist.build")
 NEVER: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("experts",), ("mixdist.gates",)),

@@ -72,6 +72,7 @@ def test_purposes_keep_their_numbers() -> None:
         "ORDER": 4,
         "PRIOR": 5,
         "DATA": 6,
+        "IMPORTANCE": 7,
     }
 
 

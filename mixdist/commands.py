@@ -1,0 +1,248 @@
+"""The commands about a run that is there: ``mixdist evaluate`` and ``mixdist sample``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jsonargparse import ArgumentParser, Namespace
+
+from mixdist.build import Session, build, build_mesh, describe
+from mixdist.checkpoint import CheckpointStore, load_module, read_state, write_file
+from mixdist.config import Config
+from mixdist.data import Dataset
+from mixdist.ending import agreed, told_once
+from mixdist.evaluate import EVALUATION_PHASE, Evaluation, evaluate, expert_table
+from mixdist.evidence import SAMPLES_AT_ONCE
+from mixdist.gallery import targets
+from mixdist.metrics import Progress, table
+from mixdist.model import load
+from mixdist.noise import Purpose
+from mixdist.parsing import RESOLVED, config_parser, make_config, parse, plain_parser, values_of
+from mixdist.pictures import sample_picture, scatter_picture, to_uint8
+from mixdist.version import __version__
+from mixdist.wire import agree, gather_json
+
+SAMPLED = (
+    "z from each expert's q(z|x); log p(x) = log-mean-exp of log p(x, z) - log q(z|x); eps keyed by "
+    f"(seed, purpose {Purpose.IMPORTANCE:d}, phase {EVALUATION_PHASE}, step c, sample id, expert), "
+    f"{SAMPLES_AT_ONCE} samples a step"
+)
+EXACT = "nothing: the experts have no importance weights; log p(y|x), where they give one, is exact"
+
+
+def evaluate_run(words: Sequence[str]) -> None:
+    """``mixdist evaluate RUN``: figures on held-out rows, printed and written to RUN/evaluation.json."""
+    parser, run = evaluate_parser(), _run_of(words)
+    if run is None and not any(word == "-h" or word.partition("=")[0].endswith("help") for word in words):
+        raise ValueError("evaluate needs a run: name a directory that mixdist train made, as mixdist evaluate RUN")
+    if run is not None and not (run / RESOLVED).is_file():
+        raise ValueError(f"{run} holds no run ({RESOLVED} is missing): name a directory that mixdist train made")
+    options = parse(parser, [*(["--config", str(run / RESOLVED)] if run else []), *words])
+    if options.num_samples < 1:
+        raise ValueError(f"--num_samples ({options.num_samples}) must be 1 or more: give 100 for a usual estimate")
+    config = make_config(parser, options)
+    if not values_of(words, "--mesh.ep_size"):  # the layout is this command's, not the one that trained
+        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, ep_size=None))
+    mesh = build_mesh(config)
+    with told_once(mesh, "look at that rank's own messages, then start the evaluation again"):
+        session = build(config, mesh)
+        assert run is not None
+        checkpoint = _restore(config, session, run)
+        _evaluate(config, session, options, checkpoint, run)
+
+
+def evaluate_parser() -> ArgumentParser:
+    """Make the parser of ``mixdist evaluate``."""
+    parser = config_parser(
+        "mixdist evaluate",
+        "Evaluate the newest good checkpoint of a run on held-out rows, in one process or under torchrun on any number "
+        "of ranks: likelihoods by importance sampling, reconstruction, clustering, routing. The run's own config "
+        "holds; dotted options override it, as --data.root for data that was moved. Writes RUN/evaluation.json (for "
+        "another split, RUN/evaluation-SPLIT.json). Example: torchrun --standalone --nproc-per-node 2 -m mixdist "
+        "evaluate runs/mnist --num_samples 100",
+    )
+    parser.add_argument("run", type=str, help="the run's directory")
+    parser.add_argument("--split", type=Literal["test", "train"], default="test", help="the rows: test or train")
+    parser.add_argument("--num_samples", type=int, default=100, help="importance samples for each row and expert")
+    return parser
+
+
+def _run_of(words: Sequence[str]) -> Path | None:
+    """Find RUN before parsing, since the run's own config comes first: the one word that no option takes."""
+    before = ["", *words]
+    for i, word in enumerate(words):
+        takes = before[i].startswith("-") and "=" not in before[i] and before[i] not in ("-h", "--help")
+        if not word.startswith("-") and not takes:
+            return Path(word)
+    return None
+
+
+def _restore(config: Config, session: Session, run: Path) -> Path:
+    """Put the weights of the run's newest good checkpoint in place, on all ranks or none; give its path.
+
+    Raises:
+        Agreed: there is none, or it belongs to other data or to another number of experts.
+    """
+    mesh = session.mesh
+    checkpoint, passed_over = CheckpointStore(run / "checkpoints", mesh).choose()
+    for sentence in passed_over if mesh.rank == 0 else ():
+        print(f"mixdist: {sentence}; using {checkpoint.name}", file=sys.stderr, flush=True)
+    agreed(lambda: _load(config, session, checkpoint), mesh)
+    return checkpoint
+
+
+def _load(config: Config, session: Session, checkpoint: Path) -> None:
+    about, here = read_state(checkpoint)["run"], describe(config, session.train)
+    remedies = {
+        "num_experts": f"evaluate with the run's own {RESOLVED}",
+        "data": "point --data at the data that the run was trained on",
+        "spec": "read the data as the run did",
+    }
+    for key, remedy in remedies.items():
+        if about.get(key) != here[key]:
+            raise ValueError(
+                f"checkpoint {checkpoint} was made with {key} {about.get(key)}, here is {here[key]}: {remedy}"
+            )
+    for owned in session.mixture.parts.owned():
+        load_module(checkpoint, owned)
+
+
+def _evaluate(config: Config, session: Session, options: Namespace, checkpoint: Path, run: Path) -> None:
+    rank0 = session.mesh.rank == 0
+    path = run / ("evaluation.json" if options.split == "test" else f"evaluation-{options.split}.json")
+    error = None
+    if rank0 and not os.access(run, os.W_OK):
+        error = f"{path} cannot be written: make {run} writable"
+    agree(gather_json(error, session.mesh.world)[0], session.mesh.world)
+    dataset = session.test if options.split == "test" else session.train
+    batches = -(-len(dataset) // config.test_batch_size)
+    with Progress(batches, 0, rank0 and sys.stderr.isatty()) as bar:
+        evaluation = evaluate(
+            session.mixture,
+            dataset,
+            config.test_batch_size,
+            config.seed,
+            targets(session.mixture),
+            options.num_samples,
+            session.train,
+            lambda done, total: bar.write({"step": done}),
+        )
+    if rank0:
+        how = protocol(config, session, options, checkpoint, dataset)
+        print(summary(evaluation, dataset, "held-out" if options.split == "test" else "training"), flush=True)
+        if "log_likelihood_gate" in evaluation.figures:
+            drawn = how["num_samples"]
+            print("log-likelihoods, nats a row:", f"{drawn} importance samples for each expert" if drawn else "exact")
+        report = _without_nan({"protocol": how, **described(evaluation, dataset)})
+        write_file(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+        print(f"run: {run}   checkpoint: {checkpoint.name}   figures: {path}", flush=True)
+
+
+def protocol(
+    config: Config, session: Session, options: Namespace, checkpoint: Path, dataset: Dataset
+) -> dict[str, Any]:
+    """Say, in JSON, how figures were taken: enough to take them again."""
+    template = session.mixture.bank.template
+    expert, gate = (_plain(options[key]) for key in ("expert", "gate"))
+    arguments = expert.get("init_args") or {}
+    sampled = template.can("log_weights")
+    position = read_state(checkpoint)["position"]
+    return {
+        "mixdist": __version__,
+        "checkpoint": checkpoint.name,
+        "step": position["total"],
+        "split": options.split,
+        "rows": len(dataset),
+        "data": dataset.fingerprint,
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "num_samples": options.num_samples if sampled else None,
+        "sampled": SAMPLED if sampled else EXACT,
+        "weights_of_shares": "mean responsibilities over the training rows: a density",
+        "weights_of_gate": "q(k|x): weights that have seen x, so no density of x; for supervised experts log p(y|x)",
+        "likelihood": arguments.get("likelihood"),
+        "scale": arguments.get("scale"),
+        "expert": expert,
+        "gate": gate,
+    }
+
+
+def described(evaluation: Evaluation, dataset: Dataset) -> dict[str, Any]:
+    """Give an evaluation as JSON: figures, a record for each expert, findings, counts of experts against labels."""
+    experts = [
+        {
+            "expert": e,
+            "rows": int(rows),
+            "mean_responsibility": float(evaluation.share_E[e]),
+            "on_own_rows": {name: float(means[e]) for name, means in evaluation.on_own.items()},
+            "on_all_rows": {name: float(means[e]) for name, means in evaluation.on_all.items()},
+        }
+        for e, rows in enumerate(evaluation.rows_E)
+    ]
+    counts = None if evaluation.counts_EC is None else evaluation.counts_EC.tolist()
+    return {
+        "figures": evaluation.figures,
+        "findings": evaluation.findings,
+        "experts": experts,
+        "label": dataset.label,
+        "class_names": list(dataset.class_names),
+        "counts_EC": counts,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Turn what was parsed into JSON."""
+    if isinstance(value, Namespace):
+        return {name: _plain(inner) for name, inner in vars(value).items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _without_nan(value: Any) -> Any:
+    """Put null where a figure is not finite: an expert without rows has no mean."""
+    if isinstance(value, dict):
+        return {name: _without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def summary(evaluation: Evaluation, dataset: Dataset, kind: str = "held-out") -> str:
+    """Give the table that ends a run: a line for each expert, then the figures and what is amiss with experts."""
+    figures = "   ".join(f"{name} {value:.4f}" for name, value in evaluation.figures.items())
+    lines = table(*expert_table(evaluation, dataset))
+    return "\n".join([lines, f"{len(dataset)} {kind} rows: {figures}", *evaluation.findings])
+
+
+def sample(words: Sequence[str]) -> None:
+    """``mixdist sample RUN``: a picture with a row of samples for each expert."""
+    parser = plain_parser(
+        "mixdist sample",
+        "Draw from the prior of every expert of a run, one row of images each, into a picture; in one process, without "
+        "the data. Example: mixdist sample runs/digits_moe-1 --num_samples 16",
+    )
+    parser.add_argument("run", type=str, help="the run's directory")
+    parser.add_argument("--out", type=str | None, help="the picture, a PNG file; unset, RUN/images/samples.png")
+    parser.add_argument("--num_samples", type=int, default=8, help="samples of each expert, 1 to 1000")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws: the same seed, the same samples")
+    options = parse(parser, words)
+    if not 1 <= options.num_samples <= 1000:
+        raise ValueError(f"--num_samples ({options.num_samples}) must be from 1 to 1000")
+    model = load(options.run)
+    samples = [model.sample(options.num_samples, e, options.seed).numpy() for e in model.experts]
+    path = Path(options.out or Path(options.run) / "images" / "samples.png")
+    if samples[0].shape[1:] == (2,):
+        experts = np.repeat(np.arange(len(samples)), options.num_samples)
+        scatter_picture(path, np.concatenate(samples), experts, [])
+    else:
+        sample_picture(path, [to_uint8(images) for images in samples], [f"expert {e}" for e in model.experts])
+    print(path)

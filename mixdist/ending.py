@@ -1,0 +1,89 @@
+"""How a command ends: what a user can mend is told in one line, once, and no rank waits for another."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar, cast
+
+from mixdist.complaints import one_line
+from mixdist.engines import NotFinite
+from mixdist.mesh import Mesh
+from mixdist.wire import Agreed, LostRank, agree
+
+T = TypeVar("T")
+
+USER_ERROR, INTERRUPTED = 2, 130
+LINGER_S = 10.0
+"""Seconds that other ranks wait before they leave with an error, so that rank 0's message is out before a launcher,
+which ends all processes when one fails, ends rank 0."""
+
+
+class Alone(ValueError):
+    """A mistake that this rank met by itself; the others may wait for it in a collective."""
+
+
+@contextmanager
+def told_once(mesh: Mesh, remedy: str) -> Iterator[None]:
+    """Do what ranks do together; whatever ends it is told once, and the mesh is closed.
+
+    Args:
+        mesh: of this rank.
+        remedy: what to do where a rank is lost.
+
+    Raises:
+        Agreed: what every rank knows.
+        Alone: what this rank met by itself.
+    """
+    try:
+        yield
+    except LostRank as lost:
+        _leave(mesh, lost, remedy)
+    except (Agreed, NotFinite):
+        raise
+    except (ValueError, OSError) as error:
+        raise Alone(f"rank {mesh.rank}: {told(error)}" if mesh.world_size > 1 else told(error)) from error
+    finally:
+        mesh.close()
+
+
+def _leave(mesh: Mesh, lost: LostRank, remedy: str) -> None:
+    """Name the ranks that do not answer, once, and end this one; a launcher may end all first and tell by itself."""
+    missing, speaks = mesh.missing()
+    if speaks:
+        who = f"rank {', '.join(map(str, missing))} does not answer" if missing else "a collective failed on every rank"
+        limit = f"mesh.timeout_s is {mesh.timeout.total_seconds():g}"
+        print(f"mixdist: {who} ({one_line(str(lost))}; {limit}): {remedy}", file=sys.stderr, flush=True)
+    os._exit(1)  # groups that lost a member cannot be ended in good order
+
+
+def told(error: Exception) -> str:
+    """Put an error into one line."""
+    return one_line(str(error)) + (": mend it and try again" if isinstance(error, OSError) else "")
+
+
+def fail(message: str, rank: int, alone: bool) -> int:
+    """Tell what all ranks know once, from rank 0, and what one knows alone from that rank."""
+    if rank == 0 or alone:
+        print(f"mixdist: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(LINGER_S)
+    return USER_ERROR
+
+
+def agreed(make: Callable[[], T], mesh: Mesh) -> T:
+    """Do something on every rank, or fail on every rank with one message.
+
+    Raises:
+        Agreed: some rank could not.
+    """
+    made, error = None, None
+    try:
+        made = make()
+    except (ValueError, OSError) as mistake:
+        error = told(mistake)
+    agree(error, mesh.world)
+    return cast(T, made)

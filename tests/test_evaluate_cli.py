@@ -1,0 +1,194 @@
+"""``mixdist evaluate``: the same figures on any layout, written with how they were taken, or refused in one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mixdist
+from mixdist.checkpoint import MANIFEST
+from mixdist.data import Digits
+from tests.launch import SMALL, Ended, changed, here, torchrun, write_config
+from tests.test_cli import idx_folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train once; tests work on copies."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = changed(checkpoint={"every": 1}, train__epochs=3, expert__init_args__likelihood="gaussian")
+    ended = here("train", "--config", write_config(folder / "c.yaml", config), "--out", str(folder / "run"))
+    assert (ended.code, ended.err) == (0, "")
+    return folder / "run"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(trained: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(trained, folder / "run"))
+
+
+def refused(*words: str) -> str:
+    """Run an evaluation that must be refused in one line without leaving a trace; give the line."""
+    before = sorted(Path().rglob("*"))
+    ended = here("evaluate", *words)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1), ended
+    assert "Traceback" not in ended.err
+    assert sorted(Path().rglob("*")) == before
+    return ended.err
+
+
+def same(got: Any, wanted: Any, where: str = "") -> None:
+    """Hold two JSON values against each other, numbers by 1e-5."""
+    if isinstance(wanted, dict):
+        assert got.keys() == wanted.keys(), where
+        for name in wanted:
+            same(got[name], wanted[name], f"{where}.{name}")
+    elif isinstance(wanted, list):
+        assert len(got) == len(wanted), where
+        for i, inner in enumerate(wanted):
+            same(got[i], inner, f"{where}[{i}]")
+    elif isinstance(wanted, float):
+        assert got == pytest.approx(wanted, rel=1e-5, abs=1e-6), where
+    else:
+        assert got == wanted, where
+
+
+def evaluated(run: Path, *words: str, name: str = "evaluation.json") -> tuple[Ended, dict[str, Any]]:
+    ended = here("evaluate", str(run), *words)
+    assert (ended.code, ended.err) == (0, ""), ended
+    return ended, json.loads((run / name).read_text())
+
+
+def test_one_process_and_two_ranks_agree_and_say_how(run: Path, folder: Path) -> None:
+    ended, one = evaluated(run, "--num_samples", "30")
+    (run / "evaluation.json").unlink()
+    two_ranks = torchrun("evaluate", "--num_samples", "30", "run", ranks=2, folder=folder)
+    assert two_ranks.code == 0, two_ranks
+    same(json.loads((run / "evaluation.json").read_text()), one)
+    assert not list(run.glob("*.partial"))
+
+    protocol = one["protocol"]
+    names = ("mixdist", "checkpoint", "step", "split", "rows", "seed", "num_samples", "likelihood", "scale")
+    wanted = [mixdist.__version__, "step-000000009", 9, "test", 359, 0, 30, "gaussian", "learned"]
+    assert [protocol[name] for name in names] == wanted
+    assert protocol["data"] == Digits().load()[1].fingerprint
+    figures = one["figures"]
+    assert figures["elbo"] <= figures["bound"] <= figures["log_likelihood_gate"]
+    assert {"accuracy", "purity", "nmi", "ari", "rmse_row", "rmse_value", "routing_entropy"} <= figures.keys()
+    assert figures["rmse_row"] == pytest.approx(8 * figures["rmse_value"])
+    assert [e["rows"] for e in one["experts"]] == [sum(counts) for counts in one["counts_EC"]]
+    assert sum(e["rows"] for e in one["experts"]) == 359
+    assert math.fsum(e["mean_responsibility"] for e in one["experts"]) == pytest.approx(1)
+    header, _, *lines = ended.out.splitlines()
+    assert header.split() == ["expert", "rows", "mean", "loss", "elbo", "log-likelihood", "took", "y"]
+    assert [line.split()[0] for line in lines[:4]] == ["0", "1", "2", "3"]
+    assert f"log_likelihood_shares {figures['log_likelihood_shares']:.4f}" in ended.out
+    assert str(run / "evaluation.json") in ended.out
+
+
+def test_another_split_has_a_file_of_its_own(run: Path) -> None:
+    _, test = evaluated(run, "--num_samples", "1")
+    kept = (run / "evaluation.json").read_bytes()
+    _, train = evaluated(run, "--split", "train", "--num_samples", "1", name="evaluation-train.json")
+    assert (run / "evaluation.json").read_bytes() == kept
+    assert (train["protocol"]["split"], train["protocol"]["rows"]) == ("train", 1438)
+    assert train["figures"] != test["figures"]
+    assert test["experts"][0]["on_all_rows"]["log_likelihood_error"] is None  # one sample has no deviation
+
+
+def test_the_figures_are_the_run_s_own(run: Path) -> None:
+    """The command finds the weights, the rows and the noise that the run ended with."""
+    ended = here("train", "--resume", str(run))
+    (line,) = [line for line in ended.out.splitlines() if "held-out rows" in line]
+    figures = evaluated(run, "--num_samples", "1")[1]["figures"]
+    for name in ("loss", "accuracy", "nmi", "rmse_row", "routing_entropy"):
+        assert f"{name} {figures[name]:.4f}" in line
+
+
+def test_data_may_move_but_not_change(folder: Path) -> None:
+    (folder / "here").mkdir()
+    config = changed(data=idx_folder(folder / "here"), train__batch_size=4, mesh={"ep_size": 1})
+    ended = here("train", "--config", write_config(folder / "c.yaml", config), "--out", "run")
+    assert ended.code == 0, ended
+    (folder / "here").rename(folder / "there")
+    assert "here" in refused("run")
+    words = ["run", "--data.root", "there", "--num_samples", "3"]
+    assert evaluated(folder / "run", *words[1:])[1]["protocol"]["rows"] == 8
+    (folder / "run" / "evaluation.json").unlink()
+    own = json.loads((folder / "run/checkpoints/step-000000002/state.json").read_text())["run"]["data"]
+    for path in (folder / "there").glob("train-images*"):
+        path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    line = refused(*words)
+    assert f"was made with data {own}, here is " in line
+    assert len(line.rpartition("here is ")[2].partition(":")[0]) == len(own) == 64
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_told(run: Path) -> None:
+    (run / "checkpoints/step-000000009/gate.safetensors").write_bytes(b"")
+    ended = here("evaluate", "run", "--num_samples", "2")
+    assert ended.code == 0
+    assert ended.err.startswith("mixdist: checkpoint step-000000009 is damaged (gate.safetensors has 0 bytes")
+    assert ended.err.endswith("; using step-000000008\n")
+    assert json.loads((run / "evaluation.json").read_text())["protocol"]["step"] == 8
+    for path in run.glob(f"checkpoints/*/{MANIFEST}"):
+        path.write_text("{")
+    (run / "evaluation.json").unlink()
+    assert "holds no good checkpoint: checkpoint step-000000009 is damaged" in refused("run")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["none"], "none holds no run (config.yaml is missing): name a directory that mixdist train made"),
+        (["--num_samples", "3", "none"], "none holds no run"),
+        ([], "evaluate needs a run: name a directory that mixdist train made"),
+        (["--num_samples", "3"], "evaluate needs a run"),
+        (["run", "--num_samples", "0"], "--num_samples (0) must be 1 or more"),
+        (["run", "--num_samples", "many"], "num_samples (many) must be a whole number"),
+        (["run", "--split", "held-out"], "split (held-out) must be test or train"),
+        (["run", "--samples", "3"], "--samples"),
+        (["run", "--num_experts", "5"], "was made with num_experts 4, here is 5"),
+        (["run", "--data.scale", "3"], "data"),
+        (["run", "--expert.init_args.latent", "3"], "does not fit the config's expert 0"),
+        (["run", "other"], "other"),
+    ],
+)
+def test_what_does_not_fit_is_refused(words: list[str], told: str, run: Path) -> None:
+    assert told in refused(*words)
+
+
+def test_a_mistake_is_told_once_by_rank_0(run: Path, folder: Path) -> None:
+    ended = torchrun("evaluate", "run", "--num_experts", "5", ranks=2, folder=folder)
+    assert ended.code == 1  # torchrun's own
+    assert ended.err.count("mixdist: ") == 1
+    assert "was made with num_experts 4, here is 5" in ended.err
+    assert not (run / "evaluation.json").exists()
+
+
+def test_help_tells() -> None:
+    ended = here("evaluate", "--help")
+    assert (ended.code, ended.err) == (0, "")
+    assert "usage: mixdist evaluate" in ended.out
+    assert "importance samples for each row and expert" in ended.out
+
+
+def test_a_supervised_run_is_evaluated(folder: Path) -> None:
+    config = dict(SMALL, data={"class_path": "mixdist.data.Parabolas"}, num_experts=2)
+    config |= {"expert": {"class_path": "mixdist.experts.Regressor", "init_args": {"likelihood": "gaussian"}}}
+    ended = here("train", "--config", write_config(folder / "c.yaml", config), "--out", "run")
+    assert ended.code == 0, ended
+    found = evaluated(folder / "run")[1]
+    assert found["protocol"]["num_samples"] is None
+    assert "is exact" in found["protocol"]["sampled"]
+    assert {"rmse", "log_likelihood_gate"} <= found["figures"].keys()

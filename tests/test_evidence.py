@@ -1,0 +1,294 @@
+"""Likelihoods: importance sampling against exact evidence, mixture bounds, layouts, dead and duplicate experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mixdist import evidence as subject
+from mixdist.evaluate import EVALUATION_PHASE, Evaluation, evaluate
+from mixdist.evidence import SAMPLES_AT_ONCE, Evidence, importance, mixture_log_likelihood
+from mixdist.experts import VAE, Expert, ExpertBank
+from mixdist.gates import Uniform
+from mixdist.health import dead, duplicates, in_words
+from mixdist.mixtures import Moment, SoftMixture
+from mixdist.noise import Draw, Purpose
+from mixdist.terms import Batch, ExpertTerms, Field, Spec
+from mixdist.wire import Wire
+from tests.parity import SEED, Case, data, make_mixture, mesh_of
+from tests.pool import Pool
+
+AT = Moment(SEED, EVALUATION_PHASE)
+SPEC: Spec = {"x": Field((5,), torch.float64)}
+SCALE = 0.5
+
+
+def linear_gaussian() -> VAE:
+    """A VAE whose evidence is known: x = z W + b + s eps; its encoder is any affine map."""
+    torch.manual_seed(SEED)
+    return VAE(SPEC, latent=2, hidden=[], likelihood="gaussian", scale=SCALE, mean="identity").double()
+
+
+def near_posterior(vae: VAE, widened: float = 0.0) -> VAE:
+    """Give it the exact q(z|x) = p(z|x), or one whose log variances are larger and whose means are off."""
+    with torch.no_grad():
+        weight, bias = vae.decoder.parameters()
+        weight.copy_(torch.tensor([[1.0, 2, 0, 0, 0.5], [0, 0, 0.7, -1, 0]]))  # orthogonal: a diagonal posterior
+        bias.copy_(torch.linspace(-1, 1, 5))
+        variance = 1 / (1 + weight.square().sum(1) / SCALE**2)
+        to_mean = (weight * (variance / SCALE**2)[:, None]).T
+        encoder, encoder_bias = vae.encoder.parameters()
+        encoder.copy_(torch.cat([to_mean, torch.zeros(5, 2)], dim=1))
+        off = 0.3 * widened * variance.sqrt()
+        encoder_bias.copy_(torch.cat([off - bias @ to_mean, variance.log() + widened]))
+    return vae
+
+
+def exact(vae: VAE, x: Tensor) -> Tensor:
+    weight, bias = (p.detach() for p in vae.decoder.parameters())
+    covariance = weight.T @ weight + SCALE**2 * torch.eye(5, dtype=torch.float64)
+    return torch.distributions.MultivariateNormal(bias, covariance).log_prob(x)
+
+
+def rows_of(num_rows: int) -> Batch:
+    ids = torch.arange(num_rows) + 10**10  # beyond 32 bits
+    return {"id": ids, "x": Draw(SEED, Purpose.DATA).normal(ids, [0], (5,), torch.float64)[0]}
+
+
+def estimate(vae: VAE, rows: Batch, num_samples: int) -> Evidence:
+    return importance(vae, rows, 3, AT, num_samples, torch.float64)
+
+
+def test_importance_sampling_reaches_the_exact_evidence() -> None:
+    vae, rows = near_posterior(linear_gaussian(), 1.0), rows_of(40)
+    found = estimate(vae, rows, 5000)
+    assert found.error.max() < 0.05
+    assert ((found.log_px - exact(vae, rows["x"])).abs() < 4 * found.error).all()
+    assert (exact(vae, rows["x"]) - found.elbo > 4 * found.error).all()  # the bound alone would not pass
+
+
+def test_with_the_exact_posterior_one_sample_is_exact() -> None:
+    vae, rows = near_posterior(linear_gaussian()), rows_of(20)
+    for num_samples in (1, 30):
+        found = estimate(vae, rows, num_samples)
+        torch.testing.assert_close(found.log_px, exact(vae, rows["x"]), rtol=0, atol=1e-10)
+        torch.testing.assert_close(found.elbo, found.log_px, rtol=0, atol=1e-10)
+    assert found.error.max() < 1e-6
+
+
+def test_the_estimate_rises_with_the_samples_and_never_falls_under_its_elbo() -> None:
+    vae, rows = near_posterior(linear_gaussian(), 1.0), rows_of(3000)
+    found = [estimate(vae, rows, num_samples) for num_samples in (1, 4, 16, 64)]
+    means = [one.log_px.mean().item() for one in found]
+    assert means == sorted(means)
+    assert means[1] - means[0] > 0.1
+    truth = exact(vae, rows["x"])
+    last = found[-1]
+    assert means[-1] < truth.mean() + 4 * last.error.square().mean().sqrt() / math.sqrt(3000)
+    for one in found:
+        assert (one.log_px - one.elbo >= -1e-12).all()
+    assert found[0].error.isnan().all()
+
+
+class Plain(Expert):
+    """Log-weights that are the sum of the noise, larger for larger x."""
+
+    noise_shape = (3,)
+
+    def log_weights(self, rows: Batch, eps: Tensor) -> Tensor:
+        return rows["x"].sum(1, keepdim=True) + 200 * eps.sum(-1)
+
+
+@pytest.mark.parametrize("num_samples", [2, SAMPLES_AT_ONCE, 2 * SAMPLES_AT_ONCE + 3])
+def test_chunks_do_not_matter(num_samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of(23)
+    whole = importance(Plain(), rows, 3, AT, num_samples, torch.float64)
+    # By the textbook, from all samples at once; the weights span hundreds of nats.
+    steps = range(-(-num_samples // SAMPLES_AT_ONCE))
+    draws = [Draw(SEED, Purpose.IMPORTANCE, EVALUATION_PHASE, c) for c in steps]
+    eps = torch.cat([d.normal(rows["id"], [3], (SAMPLES_AT_ONCE, 3), torch.float64)[0] for d in draws], dim=1)
+    log_w = Plain().log_weights(rows, eps[:, :num_samples])
+    largest = log_w.max(1, keepdim=True).values
+    w = (log_w - largest).exp()
+    torch.testing.assert_close(whole.log_px, w.mean(1).log() + largest[:, 0])
+    torch.testing.assert_close(whole.elbo, log_w.mean(1))
+    torch.testing.assert_close(whole.error, w.std(1) / (math.sqrt(num_samples) * w.mean(1)))
+
+    monkeypatch.setattr(subject, "DECODES_AT_ONCE", {"cpu": 3 * num_samples, "cuda": 1})
+    order = torch.randperm(23, generator=torch.Generator().manual_seed(0))
+    mixed = importance(Plain(), {n: c[order] for n, c in rows.items()}, 3, AT, num_samples, torch.float64)
+    for one, other in zip(mixed, whole, strict=True):
+        torch.testing.assert_close(one, other[order], rtol=1e-12, atol=1e-12)
+    none = importance(Plain(), {n: c[:0] for n, c in rows.items()}, 3, AT, num_samples, torch.float64)
+    assert [len(field) for field in none] == [0, 0, 0]
+
+
+def test_a_mixture_lies_between_its_terms_and_its_best_expert() -> None:
+    generator = torch.Generator().manual_seed(3)
+    log_px_BE = 300 * torch.randn(500, 6, generator=generator, dtype=torch.float64)
+    shares = torch.rand(6, generator=generator, dtype=torch.float64) * 7  # normalised by the function
+    shares[2] = 0
+    gate = torch.log_softmax(20 * torch.randn(500, 6, generator=generator), dim=1)  # float32
+    gate[:, 1] = -math.inf
+    for log_weights in (shares.log(), gate):
+        log_pi = log_weights.double() - log_weights.double().logsumexp(-1, keepdim=True)
+        mixture = mixture_log_likelihood(log_px_BE, log_weights)
+        assert (mixture[:, None] >= log_pi + log_px_BE).all()
+        assert (mixture <= log_px_BE.max(1).values + 1e-12).all()
+    one = torch.zeros(6).index_fill(0, torch.tensor([4]), 1.0).log()
+    assert torch.equal(mixture_log_likelihood(log_px_BE, one), log_px_BE[:, 4])
+
+
+# Evaluations of whole mixtures.
+
+
+def judged(case: Case, num_samples: int | None = 25, change: Callable[[SoftMixture], None] | None = None) -> Evaluation:
+    mesh = mesh_of(case.num_experts, case.ranks, case.ep_size)
+    mixture = make_mixture(case, mesh, Wire(mesh.device))
+    assert isinstance(mixture, SoftMixture)
+    if change is not None:
+        change(mixture)
+    target = "y" if case.expert == "regressor" else None
+    return evaluate(mixture, data(), case.batch_size, SEED, target, num_samples, data())
+
+
+def numbers(case: Case) -> dict[str, Any]:
+    """What ranks send back."""
+    found = judged(case)
+    each = {f"{kind} {n}": v for kind in ("on_own", "on_all") for n, v in getattr(found, kind).items()}
+    return {**found.figures, **each, "share": found.share_E, "rows": found.rows_E}
+
+
+@pytest.mark.parametrize("layout", [(2, 2), (2, 1), (3, 3)], ids=str)
+@pytest.mark.parametrize("expert", ["bernoulli", "gaussian", "regressor"])
+def test_every_layout_gives_the_same_figures(pool: Callable[[int], Pool], layout: tuple[int, int], expert: str) -> None:
+    case = Case(ranks=layout[0], ep_size=layout[1], expert=expert, batch_size=13)
+    wanted = numbers(case.reference())
+    assert {"log_likelihood_shares", "log_likelihood_gate", "on_all log_likelihood"} <= wanted.keys()
+    for got in pool(layout[0]).run("tests.test_evidence:numbers", case):
+        assert got.keys() == wanted.keys()
+        for name in wanted:
+            np.testing.assert_allclose(got[name], wanted[name], rtol=1e-10, atol=1e-12, err_msg=name)
+
+
+def test_figures_keep_their_order() -> None:
+    found = judged(Case()).figures
+    assert found["elbo"] <= found["bound"] <= found["log_likelihood_gate"]
+    assert found["elbo"] < judged(Case(), 200).figures["log_likelihood_gate"]
+    assert "log_likelihood_gate" not in judged(Case(), None).figures
+
+
+def test_supervised_likelihoods_are_exact() -> None:
+    case = Case(expert="regressor")
+    found = judged(case)
+    mixture = make_mixture(case, mesh_of(4, 1, 1), Wire(torch.device("cpu")))
+    assert isinstance(mixture, SoftMixture)
+    with torch.no_grad():
+        rows = mixture.values(data().rows, ("x", "y"))
+        log_resp = mixture.gate(rows, None).log_resp_BE
+        log_py = torch.stack([-expert(rows, None).loss_R for expert in mixture.bank.owned().values()], dim=1)
+    gate = torch.logsumexp(log_resp + log_py, 1).mean().item()
+    shares = torch.logsumexp(log_resp.exp().mean(0).log() + log_py, 1).mean().item()
+    assert found.figures["log_likelihood_gate"] == pytest.approx(gate, rel=1e-12)
+    assert found.figures["log_likelihood_shares"] == pytest.approx(shares, rel=1e-12)
+    np.testing.assert_allclose(found.on_all["log_likelihood"], log_py.mean(0).numpy(), rtol=1e-12)
+    assert (found.on_all["log_likelihood_error"] == 0).all()
+    assert "rmse" in found.figures
+    assert "rmse_row" not in found.figures
+
+
+def test_reconstruction_routing_and_purity_are_as_defined() -> None:
+    found = judged(Case(), None)
+    mixture = make_mixture(Case(), mesh_of(4, 1, 1), Wire(torch.device("cpu")))
+    assert isinstance(mixture, SoftMixture)
+    with torch.no_grad():
+        rows = mixture.values(data().rows, ("x",))
+        resp = mixture.gate(rows, None).log_resp_BE.exp()
+        each = torch.stack([expert.reconstruct(rows) for expert in mixture.bank.owned().values()], dim=1)
+    own = each[torch.arange(45), torch.from_numpy(found.expert_N)]
+    squared = (own - rows["x"]).square().flatten(1).sum(1)
+    assert found.figures["rmse_row"] == pytest.approx(squared.mean().sqrt().item(), rel=1e-12)
+    assert found.figures["rmse_value"] == pytest.approx((own - rows["x"]).square().mean().sqrt().item(), rel=1e-12)
+    assert found.figures["routing_entropy"] == pytest.approx(-(resp * resp.log()).sum(1).mean().item(), rel=1e-12)
+    mean = resp.mean(0)
+    assert found.figures["experts_in_use"] == pytest.approx(math.exp(-(mean * mean.log()).sum()), rel=1e-12)
+    assert found.counts_EC is not None
+    assert found.figures["purity"] == pytest.approx(found.counts_EC.max(1).sum() / 45)
+    uniform = judged(Case(gate="uniform"), None).figures
+    assert uniform["experts_in_use"] == pytest.approx(4)
+    assert uniform["routing_entropy"] == pytest.approx(math.log(4))
+
+
+class Guess(Expert):
+    """A classifier that says the same for every row."""
+
+    fields, target = ("x", "label"), "label"
+
+    def __init__(self, probabilities: list[float]) -> None:
+        super().__init__()
+        self.probabilities = torch.tensor(probabilities, dtype=torch.float64)
+
+    def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
+        log_py = self.probabilities.log()[rows["label"]]
+        return ExpertTerms(-log_py, log_py)
+
+    def predict(self, rows: Batch) -> Tensor:
+        return self.probabilities.expand(len(rows["id"]), -1)
+
+
+def test_classifiers_are_judged_by_accuracy_and_nll() -> None:
+    base = make_mixture(Case(num_experts=2), mesh_of(2, 1, 1), Wire(torch.device("cpu")))
+    assert isinstance(base, SoftMixture)
+    bank = ExpertBank({0: Guess([0.7, 0.2, 0.1]), 1: Guess([0.5, 0.2, 0.3])})
+    mixture = SoftMixture(Uniform(data().spec, 2).double(), bank, base.dispatch, data().spec, torch.float64)
+    found = evaluate(mixture, data(), 16, SEED, "label", 3).figures
+    label = data().rows["label"].long()
+    nll = -torch.tensor([0.6, 0.2, 0.2], dtype=torch.float64).log()[label].mean().item()
+    assert found["prediction_accuracy"] == pytest.approx((label == 0).double().mean().item())
+    assert found["nll"] == pytest.approx(nll)
+    assert found["log_likelihood_gate"] == pytest.approx(-nll)
+
+
+# Dead experts and duplicates.
+
+
+def copy_expert(mixture: SoftMixture) -> None:
+    """Make expert 2 what expert 0 is, with its latent dimensions in reverse."""
+    owned = mixture.bank.owned()
+    owned[2].load_state_dict(owned[0].state_dict())
+    with torch.no_grad():
+        encoder, decoder = owned[2].get_submodule("encoder.layers.2"), owned[2].get_submodule("decoder.layers.0")
+        for parameter in encoder.parameters():
+            parameter.copy_(torch.cat([half.flip(-1) for half in parameter.chunk(2, dim=-1)], dim=-1))
+        weight = decoder.get_parameter("weight")
+        weight.copy_(weight.flip(0))
+
+
+def test_a_copy_is_found_whatever_the_order_of_its_latent_dimensions() -> None:
+    told = "experts 0 and 2 are duplicates: their losses differ by less than 1% of their deviation over rows"
+    assert judged(Case(), None, copy_expert).findings == [told]
+    assert judged(Case(gate="uniform"), None, copy_expert).findings == [told]
+    assert judged(Case(), None).findings == []
+
+
+def test_a_dead_expert_is_found() -> None:
+    dead_one = judged(Case(gate="oracle"), None)  # three classes, four experts
+    assert dead_one.findings == ["expert 3 is dead: its mean responsibility 0 is below 0.0025"]
+    starved = judged(Case(gate="starved"), None)
+    assert starved.findings == ["expert 1 is dead: its mean responsibility 0 is below 0.0025"]
+
+
+def test_the_rules_of_health() -> None:
+    assert dead(np.array([0.5, 0.0049, 0.4951])) == []  # 0.01 / 3 = 0.0033
+    assert dead(np.array([0.5, 0.0032, 0.4968])) == [1]
+    difference = np.array([[0, 0.09, 5], [0.09, 0, 0.11], [5, 0.11, 0]])
+    assert duplicates(difference, 10.0) == [(0, 1)]
+    assert duplicates(difference, 0.0) == []
+    assert duplicates(np.full((2, 2), np.nan), 1.0) == []
+    assert in_words(np.array([0.5, 0.5]), [], []) == []
