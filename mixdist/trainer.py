@@ -258,6 +258,7 @@ class Trainer:
         self.wire.meter.reset(timed=logged)
         for owned in self.owned:
             getattr(owned.module, "anneal", lambda step: None)(at.step)
+        self.phase.objective.anneal(at.step)
         shard = loader.batch(at.epoch, at.batch).to(self.mesh.device)
         self.engine.zero_grad()
         moment = Moment(self.seed, at.phase, at.step)

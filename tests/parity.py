@@ -112,12 +112,16 @@ def make_gate(case: Case, spec: Spec) -> Gate:
         return LabelOracle(spec, case.num_experts, "label")
     if case.gate == "uniform":
         return Uniform(spec, case.num_experts)
+    if case.gate == "annealed":
+        return Softmax(spec, case.num_experts, [6], "tanh", 2.0, "x", 0.5, 0.3, 0.0, anneal_steps=15)
     kind = {"softmax": Softmax, "starved": Starved, "noisy": Noisy}[case.gate]
     return kind(spec, case.num_experts, [6], "tanh")
 
 
 def make_objective(case: Case) -> Objective:
-    balances: dict[str, Balance | None] = {"none": None, "variance": VarianceBalance(0.1), "kl": KLBalance(2.0)}
+    balances: dict[str, Balance | None] = {"none": None, "variance": VarianceBalance(0.1), "kl": KLBalance(2.0, 10)}
+    if case.objective == "sharpened":
+        return WeightedLoss(balances[case.balance], entropy_bonus=-0.3, entropy_steps=12)
     kind = {"weighted": WeightedLoss, "mixture": MixtureLikelihood}[case.objective]
     return kind(balances[case.balance])
 
@@ -173,7 +177,9 @@ def run(case: Case) -> dict[str, Any]:
         wire.meter.reset()
         shard = loader.batch(*divmod(step, loader.num_batches))
         engine.zero_grad()
-        outcome = mixture.backward(shard, make_objective(case), Moment(SEED, 0, step), case.accumulate)
+        objective = make_objective(case)
+        objective.anneal(step)
+        outcome = mixture.backward(shard, objective, Moment(SEED, 0, step), case.accumulate)
         totals = engine.step(outcome, step)
         report["steps"].append(figures(totals.outcome, totals.grad_norm))
         report["bytes"].append((totals.meter["wire_bytes"], totals.meter["wire_bytes_least"]))
@@ -208,7 +214,7 @@ def judge(report: dict[str, Any], case: Case, mixture: SoftMixture) -> None:
     if case.gate not in ("oracle", "uniform", "noisy"):
         with torch.no_grad():
             values = mixture.values(data().rows, mixture.gate.fields)
-            best = mixture.gate(values, None).log_resp_BE.exp().topk(2, dim=1).values
+            best = mixture.gate.eval()(values, None).log_resp_BE.exp().topk(2, dim=1).values
         report["margin"] = (best[:, 0] - best[:, 1]).min().item()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mixdist.gates import Gate, LabelOracle, Softmax, Uniform
 from mixdist.nets import Affine
+from mixdist.stats import entropy
 from mixdist.terms import Batch, Field, Spec
 
 SPEC: Spec = {
@@ -89,27 +91,84 @@ def test_softmax_against_scipy(temperature: float) -> None:
     np.testing.assert_allclose(_log_resp(gate, rows).numpy(), expected, rtol=1e-12, atol=1e-13)
 
 
+def _at_temperature(temperature: float) -> Gate:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Softmax(SPEC, 4, temperature=temperature).double()
+
+
 def test_temperature_limits() -> None:
-    gate, rows = _gate("linear"), _rows()
-    assert isinstance(gate, Softmax)
-    best = _log_resp(gate, rows).argmax(1)
-    gate.temperature = 1e-8
-    cold = _log_resp(gate, rows).exp()
+    rows = _rows()
+    best = _log_resp(_at_temperature(1.0), rows).argmax(1)
+    cold = _log_resp(_at_temperature(1e-8), rows).exp()
     torch.testing.assert_close(cold, torch.eye(4).double()[best], rtol=0, atol=1e-12)
-    gate.temperature = 1e12
-    hot = _log_resp(gate, rows)
+    hot = _log_resp(_at_temperature(1e12), rows)
     torch.testing.assert_close(hot, torch.full((50, 4), -math.log(4)).double(), rtol=0, atol=1e-7)
 
 
 def test_entropy_rises_with_temperature() -> None:
-    gate, rows = _gate("linear"), _rows()
-    assert isinstance(gate, Softmax)
-    entropies = []
-    for temperature in (0.1, 0.5, 1.0, 2.0, 10.0):
-        gate.temperature = temperature
-        log_resp = _log_resp(gate, rows)
-        entropies.append(-(log_resp.exp() * log_resp).sum(1))
-    assert (torch.stack(entropies).diff(dim=0) > 0).all()
+    log_resps = [_log_resp(_at_temperature(temperature), _rows()) for temperature in (0.1, 0.5, 1.0, 2.0, 10.0)]
+    assert (torch.stack([entropy(log_resp, 1) for log_resp in log_resps]).diff(dim=0) > 0).all()
+
+
+def _annealed(dtype: torch.dtype = torch.float64) -> Softmax:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = Softmax(SPEC, 4, [5], "tanh", 3.0, "x", 0.3, noise=0.7, final_noise=0.1, anneal_steps=40)
+    return made.to(dtype)
+
+
+def test_schedules_end_where_they_say() -> None:
+    gate = _annealed()
+    assert (gate.temperature.item(), gate.noise.item()) == (3.0, 0.7)
+    seen = {}
+    for step in (0, 10, 20, 40, 1000):
+        gate.anneal(step)
+        seen[step] = (gate.temperature.item(), gate.noise.item())
+    assert seen[0] == (3.0, 0.7)
+    assert seen[40] == seen[1000] == (0.3, 0.1)
+    assert seen[20] == pytest.approx((math.sqrt(3.0 * 0.3), 0.4), rel=1e-14)
+    assert seen[10] == pytest.approx((3.0**0.75 * 0.3**0.25, 0.55), rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_schedule_depends_on_the_step_alone(dtype: torch.dtype) -> None:
+    stepped, resumed = _annealed(dtype), _annealed(dtype)
+    for step in range(18):
+        stepped.anneal(step)
+    resumed.anneal(17)
+    assert torch.equal(stepped.temperature, resumed.temperature)
+    assert torch.equal(stepped.noise, resumed.noise)
+    assert not {"temperature", "noise"} & stepped.state_dict().keys()
+
+
+def test_a_step_of_the_schedule_is_a_softmax_of_that_temperature_and_noise() -> None:
+    gate, rows = _annealed(), _rows()
+    eps = torch.randn(50, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gate.anneal(10)
+    logits = gate.logits(rows) + 0.55 * eps
+    expected = scipy.special.log_softmax(logits.detach().numpy() / (3.0**0.75 * 0.3**0.25), axis=1)
+    np.testing.assert_allclose(gate(rows, eps).log_resp_BE.detach().numpy(), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_evaluation_is_at_the_final_temperature_and_without_noise() -> None:
+    gate, rows = _annealed().eval(), _rows()
+    expected = (gate.logits(rows) / 0.3).log_softmax(1)
+    for step, eps in ((0, None), (20, torch.ones(50, 4).double()), (99, torch.randn(50, 4).double())):
+        gate.anneal(step)
+        torch.testing.assert_close(gate(rows, eps).log_resp_BE, expected, rtol=1e-14, atol=0)
+
+
+def test_noise_is_of_its_row_alone() -> None:
+    gate, rows = _annealed(), _rows()
+    assert gate.noise_shape == (4,)
+    assert Softmax(SPEC, 4).noise_shape is None
+    eps = torch.randn(50, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    before = gate(rows, eps).log_resp_BE
+    eps[7] += 1.0
+    eps[7, 2] += 1.0
+    changed = (gate(rows, eps).log_resp_BE != before).any(1)
+    assert changed.nonzero().flatten().tolist() == [7]
 
 
 def test_extreme_logits_stay_normalised() -> None:
@@ -166,10 +225,23 @@ def test_softmax_refuses_what_holds_no_real_numbers(field: str) -> None:
         Softmax(SPEC, 4, field=field)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_softmax_refuses_a_temperature(temperature: float) -> None:
-    with pytest.raises(ValueError, match=rf"^temperature \({temperature}\) must be positive"):
-        Softmax(SPEC, 4, temperature=temperature)
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"temperature": 0.0}, r"temperature \(0.0\) must be positive: give 1 for a plain softmax"),
+        ({"temperature": math.nan}, r"temperature \(nan\) must be positive"),
+        ({"final_temperature": -1.0, "anneal_steps": 5}, r"final_temperature \(-1.0\) must be positive"),
+        ({"noise": -0.5}, r"noise \(-0.5\) must be a number from 0: give 0 for none"),
+        ({"noise": 1.0, "final_noise": math.inf, "anneal_steps": 5}, r"final_noise \(inf\) must be a number from 0"),
+        ({"final_noise": 0.0, "anneal_steps": -5}, r"anneal_steps \(-5\) must be a number from 0"),
+        ({"final_temperature": 0.5}, r"final_temperature \(0.5\) is never reached .*: set anneal_steps"),
+        ({"anneal_steps": 5}, r"anneal_steps \(5\) has nothing to anneal: set final_temperature or final_noise"),
+    ],
+)
+def test_softmax_refuses_nonsense(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^Softmax's {said}") as caught:
+        Softmax(SPEC, 4, **given)
+    assert "\n" not in str(caught.value)
 
 
 def test_softmax_refuses_an_empty_layer() -> None:
