@@ -19,7 +19,7 @@ from mixdist.dispatch import Dispatch
 from mixdist.engines import NativeEngine
 from mixdist.evaluate import evaluate
 from mixdist.experts import VAE, Expert, ExpertBank, Regressor
-from mixdist.gates import Gate, LabelOracle, Softmax, Uniform
+from mixdist.gates import Consistent, Gate, LabelOracle, Softmax, Uniform
 from mixdist.mesh import Launch, Mesh, Placement
 from mixdist.mixtures import Mixture, Moment, SoftMixture
 from mixdist.nets import MLP
@@ -107,13 +107,19 @@ def make_expert(case: Case, spec: Spec) -> Expert:
     return VAE(spec, 3, [8], "sigmoid", "bernoulli")
 
 
+def annealed(spec: Spec, num_experts: int) -> Gate:
+    return Softmax(spec, num_experts, [6], "tanh", 2.0, "x", 0.5, 0.3, 0.0, anneal_steps=15)
+
+
 def make_gate(case: Case, spec: Spec) -> Gate:
     if case.gate == "oracle":
         return LabelOracle(spec, case.num_experts, "label")
     if case.gate == "uniform":
         return Uniform(spec, case.num_experts)
     if case.gate == "annealed":
-        return Softmax(spec, case.num_experts, [6], "tanh", 2.0, "x", 0.5, 0.3, 0.0, anneal_steps=15)
+        return annealed(spec, case.num_experts)
+    if case.gate == "consistent":
+        return Consistent(spec, case.num_experts, annealed, weight=2.0, shift=1.0)
     kind = {"softmax": Softmax, "starved": Starved, "noisy": Noisy}[case.gate]
     return kind(spec, case.num_experts, [6], "tanh")
 

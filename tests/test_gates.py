@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.special
+import scipy.stats
 import torch
 from torch import Tensor
 
-from mixdist.gates import Gate, LabelOracle, Softmax, Uniform
+from mixdist.gates import Consistent, Gate, LabelOracle, Softmax, Uniform
 from mixdist.nets import Affine
 from mixdist.stats import entropy
 from mixdist.terms import Batch, Field, Spec
@@ -19,6 +21,7 @@ from mixdist.terms import Batch, Field, Spec
 SPEC: Spec = {
     "x": Field((6,), torch.float64),
     "image": Field((1, 2, 3), torch.uint8, scale=1 / 255),
+    "picture": Field((2, 9, 12), torch.float64),
     "number": Field((), torch.float64),
     "y": Field((), torch.int64, num_classes=4),
 }
@@ -247,3 +250,125 @@ def test_softmax_refuses_nonsense(given: dict[str, Any], said: str) -> None:
 def test_softmax_refuses_an_empty_layer() -> None:
     with pytest.raises(ValueError, match=r"^layer widths \[6, 0, 4\] must all be at least 1"):
         Softmax(SPEC, 4, hidden=[0])
+
+
+def _on_pictures(spec: Spec, num_experts: int, noise: float = 0.0) -> Gate:
+    return Softmax(spec, num_experts, [5], "tanh", field="picture", noise=noise)
+
+
+def _consistent(noise: float = 0.0, **limits: float) -> Consistent:
+    still = {"shift": 0.0, "rotation": 0.0, "scale": 0.0, "shear": 0.0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = Consistent(SPEC, 4, partial(_on_pictures, noise=noise), **(still | limits), field="picture")  # type: ignore[arg-type]
+    return made.double()
+
+
+def _view_noise(gate: Gate, num_rows: int = 50) -> Tensor:
+    assert gate.noise_shape is not None
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(num_rows, *gate.noise_shape, generator=generator, dtype=torch.float64)
+
+
+MOVED = {"shift": 2.0, "rotation": 20.0, "scale": 0.3, "shear": 0.2}
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_a_view_that_is_the_picture_costs_nothing(noise: float) -> None:
+    gate, rows = _consistent(noise), _rows()
+    eps = _view_noise(gate)
+    torch.testing.assert_close(gate.view(rows["picture"], eps[:, :6]), rows["picture"], rtol=0, atol=1e-12)
+    loss = gate(rows, eps).loss_B
+    torch.testing.assert_close(loss, torch.zeros(50).double(), rtol=0, atol=1e-12)
+    assert (_consistent(noise, **MOVED)(rows, eps).loss_B > 0).all()
+
+
+def test_the_loss_is_the_divergence_from_the_answer_for_the_view() -> None:
+    gate, rows = _consistent(weight=3.0, **MOVED), _rows()
+    eps = _view_noise(gate)
+    gating = gate(rows, eps)
+    moved = gate.gate(rows | {"picture": gate.view(rows["picture"], eps)}, None)
+    q, p = (log_resp.detach().exp().numpy() for log_resp in (gating.log_resp_BE, moved.log_resp_BE))
+    np.testing.assert_allclose(gating.loss_B.detach().numpy(), 3.0 * scipy.stats.entropy(q, p, axis=1), rtol=1e-10)
+    assert torch.equal(gating.log_resp_BE, gate.gate(rows, None).log_resp_BE)
+
+
+def test_evaluation_sees_the_picture_alone() -> None:
+    gate, rows = _consistent(noise=0.5, **MOVED).eval(), _rows()
+    expected = gate.gate(rows, None).log_resp_BE
+    for eps in (None, _view_noise(gate)):
+        gating = gate(rows, eps)
+        assert gating.loss_B is None
+        assert torch.equal(gating.log_resp_BE, expected)
+
+
+def test_a_view_is_of_its_row_alone() -> None:
+    gate, rows = _consistent(noise=0.5, **MOVED), _rows()
+    eps = _view_noise(gate)
+    some = {name: column[[40, 7]] for name, column in rows.items()}
+    torch.testing.assert_close(gate(some, eps[[40, 7]]).loss_B, gate(rows, eps).loss_B[[40, 7]], rtol=1e-12, atol=1e-13)
+    assert gate(_some_rows(rows, 0), eps[:0]).loss_B.shape == (0,)
+
+
+def _some_rows(rows: Batch, num_rows: int) -> Batch:
+    return {name: column[:num_rows] for name, column in rows.items()}
+
+
+def test_consistency_can_be_learned() -> None:
+    gate, rows = _consistent(weight=1.0, **MOVED), _rows()
+    eps = _view_noise(gate)
+    loss = gate(rows, eps).loss_B.mean()
+    gradients = torch.autograd.grad(loss, list(gate.parameters()))
+    assert all(g.isfinite().all() and g.any() for g in gradients)
+    with torch.no_grad():
+        for parameter, gradient in zip(gate.parameters(), gradients, strict=True):
+            parameter -= 1e-3 * gradient
+    assert gate(rows, eps).loss_B.mean() < loss
+
+
+def test_a_shift_moves_whole_pixels() -> None:
+    gate, rows = _consistent(shift=3.0), _rows()
+    u = torch.tensor([2 / 3, -1 / 3], dtype=torch.float64).expand(50, 2)
+    eps = torch.cat([math.sqrt(2.0) * torch.erfinv(u), torch.zeros(50, 4)], dim=1)
+    expected = torch.zeros_like(rows["picture"])
+    expected[:, :, 1:, :-2] = rows["picture"][:, :, :-1, 2:]  # read 2 to the right and 1 above
+    torch.testing.assert_close(gate.view(rows["picture"], eps), expected, rtol=0, atol=1e-10)
+
+
+def test_a_turn_keeps_lengths_where_pictures_are_not_square() -> None:
+    gate = _consistent(rotation=90.0)
+    x = torch.randn(1, 2, 4, 10, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    eps = torch.zeros(1, 6, dtype=torch.float64)
+    eps[0, 4] = 40.0  # u is 1: the largest turn
+    middle = x[..., 3:7]  # a turn about the centre stays within the four columns in the middle
+    torch.testing.assert_close(gate.view(x, eps)[..., 3:7], middle.rot90(1, (2, 3)), rtol=0, atol=1e-9)
+
+
+def test_sizes_lie_between_the_limits() -> None:
+    gate = _consistent(scale=1.0)
+    x = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
+    x[:, :, 2:6, 2:6] = 1.0
+    eps = torch.zeros(2, 6, dtype=torch.float64)
+    eps[:, 2:4] = torch.tensor([[-40.0], [40.0]])  # twice the size, half the size
+    assert gate.view(x, eps).sum((1, 2, 3)).tolist() == pytest.approx([64.0, 4.0], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"field": "x"}, r"moves the picture 'x' \(channels, height, width\), but the data has .*: set field"),
+        ({"field": "none"}, "moves the picture 'none'"),
+        ({"field": "image"}, r"moves the field 'image', but Softmax reads \['picture'\]: set the same field for both"),
+    ],
+)
+def test_consistent_refuses_a_field(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^Consistent {said}") as caught:
+        Consistent(SPEC, 4, _on_pictures, **given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["weight", "shift", "rotation", "scale", "shear"])
+@pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
+def test_consistent_refuses_a_limit(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^Consistent's {name} \({value}\) must be a number from 0: give 0 for none"):
+        _consistent(**{name: value})

@@ -24,7 +24,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "accumulate": (1, 3),
     "objective": ("weighted", "mixture", "sharpened"),
     "balance": ("none", "variance", "kl"),
-    "gate": ("softmax", "annealed", "starved", "noisy", "oracle", "uniform"),
+    "gate": ("softmax", "annealed", "consistent", "starved", "noisy", "oracle", "uniform"),
     "expert": ("bernoulli", "gaussian", "laplace", "regressor"),
     "batch_size": (16, 13, 3),
     "optimizer": ("adam", "clipped-sgd", "scheduled-adamw"),
