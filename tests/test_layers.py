@@ -22,6 +22,7 @@ PACKAGE = ROOT / "mixdist"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("terms",),
     ("stats", "noise", "nets", "pulse"),
+    ("convnets",),
     ("data", "experts", "gates"),
     ("routing", "objectives"),
     ("mesh",),
@@ -41,7 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # Rooms of pure mathematics, and what none of them may import.
-PURE = ("terms", "stats", "noise", "nets", "experts", "gates", "routing", "objectives")
+PURE = ("terms", "stats", "noise", "nets", "convnets", "experts", "gates", "routing", "objectives")
 PROCESSES = ("torch.distributed", "mixdist.mesh", "mixdist.wire", "mixdist.dispatch", "mixdist.config", "mixdist.build")
 NEVER: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("experts",), ("mixdist.gates",)),

@@ -11,46 +11,79 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mixdist.stats import bernoulli_log_prob, laplace_log_prob, normal_log_prob
+from mixdist.stats import bernoulli_log_prob, laplace_log_prob, logistic_log_prob, normal_log_prob
+from mixdist.terms import Field
 
-LikelihoodName = Literal["gaussian", "laplace", "bernoulli"]
+LikelihoodName = Literal["gaussian", "laplace", "bernoulli", "logistic"]
 MeanName = Literal["sigmoid", "identity"]
+_FIRST_SCALE = {"gaussian": 1.0, "laplace": 1.0, "logistic": 0.1}
 
 
 class Likelihood(nn.Module):
-    """log p(x | output) in nats, summed over features.
+    """log p(x | output), nats a row: summed over features, pixels and colours alike.
 
-    Gaussian and Laplace have the mean ``mean(output)`` and one scale for all features: fixed, or learned as a
-    parameter of the expert (``scale="learned"``, from 1). Bernoulli reads the output as logits and accepts x in [0, 1].
+    Gaussian, Laplace and logistic have the location ``mean(output)`` and one scale for all features: fixed, or learned
+    as a parameter of the expert (``scale="learned"``, from 1; from 0.1 for logistic). Bernoulli reads the output as
+    logits and accepts x in [0, 1].
+
+    Gaussian and Laplace are densities, logistic is a probability mass over levels k / (num_levels - 1) and never above
+    0 nats. To hold a density of pixels on [0, 1] against a mass of 256 levels, add -D log 256 to its log.
 
     Args:
-        name: gaussian, laplace or bernoulli.
-        scale: the standard deviation (gaussian) or the Laplace scale b, in units of x; or "learned".
+        name: gaussian, laplace, bernoulli, or logistic: :func:`mixdist.stats.logistic_log_prob`.
+        scale: the standard deviation (gaussian) or the scale (laplace, logistic), in units of x; or "learned".
         mean: sigmoid for data in [0, 1], identity for any real data; without effect on bernoulli.
+        num_levels: of the logistic; by default 256.
 
     Raises:
         ValueError: a scale that is not positive.
     """
 
-    def __init__(self, name: LikelihoodName, scale: float | Literal["learned"], mean: MeanName) -> None:
+    def __init__(
+        self,
+        name: LikelihoodName,
+        scale: float | Literal["learned"],
+        mean: MeanName,
+        num_levels: int | None = None,
+    ) -> None:
         super().__init__()
         if scale != "learned" and not 0 < scale < math.inf:
             raise ValueError(f"scale ({scale}) must be a positive number or 'learned'")
-        self.name, self.mean_name = name, mean
+        self.name, self.mean_name, self.num_levels = name, mean, num_levels or 256
         if name == "bernoulli":
             return
         # (1, 1) broadcasts over (R, D), and (E, 1, 1) over (E, R, D) when experts are stacked.
-        self.log_scale = nn.Parameter(torch.zeros(1, 1)) if scale == "learned" else math.log(scale)
+        learned = scale == "learned"
+        log_scale = math.log(_FIRST_SCALE[name] if scale == "learned" else scale)
+        self.log_scale = nn.Parameter(torch.full((1, 1), log_scale)) if learned else log_scale
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
         """Give log p(x|output), nats: x (R, D), output (R, D) or (E, R, D); result (R,) or (E, R)."""
         if self.name == "bernoulli":
             return bernoulli_log_prob(x, output).sum(-1)
+        if self.name == "logistic":
+            return logistic_log_prob(x, self.mean(output), self.log_scale, self.num_levels).sum(-1)
         density = normal_log_prob if self.name == "gaussian" else laplace_log_prob
         return density(x, self.mean(output), self.log_scale).sum(-1)
 
     def mean(self, output: Tensor) -> Tensor:
-        """Give E[x | output], of the output's shape."""
+        """Give E[x | output], of the output's shape; the location for logistic, which clipping moves."""
         if self.name == "bernoulli" or self.mean_name == "sigmoid":
             return torch.sigmoid(output)
         return output
+
+
+def check_levels(field: Field, name: str, asked_by: str) -> int:
+    """Give the number of levels that a field is stored in: k / (levels - 1) on [0, 1], 256 for scale 1/255.
+
+    Raises:
+        ValueError: it is not stored so; a mass over levels would then mean nothing.
+    """
+    steps = round(1 / field.scale) if 0 < field.scale <= 1 else 0
+    if field.dtype != torch.uint8 or field.offset or not 1 <= steps <= 255 or abs(steps * field.scale - 1) > 1e-6:
+        raise ValueError(
+            f"{asked_by}'s likelihood 'logistic' needs bytes that mean levels on [0, 1], as uint8 with scale 1/255, "
+            f"but the field {name!r} is {field.dtype} with scale {field.scale:.6g} and offset {field.offset:.6g}: "
+            "choose gaussian"
+        )
+    return steps + 1

@@ -1,0 +1,77 @@
+"""Classifying experts of the supervised mixture (seed document 001, section 4): a label from x.
+
+Shape letters: R rows, E experts (leading, only in a stack), C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mixdist.experts.expert import Expert, real_field
+from mixdist.nets import MLP, ActivationName, flat
+from mixdist.terms import Batch, ExpertTerms, Spec
+
+
+class Classifier(Expert):
+    """p(y|x) = softmax(f(x))_y with f an affine map (``hidden=[]``) or an MLP.
+
+    loss = -log p(y|x), nats: the categorical cross entropy. With :class:`mixdist.objectives.MixtureLikelihood` the
+    mixture minimises -log sum_k q(k|x) p(y|x, k); the weighted mean of ``predict`` is p(y|x) = sum_k q(k|x) p(y|x, k)
+    (seed document 001, section 4).
+
+    Args:
+        spec: the data set's fields.
+        hidden: widths of the hidden layers; none for an affine map.
+        activation: of the hidden layers.
+        input: the field x, real numbers.
+        target: the field y, a label.
+
+    Raises:
+        ValueError: a field that is missing; an input that holds classes; a target that is no label; a width below 1.
+    """
+
+    stackable = True
+
+    def __init__(
+        self,
+        spec: Spec,
+        hidden: Sequence[int] = (),
+        activation: ActivationName = "relu",
+        input: str = "x",
+        target: str = "y",
+    ) -> None:
+        super().__init__()
+        x = real_field(spec, input, "Classifier")
+        self.input, self.target, self.fields = input, target, (input, target)
+        self.num_classes = _label_classes(spec, target)
+        self.net = MLP([x.num_values, *hidden, self.num_classes], activation)
+
+    def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
+        log_p = self.log_probs(rows)
+        label = rows[self.target].long().expand(log_p.shape[:-1])
+        log_py = log_p.gather(-1, label.unsqueeze(-1)).squeeze(-1)
+        return ExpertTerms(-log_py, log_py)
+
+    def log_probs(self, rows: Batch) -> Tensor:
+        """Give log p(y|x) of every class, nats: (R, C) or (E, R, C)."""
+        return torch.log_softmax(self.net(flat(rows[self.input])), dim=-1)
+
+    def predict(self, rows: Batch) -> Tensor:
+        """Give p(y|x) of every class: (R, C)."""
+        return self.log_probs(rows).exp()
+
+
+def _label_classes(spec: Spec, name: str) -> int:
+    """Classes of the label ``name``."""
+    labels = sorted(n for n, f in spec.items() if f.num_classes is not None and f.shape == ())
+    if name not in labels:
+        has = f"labels {labels}" if labels else "no labels"
+        raise ValueError(
+            f"Classifier needs the label {name!r}, but the data has {has}: set its target, or take Regressor"
+        )
+    num_classes = spec[name].num_classes
+    assert num_classes is not None
+    return num_classes
