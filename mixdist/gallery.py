@@ -85,10 +85,9 @@ def show(mixture: SoftMixture, e: int, dataset: Dataset, positions: list[int], s
 
 
 def targets(mixture: SoftMixture) -> str | None:
-    """Name the field of real numbers that the experts predict, or None where they predict nothing or classes."""
+    """Name the field that the experts predict, or None where they predict nothing."""
     template = mixture.bank.template
-    target: str | None = getattr(template, "target", None) if template.can("predict") else None
-    return None if target is None or mixture.spec[target].num_classes is not None else target
+    return getattr(template, "target", None) if template.can("predict") else None
 
 
 def is_curve(dataset: Dataset) -> bool:

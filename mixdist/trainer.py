@@ -266,6 +266,7 @@ class Trainer:
         self.wire.meter.reset(timed=logged)
         for owned in self.owned:
             getattr(owned.module, "anneal", lambda step: None)(at.step)
+        self.phase.objective.anneal(at.step)
         shard = self._upcoming or loader.batch(at.epoch, at.batch).to(self.mesh.device)
         self._upcoming = self._next(loader) if self.prefetch else None
         self.engine.zero_grad()

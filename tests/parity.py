@@ -19,7 +19,7 @@ from mixdist.dispatch import Dispatch
 from mixdist.engines import NativeEngine
 from mixdist.evaluate import evaluate
 from mixdist.experts import VAE, Compute, Expert, ExpertBank, Regressor
-from mixdist.gates import Gate, LabelOracle, Softmax, Uniform
+from mixdist.gates import Consistent, Gate, LabelOracle, Softmax, Uniform
 from mixdist.mesh import Launch, Mesh, Placement
 from mixdist.mixtures import Mixture, Moment, SoftMixture
 from mixdist.nets import MLP
@@ -123,11 +123,19 @@ def make_expert(case: Case, spec: Spec) -> Expert:
     return VAE(spec, 3, [8], "sigmoid", "bernoulli")
 
 
+def annealed(spec: Spec, num_experts: int) -> Gate:
+    return Softmax(spec, num_experts, [6], "tanh", 2.0, "x", 0.5, 0.3, 0.0, anneal_steps=15)
+
+
 def make_gate(case: Case, spec: Spec) -> Gate:
     if case.gate == "oracle":
         return LabelOracle(spec, case.num_experts, "label")
     if case.gate == "uniform":
         return Uniform(spec, case.num_experts)
+    if case.gate == "annealed":
+        return annealed(spec, case.num_experts)
+    if case.gate == "consistent":
+        return Consistent(spec, case.num_experts, annealed, weight=2.0, shift=1.0)
     kind = {"softmax": Softmax, "starved": Starved, "noisy": Noisy, "tied": Tied}[case.gate]
     return kind(spec, case.num_experts, [6], "tanh")
 
@@ -144,7 +152,9 @@ COMPUTE = {"whole": Compute(), "pieces": Compute(micro_batch=2), "recompute": Co
 
 
 def make_objective(case: Case) -> Objective:
-    balances: dict[str, Balance | None] = {"none": None, "variance": VarianceBalance(0.1), "kl": KLBalance(2.0)}
+    balances: dict[str, Balance | None] = {"none": None, "variance": VarianceBalance(0.1), "kl": KLBalance(2.0, 10)}
+    if case.objective == "sharpened":
+        return WeightedLoss(balances[case.balance], entropy_bonus=-0.3, entropy_steps=12)
     kind = {"weighted": WeightedLoss, "mixture": MixtureLikelihood}[case.objective]
     return kind(balances[case.balance])
 
@@ -204,9 +214,10 @@ def run(case: Case) -> dict[str, Any]:
         wire.meter.reset()
         shard, upcoming = upcoming, loader.batch(*divmod(step + 1, loader.num_batches))
         engine.zero_grad()
-        outcome = mixture.backward(
-            shard, make_objective(case), Moment(SEED, 0, step), case.accumulate, upcoming if case.prefetch else None
-        )
+        objective = make_objective(case)
+        objective.anneal(step)
+        ahead = upcoming if case.prefetch else None
+        outcome = mixture.backward(shard, objective, Moment(SEED, 0, step), case.accumulate, ahead)
         totals = engine.step(outcome, step)
         report["steps"].append(figures(totals.outcome, totals.grad_norm))
         report["bytes"].append((totals.meter["wire_bytes"], totals.meter["wire_bytes_least"]))
@@ -241,7 +252,7 @@ def judge(report: dict[str, Any], case: Case, mixture: SoftMixture) -> None:
     if case.gate not in ("oracle", "uniform", "noisy", "tied"):
         with torch.no_grad():
             values = mixture.values(data().rows, mixture.gate.fields)
-            best = mixture.gate(values, None).log_resp_BE.exp().sort(dim=1, descending=True).values
+            best = mixture.gate.eval()(values, None).log_resp_BE.exp().sort(dim=1, descending=True).values
         chosen = mixture.routing.k if mixture.routing else 1
         report["margin"] = (best[:, :chosen] - best[:, 1 : chosen + 1]).min().item()
 

@@ -196,7 +196,7 @@ def test_a_class_that_cannot_be_is_refused(changes: dict[str, Any], told: list[s
         ({"checkpoint": {"keep": 0}}, "checkpoint.keep (0) must be"),
         ({"data__init_args__test_fraction": 3.0}, "test_fraction (3.0) must be between 0 and 1: set it to 0.2"),
         ({"expert__init_args__beta": -1.0}, "beta (-1.0) must"),
-        ({"gate__init_args__temperature": 0.0}, "temperature (0.0) must be positive: give 1"),
+        ({"gate__init_args__temperature": 0.0}, "Softmax's temperature (0.0) must be positive: give 1"),
         ({BALANCE + "init_args__weight": -1.0}, "VarianceBalance's weight (-1.0) must be 0 or more"),
         (
             {"train__optimizer__init_args__lr": -1.0},

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.special
+import scipy.stats
 import torch
 from torch import Tensor
 
-from mixdist.gates import Gate, LabelOracle, Softmax, Uniform
+from mixdist.gates import Consistent, Gate, LabelOracle, Softmax, Uniform
 from mixdist.nets import Affine
+from mixdist.stats import entropy
 from mixdist.terms import Batch, Field, Spec
 
 SPEC: Spec = {
     "x": Field((6,), torch.float64),
     "image": Field((1, 2, 3), torch.uint8, scale=1 / 255),
+    "picture": Field((2, 9, 12), torch.float64),
     "number": Field((), torch.float64),
     "y": Field((), torch.int64, num_classes=4),
 }
@@ -89,27 +94,84 @@ def test_softmax_against_scipy(temperature: float) -> None:
     np.testing.assert_allclose(_log_resp(gate, rows).numpy(), expected, rtol=1e-12, atol=1e-13)
 
 
+def _at_temperature(temperature: float) -> Gate:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Softmax(SPEC, 4, temperature=temperature).double()
+
+
 def test_temperature_limits() -> None:
-    gate, rows = _gate("linear"), _rows()
-    assert isinstance(gate, Softmax)
-    best = _log_resp(gate, rows).argmax(1)
-    gate.temperature = 1e-8
-    cold = _log_resp(gate, rows).exp()
+    rows = _rows()
+    best = _log_resp(_at_temperature(1.0), rows).argmax(1)
+    cold = _log_resp(_at_temperature(1e-8), rows).exp()
     torch.testing.assert_close(cold, torch.eye(4).double()[best], rtol=0, atol=1e-12)
-    gate.temperature = 1e12
-    hot = _log_resp(gate, rows)
+    hot = _log_resp(_at_temperature(1e12), rows)
     torch.testing.assert_close(hot, torch.full((50, 4), -math.log(4)).double(), rtol=0, atol=1e-7)
 
 
 def test_entropy_rises_with_temperature() -> None:
-    gate, rows = _gate("linear"), _rows()
-    assert isinstance(gate, Softmax)
-    entropies = []
-    for temperature in (0.1, 0.5, 1.0, 2.0, 10.0):
-        gate.temperature = temperature
-        log_resp = _log_resp(gate, rows)
-        entropies.append(-(log_resp.exp() * log_resp).sum(1))
-    assert (torch.stack(entropies).diff(dim=0) > 0).all()
+    log_resps = [_log_resp(_at_temperature(temperature), _rows()) for temperature in (0.1, 0.5, 1.0, 2.0, 10.0)]
+    assert (torch.stack([entropy(log_resp, 1) for log_resp in log_resps]).diff(dim=0) > 0).all()
+
+
+def _annealed(dtype: torch.dtype = torch.float64) -> Softmax:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = Softmax(SPEC, 4, [5], "tanh", 3.0, "x", 0.3, noise=0.7, final_noise=0.1, anneal_steps=40)
+    return made.to(dtype)
+
+
+def test_schedules_end_where_they_say() -> None:
+    gate = _annealed()
+    assert (gate.temperature.item(), gate.noise.item()) == (3.0, 0.7)
+    seen = {}
+    for step in (0, 10, 20, 40, 1000):
+        gate.anneal(step)
+        seen[step] = (gate.temperature.item(), gate.noise.item())
+    assert seen[0] == (3.0, 0.7)
+    assert seen[40] == seen[1000] == (0.3, 0.1)
+    assert seen[20] == pytest.approx((math.sqrt(3.0 * 0.3), 0.4), rel=1e-14)
+    assert seen[10] == pytest.approx((3.0**0.75 * 0.3**0.25, 0.55), rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_schedule_depends_on_the_step_alone(dtype: torch.dtype) -> None:
+    stepped, resumed = _annealed(dtype), _annealed(dtype)
+    for step in range(18):
+        stepped.anneal(step)
+    resumed.anneal(17)
+    assert torch.equal(stepped.temperature, resumed.temperature)
+    assert torch.equal(stepped.noise, resumed.noise)
+    assert not {"temperature", "noise"} & stepped.state_dict().keys()
+
+
+def test_a_step_of_the_schedule_is_a_softmax_of_that_temperature_and_noise() -> None:
+    gate, rows = _annealed(), _rows()
+    eps = torch.randn(50, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gate.anneal(10)
+    logits = gate.logits(rows) + 0.55 * eps
+    expected = scipy.special.log_softmax(logits.detach().numpy() / (3.0**0.75 * 0.3**0.25), axis=1)
+    np.testing.assert_allclose(gate(rows, eps).log_resp_BE.detach().numpy(), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_evaluation_is_at_the_final_temperature_and_without_noise() -> None:
+    gate, rows = _annealed().eval(), _rows()
+    expected = (gate.logits(rows) / 0.3).log_softmax(1)
+    for step, eps in ((0, None), (20, torch.ones(50, 4).double()), (99, torch.randn(50, 4).double())):
+        gate.anneal(step)
+        torch.testing.assert_close(gate(rows, eps).log_resp_BE, expected, rtol=1e-14, atol=0)
+
+
+def test_noise_is_of_its_row_alone() -> None:
+    gate, rows = _annealed(), _rows()
+    assert gate.noise_shape == (4,)
+    assert Softmax(SPEC, 4).noise_shape is None
+    eps = torch.randn(50, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    before = gate(rows, eps).log_resp_BE
+    eps[7] += 1.0
+    eps[7, 2] += 1.0
+    changed = (gate(rows, eps).log_resp_BE != before).any(1)
+    assert changed.nonzero().flatten().tolist() == [7]
 
 
 def test_extreme_logits_stay_normalised() -> None:
@@ -166,12 +228,147 @@ def test_softmax_refuses_what_holds_no_real_numbers(field: str) -> None:
         Softmax(SPEC, 4, field=field)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_softmax_refuses_a_temperature(temperature: float) -> None:
-    with pytest.raises(ValueError, match=rf"^temperature \({temperature}\) must be positive"):
-        Softmax(SPEC, 4, temperature=temperature)
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"temperature": 0.0}, r"temperature \(0.0\) must be positive: give 1 for a plain softmax"),
+        ({"temperature": math.nan}, r"temperature \(nan\) must be positive"),
+        ({"final_temperature": -1.0, "anneal_steps": 5}, r"final_temperature \(-1.0\) must be positive"),
+        ({"noise": -0.5}, r"noise \(-0.5\) must be a number from 0: give 0 for none"),
+        ({"noise": 1.0, "final_noise": math.inf, "anneal_steps": 5}, r"final_noise \(inf\) must be a number from 0"),
+        ({"final_noise": 0.0, "anneal_steps": -5}, r"anneal_steps \(-5\) must be a number from 0"),
+        ({"final_temperature": 0.5}, r"final_temperature \(0.5\) is never reached .*: set anneal_steps"),
+        ({"anneal_steps": 5}, r"anneal_steps \(5\) has nothing to anneal: set final_temperature or final_noise"),
+    ],
+)
+def test_softmax_refuses_nonsense(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^Softmax's {said}") as caught:
+        Softmax(SPEC, 4, **given)
+    assert "\n" not in str(caught.value)
 
 
 def test_softmax_refuses_an_empty_layer() -> None:
     with pytest.raises(ValueError, match=r"^layer widths \[6, 0, 4\] must all be at least 1"):
         Softmax(SPEC, 4, hidden=[0])
+
+
+def _on_pictures(spec: Spec, num_experts: int, noise: float = 0.0) -> Gate:
+    return Softmax(spec, num_experts, [5], "tanh", field="picture", noise=noise)
+
+
+def _consistent(noise: float = 0.0, **limits: float) -> Consistent:
+    still = {"shift": 0.0, "rotation": 0.0, "scale": 0.0, "shear": 0.0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = Consistent(SPEC, 4, partial(_on_pictures, noise=noise), **(still | limits), field="picture")  # type: ignore[arg-type]
+    return made.double()
+
+
+def _view_noise(gate: Gate, num_rows: int = 50) -> Tensor:
+    assert gate.noise_shape is not None
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(num_rows, *gate.noise_shape, generator=generator, dtype=torch.float64)
+
+
+MOVED = {"shift": 2.0, "rotation": 20.0, "scale": 0.3, "shear": 0.2}
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_a_view_that_is_the_picture_costs_nothing(noise: float) -> None:
+    gate, rows = _consistent(noise), _rows()
+    eps = _view_noise(gate)
+    torch.testing.assert_close(gate.view(rows["picture"], eps[:, :6]), rows["picture"], rtol=0, atol=1e-12)
+    loss = gate(rows, eps).loss_B
+    torch.testing.assert_close(loss, torch.zeros(50).double(), rtol=0, atol=1e-12)
+    assert (_consistent(noise, **MOVED)(rows, eps).loss_B > 0).all()
+
+
+def test_the_loss_is_the_divergence_from_the_answer_for_the_view() -> None:
+    gate, rows = _consistent(weight=3.0, **MOVED), _rows()
+    eps = _view_noise(gate)
+    gating = gate(rows, eps)
+    moved = gate.gate(rows | {"picture": gate.view(rows["picture"], eps)}, None)
+    q, p = (log_resp.detach().exp().numpy() for log_resp in (gating.log_resp_BE, moved.log_resp_BE))
+    np.testing.assert_allclose(gating.loss_B.detach().numpy(), 3.0 * scipy.stats.entropy(q, p, axis=1), rtol=1e-10)
+    assert torch.equal(gating.log_resp_BE, gate.gate(rows, None).log_resp_BE)
+
+
+def test_evaluation_sees_the_picture_alone() -> None:
+    gate, rows = _consistent(noise=0.5, **MOVED).eval(), _rows()
+    expected = gate.gate(rows, None).log_resp_BE
+    for eps in (None, _view_noise(gate)):
+        gating = gate(rows, eps)
+        assert gating.loss_B is None
+        assert torch.equal(gating.log_resp_BE, expected)
+
+
+def test_a_view_is_of_its_row_alone() -> None:
+    gate, rows = _consistent(noise=0.5, **MOVED), _rows()
+    eps = _view_noise(gate)
+    some = {name: column[[40, 7]] for name, column in rows.items()}
+    torch.testing.assert_close(gate(some, eps[[40, 7]]).loss_B, gate(rows, eps).loss_B[[40, 7]], rtol=1e-12, atol=1e-13)
+    assert gate(_some_rows(rows, 0), eps[:0]).loss_B.shape == (0,)
+
+
+def _some_rows(rows: Batch, num_rows: int) -> Batch:
+    return {name: column[:num_rows] for name, column in rows.items()}
+
+
+def test_consistency_can_be_learned() -> None:
+    gate, rows = _consistent(weight=1.0, **MOVED), _rows()
+    eps = _view_noise(gate)
+    loss = gate(rows, eps).loss_B.mean()
+    gradients = torch.autograd.grad(loss, list(gate.parameters()))
+    assert all(g.isfinite().all() and g.any() for g in gradients)
+    with torch.no_grad():
+        for parameter, gradient in zip(gate.parameters(), gradients, strict=True):
+            parameter -= 1e-3 * gradient
+    assert gate(rows, eps).loss_B.mean() < loss
+
+
+def test_a_shift_moves_whole_pixels() -> None:
+    gate, rows = _consistent(shift=3.0), _rows()
+    u = torch.tensor([2 / 3, -1 / 3], dtype=torch.float64).expand(50, 2)
+    eps = torch.cat([math.sqrt(2.0) * torch.erfinv(u), torch.zeros(50, 4)], dim=1)
+    expected = torch.zeros_like(rows["picture"])
+    expected[:, :, 1:, :-2] = rows["picture"][:, :, :-1, 2:]  # read 2 to the right and 1 above
+    torch.testing.assert_close(gate.view(rows["picture"], eps), expected, rtol=0, atol=1e-10)
+
+
+def test_a_turn_keeps_lengths_where_pictures_are_not_square() -> None:
+    gate = _consistent(rotation=90.0)
+    x = torch.randn(1, 2, 4, 10, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    eps = torch.zeros(1, 6, dtype=torch.float64)
+    eps[0, 4] = 40.0  # u is 1: the largest turn
+    middle = x[..., 3:7]  # a turn about the centre stays within the four columns in the middle
+    torch.testing.assert_close(gate.view(x, eps)[..., 3:7], middle.rot90(1, (2, 3)), rtol=0, atol=1e-9)
+
+
+def test_sizes_lie_between_the_limits() -> None:
+    gate = _consistent(scale=1.0)
+    x = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
+    x[:, :, 2:6, 2:6] = 1.0
+    eps = torch.zeros(2, 6, dtype=torch.float64)
+    eps[:, 2:4] = torch.tensor([[-40.0], [40.0]])  # twice the size, half the size
+    assert gate.view(x, eps).sum((1, 2, 3)).tolist() == pytest.approx([64.0, 4.0], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"field": "x"}, r"moves the picture 'x' \(channels, height, width\), but the data has .*: set field"),
+        ({"field": "none"}, "moves the picture 'none'"),
+        ({"field": "image"}, r"moves the field 'image', but Softmax reads \['picture'\]: set the same field for both"),
+    ],
+)
+def test_consistent_refuses_a_field(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^Consistent {said}") as caught:
+        Consistent(SPEC, 4, _on_pictures, **given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["weight", "shift", "rotation", "scale", "shear"])
+@pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
+def test_consistent_refuses_a_limit(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^Consistent's {name} \({value}\) must be a number from 0: give 0 for none"):
+        _consistent(**{name: value})

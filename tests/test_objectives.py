@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,15 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from mixdist.objectives import Balance, KLBalance, MixtureLikelihood, Objective, VarianceBalance, WeightedLoss
+from mixdist.objectives import (
+    Balance,
+    Information,
+    KLBalance,
+    MixtureLikelihood,
+    Objective,
+    VarianceBalance,
+    WeightedLoss,
+)
 
 OBJECTIVES = [WeightedLoss(), MixtureLikelihood()]
 BALANCES = [VarianceBalance(0.3), KLBalance(0.7)]
@@ -181,3 +190,106 @@ def test_objectives_carry_their_balance(objective: Objective) -> None:
     assert objective.balance is None
     balance = KLBalance()
     assert type(objective)(balance).balance is balance
+
+
+@by_name
+@pytest.mark.parametrize("bonus", [0.7, -0.4])
+def test_the_entropy_is_a_term_of_its_own(objective: Objective, bonus: float) -> None:
+    log_resp, losses = _inputs()
+    with_bonus = type(objective)(entropy_bonus=bonus)
+    expected = scipy.stats.entropy(log_resp.detach().exp().numpy(), axis=1)
+    _close((objective.rows(log_resp, losses) - with_bonus.rows(log_resp, losses)).detach(), bonus * expected)
+    _close(with_bonus.expert_rows(log_resp, losses), objective.rows(log_resp, losses))
+    # It never reaches the experts.
+    gradients = [torch.autograd.grad(o.rows(log_resp, losses).sum(), losses)[0] for o in (objective, with_bonus)]
+    assert torch.equal(*gradients)
+    assert torch.autograd.gradcheck(with_bonus.rows, _inputs(rows=4, experts=3, spread=1.0))
+
+
+@by_name
+@pytest.mark.parametrize("bonus", [0.7, -0.4])
+def test_a_step_down_an_entropy_bonus_spreads_and_down_a_penalty_sharpens(objective: Objective, bonus: float) -> None:
+    logits = torch.tensor([[1.0, 0.2, -0.3]], dtype=torch.float64, requires_grad=True)
+    same = torch.ones(1, 3, dtype=torch.float64)  # equal losses: the entropy alone moves the gate
+    rows = type(objective)(entropy_bonus=bonus).rows(logits.log_softmax(1), same)
+    (gradient,) = torch.autograd.grad(rows.sum(), logits)
+    stepped = (logits - 0.1 * gradient).detach()
+    rise = scipy.stats.entropy(stepped.softmax(1)[0]) - scipy.stats.entropy(logits.detach().softmax(1)[0])
+    assert rise * bonus > 0
+
+
+@by_name
+def test_an_oracle_has_no_entropy_and_finite_gradients_with_a_bonus(objective: Objective) -> None:
+    log_resp, losses = _one_hot([2, 0, 0, 4], 5), _inputs(rows=4)[1]
+    sharpened = type(objective)(entropy_bonus=-1.0)
+    rows = sharpened.rows(log_resp, losses)
+    _close(rows.detach(), objective.rows(log_resp, losses).detach())
+    (gradient,) = torch.autograd.grad(rows.sum(), log_resp)
+    assert gradient.isfinite().all()
+
+
+def test_the_entropy_bonus_goes_to_zero_and_depends_on_the_step_alone() -> None:
+    objective = WeightedLoss(entropy_bonus=-2.0, entropy_steps=8)
+    seen = []
+    for step in (0, 2, 8, 900, 2):
+        objective.anneal(step)
+        seen.append(objective.entropy_weight)
+    assert seen == [-2.0, -1.5, 0.0, 0.0, -1.5]
+    constant = WeightedLoss(entropy_bonus=0.3)
+    constant.anneal(10**6)
+    assert constant.entropy_weight == 0.3
+
+
+@pytest.mark.parametrize("kind", [VarianceBalance, KLBalance])
+def test_the_balance_warms_up_with_its_objective(kind: type[VarianceBalance | KLBalance]) -> None:
+    resp_sum = _inputs()[0].detach().exp().sum(0)
+    full, warmed = kind(0.6)(resp_sum, 9), kind(0.6, warmup_steps=4)
+    objective = WeightedLoss(warmed)
+    for step, share in ((0, 0.0), (1, 0.25), (4, 1.0), (77, 1.0), (2, 0.5)):
+        objective.anneal(step)
+        _close(warmed(resp_sum, 9), share * full)
+    at_once = kind(0.6)
+    at_once.anneal(0)
+    _close(at_once(resp_sum, 9), full)
+
+
+def test_linear_says_what_the_gradient_by_the_losses_is() -> None:
+    log_resp, losses = _inputs()
+    for objective in (WeightedLoss(entropy_bonus=0.5), MixtureLikelihood(entropy_bonus=0.5)):
+        (gradient,) = torch.autograd.grad(objective.rows(log_resp, losses).sum(), losses)
+        assert objective.linear == torch.allclose(gradient, log_resp.exp(), rtol=1e-12)
+    assert not Objective.linear
+
+
+def test_information_is_the_mutual_information_of_row_and_expert() -> None:
+    log_resp, losses = _inputs()
+    objective = Information(KLBalance(1.0))
+    assert objective.balance is not None
+    loss = objective.rows(log_resp, losses).mean() + objective.balance(log_resp.exp().sum(0), 9)
+    joint = log_resp.detach().exp().numpy() / 9
+    independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    information = scipy.stats.entropy(joint.ravel(), independent.ravel())
+    _close(loss.detach(), math.log(5) - information)
+    assert torch.autograd.grad(loss, losses, allow_unused=True)[0] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"entropy_bonus": math.nan}, r"entropy_bonus \(nan\) must be a finite number: give 0 for none"),
+        ({"entropy_bonus": -math.inf}, r"entropy_bonus \(-inf\) must be a finite number"),
+        ({"entropy_steps": -3}, r"entropy_steps \(-3\) must be a number of training steps: give 0"),
+    ],
+)
+@by_name
+def test_objectives_refuse_nonsense(objective: Objective, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{type(objective).__name__}'s {said}") as caught:
+        type(objective)(**given)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_negative_warmup_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^KLBalance's warmup_steps \(-1\) must be a number of training steps: give 0"
+    ):
+        KLBalance(1.0, -1)

@@ -1,4 +1,7 @@
-"""The gate of seed document 000: a softmax over a linear map or an MLP."""
+"""The gate of seed document 000: a softmax over a linear map or an MLP.
+
+Shape letters: B rows on this rank, E experts.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixdist.gates.gate import Gate
 from mixdist.nets import MLP, ActivationName, flat
@@ -14,7 +17,12 @@ from mixdist.terms import Batch, Gating, Spec
 
 
 class Softmax(Gate):
-    """q(e|x) = softmax(f(x) / temperature).
+    """q(e|x) = softmax((f(x) + s eps_E) / t), with temperature t and, in training alone, noise of standard deviation s.
+
+    Both may be annealed, so that all experts learn before the gate decides: with u = min(1, step / anneal_steps), t
+    moves geometrically, t = temperature^(1 - u) final_temperature^u, and s linearly, s = (1 - u) noise + u final_noise.
+    The step is the phase's own, from 0. Evaluation takes the final temperature and no noise, whatever was reached.
+    Noise on the logits before a softmax is that of Shazeer et al. 2017, eq. 4, with a standard deviation that is given.
 
     Args:
         spec: the data set's fields.
@@ -23,9 +31,13 @@ class Softmax(Gate):
         activation: of the hidden layers.
         temperature: above 1 softer, below 1 harder.
         field: which field it reads.
+        final_temperature: the temperature after ``anneal_steps``; unset, ``temperature`` stays.
+        noise: standard deviation of the noise on the logits, drawn anew for each row and expert at every step.
+        final_noise: the standard deviation after ``anneal_steps``; unset, ``noise`` stays.
+        anneal_steps: training steps of a phase over which temperature and noise reach their final values.
 
     Raises:
-        ValueError: a missing field, or a temperature that is not positive.
+        ValueError: a missing field, a temperature that is not positive, negative noise, or final values without steps.
     """
 
     def __init__(
@@ -36,17 +48,69 @@ class Softmax(Gate):
         activation: ActivationName = "relu",
         temperature: float = 1.0,
         field: str = "x",
+        final_temperature: float | None = None,
+        noise: float = 0.0,
+        final_noise: float | None = None,
+        anneal_steps: int = 0,
     ) -> None:
         super().__init__()
+        kind = type(self).__name__
         if field not in spec or spec[field].num_classes is not None:
             raise ValueError(
-                f"Softmax reads the field {field!r} of real numbers, but the data has {sorted(spec)}: set field"
+                f"{kind} reads the field {field!r} of real numbers, but the data has {sorted(spec)}: set field"
             )
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature ({temperature}) must be positive: give 1 for a plain softmax")
-        self.field, self.fields, self.temperature = field, (field,), temperature
-        self.net = MLP([spec[field].num_values, *hidden, num_experts], activation)
+        _check_schedule(kind, temperature, final_temperature, noise, final_noise, anneal_steps)
+        self.field, self.fields, self.anneal_steps = field, (field,), anneal_steps
+        self.temperatures = temperature, temperature if final_temperature is None else final_temperature
+        self.noises = noise, noise if final_noise is None else final_noise
+        if max(self.noises):
+            self.noise_shape = (num_experts,)
+        # In float64 until the module is moved, so that no digit of the config is lost on the way.
+        self.temperature: Tensor
+        self.noise: Tensor
+        self.register_buffer("temperature", torch.tensor(temperature, dtype=torch.float64), persistent=False)
+        self.register_buffer("noise", torch.tensor(noise, dtype=torch.float64), persistent=False)
+        self.net: nn.Module = MLP([spec[field].num_values, *hidden, num_experts], activation)
+
+    def anneal(self, step: int) -> None:
+        # Computed on the host and only then rounded: every rank and every resume sets the same number.
+        u = min(1.0, step / self.anneal_steps) if self.anneal_steps else 1.0
+        (hot, cold), (loud, quiet) = self.temperatures, self.noises
+        self.temperature.fill_(hot ** (1 - u) * cold**u)
+        self.noise.fill_((1 - u) * loud + u * quiet)
+
+    def logits(self, rows: Batch) -> Tensor:
+        """Give f(x), (B, E): what a gate with another network overrides."""
+        return self.net(flat(rows[self.field]))
 
     def forward(self, rows: Batch, eps: Tensor | None) -> Gating:
-        logits_BE = self.net(flat(rows[self.field]))
+        logits_BE = self.logits(rows)
+        if not self.training:
+            return Gating(torch.log_softmax(logits_BE / self.temperatures[1], dim=-1))
+        if self.noise_shape is not None:
+            assert eps is not None
+            logits_BE = logits_BE + self.noise * eps
         return Gating(torch.log_softmax(logits_BE / self.temperature, dim=-1))
+
+
+def _check_schedule(
+    kind: str,
+    temperature: float,
+    final_temperature: float | None,
+    noise: float,
+    final_noise: float | None,
+    anneal_steps: int,
+) -> None:
+    for name, value in (("temperature", temperature), ("final_temperature", final_temperature)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{kind}'s {name} ({value}) must be positive: give 1 for a plain softmax")
+    for name, value in (("noise", noise), ("final_noise", final_noise), ("anneal_steps", anneal_steps)):
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{kind}'s {name} ({value}) must be a number from 0: give 0 for none")
+    for name, value in (("final_temperature", final_temperature), ("final_noise", final_noise)):
+        if value is not None and not anneal_steps:
+            raise ValueError(f"{kind}'s {name} ({value}) is never reached without anneal_steps: set anneal_steps")
+    if anneal_steps and final_temperature is None and final_noise is None:
+        raise ValueError(
+            f"{kind}'s anneal_steps ({anneal_steps}) has nothing to anneal: set final_temperature or final_noise"
+        )

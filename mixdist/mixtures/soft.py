@@ -150,12 +150,13 @@ class SoftMixture:
     def _rows_loss(
         self, objective: Objective, log_resp_BE: Tensor, routed_BE: Tensor | None, losses_BE: Tensor
     ) -> Tensor:
-        """Sum the objective's rows; a row that no expert saw has none."""
+        """Sum the objective's rows; of a row that no expert saw, the gate's part only."""
         if self.routing is None or routed_BE is None:
             return objective.rows(log_resp_BE, losses_BE).sum()
         seen = routed_BE.any(1)
         log_weights_BE = self.routing.log_weights(log_resp_BE, routed_BE)
-        return objective.rows(log_weights_BE[seen], losses_BE[seen]).sum()
+        rows_B = objective.expert_rows(log_weights_BE[seen], losses_BE[seen])
+        return rows_B.sum() + objective.gate_rows(log_resp_BE).sum()
 
     def _backward_part(
         self,

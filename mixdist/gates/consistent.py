@@ -1,0 +1,117 @@
+"""A gate around a gate: the same answer for a picture and for the picture moved a little.
+
+Shape letters: B rows on this rank, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixdist.gates.gate import Gate
+from mixdist.terms import Batch, Gating, Spec
+
+NUM_VIEW = 6
+"""Standard normal numbers that name a view: shift and size in x and y, rotation, shear."""
+
+
+class Consistent(Gate):
+    """q(e|x) of another gate, with the loss weight * KL(q(e|x) || q(e|x')) in training, nats, x' a random view of x.
+
+    The view is an affine map of the picture, drawn anew for each row at every step, with each of its numbers uniform
+    within the limits given. With mutual information (:class:`mixdist.objectives.Information`) this is a discriminative
+    clusterer: IMSAT (Hu et al. 2017, eq. 5 with affine maps as T), but that both sides of the divergence learn. The
+    experts see rows as they are; so does the gate in evaluation.
+
+    Args:
+        spec: the data set's fields.
+        num_experts: the number of experts.
+        gate: class of mixdist.gates, or your own Gate: whose answer it is.
+        weight: of the divergence.
+        shift: largest move along each axis, pixels.
+        rotation: largest turn, degrees.
+        scale: largest growth along each axis: sizes lie between 1 / (1 + scale) and 1 + scale.
+        shear: largest slant, pixels a pixel.
+        padding: what lies outside of a picture: zeros, or its border or reflection.
+        field: the picture, (channels, height, width).
+
+    Raises:
+        ValueError: a field that is no picture or that the inner gate does not read; a negative or infinite limit.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        num_experts: int,
+        gate: Callable[[Spec, int], Gate],
+        weight: float = 1.0,
+        shift: float = 3.0,
+        rotation: float = 15.0,
+        scale: float = 0.2,
+        shear: float = 0.25,
+        padding: Literal["zeros", "border", "reflection"] = "zeros",
+        field: str = "x",
+    ) -> None:
+        super().__init__()
+        if field not in spec or spec[field].num_classes is not None or len(spec[field].shape) != 3:
+            has = {name: f.shape for name, f in spec.items()}
+            raise ValueError(
+                f"Consistent moves the picture {field!r} (channels, height, width), but the data has {has}: set field"
+            )
+        limits = {"weight": weight, "shift": shift, "rotation": rotation, "scale": scale, "shear": shear}
+        for name, value in limits.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"Consistent's {name} ({value}) must be a number from 0: give 0 for none")
+        self.gate = gate(spec, num_experts)
+        if field not in self.gate.fields:
+            reads = f"{type(self.gate).__name__} reads {list(self.gate.fields)}"
+            raise ValueError(f"Consistent moves the field {field!r}, but {reads}: set the same field for both")
+        self.field, self.fields, self.weight, self.padding = field, self.gate.fields, weight, padding
+        self.shift, self.rotation, self.scale, self.shear = shift, rotation, scale, shear
+        self.noise_shape = (NUM_VIEW + math.prod(self.gate.noise_shape or (0,)),)
+
+    def anneal(self, step: int) -> None:
+        self.gate.anneal(step)
+
+    def forward(self, rows: Batch, eps: Tensor | None) -> Gating:
+        inner = None
+        if eps is not None and self.gate.noise_shape is not None:
+            inner = eps[:, NUM_VIEW:].reshape(-1, *self.gate.noise_shape)
+        gating = self.gate(rows, inner)
+        if not self.training:
+            return gating
+        assert eps is not None
+        moved = {**rows, self.field: self.view(rows[self.field], eps[:, :NUM_VIEW])}
+        # With the same noise inside: what differs is the view alone.
+        loss_B = self.weight * _divergence(gating.log_resp_BE, self.gate(moved, inner).log_resp_BE)
+        return Gating(gating.log_resp_BE, loss_B if gating.loss_B is None else gating.loss_B + loss_B)
+
+    def view(self, x: Tensor, eps: Tensor) -> Tensor:
+        """Move pictures (B, C, H, W) by the affine maps that standard normal numbers (B, 6) name."""
+        if not len(x):  # affine_grid refuses no rows
+            return x
+        height, width = x.shape[-2:]
+        u = torch.erf(eps / math.sqrt(2.0))  # uniform on (-1, 1)
+        shift, size = self.shift * u[:, 0:2], (1.0 + self.scale) ** u[:, 2:4]
+        angle, shear = math.radians(self.rotation) * u[:, 4], self.shear * u[:, 5]
+        cos, sin = angle.cos(), angle.sin()
+        # Where an output pixel is read: turn, slant and size about the centre, in pixels.
+        across = torch.stack([cos, shear * cos - sin], -1) * size
+        down = torch.stack([sin, shear * sin + cos], -1) * size
+        # affine_grid measures both axes from -1 to 1, so that of pictures that are not square the pixels are not.
+        half = x.new_tensor([width / 2, height / 2])
+        turn = torch.stack([across / half[0], down / half[1]], 1) * half
+        grid = F.affine_grid(torch.cat([turn, (shift / half)[..., None]], -1), list(x.shape), align_corners=False)
+        return F.grid_sample(x, grid, padding_mode=self.padding, align_corners=False)
+
+
+def _divergence(log_q_BE: Tensor, log_p_BE: Tensor) -> Tensor:
+    """KL(q || p) over E, nats, with 0 log 0 = 0."""
+    absent = log_q_BE == -math.inf
+    ratio = log_q_BE.masked_fill(absent, 0.0) - log_p_BE.masked_fill(absent, 0.0)
+    return (log_q_BE.exp().masked_fill(absent, 0.0) * ratio).sum(-1)
