@@ -138,7 +138,7 @@ class Objective:
         return -self.entropy_weight * entropy(log_resp_BE, dim=-1)
 
     def expert_rows(self, log_resp_BE: Tensor, losses_BE: Tensor) -> Tensor:
-        """Give the part of each row's loss (B,) that the experts' losses enter, nats, from the log weights of the experts."""
+        """Give the part of each row's loss (B,) that the experts' losses enter, nats; weights are exp(log_resp)."""
         raise NotImplementedError(f"{type(self).__name__} has no expert_rows")
 
 
