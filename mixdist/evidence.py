@@ -7,6 +7,7 @@ Shape letters: B rows on this rank, R rows routed here, S importance samples, E 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -183,11 +184,13 @@ def quiet(mixture: SoftMixture, route: Route) -> tuple[Tensor, Tensor | None]:
         losses with noise 0, and the squared error of reconstructions, summed over a row, or None; each (B, E) float64.
     """
     template = mixture.bank.template
-    rows, eps = mixture.values(route.rows(), template.fields), None
-    if template.noise_shape is not None:
-        shape = (len(mixture.bank.ids), route.num_rows, *template.noise_shape)
-        eps = torch.zeros(shape, dtype=mixture.dtype, device=rows["id"].device)
-    fields = [mixture.bank(rows, eps).loss_R.double()]
+    rows, shape = mixture.values(route.rows(), template.fields), template.noise_shape
+
+    def silence(ids: Tensor, experts: Sequence[int]) -> Tensor:
+        assert shape is not None
+        return torch.zeros(len(experts), len(ids), *shape, dtype=mixture.dtype, device=ids.device)
+
+    fields = [mixture.bank(rows, None if shape is None else silence).loss_R.double()]
     name = reconstructed(mixture)
     if name is not None:
         errors = [(one.reconstruct(rows) - rows[name]).flatten(1) for one in mixture.bank.owned().values()]
