@@ -77,7 +77,7 @@ class SoftMixture:
     @property
     def parts(self) -> Parts:
         """The gate is shared; the experts are this rank's own."""
-        return Parts({"gate": self.gate}, dict(self.bank.owned()))
+        return Parts({"gate": self.gate}, dict(self.bank.owned()), self.bank.stack)
 
     def backward(
         self, shard: Shard, objective: Objective, at: Moment, num_parts: int = 1, upcoming: Shard | None = None
