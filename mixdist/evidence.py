@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mixdist.data import Dataset, Loader, Shard
 from mixdist.experts import Expert
+from mixdist.health import duplicates
 from mixdist.mixtures import Moment, SoftMixture
 from mixdist.noise import Purpose
 from mixdist.route import Route
@@ -197,6 +198,26 @@ def quiet(mixture: SoftMixture, route: Route) -> tuple[Tensor, Tensor | None]:
         fields.append(torch.stack([error.double().square().sum(1) for error in errors], dim=1))
     combined = mixture.dispatch.combine(torch.stack(fields, dim=-1), route)
     return combined[..., 0], combined[..., 1] if len(fields) > 1 else None
+
+
+@torch.no_grad()
+def twins(mixture: SoftMixture, shard: Shard) -> list[tuple[int, int]]:
+    """Name pairs of experts that are duplicates on a batch, as ``health.duplicates`` has it; every rank calls it.
+
+    Args:
+        mixture: its experts see every row, whatever the routing.
+        shard: this rank's rows, and how many every rank has.
+    """
+    route = mixture.dispatch.send(shard.rows, mixture.bank.template.fields, shard.counts)
+    losses_BE = quiet(mixture, route)[0]
+    by_expert = losses_BE.T.contiguous()
+    distance_EE = torch.cdist(by_expert, by_expert, compute_mode="donot_use_mm_for_euclid_dist")
+    num_experts = losses_BE.shape[1]
+    sums = torch.cat([distance_EE.square().flatten(), losses_BE.sum(0), losses_BE.square().sum(0)])
+    sums = mixture.dispatch.over_batch.sum(sums) / shard.total
+    squares, mean_E, square_E = sums.split([num_experts**2, num_experts, num_experts])
+    spread = (square_E - mean_E.square()).mean().clamp(min=0).sqrt().item()
+    return duplicates(squares.view(num_experts, num_experts).sqrt().cpu().numpy(), spread)
 
 
 def reconstructed(mixture: SoftMixture) -> str | None:
