@@ -80,7 +80,6 @@ class Trainer:
         self.learnable = [[p for p in owned.module.parameters() if p.requires_grad] for owned in self.owned]
         self.position = Position()
         self.saved = -1
-        self._judged: tuple[int, int] | None = None
         self._set_clock()
         self.engine = self._enter(0)
         for number in range(len(self.phases)):
@@ -257,10 +256,9 @@ class Trainer:
             "transfer_s": sum(transfer) / len(transfer),
             "peak_memory_bytes": max(peak),
         }
-        judged = (self.position.phase, self.position.epoch)
-        if judged != self._judged and isinstance(self.mixture, SoftMixture):
+        if self.position.batch < self.log_every and isinstance(self.mixture, SoftMixture):
+            # Once an epoch or so: it runs the experts once more.
             record["duplicate_experts"] = [f"experts {i} and {j}" for i, j in twins(self.mixture, shard)]
-        self._judged = judged  # once an epoch: it runs the experts once more
         for recorder in self.recorders if self.mesh.rank == 0 else ():
             recorder.write(record)
         self._set_clock()

@@ -17,8 +17,9 @@ from sklearn.datasets import load_digits
 import mixdist
 from mixdist.checkpoint import MANIFEST
 from mixdist.cli import train_parser
-from mixdist.config import CheckpointConfig, Config, MeshConfig
+from mixdist.config import CheckpointConfig, Config, DispatchConfig, MeshConfig
 from mixdist.data import Blobs, Digits
+from mixdist.experts import Compute
 from mixdist.phases import Phase
 from tests.launch import REMOVED, SMALL, Ended, changed, here, torchrun, write_config
 
@@ -211,6 +212,15 @@ def test_a_class_that_cannot_be_is_refused(changes: dict[str, Any], told: list[s
             "train.schedule cannot be used",
         ),
         ({"mesh__ep_size": 3}, "with ep_size 3: ep_size must divide the world size"),
+        ({"routing": {"k": 0}}, "TopK's k (0) must be at least 1"),
+        ({"routing": {"k": 9}}, "routing.k (9) must be at most num_experts"),
+        ({"routing": {"capacity_factor": -1.0}}, "TopK's capacity_factor (-1.0) must be a positive number"),
+        ({"routing": {"k": 2}, "dispatch": {"prefetch": True}}, "dispatch.prefetch (true) needs dense routing"),
+        (
+            {"dispatch": {"one_way": True}, "train__objective": {"class_path": "mixdist.objectives.MixtureLikelihood"}},
+            "dispatch.one_way (true) needs an objective linear in the experts' losses, and train.objective is",
+        ),
+        ({"compute": {"micro_batch": 0}}, "compute.micro_batch (0) must be at least 1"),
         (
             {"mesh__device": "cuda"},
             "mesh.device (cuda) needs a CUDA device and none is here: set mesh.device to cpu or auto",
@@ -398,7 +408,9 @@ def test_a_mistake_on_one_rank_is_told_once_by_rank_0(folder: Path) -> None:
 def test_every_key_is_in_the_help() -> None:
     text = " ".join(train_parser().format_help().split())
     keys = [field.name for field in dataclasses.fields(Config)]
-    for section, kind in (("train", Phase), ("mesh", MeshConfig), ("checkpoint", CheckpointConfig)):
+    sections = {"train": Phase, "mesh": MeshConfig, "checkpoint": CheckpointConfig, "dispatch": DispatchConfig}
+    sections["compute"] = Compute
+    for section, kind in sections.items():
         keys += [f"{section}.{field.name}" for field in dataclasses.fields(kind)]
     missing = [key for key in [*keys, "config", "out", "resume"] if f"--{key} " not in text]
     assert not missing

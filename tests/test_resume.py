@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -154,6 +155,34 @@ def test_phases_go_on_bit_for_bit(stop: int, tmp_path: Path, monkeypatch: pytest
     assert records(run) == records(tmp_path / "whole")
     for name in ("gate", *(f"expert-{e:04d}" for e in range(4))):
         mine, theirs = (r / "checkpoints" / "step-000000008" / f"{name}.safetensors" for r in (run, tmp_path / "whole"))
+        assert mine.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"dispatch": {"one_way": True, "prefetch": True}, "compute": {"micro_batch": 16}, "train__accumulate": 2},
+        {"routing": {"k": 2, "capacity_factor": 1.0}, "execution": "auto"},
+    ],
+    ids=["one way and prefetch", "top-k and auto"],
+)
+def test_switches_go_on_bit_for_bit(switches: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in flight between two steps belongs to neither; what auto took is kept."""
+    monkeypatch.chdir(tmp_path)
+    config = config_of(
+        tmp_path, train__batch_size=300, train__epochs=2, checkpoint={"every": 1, "keep": 100}, **switches
+    )
+    assert here("train", "--config", config, "--out", "whole").code == 0
+    run = copy_of(tmp_path / "whole", "again")
+    for path in run.glob("checkpoints/step-*"):
+        if int(path.name.removeprefix("step-")) > 4:
+            shutil.rmtree(path)
+    assert here("train", "--resume", "again").code == 0
+    assert records(run) == records(tmp_path / "whole")
+    executions = [yaml.safe_load((r / "config.yaml").read_text())["execution"] for r in (run, tmp_path / "whole")]
+    assert executions[0] == executions[1] in ("loop", "stacked")
+    for name in ("gate", *(f"expert-{e:04d}" for e in range(4))):
+        mine, theirs = (r / "checkpoints" / "step-000000010" / f"{name}.safetensors" for r in (run, tmp_path / "whole"))
         assert mine.read_bytes() == theirs.read_bytes()
 
 
