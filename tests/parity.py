@@ -119,7 +119,7 @@ def make_gate(case: Case, spec: Spec) -> Gate:
     if case.gate == "annealed":
         return annealed(spec, case.num_experts)
     if case.gate == "consistent":
-        return Consistent(spec, case.num_experts, annealed, weight=2.0, shift=1.0)
+        return Consistent(spec, case.num_experts, annealed, weight=2.0, shift=1.0, warmup_steps=5)
     kind = {"softmax": Softmax, "starved": Starved, "noisy": Noisy}[case.gate]
     return kind(spec, case.num_experts, [6], "tanh")
 
