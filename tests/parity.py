@@ -140,7 +140,7 @@ def make_gate(case: Case, spec: Spec) -> Gate:
     if case.gate == "annealed":
         return annealed(spec, case.num_experts)
     if case.gate == "consistent":
-        return Consistent(spec, case.num_experts, annealed, weight=2.0, shift=1.0)
+        return Consistent(spec, case.num_experts, annealed, weight=2.0, shift=1.0, warmup_steps=5)
     if case.gate == "conv":
         return ConvSoftmax(spec, case.num_experts, channels=[3])
     kind = {"softmax": Softmax, "starved": Starved, "noisy": Noisy, "tied": Tied}[case.gate]

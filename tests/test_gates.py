@@ -293,6 +293,20 @@ def test_the_loss_is_the_divergence_from_the_answer_for_the_view() -> None:
     assert torch.equal(gating.log_resp_BE, gate.gate(rows, None).log_resp_BE)
 
 
+def test_the_weight_warms_up_with_the_step_and_the_inner_gate_anneals() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inner = partial(Softmax, field="picture", temperature=4.0, final_temperature=1.0, anneal_steps=20)
+        gate = Consistent(SPEC, 4, inner, weight=3.0, field="picture", warmup_steps=10).double()
+    rows, eps = _rows(), _view_noise(gate)
+    full = gate(rows, eps).loss_B
+    for step, share in ((0, 0.0), (5, 0.5), (10, 1.0), (10**6, 1.0), (1, 0.1)):
+        gate.anneal(step)
+        assert gate.gate.temperature.item() == pytest.approx(4.0 ** (1 - min(1.0, step / 20)), rel=1e-14)
+        gate.gate.temperature.fill_(4.0)
+        torch.testing.assert_close(gate(rows, eps).loss_B, share * full, rtol=1e-12, atol=0)
+
+
 def test_evaluation_sees_the_picture_alone() -> None:
     gate, rows = _consistent(noise=0.5, **MOVED).eval(), _rows()
     expected = gate.gate(rows, None).log_resp_BE
@@ -367,7 +381,7 @@ def test_consistent_refuses_a_field(given: dict[str, Any], said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["weight", "shift", "rotation", "scale", "shear"])
+@pytest.mark.parametrize("name", ["weight", "shift", "rotation", "scale", "shear", "warmup_steps"])
 @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
 def test_consistent_refuses_a_limit(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"^Consistent's {name} \({value}\) must be a number from 0: give 0 for none"):

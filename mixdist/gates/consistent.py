@@ -21,7 +21,7 @@ NUM_VIEW = 6
 
 
 class Consistent(Gate):
-    """q(e|x) of another gate, with the loss weight * KL(q(e|x) || q(e|x')) in training, nats, x' a random view of x.
+    """q(e|x) of another gate, with the loss w KL(q(e|x) || q(e|x')) in training, nats, x' a random view of x.
 
     The view is an affine map of the picture, drawn anew for each row at every step, with each of its numbers uniform
     within the limits given. With mutual information (:class:`mixdist.objectives.Information`) this is a discriminative
@@ -32,13 +32,15 @@ class Consistent(Gate):
         spec: the data set's fields.
         num_experts: the number of experts.
         gate: class of mixdist.gates, or your own Gate: whose answer it is.
-        weight: of the divergence.
+        weight: w; too large a one wins over what asks for decisions, by one answer for all pictures: that costs nothing
+            here.
         shift: largest move along each axis, pixels.
         rotation: largest turn, degrees.
         scale: largest growth along each axis: sizes lie between 1 / (1 + scale) and 1 + scale.
         shear: largest slant, pixels a pixel.
         padding: what lies outside of a picture: zeros, or its border or reflection.
         field: the picture, (channels, height, width).
+        warmup_steps: training steps of a phase over which w rises linearly from 0, so that the gate first decides.
 
     Raises:
         ValueError: a field that is no picture or that the inner gate does not read; a negative or infinite limit.
@@ -56,6 +58,7 @@ class Consistent(Gate):
         shear: float = 0.25,
         padding: Literal["zeros", "border", "reflection"] = "zeros",
         field: str = "x",
+        warmup_steps: int = 0,
     ) -> None:
         super().__init__()
         if field not in spec or spec[field].num_classes is not None or len(spec[field].shape) != 3:
@@ -64,18 +67,23 @@ class Consistent(Gate):
                 f"Consistent moves the picture {field!r} (channels, height, width), but the data has {has}: set field"
             )
         limits = {"weight": weight, "shift": shift, "rotation": rotation, "scale": scale, "shear": shear}
-        for name, value in limits.items():
+        for name, value in {**limits, "warmup_steps": warmup_steps}.items():
             if not 0 <= value < math.inf:
                 raise ValueError(f"Consistent's {name} ({value}) must be a number from 0: give 0 for none")
         self.gate = gate(spec, num_experts)
         if field not in self.gate.fields:
             reads = f"{type(self.gate).__name__} reads {list(self.gate.fields)}"
             raise ValueError(f"Consistent moves the field {field!r}, but {reads}: set the same field for both")
-        self.field, self.fields, self.weight, self.padding = field, self.gate.fields, weight, padding
+        self.field, self.fields, self.padding = field, self.gate.fields, padding
+        self.weight, self.warmup_steps = weight, warmup_steps
+        # In float64 until the module is moved, so that no digit of the config is lost on the way.
+        self.weight_now: Tensor
+        self.register_buffer("weight_now", torch.tensor(weight, dtype=torch.float64), persistent=False)
         self.shift, self.rotation, self.scale, self.shear = shift, rotation, scale, shear
         self.noise_shape = (NUM_VIEW + math.prod(self.gate.noise_shape or (0,)),)
 
     def anneal(self, step: int) -> None:
+        self.weight_now.fill_(self.weight * (min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0))
         self.gate.anneal(step)
 
     def forward(self, rows: Batch, eps: Tensor | None) -> Gating:
@@ -88,7 +96,7 @@ class Consistent(Gate):
         assert eps is not None
         moved = {**rows, self.field: self.view(rows[self.field], eps[:, :NUM_VIEW])}
         # With the same noise inside: what differs is the view alone.
-        loss_B = self.weight * _divergence(gating.log_resp_BE, self.gate(moved, inner).log_resp_BE)
+        loss_B = self.weight_now * _divergence(gating.log_resp_BE, self.gate(moved, inner).log_resp_BE)
         return Gating(gating.log_resp_BE, loss_B if gating.loss_B is None else gating.loss_B + loss_B)
 
     def view(self, x: Tensor, eps: Tensor) -> Tensor:
