@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from mixdist.convnets import ConvDecoder, ConvEncoder
-from mixdist.experts import VAE, ConvVAE, Expert, ExpertBank
+from mixdist.experts import VAE, Compute, ConvVAE, Expert, ExpertBank
 from mixdist.gates import ConvSoftmax, Gate
 from mixdist.stats import log_mean_exp
 from mixdist.terms import Batch, Field, Spec
@@ -315,3 +315,30 @@ def test_what_is_refused(make: Callable[[Spec], Expert | Gate], said: str) -> No
     with pytest.raises(ValueError, match=f"^{said}") as caught:
         make(SPEC)
     assert "\n" not in str(caught.value)
+
+
+def test_bfloat16_runs_the_networks_and_not_the_densities() -> None:
+    vae = ConvVAE(SPEC, 3, [4], likelihood="logistic").float()
+    rows = {name: column.float() if column.is_floating_point() else column for name, column in _rows().items()}
+    eps = _random(1, 6, 3).float()
+    losses = []
+    for bf16 in (False, True):
+        bank = ExpertBank({0: vae}, "loop", Compute(bf16=bf16))
+        terms = bank(rows, lambda ids, numbers: eps)
+        assert terms.loss_R.dtype == torch.float32
+        losses.append(terms.loss_R.detach())
+    assert not torch.equal(*losses)
+    torch.testing.assert_close(*losses, rtol=2e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("how", [Compute(channels_last=True), Compute(channels_last=True, micro_batch=4)])
+def test_channels_last_changes_nothing_but_the_layout(how: Compute) -> None:
+    rows, eps = _rows(), _random(1, 6, 3)
+    results = []
+    for compute in (Compute(), how):
+        bank = ExpertBank({0: _vae(VAES[4])}, "loop", compute)
+        loss = bank(rows, lambda ids, numbers: eps[:, ids]).loss_R
+        loss.sum().backward()
+        results.append([loss.detach(), *(p.grad for p in bank.parameters())])
+    for got, wanted in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, wanted)

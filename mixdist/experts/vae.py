@@ -73,7 +73,8 @@ class Autoencoder(Expert):
 
     def encode(self, rows: Batch) -> tuple[Tensor, Tensor]:
         """Give mean and log variance of q(z|x), each (R, L)."""
-        mean, log_var = self.encoder(flat(rows[self.field], self.shape)).chunk(2, dim=-1)
+        x = flat(rows[self.field], self.shape)
+        mean, log_var = self.encoder(x).to(x.dtype).chunk(2, dim=-1)  # networks may run in bfloat16, densities never
         return mean, log_var
 
     def outputs(self, z: Tensor) -> Tensor:
@@ -84,7 +85,8 @@ class Autoencoder(Expert):
         assert eps is not None
         mean, log_var = self.encode(rows)
         z = mean + torch.exp(0.5 * log_var) * eps
-        log_px = self.likelihood.log_prob(flat(rows[self.field], self.shape), self.outputs(z))
+        x = flat(rows[self.field], self.shape)
+        log_px = self.likelihood.log_prob(x, self.outputs(z).to(x.dtype))
         kl_by_dimension = normal_kl(mean, log_var)
         charged = kl_by_dimension.clamp(min=self.free_bits) if self.free_bits else kl_by_dimension
         weight = self.beta * self.kl_weight if self.training else self.beta
@@ -97,7 +99,7 @@ class Autoencoder(Expert):
         log_ratio = 0.5 * (eps.square() - z.square() + log_var[:, None]).sum(-1)
         num_samples = eps.shape[1]
         x = flat(rows[self.field], self.shape).repeat_interleave(num_samples, dim=0)
-        log_px = self.likelihood.log_prob(x, self.outputs(z.flatten(0, 1)))
+        log_px = self.likelihood.log_prob(x, self.outputs(z.flatten(0, 1)).to(x.dtype))
         return log_px.view(-1, num_samples) + log_ratio
 
     def decode(self, z: Tensor) -> Tensor:
