@@ -6,8 +6,8 @@ W ranks with b rows each (uint8 colour images), K experts in even blocks; respon
 An expert is one product a pixel, x w_e, and its loss sum (x w_e - x)^2: what is timed is the way of rows and results.
 Routings: dense (every expert sees every row), top-1 (hard), top-2.
 
-mixdist     rows go once to each rank that has an expert for them, as stored, with their 8-byte ids; one loss returns for
-            each (row, expert), and one gradient goes out. Dropless: every choice is served. Where rows go to some
+mixdist     rows go once to each rank that has an expert for them, as stored, with their 8-byte ids; one loss returns
+            for each (row, expert), and one gradient goes out. Dropless: every choice is served. Where rows go to some
             experts only, ranks first tell each other how many come (sync; it is counted here).
 token       what token-mixture layers do around experts of any kind: float32 rows, one copy for each (row, expert), in
             buffers padded to a capacity that is the same for all: ceil(k b / K) rows from each rank for each expert
