@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ def move(parts: Tensor, wire: Wire, group: Any) -> Tensor:
     if group is None:
         return parts
     sizes = [parts[0].numel()] * len(parts)
+    wire.meter.wire_bytes -= parts[0].numel() * parts.element_size()  # its own part does not leave the rank
     return wire.all_to_all(parts.reshape(-1), sizes, sizes, group).wait().view_as(parts)
 
 
@@ -164,6 +166,12 @@ def main() -> None:
     """Measure; rank 0 prints a table and JSON."""
     options = read_options()
     mesh = meet(options.experts, options)
+    write(measure(options, mesh), options, mesh)
+    mesh.close()
+
+
+def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
+    """Let both ways take turns; give what is written. Every rank calls it."""
     for name, value in (("experts", options.experts), ("batch", options.batch)):
         if value % mesh.world_size:
             raise ValueError(
@@ -180,18 +188,17 @@ def main() -> None:
         routing: hold(routing, works[routing, "mixdist"], works[routing, "token"], seconds) for routing in routings
     }
     show(result, mesh)
-    write({"routings": result}, options, mesh)
-    mesh.close()
+    return {"routings": result}
 
 
-def read_options() -> argparse.Namespace:
+def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = parser_of(__doc__, turns=11, steps=5)
     parser.add_argument("--experts", type=int, default=2 * Launch.read().world_size, help="K; unset, two a rank")
     parser.add_argument("--batch", type=int, default=64, help="rows of the global batch")
     parser.add_argument("--image", type=int, default=64, help="height and width of the images")
     parser.add_argument("--skew", type=float, default=0.0, help="expert e's logit is lower by skew e")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def hold(routing: str, ours: Work, token: Work, seconds: dict[str, list[float]]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def step(bank: ExpertBank, optimizers: list[torch.optim.Optimizer], rows: Batch,
     return time.perf_counter() - begin
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Measure and print a table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--turns", type=int, default=15, help="turns of each way")
     parser.add_argument("--steps", type=int, default=20, help="steps a turn; the first turn warms up")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     keep_large_blocks()  # as every command does
     rows = {"x": torch.rand(options.rows, 1, 28, 28), "id": torch.arange(options.rows)}

@@ -65,15 +65,16 @@ class CountingWire(Wire):
         return super().all_reduce(tensor, group)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Measure one size under torchrun, or sweep over sizes."""
-    options = read_options()
-    rows = sweep(options) if options.sweep else measure(options)
+    words = sys.argv[1:] if words is None else words
+    options = read_options(words)
+    rows = sweep(options, words) if options.sweep else measure(options)
     if rows and options.plot:
         plot(read(options.csv) if options.csv else rows, options.plot)
 
 
-def read_options() -> argparse.Namespace:
+def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = parser_of(__doc__, turns=7, steps=3)
     parser.add_argument("--modes", nargs="+", choices=["weak", "strong"], default=["weak", "strong"])
@@ -86,15 +87,15 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, help="appended to")
     parser.add_argument("--plot", type=Path, help="PNG of seconds and efficiency; needs matplotlib")
     parser.add_argument("--sweep", help="numbers of ranks, as 1,2,4: starts torchrun for each on this machine")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.plot:
         pyplot()  # a missing library is told before anything is measured
     return options
 
 
-def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
+def sweep(options: argparse.Namespace, words: Sequence[str]) -> list[dict[str, Any]]:
     """Start torchrun once for each number of ranks; give all rows."""
-    passed, rows = sys.argv[1:], []
+    passed, rows = list(words), []
     for name in ("--sweep", "--plot", "--out"):
         while any(word.split("=")[0] == name for word in passed):
             at = next(i for i, word in enumerate(passed) if word.split("=")[0] == name)
@@ -105,7 +106,8 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
         *shown, last = ended.stdout.strip().splitlines()
         print("\n".join(shown), flush=True)
         rows += json.loads(last)["rows"]
-    set_efficiency(rows)
+    if options.csv is None:  # else each launch knew of those before it
+        set_efficiency(rows)
     text = json.dumps({"rows": rows})
     if options.out:
         options.out.write_text(text + "\n")
@@ -129,9 +131,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         fitted = [f"{1e6 * fit['alpha']:.1f} µs", f"{1e9 * fit['beta']:.3f} ns", f"{100 * fit['residual']:.0f}%"]
         tell(["alpha, a message", "beta, a byte", "median residual"], [fitted], mesh)
     write({"rows": rows, "fit": fit}, options, mesh)
-    rank = mesh.rank
-    mesh.close()
-    return rows if rank == 0 else []
+    for each in meshes.values():
+        each.close()
+    return rows if mesh.rank == 0 else []
 
 
 def problem_of(mode: str, options: argparse.Namespace) -> Problem:

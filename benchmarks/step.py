@@ -26,7 +26,7 @@ before each collective: such steps cannot overlap anything, so prefetch shows as
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rivals import SIZES, ExpertParallel, Problem, Replicated, Rival, num_bytes, on_rank_0
@@ -44,24 +44,31 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "one_way+prefetch+micro_batch": {"one_way": True, "prefetch": True, "micro_batch": 32},
 }
 OURS = "expert-parallel "
-TIMED_STEPS = 7
 
 
 def main() -> None:
     """Measure; rank 0 prints tables and JSON."""
     options = read_options()
     mesh = meet(options.experts, options)
-    problem = Problem(options.size, options.experts, options.batch, options.image, options.balance)
-    rivals = make(problem, mesh, options)
-    seconds, cpu = take_turns(runs(rivals, mesh), options, mesh)
-    by_rival = {name: describe(name, rival, seconds[name], cpu[name], problem, mesh) for name, rival in rivals.items()}
-    ratios = compare(seconds, cpu, by_rival)
-    show(by_rival, ratios, mesh)
-    write({"rivals": by_rival, **ratios}, options, mesh)
+    write(measure(options, mesh), options, mesh)
     mesh.close()
 
 
-def read_options() -> argparse.Namespace:
+def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
+    """Let the rivals take turns; give what is written. Every rank calls it."""
+    problem = Problem(options.size, options.experts, options.batch, options.image, options.balance)
+    rivals = make(problem, mesh, options)
+    seconds, cpu = take_turns(runs(rivals, mesh), options, mesh)
+    by_rival = {
+        name: describe(name, rival, seconds[name], cpu[name], problem, mesh) | traffic(rival, mesh, options.timed_steps)
+        for name, rival in rivals.items()
+    }
+    ratios = compare(seconds, cpu, by_rival)
+    show(by_rival, ratios, mesh)
+    return {"rivals": by_rival, **ratios}
+
+
+def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = parser_of(__doc__, turns=7, steps=3)
     parser.add_argument("--size", choices=SIZES, default="small", help="of an expert")
@@ -69,9 +76,10 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64, help="rows of the global batch")
     parser.add_argument("--image", type=int, default=64, help="height and width of the images")
     parser.add_argument("--balance", type=float, default=1.0, help="weight of the KL balance term; 0 for none")
+    parser.add_argument("--timed-steps", type=int, default=7, help="of mixdist, with barriers: waiting and transfer")
     parser.add_argument("--switches", nargs="*", choices=SWITCHES, default=list(SWITCHES), help="of mixdist")
     parser.add_argument("--peers", nargs="*", choices=["process", "process+", "ddp"], default=["process", "ddp"])
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def make(problem: Problem, mesh: Mesh, options: argparse.Namespace) -> dict[str, Rival | None]:
@@ -122,16 +130,16 @@ def describe(
     if name == "ddp":
         assert isinstance(rival, Replicated)
         told["sync_bytes"] = 2 * (mesh.world_size - 1) * num_bytes(rival.model.parameters()) // mesh.world_size
-    if isinstance(rival, ExpertParallel):
-        told |= traffic(rival, mesh)
     return told
 
 
-def traffic(rival: ExpertParallel, mesh: Mesh) -> dict[str, Any]:
-    """Give bytes of a step, and the shares of waiting and transfer in steps with a barrier before each collective."""
+def traffic(rival: Rival | None, mesh: Mesh, timed_steps: int) -> dict[str, Any]:
+    """Give, of mixdist, bytes of a step, and the shares of waiting and transfer in steps with barriers."""
+    if not isinstance(rival, ExpertParallel):
+        return {}
     shares: dict[str, list[float]] = {"waiting": [], "transfer": [], "together": []}
     meter = rival.wire.meter
-    for _ in range(TIMED_STEPS):
+    for _ in range(timed_steps):
         begin = now(mesh, barrier=True)
         rival.step(timed=True)
         took = now(mesh) - begin

@@ -3,48 +3,64 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+import importlib
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from tests.launch import ROOT, Started
+from mixdist.mesh import Launch, Mesh, Placement
+from tests.launch import ROOT
+from tests.pool import Pool
 
 BENCHMARKS = ROOT / "benchmarks"
 SPREAD = {"median", "min", "max"}
 
 
-def run(folder: Path, name: str, *words: str, ranks: int = 2) -> dict[str, Any]:
-    """Run a benchmark under torchrun (0 ranks: as a plain process); give its JSON."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    started = Started([sys.executable, *torchrun, str(BENCHMARKS / f"{name}.py"), *words], folder, {})
+def load(name: str) -> ModuleType:
+    """Import a benchmark as its own folder does, whose files name each other."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+def measure(name: str, words: list[str], ranks: int) -> dict[str, Any]:
+    """Run a benchmark on a rank of a pool: all but its meeting and parting."""
+    benchmark = load(name)
+    launch = Launch(dist.get_rank(), ranks)
+    os.environ |= {"RANK": str(launch.rank), "WORLD_SIZE": str(ranks)}
     try:
-        ended = started.end()
+        options = benchmark.read_options(words)
     finally:
-        started.kill()
-    assert ended.code == 0, ended.err
-    return json.loads(ended.out.strip().splitlines()[-1])
+        del os.environ["RANK"], os.environ["WORLD_SIZE"]
+    mesh = Mesh(Placement.plan(options.experts, ranks), launch, torch.device("cpu"), 60.0)
+    return json.loads(json.dumps(benchmark.measure(options, mesh)))
 
 
-def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Import a benchmark as its own folder does."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_step_holds_half_of_what_ddp_holds_and_sends_the_least(tmp_path: Path) -> None:
+def test_a_step_holds_half_of_what_ddp_holds_and_sends_the_least(pool: Callable[[int], Pool]) -> None:
     switches = ["plain", "one_way+prefetch"]
-    words = ["--size", "small", "--turns", "2", "--steps", "1", "--warm-up", "0", "--switches", *switches]
-    told = run(tmp_path, "step", *words)
+    words = [
+        "--size",
+        "small",
+        "--turns",
+        "2",
+        "--steps",
+        "1",
+        "--warm-up",
+        "0",
+        "--timed-steps",
+        "1",
+        "--switches",
+        *switches,
+    ]
+    told = pool(2).run(f"{__name__}:measure", "step", words, 2)[0]
     rivals = told["rivals"]
     ours = [f"expert-parallel {name}" for name in switches]
     assert list(rivals) == ["process", "ddp", *ours]
@@ -62,8 +78,9 @@ def test_a_step_holds_half_of_what_ddp_holds_and_sends_the_least(tmp_path: Path)
 
 
 @pytest.mark.parametrize("skew", ["0", "1"])
-def test_a_dispatch_sends_a_fraction_of_the_token_style(tmp_path: Path, skew: str) -> None:
-    told = run(tmp_path, "dispatch", "--turns", "1", "--steps", "1", "--warm-up", "0", "--skew", skew)["routings"]
+def test_a_dispatch_sends_a_fraction_of_the_token_style(pool: Callable[[int], Pool], skew: str) -> None:
+    words = ["--turns", "1", "--steps", "1", "--warm-up", "0", "--skew", skew]
+    told = pool(2).run(f"{__name__}:measure", "dispatch", words, 2)[0]["routings"]
     assert list(told) == ["dense", "top-1", "top-2"]
     for routing, experts_of_a_row in (("dense", 4), ("top-1", 1), ("top-2", 2)):
         figures = told[routing]
@@ -77,15 +94,14 @@ def test_a_dispatch_sends_a_fraction_of_the_token_style(tmp_path: Path, skew: st
     assert skew == "0" or told["top-1"]["token_dropped"] > 0.1
 
 
-def test_scaling_sweeps_writes_rows_and_draws(tmp_path: Path) -> None:
+def test_scaling_sweeps_writes_rows_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    scaling = load("scaling")
     words = ["--size", "tiny", "--image", "16", "--batch", "16", "--turns", "1", "--steps", "1", "--warm-up", "0"]
     words += ["--csv", "s.csv", "--plot", "s.png", "--out", "s.json", "--routing", "top2"]
-    started = Started([sys.executable, str(BENCHMARKS / "scaling.py"), *words, "--sweep", "1,2"], tmp_path, {})
-    try:
-        ended = started.end()
-    finally:
-        started.kill()
-    assert ended.code == 0, ended.err
+    scaling.main(words)  # in one process: what the others are held against
+    scaling.main([*words, "--sweep", "2"])
     with (tmp_path / "s.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(r["mode"], r["ranks"], r["experts"], r["batch"]) for r in rows] == [
@@ -99,11 +115,12 @@ def test_scaling_sweeps_writes_rows_and_draws(tmp_path: Path) -> None:
     assert float(rows[3]["efficiency"]) == pytest.approx(strong[0] / (2 * strong[1]))
     assert all(float(r["alpha"]) >= 0 and float(r["beta"]) >= 0 for r in rows[2:])
     assert (tmp_path / "s.png").stat().st_size > 1000
-    assert len(json.loads((tmp_path / "s.json").read_text())["rows"]) == 4
+    written = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert [row["efficiency"] for row in written] == [float(r["efficiency"]) for r in rows[2:]]
 
 
-def test_the_fit_finds_a_wire_that_follows_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    scaling = load("scaling", monkeypatch)
+def test_the_fit_finds_a_wire_that_follows_its_model() -> None:
+    scaling = load("scaling")
     sizes = [(m, b) for m in (1, 2, 6) for b in (4, 4096, 10**6)]
     points = [{"messages": m, "bytes": b, "seconds": 5e-5 * m + 2e-9 * b} for m, b in sizes]
     found = scaling.fit(points)
@@ -114,8 +131,9 @@ def test_the_fit_finds_a_wire_that_follows_its_model(monkeypatch: pytest.MonkeyP
     assert scaling.fit(free)["beta"] == 0  # never negative
 
 
-def test_execution_says_what_auto_takes(tmp_path: Path) -> None:
+def test_execution_says_what_auto_takes(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--turns", "1", "--steps", "2", "--experts", "2", "--rows", "10"]
-    told = run(tmp_path, "execution", *words, ranks=0)
+    load("execution").main(words)
+    told = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert told["auto"] in ("loop", "stacked")
     assert told["auto_over_better"] >= 1
