@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ import torch
 from mixdist.config import Config
 from mixdist.data import Dataset
 from mixdist.dispatch import Dispatch
-from mixdist.experts import Execution, Expert, ExpertBank, time_executions
+from mixdist.experts import Expert, ExpertBank, time_executions
 from mixdist.gates import Gate
 from mixdist.mesh import Launch, Mesh, Placement, choose_device
-from mixdist.mixtures import SoftMixture
-from mixdist.noise import Draw, Purpose, weights_seed
+from mixdist.mixtures import Moment, SoftMixture
+from mixdist.noise import Purpose, weights_seed
 from mixdist.terms import Field, Spec
 from mixdist.wire import Wire, agree, alike, gather_json
 
@@ -93,51 +92,44 @@ def build(config: Config, mesh: Mesh) -> Session:
     error = None
     try:
         train, test = config.data.load()
-        made = train, test, build_mixture(config, train, mesh, wire)
+        made = train, test, build_mixture(config, train.spec, mesh, wire)
     except (ValueError, OSError) as mistake:
         error = str(mistake)
     agree(error, mesh.world)
     assert made is not None
-    alike("the data", [made[0].fingerprint[:16], made[1].fingerprint[:16]], mesh.world)
-    return Session(mesh, wire, *made)
+    train, test, mixture = made
+    alike("the data", [train.fingerprint[:16], test.fingerprint[:16]], mesh.world)
+    if config.execution == "auto":
+        choose_execution(config, mixture, train)
+    return Session(mesh, wire, train, test, mixture)
 
 
-def build_mixture(config: Config, train: Dataset, mesh: Mesh, wire: Wire) -> SoftMixture:
-    """Make this rank's part of the mixture; every rank calls it where execution is auto."""
-    spec = train.spec
+def build_mixture(config: Config, spec: Spec, mesh: Mesh, wire: Wire) -> SoftMixture:
+    """Make this rank's part of the mixture; where execution is auto it begins as a loop."""
     gate = build_gate(config, spec).to(mesh.device)
     check_fields("gate", gate, spec)
     experts = {e: expert.to(mesh.device) for e, expert in build_experts(config, spec, mesh.experts).items()}
     check_fields("expert", next(iter(experts.values())), spec)
-    bank = ExpertBank(experts, choose_execution(config, experts, train, mesh), config.compute)
-    dispatch = Dispatch(mesh, wire, spec)
-    dtype = DTYPES[config.dtype]
+    bank = ExpertBank(experts, "loop" if config.execution == "auto" else config.execution, config.compute)
+    dispatch, dtype = Dispatch(mesh, wire, spec), DTYPES[config.dtype]
     return SoftMixture(gate, bank, dispatch, spec, dtype, config.routing, config.dispatch.one_way)
 
 
-def choose_execution(config: Config, experts: dict[int, Expert], train: Dataset, mesh: Mesh) -> Execution:
-    """Give the execution of the config; where that is auto, time both and give rank 0's faster one, and say so there.
+def choose_execution(config: Config, mixture: SoftMixture, train: Dataset) -> None:
+    """Time a loop and a stack, and go on with the one that is faster on rank 0; every rank calls it.
 
     Rows are as many as an expert sees in a micro-batch of the main phase (the first ones of the training set).
     """
-    template, dtype = next(iter(experts.values())), DTYPES[config.dtype]
-    if config.execution != "auto":
-        return config.execution
-    if not template.stackable or config.num_experts == 1:
-        return "loop"
+    bank, mesh = mixture.bank, mixture.dispatch.mesh
+    if not bank.template.stackable or config.num_experts == 1:
+        return
     seen = config.train.batch_size / mesh.placement.num_replicas / config.train.accumulate
     seen *= config.routing.k / config.num_experts if config.routing else 1
     stored = train.take(torch.arange(min(len(train), max(1, round(seen)))))
-    rows = {n: train.spec[n].values(stored[n].to(mesh.device), dtype) for n in template.fields}
-    rows["id"] = stored["id"].to(mesh.device)
-    shape, draw = template.noise_shape, Draw(config.seed, Purpose.POSTERIOR)
-    noise = None if shape is None else (lambda ids, numbers: draw.normal(ids, numbers, shape, dtype))
-    seconds = time_executions(experts, rows, noise, config.compute)
-    chosen: Execution = gather_json(min(seconds, key=lambda way: seconds[way]), mesh.world)[0]
-    if mesh.rank == 0:
-        told = ", ".join(f"{way} {1000 * s:.2f} ms" for way, s in seconds.items())
-        print(f"execution: {chosen} ({told} for {len(rows['id'])} rows)", file=sys.stderr, flush=True)
-    return chosen
+    rows = mixture.values({n: column.to(mesh.device) for n, column in stored.items()}, bank.template.fields)
+    bank.timed = time_executions(bank.owned(), rows, mixture.noise(Moment(config.seed)), config.compute)
+    if gather_json(min(bank.timed, key=lambda way: bank.timed[way]), mesh.world)[0] == "stacked":
+        bank.stack_up()
 
 
 def check_fields(key: str, module: Gate | Expert, spec: Spec) -> None:

@@ -17,6 +17,7 @@ from mixdist.commands import evaluate_run, sample, summary
 from mixdist.config import Config
 from mixdist.ending import INTERRUPTED, Alone, agreed, fail, told, told_once
 from mixdist.evaluate import evaluate
+from mixdist.experts import ExpertBank
 from mixdist.gallery import draw, targets
 from mixdist.mesh import Launch, Mesh
 from mixdist.metrics import MetricsLog, Progress
@@ -195,6 +196,12 @@ def _train(config: Config, session: Session, trainer: Trainer, run: Path, resolv
     _conclude(config, session, run)
 
 
+def _execution(bank: ExpertBank) -> str:
+    """Say what execution auto took, and why."""
+    timed = ", ".join(f"{way} {1000 * seconds:.2f} ms" for way, seconds in bank.timed.items())
+    return f"   execution: {bank.execution} ({timed} a pass)" if timed else ""
+
+
 def _resume(trainer: Trainer, store: CheckpointStore) -> None:
     """Go to the newest good checkpoint, all ranks or none."""
     checkpoint, passed_over = store.choose()
@@ -211,4 +218,5 @@ def _conclude(config: Config, session: Session, run: Path) -> None:
     picture = draw(session.mixture, session.test, evaluation, run, config.seed)
     if session.mesh.rank == 0:
         print(summary(evaluation, session.test))
-        print(f"run: {run}" + (f"   picture: {picture}" if picture else ""), flush=True)
+        shown = f"   picture: {picture}" if picture else ""
+        print(f"run: {run}{_execution(session.mixture.bank)}{shown}", flush=True)

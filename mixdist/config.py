@@ -12,9 +12,9 @@ from typing import Literal
 from mixdist.data import Source
 from mixdist.experts import Compute, Expert
 from mixdist.gates import Gate
+from mixdist.phases import Phase
 from mixdist.routing import TopK
 from mixdist.terms import Spec
-from mixdist.trainer import Phase
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Shape letters: B rows on this rank, R rows routed here, S importance samples, E 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mixdist.data import Dataset, Loader, Shard
 from mixdist.experts import Expert
+from mixdist.health import duplicates
 from mixdist.mixtures import Moment, SoftMixture
 from mixdist.noise import Purpose
 from mixdist.route import Route
@@ -183,17 +185,39 @@ def quiet(mixture: SoftMixture, route: Route) -> tuple[Tensor, Tensor | None]:
         losses with noise 0, and the squared error of reconstructions, summed over a row, or None; each (B, E) float64.
     """
     template = mixture.bank.template
-    rows, eps = mixture.values(route.rows(), template.fields), None
-    if template.noise_shape is not None:
-        shape = (len(mixture.bank.ids), route.num_rows, *template.noise_shape)
-        eps = torch.zeros(shape, dtype=mixture.dtype, device=rows["id"].device)
-    fields = [mixture.bank(rows, eps).loss_R.double()]
+    rows, shape = mixture.values(route.rows(), template.fields), template.noise_shape
+
+    def silence(ids: Tensor, experts: Sequence[int]) -> Tensor:
+        assert shape is not None
+        return torch.zeros(len(experts), len(ids), *shape, dtype=mixture.dtype, device=ids.device)
+
+    fields = [mixture.bank(rows, None if shape is None else silence).loss_R.double()]
     name = reconstructed(mixture)
     if name is not None:
         errors = [(one.reconstruct(rows) - rows[name]).flatten(1) for one in mixture.bank.owned().values()]
         fields.append(torch.stack([error.double().square().sum(1) for error in errors], dim=1))
     combined = mixture.dispatch.combine(torch.stack(fields, dim=-1), route)
     return combined[..., 0], combined[..., 1] if len(fields) > 1 else None
+
+
+@torch.no_grad()
+def twins(mixture: SoftMixture, shard: Shard) -> list[tuple[int, int]]:
+    """Name pairs of experts that are duplicates on a batch, as ``health.duplicates`` has it; every rank calls it.
+
+    Args:
+        mixture: its experts see every row, whatever the routing.
+        shard: this rank's rows, and how many every rank has.
+    """
+    route = mixture.dispatch.send(shard.rows, mixture.bank.template.fields, shard.counts)
+    losses_BE = quiet(mixture, route)[0]
+    by_expert = losses_BE.T.contiguous()
+    distance_EE = torch.cdist(by_expert, by_expert, compute_mode="donot_use_mm_for_euclid_dist")
+    num_experts = losses_BE.shape[1]
+    sums = torch.cat([distance_EE.square().flatten(), losses_BE.sum(0), losses_BE.square().sum(0)])
+    sums = mixture.dispatch.over_batch.sum(sums) / shard.total
+    squares, mean_E, square_E = sums.split([num_experts**2, num_experts, num_experts])
+    spread = (square_E - mean_E.square()).mean().clamp(min=0).sqrt().item()
+    return duplicates(squares.view(num_experts, num_experts).sqrt().cpu().numpy(), spread)
 
 
 def reconstructed(mixture: SoftMixture) -> str | None:

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 
 from mixdist.complaints import EXAMPLE, KINDS, choose, explain, find, keys_of, last_part, one_line
 from mixdist.config import Config, check
-from mixdist.trainer import Phase
+from mixdist.phases import Phase
 
 RESOLVED = "config.yaml"
 

@@ -6,75 +6,22 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from mixdist.checkpoint import CheckpointStore, load_module, read_state
 from mixdist.data import Dataset, Loader, Shard
 from mixdist.engines import NativeEngine, Totals
+from mixdist.evidence import twins
+from mixdist.health import dead
 from mixdist.mesh import Mesh
-from mixdist.mixtures import Mixture, Moment
-from mixdist.objectives import Objective
+from mixdist.mixtures import Mixture, Moment, SoftMixture
+from mixdist.phases import Phase, Position
 from mixdist.wire import Wire, gather_json
-
-
-def _adam() -> dict[str, object]:
-    return {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}}
-
-
-def _weighted_loss() -> dict[str, object]:
-    return {"class_path": "mixdist.objectives.WeightedLoss"}
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training with one objective and one set of optimisers.
-
-    Args:
-        epochs: passes over the training rows.
-        batch_size: rows of the global batch, over all ranks.
-        accumulate: micro-batches in which experts run a batch; the gradient is the same for any number.
-        trains: what learns: both, the gate alone or the experts alone.
-        objective: class of mixdist.objectives, or your own.
-        optimizer: any torch optimiser that works element by element.
-        schedule: any torch learning-rate schedule that needs no metric; stepped after every step.
-        clip_norm: largest norm of the whole gradient.
-    """
-
-    epochs: int = 10
-    batch_size: int = 100
-    accumulate: int = 1
-    trains: Literal["both", "gate", "experts"] = "both"
-    objective: Objective = field(default_factory=_weighted_loss)  # type: ignore[assignment]
-    optimizer: Callable[[Iterable[Tensor]], Optimizer] = field(default_factory=_adam)  # type: ignore[assignment]
-    schedule: Callable[[Optimizer], LRScheduler] | None = None
-    clip_norm: float | None = None
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run is: the next thing to do is batch ``batch`` of epoch ``epoch`` of phase ``phase``.
-
-    Args:
-        phase: number of the phase.
-        epoch: within the phase.
-        batch: within the epoch.
-        step: steps done in the phase.
-        total: steps done in the run.
-    """
-
-    phase: int = 0
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    total: int = 0
 
 
 class Recorder(Protocol):
@@ -133,6 +80,7 @@ class Trainer:
         self.learnable = [[p for p in owned.module.parameters() if p.requires_grad] for owned in self.owned]
         self.position = Position()
         self.saved = -1
+        self._judged: tuple[int, int] | None = None
         self._set_clock()
         self.engine = self._enter(0)
         for number in range(len(self.phases)):
@@ -276,7 +224,7 @@ class Trainer:
         totals = self.engine.step(outcome, at.total + 1)
         self._rows += shard.total
         if logged:
-            self._record(totals, shard.total, rate)
+            self._record(totals, shard, rate)
 
     def _next(self, loader: Loader) -> Shard | None:
         """This rank's rows of the next step, or None at the end of the phase."""
@@ -284,9 +232,9 @@ class Trainer:
         epoch, batch = divmod(at.epoch * loader.num_batches + at.batch + 1, loader.num_batches)
         return loader.batch(epoch, batch).to(self.mesh.device) if epoch < self.phase.epochs else None
 
-    def _record(self, totals: Totals, num_rows: int, rate: float) -> None:
+    def _record(self, totals: Totals, shard: Shard, rate: float) -> None:
         """Hand a record of the step just done to the recorders of rank 0."""
-        meter, outcome = self.wire.meter, totals.outcome
+        meter, outcome, num_rows = self.wire.meter, totals.outcome, shard.total
         own = [meter.waiting_s, meter.transfer_s, peak_memory(self.mesh.device)]
         waiting, transfer, peak = zip(*gather_json(own, self.mesh.world), strict=True)
         record = {
@@ -299,6 +247,7 @@ class Trainer:
             "learning_rate": rate,
             "rows_per_s": self._rows / max(time.perf_counter() - self._since, 1e-9),
             "load": (outcome.load_E / num_rows).tolist(),
+            "dead_experts": [f"expert {e}" for e in dead((outcome.load_E / num_rows).numpy())],
             "seen": (outcome.seen_E / num_rows).tolist(),
             "lost_weight": outcome.lost.item() / num_rows,
             "expert_loss": (outcome.loss_E / outcome.seen_E.clamp(min=1)).tolist(),
@@ -308,6 +257,10 @@ class Trainer:
             "transfer_s": sum(transfer) / len(transfer),
             "peak_memory_bytes": max(peak),
         }
+        judged = (self.position.phase, self.position.epoch)
+        if judged != self._judged and isinstance(self.mixture, SoftMixture):
+            record["duplicate_experts"] = [f"experts {i} and {j}" for i, j in twins(self.mixture, shard)]
+        self._judged = judged  # once an epoch: it runs the experts once more
         for recorder in self.recorders if self.mesh.rank == 0 else ():
             recorder.write(record)
         self._set_clock()

@@ -18,8 +18,9 @@ from mixdist.data import Dataset, Loader
 from mixdist.dispatch import Dispatch
 from mixdist.engines import NativeEngine
 from mixdist.evaluate import evaluate
-from mixdist.experts import VAE, Compute, Expert, ExpertBank, Regressor
-from mixdist.gates import Consistent, Gate, LabelOracle, Softmax, Uniform
+from mixdist.experts import VAE, Classifier, Compute, ConvVAE, Expert, ExpertBank, Regressor
+from mixdist.gallery import targets
+from mixdist.gates import Consistent, ConvSoftmax, Gate, LabelOracle, Softmax, Uniform
 from mixdist.mesh import Launch, Mesh, Placement
 from mixdist.mixtures import Mixture, Moment, SoftMixture
 from mixdist.nets import MLP
@@ -114,6 +115,10 @@ def data() -> Dataset:
 
 
 def make_expert(case: Case, spec: Spec) -> Expert:
+    if case.expert == "conv":
+        return ConvVAE(spec, 3, [2, 3], residual=True, norm="group", likelihood="logistic", kl_warmup=10)
+    if case.expert == "classifier":
+        return Classifier(spec, [7], "tanh", target="label")
     if case.expert == "regressor":
         return Regressor(spec, [7], "tanh", "gaussian", "learned")
     if case.expert == "laplace":
@@ -136,6 +141,8 @@ def make_gate(case: Case, spec: Spec) -> Gate:
         return annealed(spec, case.num_experts)
     if case.gate == "consistent":
         return Consistent(spec, case.num_experts, annealed, weight=2.0, shift=1.0)
+    if case.gate == "conv":
+        return ConvSoftmax(spec, case.num_experts, channels=[3])
     kind = {"softmax": Softmax, "starved": Starved, "noisy": Noisy, "tied": Tied}[case.gate]
     return kind(spec, case.num_experts, [6], "tanh")
 
@@ -246,7 +253,7 @@ def keep(report: dict[str, Any], mixture: Mixture, mesh: Mesh, kind: str, get: A
 
 def judge(report: dict[str, Any], case: Case, mixture: SoftMixture) -> None:
     """Evaluate, and keep how far the gate was from deciding otherwise."""
-    evaluation = evaluate(mixture, data(), case.batch_size, SEED, "y" if case.expert == "regressor" else None)
+    evaluation = evaluate(mixture, data(), case.batch_size, SEED, targets(mixture))
     report["decided"] = evaluation.expert_N.tolist()
     report["figures"] = evaluation.figures
     if case.gate not in ("oracle", "uniform", "noisy", "tied"):

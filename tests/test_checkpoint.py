@@ -57,7 +57,7 @@ class Run:
             for parameter in one.module.parameters():
                 parameter.grad.add_(step)
         zero = torch.zeros(1, dtype=torch.float64)
-        self.engine.step(Outcome(zero, {}, zero, zero, zero, zero, zero, zero), step)
+        self.engine.step(Outcome(zero, {}, *[zero] * 7), step)
         self.store.save(step, {"position": {"total": step}}, self.owned, self.engine)
 
     def tensors(self) -> dict[str, Tensor]:

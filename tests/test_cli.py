@@ -19,7 +19,7 @@ from mixdist.checkpoint import MANIFEST
 from mixdist.cli import train_parser
 from mixdist.config import CheckpointConfig, Config, MeshConfig
 from mixdist.data import Blobs, Digits
-from mixdist.trainer import Phase
+from mixdist.phases import Phase
 from tests.launch import REMOVED, SMALL, Ended, changed, here, torchrun, write_config
 
 

@@ -79,6 +79,51 @@ def on_ranks(ranks: int, ep_size: int) -> list[str]:
     return [name for name, good in found.items() if not good]
 
 
+def masked(num_rows: int, rank: int, density: float) -> Tensor:
+    """Some experts for each row; of the densities, 0 is none at all and 2 is expert 3 for every row."""
+    if density == 2:
+        return torch.arange(NUM_EXPERTS).eq(3).expand(num_rows, -1)
+    return torch.rand(num_rows, NUM_EXPERTS, generator=torch.Generator().manual_seed(rank)) < density
+
+
+def some_on_ranks(ranks: int, ep_size: int, density: float) -> dict[str, Any]:
+    """Send rows to some experts only: what went wrong on this rank, its bytes, and both sides of two adjoints."""
+    dispatch = make(ranks, ep_size)
+    mesh, rows = dispatch.mesh, own_rows(dispatch)
+    routed = masked(len(rows["id"]), mesh.rank, density)
+    dispatch.wire.meter.reset()
+    [counts] = dispatch.arrivals([routed])
+    route = dispatch.send_some(rows, ["x", "y", "label"], routed, counts)
+    here = route.rows()
+    assert route.mask_Re is not None
+    wanted_ids, wanted_mask = [], []
+    for rank in mesh.placement.ep_ranks(mesh.replica):
+        theirs = masked(COUNTS[rank], rank, density)[:, list(mesh.experts)]
+        wanted_ids.append((torch.arange(COUNTS[rank]) + 2**40 + 100 * rank)[theirs.any(1)])
+        wanted_mask.append(theirs[theirs.any(1)])
+    ids, mask = torch.cat(wanted_ids), torch.cat(wanted_mask)
+    mine = numbers(rows["id"], range(NUM_EXPERTS), 2) * routed[:, :, None]
+    field = numbers(ids, mesh.experts, 2) * mask[:, :, None]
+    found = {
+        "ids": torch.equal(here["id"], ids),
+        "y": torch.equal(here["y"], ids.remainder(97).float() / 7),
+        "mask": torch.equal(route.mask_Re, mask),
+        "combine": torch.equal(dispatch.combine(field, route), mine),
+        "spread": torch.equal(dispatch.spread(mine, route), field),
+    }
+    generator = torch.Generator().manual_seed(mesh.rank)
+    sides = {}
+    for name, shape, apply in (("combine", field.shape, dispatch.combine), ("spread", mine.shape, dispatch.spread)):
+        x = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        result = apply(x, route)
+        y = torch.randn(result.shape, dtype=torch.float64, generator=generator)
+        (gradient,) = torch.autograd.grad(result, x, y)
+        sides[name] = ((result * y).sum().item(), (x * gradient).sum().item())
+    meter = dispatch.wire.meter
+    wrong = [name for name, good in found.items() if not good]
+    return {"wrong": wrong, "sides": sides, "sent": meter.wire_bytes, "least": meter.wire_bytes_least}
+
+
 def adjoints(ranks: int, ep_size: int) -> dict[str, tuple[float, float]]:
     """Give this rank's part of <A x, y> and <x, A' y> for each primitive A, its transpose A' by autograd."""
     dispatch = make(ranks, ep_size)
@@ -139,6 +184,31 @@ def control() -> list[Any]:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_primitives_move_what_they_say(pool: Callable[[int], Pool], layout: tuple[int, int]) -> None:
     assert pool(layout[0]).run("tests.test_dispatch:on_ranks", *layout) == [[]] * layout[0]
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3, 0.8, 2.0])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_rows_go_to_some_experts_only(pool: Callable[[int], Pool], layout: tuple[int, int], density: float) -> None:
+    """A row once to each rank with an expert for it; two numbers a pair back, and by autograd two out, and so on."""
+    reports = pool(layout[0]).run("tests.test_dispatch:some_on_ranks", *layout, density)
+    assert [report["wrong"] for report in reports] == [[]] * layout[0]
+    for name in ("combine", "spread"):
+        forward, backward = (sum(report["sides"][name][i] for report in reports) for i in (0, 1))
+        assert forward == pytest.approx(backward, rel=1e-12), name
+    placement = Placement.plan(NUM_EXPERTS, *layout)
+    copies = pairs = masks = 0
+    for rank in range(layout[0]):
+        routed = masked(COUNTS[rank], rank, density)
+        for member in range(placement.ep_size):
+            if member != placement.member_of(rank):
+                there = routed[:, list(placement.experts_of(member))]
+                copies += int(there.any(1).sum())
+                pairs += int(there.sum())
+                masks += int(there.any(1).sum()) if there.shape[1] > 1 else 0
+    # combine and spread once, then each again with its gradient: six moves of two float64 a pair.
+    wanted = copies * (8 + 6 + 4 + 1) + 6 * pairs * 2 * 8
+    assert sum(report["least"] for report in reports) == wanted
+    assert sum(report["sent"] for report in reports) == wanted + masks
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

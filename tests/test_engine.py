@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from mixdist.engines import NativeEngine, NotFinite
+from mixdist.experts import VAE, Expert, ExpertBank
 from mixdist.mesh import Launch, Mesh, Placement
 from mixdist.mixtures import Moment, Parts
-from mixdist.terms import Outcome
+from mixdist.terms import Field, Outcome
 from mixdist.wire import Wire
 from tests.parity import SEED, Case, Loader, data, make_mixture, make_objective
 
@@ -29,7 +30,7 @@ def parts() -> Parts:
 def outcome(**changed: Any) -> Outcome:
     zero, zeros = torch.zeros((), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     fields = {"loss": zero, "parts": {}, "load_E": zeros, "loss_E": zeros, "seen_E": zeros + 4}
-    return Outcome(**{**fields, "bad_E": zeros, "bad_gate": zero, "entropy": zero, **changed})
+    return Outcome(**{**fields, "bad_E": zeros, "bad_gate": zero, "entropy": zero, "lost": zero, **changed})
 
 
 def engine_of(made: Parts, optimizer: Callable[..., Any] | None = None, **arguments: Any) -> NativeEngine:
@@ -157,3 +158,43 @@ def test_modules_that_do_not_train_have_no_optimizer_and_do_not_count() -> None:
     own = [p.grad for p in all_parameters(made) if p.requires_grad and p.grad is not None]
     expected = torch.stack([g.square().sum() for g in own]).sum().sqrt().item()
     assert engine.step(outcome(), 1).grad_norm == pytest.approx(expected, rel=1e-14)
+
+
+def stacked_or_loop(execution: Any, steps: int, first: dict[str, dict[str, Tensor]] | None = None) -> Any:
+    """Train three VAEs for some steps, from a state if one is given: weights and the optimiser's state of each."""
+    spec = {"x": Field((1, 4, 4), torch.uint8, 1 / 255)}
+    experts: dict[int, Expert] = {}
+    for e in range(3):
+        torch.manual_seed(e)
+        experts[e] = VAE(spec, 2, [5]).double()
+    bank = ExpertBank(experts, execution)
+    made = Parts({}, dict(bank.owned()), bank.stack)
+    engine = engine_of(made, lambda p: torch.optim.Adam(p, 0.1, amsgrad=True), clip_norm=1.0)
+    for owned in made.owned() if first else ():
+        owned.module.load_state_dict(first[f"{owned.name} model"])
+        engine.load_optimizer_state(owned, first[f"{owned.name} state"])
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        rows = {"id": torch.arange(7), "x": torch.rand(7, 1, 4, 4, generator=generator, dtype=torch.float64)}
+        eps = torch.randn(3, 7, 2, generator=generator, dtype=torch.float64)
+        engine.zero_grad()
+        bank(rows, lambda ids, numbers, eps=eps: eps[list(numbers)]).loss_R.sum().backward()
+        engine.step(outcome(), step)
+    kept = {f"{o.name} model": {n: v.clone() for n, v in o.module.state_dict().items()} for o in made.owned()}
+    return kept | {
+        f"{o.name} state": {n: v.clone() for n, v in engine.optimizer_state(o).items()} for o in made.owned()
+    }
+
+
+def test_a_stack_s_optimiser_is_those_of_its_experts() -> None:
+    """Weights and state agree with a loop's, and go from one to the other in the middle."""
+    halves = {way: stacked_or_loop(way, 4) for way in ("loop", "stacked")}
+    torch.testing.assert_close(halves["stacked"], halves["loop"], rtol=1e-12, atol=1e-14)
+    kept = halves["stacked"]["expert 1 state"]
+    assert {"encoder.layers.0.weight.exp_avg", "encoder.layers.0.weight.step"} <= kept.keys()
+    whole = stacked_or_loop("loop", 3, halves["loop"])
+    for way, other in (("stacked", "loop"), ("loop", "stacked"), ("stacked", "stacked")):
+        torch.testing.assert_close(stacked_or_loop(way, 3, halves[other]), whole, rtol=1e-12, atol=1e-14)
+    fresh = stacked_or_loop("loop", 3, {n: {} if n.endswith("state") else v for n, v in halves["loop"].items()})
+    difference = fresh["expert 1 model"]["encoder.layers.0.weight"] - whole["expert 1 model"]["encoder.layers.0.weight"]
+    assert difference.abs().max() > 1e-4  # the state is what makes it the same

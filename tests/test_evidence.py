@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from mixdist import evidence as subject
+from mixdist.data import Loader
 from mixdist.evaluate import EVALUATION_PHASE, Evaluation, evaluate
-from mixdist.evidence import SAMPLES_AT_ONCE, Evidence, importance, mixture_log_likelihood
+from mixdist.evidence import SAMPLES_AT_ONCE, Evidence, importance, mixture_log_likelihood, twins
 from mixdist.experts import VAE, Expert, ExpertBank
 from mixdist.gates import Uniform
 from mixdist.health import dead, duplicates, in_words
 from mixdist.mixtures import Moment, SoftMixture
-from mixdist.noise import Draw, Purpose
+from mixdist.noise import Draw, Purpose, weights_seed
 from mixdist.terms import Batch, ExpertTerms, Field, Spec
 from mixdist.wire import Wire
-from tests.parity import SEED, Case, data, make_mixture, mesh_of
+from tests.parity import SEED, Case, data, make_expert, make_mixture, mesh_of
 from tests.pool import Pool
 
 AT = Moment(SEED, EVALUATION_PHASE)
@@ -275,6 +276,26 @@ def test_a_copy_is_found_whatever_the_order_of_its_latent_dimensions() -> None:
     assert judged(Case(), None, copy_expert).findings == [told]
     assert judged(Case(gate="uniform"), None, copy_expert).findings == [told]
     assert judged(Case(), None).findings == []
+
+
+def test_copies_are_found_on_a_batch_by_every_layout(pool: Callable[[int], Pool]) -> None:
+    for ranks in (1, 2):
+        found = pool(ranks).run("tests.test_evidence:found_on_a_batch", ranks)
+        assert found == [([], [(0, 2)])] * ranks
+
+
+def found_on_a_batch(ranks: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Duplicates before expert 2 becomes what expert 0 is, and after."""
+    case = Case(ranks=ranks, ep_size=ranks)
+    mesh = mesh_of(case.num_experts, ranks, ranks)
+    mixture = make_mixture(case, mesh, Wire(mesh.device))
+    assert isinstance(mixture, SoftMixture)
+    shard = Loader(data(), 16, SEED, 0, mesh.rank, ranks).batch(0, 0)
+    before = twins(mixture, shard)
+    if 2 in mixture.bank.owned():
+        torch.manual_seed(weights_seed(SEED, Purpose.WEIGHTS, 0))
+        mixture.bank.owned()[2].load_state_dict(make_expert(case, data().spec).double().state_dict())
+    return before, twins(mixture, shard)
 
 
 def test_a_dead_expert_is_found() -> None:

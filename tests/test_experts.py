@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Laplace, MultivariateNormal, Normal, kl_divergence
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mixdist.experts import VAE, Expert, ExpertBank, Noise, Regressor
+from mixdist.experts import VAE, Compute, Expert, ExpertBank, Noise, Regressor, time_executions
 from mixdist.nets import MLP, Affine
-from mixdist.terms import Batch, Field, Spec
+from mixdist.terms import Batch, ExpertTerms, Field, Spec
 
 SPEC: Spec = {
     "x": Field((6,), torch.float64),
@@ -306,3 +306,59 @@ def test_a_frozen_bank_gives_no_gradient(execution: str) -> None:
 def test_an_expert_that_does_not_stack_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^execution 'stacked' .* Expert is not: set execution to 'loop'$"):
         ExpertBank({0: Expert()}, "stacked")
+
+
+def test_timing_leaves_the_experts_as_they_are() -> None:
+    bank = _bank(VAE, VAES[-1], "loop")
+    before = {name: value.clone() for name, value in bank.state_dict().items()}
+    seconds = time_executions(bank.owned(), _rows(), _given(bank, _random(3, 7, 3)), Compute())
+    assert seconds.keys() == {"loop", "stacked"}
+    assert min(seconds.values()) > 0
+    assert all(torch.equal(value, before[name]) for name, value in bank.state_dict().items())
+    assert all(p.grad is None for p in bank.parameters())
+    assert time_executions({0: Plain(SPEC)}, _rows(), None, Compute()).keys() == {"loop"}
+
+
+class Plain(Expert):
+    """An expert that does not stack."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.centre = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
+        return ExpertTerms((rows["x"].flatten(1) - self.centre).square().sum(1))
+
+
+@pytest.mark.parametrize(
+    "compute", [Compute(micro_batch=3), Compute(micro_batch=2, recompute=True), Compute(recompute=True)]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_pieces_and_recomputation_change_nothing(compute: Compute, masked: bool) -> None:
+    mask = torch.rand(7, 3, generator=torch.Generator().manual_seed(0)) < 0.5 if masked else None
+    eps, results = _random(3, 7, 3), []
+    for how in (Compute(), compute):
+        bank = ExpertBank({e: _make(VAE, VAES[-1], seed=e) for e in (2, 5, 7)}, "loop", how)
+        losses = bank(_rows(), _given(bank, eps), mask).loss_R
+        (losses * _random(7, 3)).sum().backward()
+        results.append([losses.detach(), *(p.grad for p in bank.parameters())])
+    for got, wanted in zip(results[1], results[0], strict=True):
+        _close(got, wanted)
+
+
+@pytest.mark.parametrize("execution", ["loop", "stacked"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_that_come_ahead_are_those_that_come_after(execution: str, masked: bool) -> None:
+    mask = torch.rand(7, 3, generator=torch.Generator().manual_seed(0)) < 0.5 if masked else None
+    eps, grads = _random(3, 7, 3), _random(7, 3, seed=5)
+    after, ahead = (_bank(VAE, VAES[-1], execution) for _ in range(2))
+    losses = after(_rows(), _given(after, eps), mask).loss_R
+    losses.backward(grads)
+    returned = ahead.backward(_rows(), _given(ahead, eps), mask, grads if mask is None else grads * mask)
+    _close(returned, losses.detach())
+    assert not returned.requires_grad
+    for name, parameter in after.named_parameters():
+        got = ahead.get_parameter(name).grad
+        assert got is not None
+        assert parameter.grad is not None
+        _close(got, parameter.grad)

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("convnets",),
     ("data", "experts", "gates"),
     ("routing", "objectives", "health"),
-    ("mesh",),
+    ("mesh", "phases"),
     ("wire",),
     ("route",),
     ("dispatch",),

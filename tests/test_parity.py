@@ -28,16 +28,17 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "way": ("back", "ahead"),
     "prefetch": (False, True),
     "memory": ("whole", "pieces", "recompute"),
-    "gate": ("softmax", "annealed", "consistent", "starved", "noisy", "tied", "oracle", "uniform"),
-    "expert": ("bernoulli", "gaussian", "laplace", "regressor"),
+    "gate": ("softmax", "conv", "annealed", "consistent", "starved", "noisy", "tied", "oracle", "uniform"),
+    "expert": ("bernoulli", "gaussian", "laplace", "conv", "regressor", "classifier"),
     "batch_size": (16, 13, 3),
     "optimizer": ("adam", "clipped-sgd", "scheduled-adamw"),
 }
 
 
 def possible(row: dict[str, Any]) -> bool:
-    """Say whether options go together: only a loss linear in the experts' losses has its gradient ahead of them."""
-    return not (row.get("way") == "ahead" and row.get("objective") == "mixture")
+    """Say whether options go together."""
+    ahead_of_what = row.get("way") == "ahead" and row.get("objective") == "mixture"  # not linear in the losses
+    return not ahead_of_what and not (row.get("execution") == "stacked" and row.get("expert") == "conv")
 
 
 def pairs_of(options: dict[str, Sequence[Any]]) -> set[frozenset[tuple[str, Any]]]:
@@ -80,7 +81,8 @@ def check(pool: Callable[[int], Pool], case: Case) -> None:
     assert wanted["margin"] > 1e-9, "a decision of the gate hangs by a thread: choose another seed"
     for sent, least in got["bytes"]:
         assert least <= sent <= 1.05 * least
-        assert (sent > 0) == (case.ep_size > 1)
+        if case.routing == "dense":  # else every row may have stayed where it was
+            assert (sent > 0) == (case.ep_size > 1)
 
 
 COVERING = [case_of(**row) for row in covering(OPTIONS)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -48,6 +48,9 @@ class NotFinite(ValueError):
 class NativeEngine:
     """Gradients summed over whoever holds a copy, one optimiser for each module, in one process or many.
 
+    Experts that run as one stack share an optimiser over the stack, which one that works element by element cannot
+    tell from theirs; its state is cut into theirs where it is saved.
+
     A missing gradient counts as zero, so that the optimiser of an expert without rows steps like any other.
 
     Args:
@@ -71,7 +74,7 @@ class NativeEngine:
         self.parts, self.mesh, self.wire, self.clip_norm = parts, mesh, wire, clip_norm
         listed = [(owned, trainable(owned.module)) for owned in parts.owned()]
         self.trained = [(owned, parameters) for owned, parameters in listed if parameters]
-        self.optimizers = {owned.name: optimizer(parameters) for owned, parameters in self.trained}
+        self.optimizers = {owned.name: optimizer(tensors) for owned, tensors in self._tensors()}
         self.schedules = [schedule(o) for o in self.optimizers.values()] if schedule else []
         self.num_experts = mesh.placement.num_experts
         self.zero_grad()
@@ -132,26 +135,54 @@ class NativeEngine:
 
     def optimizer_state(self, owned: Owned) -> dict[str, Tensor]:
         """Give the optimiser's state of a module: "<parameter>.<key>" to tensor."""
-        optimizer = self.optimizers.get(owned.name)
+        optimizer = self._optimizer(owned)
         state: dict[str, Tensor] = {}
         if optimizer is not None:
             for name, parameter in owned.module.named_parameters():
-                for key, value in optimizer.state.get(parameter, {}).items():
-                    state[f"{name}.{key}"] = torch.as_tensor(value)
+                tensor, place = self._place(owned, name, parameter)
+                for key, value in optimizer.state.get(tensor, {}).items():
+                    value = torch.as_tensor(value)
+                    state[f"{name}.{key}"] = value if place is None or not value.dim() else value[place]
         return state
 
     def load_optimizer_state(self, owned: Owned, state: dict[str, Tensor]) -> None:
         """Put back what ``optimizer_state`` gave; tensors of a parameter's shape go to its device."""
-        optimizer = self.optimizers.get(owned.name)
+        optimizer = self._optimizer(owned)
         if optimizer is None:
             return
         group = optimizer.param_groups[0]
         for name, parameter in owned.module.named_parameters():
+            tensor, place = self._place(owned, name, parameter)
             own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.rpartition(".")[0] == name}
             for key, value in own.items():
                 # As in torch: a step counter stays on the CPU, but where a fused optimiser reads it on the device.
                 moves = value.dim() or group.get("fused") or group.get("capturable")
-                optimizer.state[parameter][key] = value.to(parameter.device) if moves else value.clone()
+                value = value.to(parameter.device if moves else value.device, copy=True)
+                if place is None or not value.dim():
+                    optimizer.state[tensor][key] = value
+                else:
+                    optimizer.state[tensor].setdefault(key, torch.zeros_like(tensor, dtype=value.dtype))[place] = value
+
+    def _tensors(self) -> Iterator[tuple[Owned, list[Tensor]]]:
+        """What each optimiser steps: the parameters of a module, or for a stack's first expert those of all."""
+        stacked = False
+        for owned, parameters in self.trained:
+            if owned.expert is None or not self.parts.stack:
+                yield owned, list(parameters)
+            elif not stacked:
+                stacked = True
+                yield owned, [self.parts.stack[n] for n, p in owned.module.named_parameters() if p.requires_grad]
+
+    def _optimizer(self, owned: Owned) -> Optimizer | None:
+        if owned.expert is not None and self.parts.stack:
+            owned = next(other for other in self.parts.owned() if other.expert is not None)
+        return self.optimizers.get(owned.name)
+
+    def _place(self, owned: Owned, name: str, parameter: nn.Parameter) -> tuple[Tensor, int | None]:
+        """Find the tensor that an optimiser knows a parameter by, and the parameter's place in it."""
+        if owned.expert is None or not self.parts.stack:
+            return parameter, None
+        return self.parts.stack[name], list(self.parts.experts).index(owned.expert)
 
     def _gradients(self) -> list[tuple[Owned, list[Tensor]]]:
         return [(owned, [p.grad for p in parameters if p.grad is not None]) for owned, parameters in self.trained]

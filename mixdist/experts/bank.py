@@ -70,13 +70,15 @@ class ExpertBank(nn.Module):
         assert experts
         assert list(experts) == sorted(experts)
         self.experts = nn.ModuleDict({str(e): expert for e, expert in experts.items()})
-        self.execution, self.compute = execution, compute or Compute()
+        self.execution: Execution = "loop"
+        self.compute = compute or Compute()
+        self.timed: dict[Execution, float] = {}  # seconds a pass, where the execution was chosen by the clock
         self.stack: dict[str, Tensor] = {}
         if self.compute.channels_last:
             for expert in self.experts.values():
                 expert.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if execution == "stacked":
-            self._stack()
+            self.stack_up()
         # Kept out of the module's own list: a compiled module shares its parameters with the expert.
         self._calls = {e: self._callable(expert) for e, expert in self.owned().items()}
 
@@ -94,7 +96,12 @@ class ExpertBank(nn.Module):
         """One of the experts: what it needs, all need."""
         return next(iter(self.owned().values()))
 
-    def _stack(self) -> None:
+    def stack_up(self) -> None:
+        """Go from a loop to stacked execution, before any optimiser is made.
+
+        Raises:
+            ValueError: these experts cannot be stacked.
+        """
         if not self.template.stackable:
             kind = type(self.template).__name__
             raise ValueError(f"execution 'stacked' needs stackable experts, and {kind} is not: set execution to 'loop'")
@@ -105,6 +112,7 @@ class ExpertBank(nn.Module):
             for i, p in enumerate(own):
                 p.data, p.grad = stacked.detach()[i], stacked.grad[i]
             self.stack[name] = stacked
+        self.execution = "stacked"
 
     def _callable(self, expert: Expert) -> Callable[[Batch, Tensor | None], ExpertTerms]:
         call = torch.compile(expert, dynamic=True) if self.compute.compile else expert

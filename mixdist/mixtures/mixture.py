@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from mixdist.data import Shard
 from mixdist.noise import Draw, Purpose
@@ -47,10 +47,13 @@ class Parts:
     Args:
         shared: replicated on every rank: the gate, a shared decoder; by name.
         experts: this rank's experts by global number.
+        stack: where experts run as one stack, the tensors that their parameters are slices of, by the parameter's
+            name; the leading axis is that of ``experts``.
     """
 
     shared: dict[str, nn.Module]
     experts: dict[int, nn.Module] = field(default_factory=dict)
+    stack: dict[str, Tensor] = field(default_factory=dict)
 
     def owned(self) -> list[Owned]:
         """All of them, shared ones first, experts in ascending order."""

@@ -77,7 +77,7 @@ class SoftMixture:
     @property
     def parts(self) -> Parts:
         """The gate is shared; the experts are this rank's own."""
-        return Parts({"gate": self.gate}, dict(self.bank.owned()))
+        return Parts({"gate": self.gate}, dict(self.bank.owned()), self.bank.stack)
 
     def backward(
         self, shard: Shard, objective: Objective, at: Moment, num_parts: int = 1, upcoming: Shard | None = None
@@ -185,7 +185,7 @@ class SoftMixture:
         rows = route.rows()  # before weights are spread: it is the rows that tell which weights are wanted
         grads_Re = self.dispatch.spread(log_weights_BE.exp() / total, route)
         values = self.values(rows, self.bank.template.fields)
-        losses_Re = self.bank.backward(values, self._noise(at), route.mask_Re, grads_Re)
+        losses_Re = self.bank.backward(values, self.noise(at), route.mask_Re, grads_Re)
         return self.dispatch.combine(losses_Re, route)
 
     def _backward_gate(self, gating: Gating, leaves: list[Tensor], total: int) -> None:
@@ -210,9 +210,10 @@ class SoftMixture:
     def expert_terms(self, route: Route, at: Moment) -> ExpertTerms:
         """Run this rank's experts on the rows that arrive: fields (R, e, ...)."""
         rows = self.values(route.rows(), self.bank.template.fields)
-        return self.bank(rows, self._noise(at), route.mask_Re)
+        return self.bank(rows, self.noise(at), route.mask_Re)
 
-    def _noise(self, at: Moment) -> Noise | None:
+    def noise(self, at: Moment) -> Noise | None:
+        """Give the draws of the experts' posteriors at a moment, or None where they need none."""
         shape = self.bank.template.noise_shape
         if shape is None:
             return None
