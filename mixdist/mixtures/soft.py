@@ -106,11 +106,13 @@ class SoftMixture:
         named = {"rows": rows_loss / shard.total}
         if objective.balance is not None:
             # In float64: near balance the term is a small difference of large numbers.
-            resp_sum_E = self.dispatch.over_batch.sum(log_resp_BE.double().exp().sum(0))
-            balance = self.dispatch.over_batch.share(objective.balance(resp_sum_E, shard.total))
-            named["balance"] = balance.detach()
+            own_E = log_resp_BE.double().exp().sum(0)
+            resp_sum_E = self.dispatch.over_batch.sum(own_E.detach()).requires_grad_(learns)
+            balance = objective.balance(resp_sum_E, shard.total)
+            named["balance"] = self.dispatch.over_batch.share(balance.detach())
             if learns:
-                balance.backward()
+                # Every rank has the whole term, hence its whole gradient: the adjoint of the sum needs no collective.
+                own_E.backward(torch.autograd.grad(balance, resp_sum_E)[0])
         if gating.loss_B is not None:
             named["gate"] = gating.loss_B.detach().sum() / shard.total
         self._backward_gate(gating, leaves, shard.total)
