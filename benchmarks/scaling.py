@@ -276,6 +276,11 @@ def shown(row: dict[str, Any]) -> list[object]:
     return [*(row[name] for name in ("mode", "ranks", "experts", "batch")), *told, *per_cent]
 
 
+def seen_by(row: dict[str, Any]) -> int:
+    """Experts that see a row."""
+    return int(row["experts"]) if row["routing"] == "soft" else min(2, int(row["experts"]))
+
+
 def pyplot() -> Any:
     """Give matplotlib's pyplot for files."""
     try:
@@ -289,17 +294,21 @@ def pyplot() -> Any:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw rows/s and efficiency over ranks, a line for each mode and problem."""
+    """Draw pairs of row and expert a second, and efficiency, over ranks; a line for each mode and problem."""
     figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for problem in dict.fromkeys(tuple(str(row[name]) for name in SAME) for row in rows):
         mine = [row for row in rows if tuple(str(row[name]) for name in SAME) == problem]
         mine.sort(key=lambda row: int(row["ranks"]))
         ranks = [int(row["ranks"]) for row in mine]
         label = " ".join(problem[:3])
-        for axis, name in zip(axes, ("rows_per_s", "efficiency"), strict=True):
-            axis.plot(ranks, [float(row[name]) for row in mine], marker="o", label=label)
-            axis.set(xlabel="ranks", ylabel={"rows_per_s": "rows/s"}.get(name, name), xticks=sorted(set(ranks)))
-            axis.set_ylim(bottom=0)
+        pairs = [float(row["rows_per_s"]) * seen_by(row) for row in mine]
+        efficiency = [float(row["efficiency"]) for row in mine]
+        for axis, name, values in zip(axes, ("(row, expert)/s", "efficiency"), (pairs, efficiency), strict=True):
+            axis.plot(ranks, values, marker="o", label=label)
+            axis.set(xlabel="ranks", ylabel=name)
+    for axis in axes:
+        axis.set_xticks(sorted({int(row["ranks"]) for row in rows}))
+        axis.set_ylim(bottom=0)
     axes[0].legend()
     figure.savefig(path, dpi=120)
 
