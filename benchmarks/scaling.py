@@ -60,9 +60,9 @@ class CountingWire(Wire):
         self.messages += sum(1 for n in sent if n)
         return super()._all_to_all(flat, sent, received, group)
 
-    def all_reduce(self, tensor: Tensor, group: Group) -> Tensor:
+    def start_all_reduce(self, tensor: Tensor, group: Group) -> Pending:
         self.messages += 0 if group is None else 2 * (torch.distributed.get_world_size(group) - 1)
-        return super().all_reduce(tensor, group)
+        return super().start_all_reduce(tensor, group)
 
 
 def main(words: Sequence[str] | None = None) -> None:
