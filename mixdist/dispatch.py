@@ -63,6 +63,10 @@ class OverBatch:
         """Sum x over all ranks."""
         return x if self.mesh.world is None else _AllReduce.apply(x, self.wire, self.mesh.world)
 
+    def start_sum(self, x: Tensor) -> Pending:
+        """Start to sum x, which needs no gradient, over all ranks; a handle to the sum."""
+        return self.wire.start_all_reduce(x.detach().clone(memory_format=torch.contiguous_format), self.mesh.world)
+
     def gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """Give the rows (B, ...) of all ranks, in rank order: (sum of counts, ...)."""
         if self.mesh.world is None:

@@ -101,12 +101,16 @@ class Wire:
 
     def all_reduce(self, tensor: Tensor, group: Group) -> Tensor:
         """Sum ``tensor`` in place over the group; a group of None (one process) changes nothing."""
+        return self.start_all_reduce(tensor, group).wait()
+
+    def start_all_reduce(self, tensor: Tensor, group: Group) -> Pending:
+        """As ``all_reduce``, under way: a handle to the sum."""
         if group is None:
-            return tensor
+            return Pending(tensor, tensor, None)
         assert tensor.is_contiguous()
         size = dist.get_world_size(group)
         self.meter.sync_bytes += 2 * (size - 1) * tensor.numel() * tensor.element_size() // size
-        return self._run(lambda: dist.all_reduce(tensor, group=group, async_op=True), tensor, tensor, group).wait()
+        return self._run(lambda: dist.all_reduce(tensor, group=group, async_op=True), tensor, tensor, group)
 
     def _run(self, start: Callable[[], Any], output: Tensor, held: Tensor, group: Group) -> Pending:
         with together():

@@ -87,6 +87,10 @@ class SoftMixture:
         first = self._first(shard, shards[0]) if self.routing is None else None  # under way while the gate runs
         gating = self.gating(shard.rows, at)
         learns = gating.log_resp_BE.requires_grad
+        resp_sum = None
+        if objective.balance is not None:  # the sum is under way while the experts run
+            # In float64: near balance the term is a small difference of large numbers.
+            resp_sum = self.dispatch.over_batch.start_sum(gating.log_resp_BE.detach().double().exp().sum(0))
         sizes = [part.size for part in shards]
         leaves = [part.detach().requires_grad_(learns) for part in gating.log_resp_BE.split(sizes)]
         plan, routes = None, self._routes(shards, first)
@@ -104,13 +108,13 @@ class SoftMixture:
         with torch.no_grad():
             rows_loss = self._rows_loss(objective, log_resp_BE, None if plan is None else plan.routed_BE, losses_BE)
         named = {"rows": rows_loss / shard.total}
-        if objective.balance is not None:
-            # In float64: near balance the term is a small difference of large numbers.
-            resp_sum_E = self.dispatch.over_batch.sum(log_resp_BE.double().exp().sum(0))
-            balance = self.dispatch.over_batch.share(objective.balance(resp_sum_E, shard.total))
-            named["balance"] = balance.detach()
+        if objective.balance is not None and resp_sum is not None:
+            resp_sum_E = resp_sum.wait().requires_grad_(learns)
+            balance = objective.balance(resp_sum_E, shard.total)
+            named["balance"] = self.dispatch.over_batch.share(balance.detach())
             if learns:
-                balance.backward()
+                # Every rank has the whole term, hence its whole gradient: the adjoint of the sum needs no collective.
+                log_resp_BE.double().exp().sum(0).backward(torch.autograd.grad(balance, resp_sum_E)[0])
         if gating.loss_B is not None:
             named["gate"] = gating.loss_B.detach().sum() / shard.total
         self._backward_gate(gating, leaves, shard.total)

@@ -1,0 +1,120 @@
+"""What the benchmarks share: rivals that take turns on all ranks, medians of ratios, how figures are told."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mixdist.build import keep_large_blocks
+from mixdist.mesh import Launch, Mesh, Placement, choose_device
+from mixdist.metrics import table
+from mixdist.wire import gather_json
+
+Figures = dict[str, float]
+"""Median, least and most of what turns measured."""
+
+
+def parser_of(description: str | None, turns: int, steps: int) -> argparse.ArgumentParser:
+    """Make a parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=turns, help="turns of each rival; medians are of these")
+    parser.add_argument("--steps", type=int, default=steps, help="steps of a turn; one more before them is not timed")
+    parser.add_argument("--warm-up", type=int, default=1, help="turns of each rival before those that count")
+    parser.add_argument("--threads", type=int, default=1, help="of each rank")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
+    parser.add_argument("--out", type=Path, help="file for the JSON; unset, it is the last line of the output")
+    return parser
+
+
+def meet(num_experts: int, options: argparse.Namespace) -> Mesh:
+    """Find this rank's place, as every command does; several EP groups where there are more ranks than experts."""
+    torch.set_num_threads(options.threads)
+    keep_large_blocks()
+    launch = Launch.read()
+    placement = Placement.plan(num_experts, launch.world_size)
+    return Mesh(placement, launch, choose_device(options.device, launch), timeout_s=300.0)
+
+
+def take_turns(
+    rivals: Mapping[str, Callable[[int], Any]], options: argparse.Namespace, mesh: Mesh
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Give seconds a step of each rival in each turn, those of the slowest rank; and CPU seconds a step, of all ranks.
+
+    The second say what a step costs where other programs take part of the machine; waiting is not in them.
+
+    A rival is called with the number of steps to do; every rank calls it. Before each turn all ranks meet and the rival
+    does one step that is not timed. The order goes round, so that none is always behind the same other.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    cpu: dict[str, list[float]] = {name: [] for name in rivals}
+    names = list(rivals)
+    for turn in range(-options.warm_up, options.turns):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            rivals[name](1)
+            begin, busy = now(mesh, barrier=True), time.process_time()
+            rivals[name](options.steps)
+            took, worked = now(mesh) - begin, time.process_time() - busy
+            all_took, all_worked = zip(*gather_json([took, worked], mesh.world), strict=True)
+            if turn >= 0:
+                seconds[name].append(max(all_took) / options.steps)
+                cpu[name].append(sum(all_worked) / options.steps)
+    return seconds, cpu
+
+
+def now(mesh: Mesh, barrier: bool = False) -> float:
+    """The time in seconds, once the device is done and, if asked, all ranks have met."""
+    if mesh.device.type == "cuda":
+        torch.cuda.synchronize(mesh.device)
+    if barrier and mesh.world is not None:
+        # Not dist.barrier: ranks leave that of gloo one after another.
+        dist.all_reduce(torch.zeros(1, device=mesh.device), group=mesh.world)
+    return time.perf_counter()
+
+
+def figures(values: Sequence[float]) -> Figures:
+    """Median and spread."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> Figures:
+    """Median and spread of the ratios a / b of neighbouring turns: what slows the machine down hits both."""
+    return figures([x / y for x, y in zip(a, b, strict=True)])
+
+
+def ms(of: Figures) -> str:
+    """Seconds as "median (least to most)" in milliseconds."""
+    return f"{1000 * of['median']:.1f} ({1000 * of['min']:.1f} to {1000 * of['max']:.1f})"
+
+
+def plain(of: Figures) -> str:
+    """A ratio as "median (least to most)"."""
+    return f"{of['median']:.3f} ({of['min']:.3f} to {of['max']:.3f})"
+
+
+def tell(headers: Sequence[str], lines: Sequence[Sequence[object]], mesh: Mesh) -> None:
+    """Print a table, on rank 0."""
+    if mesh.rank == 0:
+        print(table(headers, lines), flush=True)
+
+
+def write(result: Mapping[str, Any], options: argparse.Namespace, mesh: Mesh) -> None:
+    """Write the JSON, on rank 0: to the file asked for, else as the last line."""
+    if mesh.rank:
+        return
+    chosen = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
+    about = {"options": chosen, "ranks": mesh.world_size, "cores": os.cpu_count(), "torch": torch.__version__}
+    text = json.dumps({**about, **result})
+    if options.out is None:
+        print(text, flush=True)
+    else:
+        options.out.write_text(text + "\n")

@@ -1,0 +1,139 @@
+"""The benchmarks run end to end, and what they say that no clock decides holds: losses, bytes, bytes held."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mixdist.mesh import Launch, Mesh, Placement
+from tests.launch import ROOT
+from tests.pool import Pool
+
+BENCHMARKS = ROOT / "benchmarks"
+SPREAD = {"median", "min", "max"}
+
+
+def load(name: str) -> ModuleType:
+    """Import a benchmark as its own folder does, whose files name each other."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+def measure(name: str, words: list[str], ranks: int) -> dict[str, Any]:
+    """Run a benchmark on a rank of a pool: all but its meeting and parting."""
+    benchmark = load(name)
+    launch = Launch(dist.get_rank(), ranks)
+    os.environ |= {"RANK": str(launch.rank), "WORLD_SIZE": str(ranks)}
+    try:
+        options = benchmark.read_options(words)
+    finally:
+        del os.environ["RANK"], os.environ["WORLD_SIZE"]
+    mesh = Mesh(Placement.plan(options.experts, ranks), launch, torch.device("cpu"), 60.0)
+    return json.loads(json.dumps(benchmark.measure(options, mesh)))
+
+
+def test_a_step_holds_half_of_what_ddp_holds_and_sends_the_least(pool: Callable[[int], Pool]) -> None:
+    switches = ["plain", "one_way+prefetch"]
+    words = [
+        "--size",
+        "small",
+        "--turns",
+        "2",
+        "--steps",
+        "1",
+        "--warm-up",
+        "0",
+        "--timed-steps",
+        "1",
+        "--switches",
+        *switches,
+    ]
+    told = pool(2).run(f"{__name__}:measure", "step", words, 2)[0]
+    rivals = told["rivals"]
+    ours = [f"expert-parallel {name}" for name in switches]
+    assert list(rivals) == ["process", "ddp", *ours]
+    assert told["held_over_ddp"] <= 0.55
+    assert rivals["process"]["expert_bytes"] == rivals["ddp"]["expert_bytes"] == 2 * rivals[ours[0]]["expert_bytes"]
+    for name in ours:
+        # 32 rows of 12,288 bytes with their ids; 32 losses one way and 32 numbers the other.
+        assert rivals[name]["wire_bytes"] == rivals[name]["wire_bytes_least"] == 32 * (12288 + 8) + 2 * 32 * 4
+        assert 0 < rivals[name]["waiting"]["median"] + rivals[name]["transfer"]["median"] < 1
+        assert set(told["rows_per_s_over"]["ddp"][name]) == SPREAD
+    # Same weights, same rows: only their noise differs, and DDP's balance term.
+    losses = [rival["first_loss"] for rival in rivals.values()]
+    assert max(losses) - min(losses) < 0.01 * min(losses), losses
+    assert all(len(rival["turns"]) == 2 and set(rival["seconds"]) == SPREAD for rival in rivals.values())
+
+
+@pytest.mark.parametrize("skew", ["0", "1"])
+def test_a_dispatch_sends_a_fraction_of_the_token_style(pool: Callable[[int], Pool], skew: str) -> None:
+    words = ["--turns", "1", "--steps", "1", "--warm-up", "0", "--skew", skew]
+    told = pool(2).run(f"{__name__}:measure", "dispatch", words, 2)[0]["routings"]
+    assert list(told) == ["dense", "top-1", "top-2"]
+    for routing, experts_of_a_row in (("dense", 4), ("top-1", 1), ("top-2", 2)):
+        figures = told[routing]
+        # Half the experts are remote; four moves of float32 rows.
+        assert figures["bytes"]["token"] == 4 * 32 * experts_of_a_row / 2 * 12288 * 4
+        assert 0 < figures["ratio"] <= 0.2
+        assert figures["ratio_to_kinder"]["bfloat16_forward_alone"] == pytest.approx(4 * figures["ratio"])
+        assert set(figures["seconds_ratio"]) == SPREAD
+    assert told["dense"]["least_bytes_equal"]
+    assert told["dense"]["token_dropped"] == 0
+    assert skew == "0" or told["top-1"]["token_dropped"] > 0.1
+
+
+def test_scaling_sweeps_writes_rows_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    scaling = load("scaling")
+    words = ["--size", "tiny", "--image", "16", "--batch", "16", "--turns", "1", "--steps", "1", "--warm-up", "0"]
+    words += ["--csv", "s.csv", "--plot", "s.png", "--out", "s.json", "--routing", "top2"]
+    scaling.main(words)  # in one process: what the others are held against
+    scaling.main([*words, "--sweep", "2"])
+    with (tmp_path / "s.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["mode"], r["ranks"], r["experts"], r["batch"]) for r in rows] == [
+        ("weak", "1", "2", "16"),
+        ("strong", "1", "4", "16"),
+        ("weak", "2", "4", "32"),
+        ("strong", "2", "4", "16"),
+    ]
+    assert [float(r["efficiency"]) for r in rows[:2]] == [1.0, 1.0]
+    strong = [float(r["seconds_median"]) for r in (rows[1], rows[3])]
+    assert float(rows[3]["efficiency"]) == pytest.approx(strong[0] / (2 * strong[1]))
+    assert all(float(r["alpha"]) >= 0 and float(r["beta"]) >= 0 for r in rows[2:])
+    assert (tmp_path / "s.png").stat().st_size > 1000
+    written = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert [row["efficiency"] for row in written] == [float(r["efficiency"]) for r in rows[2:]]
+
+
+def test_the_fit_finds_a_wire_that_follows_its_model() -> None:
+    scaling = load("scaling")
+    sizes = [(m, b) for m in (1, 2, 6) for b in (4, 4096, 10**6)]
+    points = [{"messages": m, "bytes": b, "seconds": 5e-5 * m + 2e-9 * b} for m, b in sizes]
+    found = scaling.fit(points)
+    assert found["alpha"] == pytest.approx(5e-5)
+    assert found["beta"] == pytest.approx(2e-9)
+    assert found["residual"] < 1e-9
+    free = [{"messages": m, "bytes": b, "seconds": 5e-5 * m / (1 + b)} for m, b in sizes]
+    assert scaling.fit(free)["beta"] == 0  # never negative
+
+
+def test_execution_says_what_auto_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--turns", "1", "--steps", "2", "--experts", "2", "--rows", "10"]
+    load("execution").main(words)
+    told = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert told["auto"] in ("loop", "stacked")
+    assert told["auto_over_better"] >= 1
