@@ -15,7 +15,7 @@ import torch
 
 from mixdist.checkpoint import CheckpointStore, load_module, read_state
 from mixdist.data import Dataset, Loader, Shard
-from mixdist.engines import NativeEngine, Totals
+from mixdist.engines import NativeEngine, NotFinite, Totals
 from mixdist.evidence import twins
 from mixdist.health import dead
 from mixdist.mesh import Mesh
@@ -220,7 +220,11 @@ class Trainer:
         moment = Moment(self.seed, at.phase, at.step)
         outcome = self.mixture.backward(shard, self.phase.objective, moment, self.phase.accumulate, self._upcoming)
         rate = self.engine.learning_rate()
-        totals = self.engine.step(outcome, at.total + 1)
+        try:
+            totals = self.engine.step(outcome, at.total + 1)
+        except NotFinite:
+            self.mixture.settle()  # groups end in good order only with nothing in flight
+            raise
         self._rows += shard.total
         if logged:
             self._record(totals, shard, rate)

@@ -70,6 +70,9 @@ class TwoStage:
             loss.detach(), {"rows": rows_loss.detach()}, resp.sum(0), zeros, zeros, zeros, *[zeros.sum()] * 3
         )
 
+    def settle(self) -> None:
+        """Nothing is ever under way."""
+
     def _statistics(self, h_BH: Tensor, shard: Shard) -> Tensor:
         over_batch = self.dispatch.over_batch
         # Each rank compares its rows with all rows: the sum over ranks is the sum over pairs, no share is needed.

@@ -80,3 +80,6 @@ class Mixture(Protocol):
             num_parts: micro-batches; the gradient is the same for any number.
             upcoming: the next step's rows, which may be sent already; the next call is then for this very shard.
         """
+
+    def settle(self) -> None:
+        """Wait for what is under way for a step that will not come."""

@@ -128,6 +128,12 @@ class SoftMixture:
         ahead, self._ahead = self._ahead, None
         return ahead[1] if ahead is not None and ahead[0] is shard else self._send(part)
 
+    def settle(self) -> None:
+        """Wait for what is under way for a step that will not come."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead[1].rows()
+
     def _routes(self, shards: list[Shard], first: Route | None) -> Iterator[Route]:
         for part in shards:
             yield self._send(part) if first is None else first
