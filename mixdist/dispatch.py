@@ -94,14 +94,26 @@ def _move(
     if group is None:
         return [own]
     sizes = [0 if p == me else math.prod(shape) for p, shape in enumerate(shapes)]
-    flat = torch.cat([own.new_zeros(0) if part is None else part.reshape(-1) for part in parts])
-    sent = [0 if part is None else part.numel() for part in parts]
+    flat, sent = _flatten(parts, own)
 
     def move(x: Tensor, a: list[int], b: list[int]) -> Pending:
         return collective(x, a, b, group)
 
-    received = _AllToAll.apply(flat, move, sent, sizes).split(sizes)
-    return [own if p == me else r.reshape(shape) for p, (r, shape) in enumerate(zip(received, shapes, strict=True))]
+    return _unflatten(_AllToAll.apply(flat, move, sent, sizes), own, me, shapes, sizes)
+
+
+def _flatten(parts: Sequence[Tensor | None], own: Tensor) -> tuple[Tensor, list[int]]:
+    """Lay the parts end to end; how many numbers each has."""
+    flat = torch.cat([own.new_zeros(0) if part is None else part.reshape(-1) for part in parts])
+    return flat, [0 if part is None else part.numel() for part in parts]
+
+
+def _unflatten(
+    flat: Tensor, own: Tensor, me: int, shapes: Sequence[tuple[int, ...]], sizes: Sequence[int]
+) -> list[Tensor]:
+    """Cut what arrived into its parts, with ``own`` in place of mine."""
+    cut = flat.split(list(sizes))
+    return [own if p == me else part.reshape(shape) for p, (part, shape) in enumerate(zip(cut, shapes, strict=True))]
 
 
 class Dispatch:
@@ -205,30 +217,53 @@ class Dispatch:
 
     def spread(self, field: Tensor, route: Route) -> Tensor:
         """Take a field (B, E, ...) of this rank's rows to the experts: (R, e, ...); the transpose of combine."""
-        if route.sent is not None:
-            return self._spread_some(field, route, route.sent)
-        if self.mesh.ep_group is None:
+        if route.sent is None and self.mesh.ep_group is None:
             return field
-        parts: list[Tensor | None] = list(field.split(self.num_experts, dim=1))
-        own, parts[route.me] = parts[route.me], None
-        assert own is not None
-        shapes = [(n, *own.shape[1:]) for n in route.counts]
-        width = field.shape[2:].numel()
-        others = route.num_rows - own.shape[0]
-        self._count(field, own.shape[0] * self._remote_experts * width, others * own.shape[1] * width)
-        return torch.cat(self._move(parts, own, shapes))
+        parts, own, shapes = self._to_experts(field, route)
+        return self._at_experts(self._move(parts, own, shapes), field, route)
 
-    def _spread_some(self, field: Tensor, route: Route, sent: list[Pairs]) -> Tensor:
-        width = field.shape[2:]
-        assert route.mask_Re is not None
-        parts: list[Tensor | None] = [field[pairs.row_T, pairs.expert_T] for pairs in sent]
-        own, parts[route.me] = parts[route.me], None
+    def start_spread(self, field: Tensor, route: Route) -> Callable[[], Tensor]:
+        """As ``spread``, under way and without a gradient: what is returned waits for the field."""
+        field = field.detach()
+        if route.sent is None and self.mesh.ep_group is None:
+            return lambda: field
+        parts, own, shapes = self._to_experts(field, route)
+        if self.mesh.ep_group is None:
+            return lambda: self._at_experts([own], field, route)
+        sizes = [0 if p == self.mesh.member else math.prod(shape) for p, shape in enumerate(shapes)]
+        flat, sent = _flatten(parts, own)
+        pending = self.wire.all_to_all(flat, sent, sizes, self.mesh.ep_group)
+
+        def finish() -> Tensor:
+            return self._at_experts(_unflatten(pending.wait(), own, self.mesh.member, shapes, sizes), field, route)
+
+        return finish
+
+    def _to_experts(self, field: Tensor, route: Route) -> tuple[list[Tensor | None], Tensor, list[tuple[int, ...]]]:
+        """Cut a field by the members it goes to: the parts, that which stays, the shapes of what arrives; count it."""
+        width, me = field.shape[2:], route.me
+        parts: list[Tensor | None] = []
+        if route.sent is None:
+            parts += field.split(self.num_experts, dim=1)
+            shapes = [(n, self._here, *width) for n in route.counts]
+            out = field.shape[0] * self._remote_experts
+            back = (route.num_rows - field.shape[0]) * self._here
+            self._count(field, out * width.numel(), back * width.numel())
+        else:
+            assert route.mask_Re is not None
+            parts += [field[pairs.row_T, pairs.expert_T] for pairs in route.sent]
+            shapes = [(int(mask.sum()), *width) for mask in route.mask_Re.split(route.counts)]
+            self._count_pairs(field, [*parts[:me], None, *parts[me + 1 :]], shapes, width.numel())
+        own, parts[me] = parts[me], None
         assert own is not None
-        out = [(int(mask.sum()), *width) for mask in route.mask_Re.split(route.counts)]
-        self._count_pairs(field, parts, out, width.numel())
-        pairs_T = torch.cat(self._move(parts, own, out))
-        result = field.new_zeros(route.num_rows, self._here, *width)
-        return result.index_put(route.mask_Re.nonzero(as_tuple=True), pairs_T)
+        return parts, own, shapes
+
+    def _at_experts(self, arrived: list[Tensor], field: Tensor, route: Route) -> Tensor:
+        if route.sent is None:
+            return torch.cat(arrived)
+        assert route.mask_Re is not None
+        result = field.new_zeros(route.num_rows, self._here, *field.shape[2:])
+        return result.index_put(route.mask_Re.nonzero(as_tuple=True), torch.cat(arrived))
 
     def exchange(self, field: Tensor, route: Route) -> Tensor:
         """Show every expert's field (R, e, ...) to every rank of the EP group: (R, E, ...); dense routing only."""

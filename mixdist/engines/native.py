@@ -100,10 +100,14 @@ class NativeEngine:
             NotFinite: a loss or gradient is not finite; names the expert. No parameter was changed.
         """
         gradients = self._gradients()
-        self._reduce([g for owned, grads in gradients if owned.expert is None for g in grads], self.mesh.world)
+        shared = [g for owned, grads in gradients if owned.expert is None for g in grads]
+        finish = self._start_reduce(shared, self.mesh.world)
         own = [g for owned, grads in gradients if owned.expert is not None for g in grads]
-        self._reduce(own, self.mesh.replica_group)
-        totals, squares = self._totals(outcome, gradients)
+        self._start_reduce(own, self.mesh.replica_group)()
+        # Both reductions over all ranks are under way together; what is shared has its norm taken where it arrives.
+        finish_totals = self._start_totals(outcome, self._squares(gradients))
+        finish()
+        totals, squares = finish_totals(_square(shared))
         _check_finite(totals.outcome, squares, [o.name for o, _ in self.trained if o.expert is None], step)
         if self.clip_norm is not None and totals.grad_norm > self.clip_norm:
             torch._foreach_mul_([g for _, grads in gradients for g in grads], self.clip_norm / totals.grad_norm)
@@ -187,41 +191,53 @@ class NativeEngine:
     def _gradients(self) -> list[tuple[Owned, list[Tensor]]]:
         return [(owned, [p.grad for p in parameters if p.grad is not None]) for owned, parameters in self.trained]
 
-    def _reduce(self, grads: list[Tensor], group: torch.distributed.ProcessGroup | None) -> None:
+    def _start_reduce(self, grads: list[Tensor], group: torch.distributed.ProcessGroup | None) -> Callable[[], None]:
+        """Start to sum gradients over a group; what is returned puts the sums in their place."""
         if group is None or not grads:
-            return
-        flat = self.wire.all_reduce(torch.cat([g.reshape(-1) for g in grads]), group)
-        for grad, reduced in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(reduced.view_as(grad))
+            return lambda: None
+        pending = self.wire.start_all_reduce(torch.cat([g.reshape(-1) for g in grads]), group)
+
+        def finish() -> None:
+            for grad, reduced in zip(grads, pending.wait().split([g.numel() for g in grads]), strict=True):
+                grad.copy_(reduced.view_as(grad))
+
+        return finish
 
     def _squares(self, gradients: list[tuple[Owned, list[Tensor]]]) -> Tensor:
-        """This rank's part of the squared norms: entry e of expert e, and the last of all that is shared."""
-        squares = torch.zeros(self.num_experts + 1, dtype=torch.float64, device=self.mesh.device)
-        spoken = [(owned, grads) for owned, grads in gradients if self.mesh.speaks_for(owned.expert)]
-        places = [self.num_experts if o.expert is None else o.expert for o, grads in spoken for _ in grads]
-        if places:
-            norms = torch.stack(torch._foreach_norm([g for _, grads in spoken for g in grads]))
-            squares.index_add_(0, torch.tensor(places, device=squares.device), norms.double().square())
-        return squares
+        """The squared norm of each expert that this rank speaks for, (E,)."""
+        squares_E = torch.zeros(self.num_experts, dtype=torch.float64, device=self.mesh.device)
+        for owned, grads in gradients:
+            if owned.expert is not None and self.mesh.speaks_for(owned.expert):
+                squares_E[owned.expert] = _square(grads)
+        return squares_E
 
-    def _totals(self, outcome: Outcome, gradients: list[tuple[Owned, list[Tensor]]]) -> tuple[Totals, Tensor]:
-        """Sum everything that ranks must know of a step in one reduction."""
+    def _start_totals(self, outcome: Outcome, squares_E: Tensor) -> Callable[[Tensor], tuple[Totals, Tensor]]:
+        """Start to sum everything that ranks must know of a step, in one reduction; then it wants what is shared."""
         meter = self.wire.meter
         counts = {name: getattr(meter, name) for name in ("wire_bytes", "wire_bytes_least", "sync_bytes")}
-        fields = [
-            self._squares(gradients),
-            torch.tensor(list(counts.values()), dtype=torch.float64, device=self.mesh.device),
-        ]
-        fields += [outcome.loss, *outcome.parts.values(), *outcome[2:]]
+        sent = torch.tensor(list(counts.values()), dtype=torch.float64, device=self.mesh.device)
+        fields = [squares_E, sent, outcome.loss, *outcome.parts.values(), *outcome[2:]]
         sizes = [f.numel() for f in fields]
-        packed = self.wire.all_reduce(torch.cat([f.reshape(-1).double() for f in fields]), self.mesh.world).cpu()
-        squares, bytes_, loss, *rest = packed.split(sizes)
-        rest = [r.view(f.shape) for r, f in zip(rest, fields[3:], strict=True)]
-        num_parts = len(outcome.parts)
-        parts = dict(zip(outcome.parts, rest[:num_parts], strict=True))
-        summed = Outcome(loss.reshape(()), parts, *rest[num_parts:])
-        meters = {name: int(b) for name, b in zip(counts, bytes_.tolist(), strict=True)}
-        return Totals(summed, squares.sum().sqrt().item(), meters), squares
+        pending = self.wire.start_all_reduce(torch.cat([f.reshape(-1).double() for f in fields]), self.mesh.world)
+
+        def finish(shared: Tensor) -> tuple[Totals, Tensor]:
+            squares_E, bytes_, loss, *rest = pending.wait().cpu().split(sizes)
+            rest = [r.view(f.shape) for r, f in zip(rest, fields[3:], strict=True)]
+            num_parts = len(outcome.parts)
+            parts = dict(zip(outcome.parts, rest[:num_parts], strict=True))
+            summed = Outcome(loss.reshape(()), parts, *rest[num_parts:])
+            meters = {name: int(b) for name, b in zip(counts, bytes_.tolist(), strict=True)}
+            squares = torch.cat([squares_E, shared.cpu().reshape(1)])
+            return Totals(summed, squares.sum().sqrt().item(), meters), squares
+
+        return finish
+
+
+def _square(grads: list[Tensor]) -> Tensor:
+    """The squared norm of gradients together, float64."""
+    if not grads:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(grads)).double().square().sum()
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

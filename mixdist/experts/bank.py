@@ -145,21 +145,28 @@ class ExpertBank(nn.Module):
             columns.append(_map(lambda field, i=i: _place(field, i, mask_RE), column))
         return _map(lambda *fields: torch.stack(fields, dim=1), *columns)
 
-    def backward(self, rows: Batch, noise: Noise | None, mask_RE: Tensor | None, grads_RE: Tensor) -> Tensor:
+    def backward(self, rows: Batch, noise: Noise | None, mask_RE: Tensor | None, grads: Callable[[], Tensor]) -> Tensor:
         """Run the experts and add the gradient of sum(grads * losses) to their parameters' ``grad``; give the losses.
 
-        A micro-batch's activations are gone before the next begins.
+        The gradients (R, E) may be on their way until the first losses are there. A micro-batch's activations are gone
+        before the next begins.
         """
         if self.execution == "stacked":
             losses_RE = self._run_stack(rows, noise, mask_RE).loss_R
-            _differentiate(losses_RE, grads_RE)
+            _differentiate(losses_RE, grads())
             return losses_RE.detach()
-        losses_RE = torch.zeros_like(grads_RE)
+        grads_RE: Tensor | None = None
+        kept: list[tuple[Tensor | slice, int, Tensor]] = []
         for i, e in enumerate(self.ids):
             for places, taken, eps in self._pieces(i, e, rows, noise, mask_RE):
                 losses = self._calls[e](taken, eps).loss_R
+                grads_RE = grads() if grads_RE is None else grads_RE
                 _differentiate(losses, grads_RE[places, i])
-                losses_RE[places, i] = losses.detach()
+                kept.append((places, i, losses.detach()))
+        assert grads_RE is not None
+        losses_RE = torch.zeros_like(grads_RE)
+        for places, i, losses in kept:
+            losses_RE[places, i] = losses
         return losses_RE
 
     def _pieces(

@@ -21,7 +21,6 @@ from mixdist.objectives import Objective
 from mixdist.route import Route
 from mixdist.routing import RoutingPlan, TopK, admitted, demand
 from mixdist.routing import plan as lay_out
-from mixdist.stats import entropy
 from mixdist.terms import Batch, ExpertTerms, Gating, Outcome, Spec
 
 
@@ -100,14 +99,12 @@ class SoftMixture:
         elif upcoming is not None:
             self._ahead = upcoming, self._send(upcoming.split(num_parts)[0])
         choices = [None] * num_parts if plan is None else list(plan.routed_BE.split(sizes))
-        losses = [
+        done = [
             self._backward_part(next(routes), leaf, routed, objective, at, shard.total)
             for leaf, routed in zip(leaves, choices, strict=True)
         ]
-        log_resp_BE, losses_BE = torch.cat(leaves), torch.cat(losses)
-        with torch.no_grad():
-            rows_loss = self._rows_loss(objective, log_resp_BE, None if plan is None else plan.routed_BE, losses_BE)
-        named = {"rows": rows_loss / shard.total}
+        log_resp_BE, losses_BE = torch.cat(leaves), torch.cat([losses for losses, _ in done])
+        named = {"rows": torch.stack([loss for _, loss in done]).sum()}
         if objective.balance is not None and resp_sum is not None:
             resp_sum_E = resp_sum.wait().requires_grad_(learns)
             balance = objective.balance(resp_sum_E, shard.total)
@@ -176,7 +173,8 @@ class SoftMixture:
         objective: Objective,
         at: Moment,
         total: int,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """Run a micro-batch down to the gradient of its responsibilities; give the experts' losses, and its own."""
         if self.one_way:
             losses_BE = self._backward_ahead(route, log_resp_BE, routed_BE, at, total)
         else:
@@ -184,7 +182,7 @@ class SoftMixture:
         loss = self._rows_loss(objective, log_resp_BE, routed_BE, losses_BE) / total
         if loss.requires_grad:
             loss.backward()
-        return losses_BE.detach()
+        return losses_BE.detach(), loss.detach()
 
     def _backward_ahead(
         self, route: Route, log_resp_BE: Tensor, routed_BE: Tensor | None, at: Moment, total: int
@@ -193,9 +191,9 @@ class SoftMixture:
         if self.routing is not None and routed_BE is not None:
             log_weights_BE = self.routing.log_weights(log_weights_BE, routed_BE)
         rows = route.rows()  # before weights are spread: it is the rows that tell which weights are wanted
-        grads_Re = self.dispatch.spread(log_weights_BE.exp() / total, route)
+        grads = self.dispatch.start_spread(log_weights_BE.exp() / total, route)
         values = self.values(rows, self.bank.template.fields)
-        losses_Re = self.bank.backward(values, self.noise(at), route.mask_Re, grads_Re)
+        losses_Re = self.bank.backward(values, self.noise(at), route.mask_Re, grads)
         return self.dispatch.combine(losses_Re, route)
 
     def _backward_gate(self, gating: Gating, leaves: list[Tensor], total: int) -> None:
@@ -281,6 +279,6 @@ def _outcome(
         seen_E=routed_BE.double().sum(0),
         bad_E=(~losses_BE.isfinite()).double().sum(0),
         bad_gate=log_resp_BE.isnan().any(1).double().sum(),
-        entropy=entropy(log_resp_BE, dim=-1).double().sum(),
+        entropy=torch.special.entr(resp_BE).sum(),
         lost=lost,
     )
