@@ -53,9 +53,11 @@ class Field:
         if self.num_classes is not None:
             return stored.long()
         values = stored.to(dtype)
+        if values is stored and (self.scale != 1.0 or self.offset):
+            values = values.clone()  # what is stored stays
         if self.scale != 1.0:
-            values = values * self.scale
-        return values + self.offset if self.offset else values
+            values.mul_(self.scale)
+        return values.add_(self.offset) if self.offset else values
 
 
 Spec = Mapping[str, Field]

@@ -80,14 +80,16 @@ class NativeEngine:
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Set every gradient to zero, in place: a stack's gradients are views."""
-        for _, parameters in self.trained:
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-        grads = [grad for _, grads in self._gradients() for grad in grads]
-        if grads:
-            torch._foreach_zero_(grads)
+        """Forget every gradient: the next backward pass puts its own there, without a pass over memory to add them.
+
+        Those of a stack are views, and are set to zero in place.
+        """
+        for owned, parameters in self.trained:
+            if owned.expert is None or not self.parts.stack:
+                for parameter in parameters:
+                    parameter.grad = None
+        if self.parts.stack:
+            torch._foreach_zero_([stacked.grad for stacked in self.parts.stack.values() if stacked.grad is not None])
 
     def step(self, outcome: Outcome, step: int) -> Totals:
         """Reduce gradients, check that all is finite, clip, and step the optimisers.
@@ -189,6 +191,10 @@ class NativeEngine:
         return self.parts.stack[name], list(self.parts.experts).index(owned.expert)
 
     def _gradients(self) -> list[tuple[Owned, list[Tensor]]]:
+        for _, parameters in self.trained:
+            for parameter in parameters:
+                if parameter.grad is None:  # no row came to it: it steps all the same
+                    parameter.grad = torch.zeros_like(parameter)
         return [(owned, [p.grad for p in parameters if p.grad is not None]) for owned, parameters in self.trained]
 
     def _start_reduce(self, grads: list[Tensor], group: torch.distributed.ProcessGroup | None) -> Callable[[], None]:
