@@ -19,8 +19,12 @@ from collections.abc import Sequence
 import torch
 
 from mixdist.build import keep_large_blocks
+from mixdist.engines import NativeEngine
 from mixdist.experts import VAE, Compute, ConvVAE, Expert, ExpertBank, Noise, time_executions
+from mixdist.mesh import Launch, Mesh, Placement
+from mixdist.mixtures import Parts
 from mixdist.terms import Batch, Field
+from mixdist.wire import Wire
 
 SPEC = {"x": Field((1, 28, 28), torch.uint8, 1 / 255)}
 
@@ -33,21 +37,21 @@ def make_experts(kind: str, num_experts: int) -> dict[int, Expert]:
     return {e: VAE(SPEC, 10, [128], "sigmoid", "gaussian", 0.5) for e in range(num_experts)}
 
 
-def make(execution: str, kind: str, num_experts: int) -> tuple[ExpertBank, list[torch.optim.Optimizer]]:
-    """Make a bank and its optimisers, one for each expert, as the engine does."""
-    experts = make_experts(kind, num_experts)
-    bank = ExpertBank(experts, execution)  # type: ignore[arg-type]
-    return bank, [torch.optim.Adam(expert.parameters(), fused=True) for expert in experts.values()]
+def make(execution: str, kind: str, num_experts: int) -> tuple[ExpertBank, NativeEngine]:
+    """Make a bank, and the engine with its optimisers: one for each expert, or one for the stack."""
+    bank = ExpertBank(make_experts(kind, num_experts), execution)  # type: ignore[arg-type]
+    mesh = Mesh(Placement.plan(num_experts, 1), Launch(), torch.device("cpu"))
+    parts = Parts({}, dict(bank.owned()), bank.stack)
+    return bank, NativeEngine(parts, mesh, Wire(mesh.device), lambda p: torch.optim.Adam(p, fused=True))
 
 
-def step(bank: ExpertBank, optimizers: list[torch.optim.Optimizer], rows: Batch, noise: Noise) -> float:
+def step(bank: ExpertBank, engine: NativeEngine, rows: Batch, noise: Noise) -> float:
     """Do one step; give its seconds."""
     begin = time.perf_counter()
-    for parameter in bank.parameters():
-        if parameter.grad is not None:
-            parameter.grad.zero_()
+    engine.zero_grad()
     bank(rows, noise).loss_R.mean().backward()
-    for optimizer in optimizers:
+    engine.collect()
+    for optimizer in engine.optimizers.values():
         optimizer.step()
     return time.perf_counter() - begin
 
@@ -75,8 +79,8 @@ def main(words: Sequence[str] | None = None) -> None:
     rivals = {execution: make(execution, options.kind, options.experts) for execution in timed}
     turns: dict[str, list[float]] = {execution: [] for execution in rivals}
     for turn in range(options.turns + 1):
-        for execution, (bank, optimizers) in rivals.items():
-            seconds = [step(bank, optimizers, rows, noise) for _ in range(options.steps)]
+        for execution, (bank, engine) in rivals.items():
+            seconds = [step(bank, engine, rows, noise) for _ in range(options.steps)]
             if turn:
                 turns[execution].append(1000 * statistics.median(seconds))
     tell(turns, auto, options)

@@ -77,19 +77,20 @@ class NativeEngine:
         self.optimizers = {owned.name: optimizer(tensors) for owned, tensors in self._tensors()}
         self.schedules = [schedule(o) for o in self.optimizers.values()] if schedule else []
         self.num_experts = mesh.placement.num_experts
+        self._slices = [
+            (stacked, slices)
+            for name, stacked in parts.stack.items()
+            if (slices := [m.get_parameter(name) for m in parts.experts.values()])[0].requires_grad
+        ]
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Forget every gradient: the next backward pass puts its own there, without a pass over memory to add them.
-
-        Those of a stack are views, and are set to zero in place.
-        """
-        for owned, parameters in self.trained:
-            if owned.expert is None or not self.parts.stack:
-                for parameter in parameters:
-                    parameter.grad = None
-        if self.parts.stack:
-            torch._foreach_zero_([stacked.grad for stacked in self.parts.stack.values() if stacked.grad is not None])
+        """Forget every gradient: the next backward pass puts its own there, without a pass over memory to add them."""
+        for _, parameters in self.trained:
+            for parameter in parameters:
+                parameter.grad = None
+        for stacked in self.parts.stack.values():
+            stacked.grad = None
 
     def step(self, outcome: Outcome, step: int) -> Totals:
         """Reduce gradients, check that all is finite, clip, and step the optimisers.
@@ -101,7 +102,7 @@ class NativeEngine:
         Raises:
             NotFinite: a loss or gradient is not finite; names the expert. No parameter was changed.
         """
-        gradients = self._gradients()
+        gradients = self.collect()
         shared = [g for owned, grads in gradients if owned.expert is None for g in grads]
         finish = self._start_reduce(shared, self.mesh.world)
         own = [g for owned, grads in gradients if owned.expert is not None for g in grads]
@@ -190,10 +191,16 @@ class NativeEngine:
             return parameter, None
         return self.parts.stack[name], list(self.parts.experts).index(owned.expert)
 
-    def _gradients(self) -> list[tuple[Owned, list[Tensor]]]:
+    def collect(self) -> list[tuple[Owned, list[Tensor]]]:
+        """Give the gradients of every module that trains; one that no row came to has zeros, and steps all the same."""
+        for stacked, slices in self._slices:
+            if stacked.grad is None:
+                stacked.grad = torch.zeros_like(stacked)
+            for parameter, grad in zip(slices, stacked.grad.unbind(), strict=True):
+                parameter.grad = grad
         for _, parameters in self.trained:
             for parameter in parameters:
-                if parameter.grad is None:  # no row came to it: it steps all the same
+                if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         return [(owned, [p.grad for p in parameters if p.grad is not None]) for owned, parameters in self.trained]
 

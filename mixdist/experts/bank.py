@@ -50,9 +50,9 @@ class ExpertBank(nn.Module):
     """Experts of one rank by their global numbers.
 
     In stacked execution each kind of parameter of all experts lies in one tensor with a leading expert axis, and each
-    expert's own parameter and gradient are views of it: optimisers and checkpoints see one set for each expert, the
-    forward pass one batched product. So move experts to their device and dtype before, zero gradients in place, and
-    freeze all experts or none.
+    expert's own parameter and gradient are views of it: checkpoints see one set for each expert, the forward pass one
+    batched product. So move experts to their device and dtype before, zero gradients in place or let an engine do it,
+    and freeze all experts or none.
 
     Args:
         experts: global expert number to expert, in ascending order.
