@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("routing", "objectives", "health"),
     ("mesh", "phases"),
     ("wire",),
-    ("route",),
+    ("route", "collectives"),
     ("dispatch",),
     ("mixtures",),
     ("engines", "evidence"),

@@ -5,7 +5,7 @@ Shape letters: B rows on this rank, R rows routed here, E all experts, e experts
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -86,10 +86,7 @@ class SoftMixture:
         first = self._first(shard, shards[0]) if self.routing is None else None  # under way while the gate runs
         gating = self.gating(shard.rows, at)
         learns = gating.log_resp_BE.requires_grad
-        resp_sum = None
-        if objective.balance is not None:  # the sum is under way while the experts run
-            # In float64: near balance the term is a small difference of large numbers.
-            resp_sum = self.dispatch.over_batch.start_sum(gating.log_resp_BE.detach().double().exp().sum(0))
+        balance = self._start_balance(objective, gating.log_resp_BE, shard.total)
         sizes = [part.size for part in shards]
         leaves = [part.detach().requires_grad_(learns) for part in gating.log_resp_BE.split(sizes)]
         plan, routes = None, self._routes(shards, first)
@@ -105,17 +102,36 @@ class SoftMixture:
         ]
         log_resp_BE, losses_BE = torch.cat(leaves), torch.cat([losses for losses, _ in done])
         named = {"rows": torch.stack([loss for _, loss in done]).sum()}
-        if objective.balance is not None and resp_sum is not None:
-            resp_sum_E = resp_sum.wait().requires_grad_(learns)
-            balance = objective.balance(resp_sum_E, shard.total)
-            named["balance"] = self.dispatch.over_batch.share(balance.detach())
-            if learns:
-                # Every rank has the whole term, hence its whole gradient: the adjoint of the sum needs no collective.
-                log_resp_BE.double().exp().sum(0).backward(torch.autograd.grad(balance, resp_sum_E)[0])
+        if balance is not None:
+            named["balance"] = balance(log_resp_BE)
         if gating.loss_B is not None:
             named["gate"] = gating.loss_B.detach().sum() / shard.total
         self._backward_gate(gating, leaves, shard.total)
         return _outcome(named, log_resp_BE.detach(), losses_BE, plan)
+
+    def _start_balance(
+        self, objective: Objective, log_resp_BE: Tensor, total: int
+    ) -> Callable[[Tensor], Tensor] | None:
+        """Start to sum responsibilities over the batch, under way while the experts run.
+
+        What is returned differentiates the balance term down to the log responsibilities handed in, and gives this
+        rank's share of it.
+        """
+        term, over_batch = objective.balance, self.dispatch.over_batch
+        if term is None:
+            return None
+        # In float64: near balance the term is a small difference of large numbers.
+        pending = over_batch.start_sum(log_resp_BE.detach().double().exp().sum(0))
+
+        def finish(leaves_BE: Tensor) -> Tensor:
+            resp_sum_E = pending.wait().requires_grad_(leaves_BE.requires_grad)
+            balance = term(resp_sum_E, total)
+            if balance.requires_grad:
+                # Every rank has the whole term, hence its whole gradient: the adjoint of the sum needs no collective.
+                leaves_BE.double().exp().sum(0).backward(torch.autograd.grad(balance, resp_sum_E)[0])
+            return over_batch.share(balance.detach())
+
+        return finish
 
     def _send(self, shard: Shard) -> Route:
         return self.dispatch.send(shard.rows, self.bank.template.fields, shard.counts)
