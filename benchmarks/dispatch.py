@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from turns import figures, meet, ms, parser_of, plain, ratio, take_turns, tell, write
+from turns import figures, meet, ms, parser_of, plain, positive, ratio, take_turns, tell, write
 
 from mixdist.dispatch import Dispatch
 from mixdist.mesh import Launch, Mesh
@@ -194,9 +194,9 @@ def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
 def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = parser_of(__doc__, turns=11, steps=5)
-    parser.add_argument("--experts", type=int, default=2 * Launch.read().world_size, help="K; unset, two a rank")
-    parser.add_argument("--batch", type=int, default=64, help="rows of the global batch")
-    parser.add_argument("--image", type=int, default=64, help="height and width of the images")
+    parser.add_argument("--experts", type=positive, default=2 * Launch.read().world_size, help="K; unset, two a rank")
+    parser.add_argument("--batch", type=positive, default=64, help="rows of the global batch")
+    parser.add_argument("--image", type=positive, default=64, help="height and width of the images")
     parser.add_argument("--skew", type=float, default=0.0, help="expert e's logit is lower by skew e")
     return parser.parse_args(words)
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from turns import positive
 
 from mixdist.build import keep_large_blocks
 from mixdist.engines import NativeEngine
@@ -59,12 +60,12 @@ def step(bank: ExpertBank, engine: NativeEngine, rows: Batch, noise: Noise) -> f
 def main(words: Sequence[str] | None = None) -> None:
     """Measure and print a table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--kind", choices=["mlp", "conv"], default="mlp", help="of expert")
-    parser.add_argument("--experts", type=int, default=10)
-    parser.add_argument("--rows", type=int, default=100)
-    parser.add_argument("--turns", type=int, default=15, help="turns of each way")
-    parser.add_argument("--steps", type=int, default=20, help="steps a turn; the first turn warms up")
+    parser.add_argument("--experts", type=positive, default=10)
+    parser.add_argument("--rows", type=positive, default=100)
+    parser.add_argument("--turns", type=positive, default=15, help="turns of each way")
+    parser.add_argument("--steps", type=positive, default=20, help="steps a turn; the first turn warms up")
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     keep_large_blocks()  # as every command does

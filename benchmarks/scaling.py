@@ -33,7 +33,7 @@ import torch
 from rivals import SIZES, ExpertParallel, Problem
 from scipy.optimize import nnls
 from torch import Tensor
-from turns import figures, meet, now, parser_of, take_turns, tell, write
+from turns import figures, meet, now, parser_of, positive, take_turns, tell, write
 
 from mixdist.mesh import Launch, Mesh
 from mixdist.routing import TopK
@@ -80,10 +80,12 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=["weak", "strong"], default=["weak", "strong"])
     parser.add_argument("--routing", choices=["soft", "top2"], default="soft")
     parser.add_argument("--size", choices=SIZES, default="small", help="of an expert")
-    parser.add_argument("--experts", type=int, default=4, help="K, strong")
-    parser.add_argument("--experts-a-rank", type=int, default=2, help="weak")
-    parser.add_argument("--batch", type=int, default=64, help="rows of the global batch; weak with top2: for each rank")
-    parser.add_argument("--image", type=int, default=64, help="height and width of the images")
+    parser.add_argument("--experts", type=positive, default=4, help="K, strong")
+    parser.add_argument("--experts-a-rank", type=positive, default=2, help="weak")
+    parser.add_argument(
+        "--batch", type=positive, default=64, help="rows of the global batch; weak with top2: for each rank"
+    )
+    parser.add_argument("--image", type=positive, default=64, help="height and width of the images")
     parser.add_argument("--csv", type=Path, help="appended to")
     parser.add_argument("--plot", type=Path, help="PNG of seconds and efficiency; needs matplotlib")
     parser.add_argument("--sweep", help="numbers of ranks, as 1,2,4: starts torchrun for each on this machine")

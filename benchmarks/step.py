@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rivals import SIZES, ExpertParallel, Problem, Replicated, Rival, num_bytes, on_rank_0
-from turns import Figures, figures, meet, ms, now, parser_of, plain, ratio, take_turns, tell, write
+from turns import Figures, figures, meet, ms, now, parser_of, plain, positive, ratio, take_turns, tell, write
 
 from mixdist.mesh import Launch, Mesh
 from mixdist.wire import gather_json
@@ -72,9 +72,9 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = parser_of(__doc__, turns=7, steps=3)
     parser.add_argument("--size", choices=SIZES, default="small", help="of an expert")
-    parser.add_argument("--experts", type=int, default=Launch.read().world_size, help="K; unset, one a rank")
-    parser.add_argument("--batch", type=int, default=64, help="rows of the global batch")
-    parser.add_argument("--image", type=int, default=64, help="height and width of the images")
+    parser.add_argument("--experts", type=positive, default=Launch.read().world_size, help="K; unset, one a rank")
+    parser.add_argument("--batch", type=positive, default=64, help="rows of the global batch")
+    parser.add_argument("--image", type=positive, default=64, help="height and width of the images")
     parser.add_argument("--balance", type=float, default=1.0, help="weight of the KL balance term; 0 for none")
     parser.add_argument("--timed-steps", type=int, default=7, help="of mixdist, with barriers: waiting and transfer")
     parser.add_argument("--switches", nargs="*", choices=SWITCHES, default=list(SWITCHES), help="of mixdist")

@@ -23,13 +23,26 @@ Figures = dict[str, float]
 """Median, least and most of what turns measured."""
 
 
+def positive(text: str) -> int:
+    """Read a whole number from 1, for argparse.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 def parser_of(description: str | None, turns: int, steps: int) -> argparse.ArgumentParser:
     """Make a parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=turns, help="turns of each rival; medians are of these")
-    parser.add_argument("--steps", type=int, default=steps, help="steps of a turn; one more before them is not timed")
+    parser.add_argument("--turns", type=positive, default=turns, help="turns of each rival; medians are of these")
+    parser.add_argument(
+        "--steps", type=positive, default=steps, help="steps of a turn; one more before them is not timed"
+    )
     parser.add_argument("--warm-up", type=int, default=1, help="turns of each rival before those that count")
-    parser.add_argument("--threads", type=int, default=1, help="of each rank")
+    parser.add_argument("--threads", type=positive, default=1, help="of each rank")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--out", type=Path, help="file for the JSON; unset, it is the last line of the output")
     return parser

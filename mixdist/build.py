@@ -121,8 +121,9 @@ def choose_execution(config: Config, mixture: SoftMixture, train: Dataset) -> No
     Rows are as many as an expert sees in a micro-batch of the main phase (the first ones of the training set).
     """
     bank, mesh = mixture.bank, mixture.dispatch.mesh
-    if not bank.template.stackable or config.num_experts == 1:
-        return
+    how = config.compute
+    if not bank.template.stackable or config.num_experts == 1 or how.micro_batch or how.recompute or how.compile:
+        return  # what a stack cannot do
     seen = config.train.batch_size / mesh.placement.num_replicas / config.train.accumulate
     seen *= config.routing.k / config.num_experts if config.routing else 1
     stored = train.take(torch.arange(min(len(train), max(1, round(seen)))))

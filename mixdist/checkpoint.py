@@ -325,7 +325,7 @@ def load_module(path: Path, owned: Owned, engine: NativeEngine | None = None) ->
     if wrong:
         raise ValueError(
             f"{name} does not fit the config's {owned.name}: {wrong[0]} has shape {stored.get(wrong[0])}, expected "
-            f"{needed.get(wrong[0])}; resume with the run's own config"
+            f"{needed.get(wrong[0])}; take the run's own config"
         )
     with torch.no_grad():
         for key, value in model.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,12 +128,17 @@ def _hold(run: Path, mesh: Mesh) -> IO[str] | None:
     """Take the run for this process and those with it: two that write one record would destroy it."""
     held, error = None, None
     if mesh.rank == 0:
-        held = open(run / ".lock", "w")  # noqa: SIM115 (it is held as long as the run lasts)
+        held = open(run / ".lock", "a+")  # noqa: SIM115 (it is held as long as the run lasts)
+        held.seek(0)
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.truncate(0)
+            held.write(f"{os.getpid()} on {socket.gethostname()}\n")
+            held.flush()
         except OSError:
+            by = held.read().strip()
             held.close()
-            error = f"{run} is being written by another process: wait for it, or end it"
+            error = f"{run} is being written by another process ({by}): wait for it, or end it"
     agree(gather_json(error, mesh.world)[0], mesh.world)
     return held
 

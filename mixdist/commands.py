@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,7 +141,8 @@ def _evaluate(config: Config, session: Session, options: Namespace, checkpoint: 
         print(summary(evaluation, dataset, "held-out" if options.split == "test" else "training"), flush=True)
         if "log_likelihood_gate" in evaluation.figures:
             drawn = how["num_samples"]
-            print("log-likelihoods, nats a row:", f"{drawn} importance samples for each expert" if drawn else "exact")
+            how_many = f"{drawn} importance sample{'s' if drawn > 1 else ''} for each expert" if drawn else "exact"
+            print("log-likelihoods, nats a row:", how_many)
         report = _without_nan({"protocol": how, **described(evaluation, dataset)})
         write_file(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
         print(f"run: {run}   checkpoint: {checkpoint.name}   figures: {path}", flush=True)
@@ -172,6 +174,8 @@ def protocol(
         "scale": arguments.get("scale"),
         "expert": expert,
         "gate": gate,
+        "routing": asdict(config.routing) if config.routing else "dense",
+        "bf16": config.compute.bf16,
     }
 
 

@@ -129,6 +129,12 @@ def check(config: Config) -> None:
             f"routing.k ({config.routing.k}) must be at most num_experts ({config.num_experts}): lower it, or leave "
             f"routing out for every expert to see every row"
         )
+    for key in ("micro_batch", "recompute", "compile"):
+        value = getattr(config.compute, key)
+        if config.execution == "stacked" and value:
+            raise ValueError(
+                f"compute.{key} ({value}) needs experts in a loop, and execution is stacked: set that to loop or auto"
+            )
     if config.dispatch.prefetch and config.routing is not None:
         raise ValueError(
             "dispatch.prefetch (true) needs dense routing: with top-k a row's way depends on the gate after the step "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import gzip
+import os
+import socket
 import struct
 from pathlib import Path
 from typing import Any
@@ -220,6 +222,7 @@ def test_a_class_that_cannot_be_is_refused(changes: dict[str, Any], told: list[s
             {"dispatch": {"one_way": True}, "train__objective": {"class_path": "mixdist.objectives.MixtureLikelihood"}},
             "dispatch.one_way (true) needs an objective linear in the experts' losses, and train.objective is",
         ),
+        ({"execution": "stacked", "compute": {"recompute": True}}, "compute.recompute (True) needs experts in a loop"),
         ({"compute": {"micro_batch": 0}}, "compute.micro_batch (0) must be at least 1"),
         (
             {"mesh__device": "cuda"},
@@ -337,6 +340,7 @@ def test_a_damaged_data_file_is_refused(damage: Any, told: str, folder: Path) ->
 OWN_DATA = '''
 """Sources as a user would write them."""
 import os
+import socket
 import torch
 from mixdist.data import Dataset, Source
 from mixdist.terms import Field
@@ -644,9 +648,11 @@ def test_a_run_cannot_end_before_where_it_is(folder: Path) -> None:
 
 def test_two_processes_do_not_write_one_run(folder: Path) -> None:
     run = trained(folder)
-    with open(run / ".lock", "w") as held:
+    who = f"{os.getpid()} on {socket.gethostname()}"  # the run that has ended was this process
+    with open(run / ".lock", "a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert refused("train", "--resume", "run") == "run is being written by another process: wait for it, or end it"
+        told = refused("train", "--resume", "run")
+    assert told == f"run is being written by another process ({who}): wait for it, or end it"
 
 
 def test_a_schedule_that_is_too_short_is_refused_before_training(folder: Path) -> None:

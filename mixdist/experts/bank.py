@@ -26,6 +26,8 @@ Noise = Callable[[Tensor, Sequence[int]], Tensor]
 class Compute:
     """How an expert runs its rows. Memory and speed only: the first two change nothing beyond rounding.
 
+    A stack runs all its rows at once: ``micro_batch``, ``recompute`` and ``compile`` are for a loop.
+
     Args:
         micro_batch: rows that an expert runs at once; unset, all that arrive. With recompute, or with one-way dispatch,
             it bounds the memory for activations.
@@ -117,13 +119,7 @@ class ExpertBank(nn.Module):
     def _callable(self, expert: Expert) -> Callable[[Batch, Tensor | None], ExpertTerms]:
         call = torch.compile(expert, dynamic=True) if self.compute.compile else expert
 
-        def run(rows: Batch, eps: Tensor | None) -> ExpertTerms:
-            if not self.compute.bf16:
-                return call(rows, eps)
-            with torch.autocast(rows["id"].device.type, torch.bfloat16):
-                return ExpertTerms(*(None if f is None else f.float() for f in call(rows, eps)))  # type: ignore[arg-type]
-
-        return run
+        return lambda rows, eps: self._cast(lambda: call(rows, eps), rows)
 
     def forward(self, rows: Batch, noise: Noise | None = None, mask_RE: Tensor | None = None) -> ExpertTerms:
         """Give every expert's terms for its rows.
@@ -215,7 +211,13 @@ class ExpertBank(nn.Module):
         return _map(place, self._call_stack(taken, eps))
 
     def _call_stack(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
-        return functional_call(self.template, self.stack, (rows, eps))
+        return self._cast(lambda: functional_call(self.template, self.stack, (rows, eps)), rows)
+
+    def _cast(self, call: Callable[[], ExpertTerms], rows: Batch) -> ExpertTerms:
+        if not self.compute.bf16:
+            return call()
+        with torch.autocast(rows["id"].device.type, torch.bfloat16):
+            return _map(lambda field: field.float(), call())
 
 
 def _differentiate(losses: Tensor, grads: Tensor) -> None:
