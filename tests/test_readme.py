@@ -1,4 +1,4 @@
-"""README keeps its word: its own data set, expert and gate train, from files outside the package."""
+"""README keeps its word: its own data set, expert, gate and objective train, from files outside the package."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
 
 
-def test_a_data_set_an_expert_and_a_gate_of_one_s_own(tmp_path: Path) -> None:
+def test_a_data_set_an_expert_a_gate_and_an_objective_of_one_s_own(tmp_path: Path) -> None:
     for block in blocks("python"):
         named = re.match(r"# (my_\w+\.py)", block)
         if named:
             (tmp_path / named[1]).write_text(block)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["my_data.py", "my_expert.py", "my_gate.py"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["my_data.py", "my_expert.py", "my_gate.py", "my_objective.py"]
     (config,) = blocks("yaml")
     (tmp_path / "own.yaml").write_text(config + "log_every: 1\n")
     words = ["train", "--config", "own.yaml", "--train.epochs", "3", "--out", "run"]
