@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import signal
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -48,6 +50,16 @@ def keep_large_blocks() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 32 << 20)
         libc.mallopt(-1, 1 << 30)
+
+
+def follow_launcher() -> None:
+    """Let this process end with the torchrun that started it, which gives each process a session of its own.
+
+    prctl's PR_SET_PDEATHSIG is 1. Nothing happens without torchrun, where a parent may well end first.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with suppress(OSError, AttributeError):  # Linux alone has it
+            ctypes.CDLL("libc.so.6").prctl(1, int(signal.SIGTERM))
 
 
 def build_gate(config: Config, spec: Spec) -> Gate:

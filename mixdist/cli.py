@@ -12,7 +12,7 @@ from typing import IO
 
 from jsonargparse import ArgumentParser, Namespace
 
-from mixdist.build import Session, build, build_mesh, describe, keep_large_blocks
+from mixdist.build import Session, build, build_mesh, describe, follow_launcher, keep_large_blocks
 from mixdist.checkpoint import CheckpointStore, write_file
 from mixdist.commands import evaluate_run, sample, summary
 from mixdist.config import Config
@@ -41,6 +41,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run a command; give the exit code: 0, or 2 for what a user can mend, told in one line by rank 0."""
     words = list(sys.argv[1:] if words is None else words)
     keep_large_blocks()
+    follow_launcher()
     sys.path.insert(0, os.getcwd())  # classes of one's own are found from the console script as with python -m
     commands = {"train": train, "evaluate": evaluate_run, "sample": sample}
     if not words or words[0] in ("-h", "--help"):

@@ -103,7 +103,7 @@ class Started:
 
     def kill(self) -> None:
         """End the process and all it started with SIGKILL, as a machine that loses power would."""
-        family = [self.process.pid, *_descendants(self.process.pid)]
+        family = [self.process.pid, *descendants(self.process.pid)]
         for pid in family:  # torchrun first: it would report, and its workers have groups of their own
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -156,7 +156,8 @@ def torchrun(*words: str, ranks: int, folder: Path, **env: str) -> Ended:
         return started.end()
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """Give the processes that a process has started, and those that they have."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch import descendants
+from tests.launch import start as start_torchrun
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "digits_moe.yaml"
 TIMEOUT_S = 15
@@ -63,3 +66,26 @@ def test_a_lost_rank_is_named_and_nobody_waits_for_it(tmp_path: Path, sent: sign
             rank.wait()
             if rank.stderr is not None:
                 rank.stderr.close()
+
+
+def test_ranks_end_with_their_torchrun(tmp_path: Path) -> None:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    words = ("train", "--config", str(CONFIG), "--log_every=1", "--train.epochs=5000", "--out=run")
+    with start_torchrun(*words, ranks=2, folder=tmp_path) as run:
+        run.until(lambda: metrics.exists() and metrics.stat().st_size > 0)
+        ranks = descendants(run.process.pid)
+        assert len(ranks) >= 2
+        run.process.kill()
+        run.process.wait()
+        deadline = time.monotonic() + 20
+        while any(alive(pid) for pid in ranks):
+            assert time.monotonic() < deadline, "ranks go on without their launcher"
+            time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    """Say whether a process runs; one that has ended and waits to be collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
