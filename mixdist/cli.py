@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +19,7 @@ from mixdist.commands import evaluate_run, sample, summary
 from mixdist.config import Config
 from mixdist.ending import INTERRUPTED, Alone, agreed, fail, told, told_once
 from mixdist.evaluate import evaluate
+from mixdist.evidence import twins
 from mixdist.experts import ExpertBank
 from mixdist.gallery import draw, targets
 from mixdist.mesh import Launch, Mesh
@@ -178,6 +180,7 @@ def _trainer(config: Config, session: Session) -> Trainer:
         log_every=config.log_every,
         save_every=config.checkpoint.every,
         prefetch=config.dispatch.prefetch,
+        twins=partial(twins, session.mixture),
         described=describe(config, session.train),
     )
 

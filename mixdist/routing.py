@@ -111,7 +111,7 @@ def admitted(choices_BK: Tensor, demand_WKE: Tensor, rank: int, capacity: int | 
     return asked_BK & (asked_BKE * (place_BKE < capacity)).sum(2).bool()
 
 
-def plan(log_resp_BE: Tensor, choices_BK: Tensor, admitted_BK: Tensor) -> RoutingPlan:
+def lay_out(log_resp_BE: Tensor, choices_BK: Tensor, admitted_BK: Tensor) -> RoutingPlan:
     """Lay the granted choices out by expert."""
     num_experts = log_resp_BE.shape[1]
     routed_BE = (_one_hot(choices_BK, num_experts) * admitted_BK[..., None]).sum(1).bool()

@@ -1,4 +1,4 @@
-"""Log-densities and divergences in nats: elementwise, for the caller to sum over the features of a row."""
+"""Log-densities and divergences in nats: elementwise, for the caller to sum over a row, unless they say otherwise."""
 
 from __future__ import annotations
 
@@ -9,22 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def normal_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor | float) -> Tensor:
-    """log N(x; m, s^2) = -(x - m)^2 / (2 s^2) - log s - log(2 pi) / 2, nats.
-
-    Args:
-        x: points.
-        mean: m; broadcasts with ``x``.
-        log_scale: log s, the log of the standard deviation; broadcasts with ``x``.
-    """
-    standard = (x - mean) * _exp(-log_scale)
-    return -0.5 * standard.square() - log_scale - 0.5 * math.log(2.0 * math.pi)
-
-
 def normal_sum_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor | float) -> Tensor:
     """sum_d log N(x_d; m_d, s^2) = -|x - m|^2 / (2 s^2) - D (log s + log(2 pi) / 2), nats: one scale for all features.
 
-    The same as the sum of ``normal_log_prob``, in two passes over memory instead of seven.
+    Summed here, not by the caller: squared differences and their sum are two passes over memory, D densities seven.
 
     Args:
         x: points (..., D), with the last axes of ``mean``.
@@ -96,16 +84,6 @@ def normal_kl(mean: Tensor, log_var: Tensor) -> Tensor:
         log_var: log s^2; broadcasts with ``mean``.
     """
     return 0.5 * (mean.square() + torch.expm1(log_var) - log_var)
-
-
-def log_mean_exp(x: Tensor, dim: int) -> Tensor:
-    """log(1/n sum exp x) over the n entries of ``dim``, which is dropped.
-
-    Args:
-        x: logarithms; -inf stands for 0.
-        dim: the dimension to average over.
-    """
-    return torch.logsumexp(x, dim) - math.log(x.shape[dim])
 
 
 def entropy(log_p: Tensor, dim: int) -> Tensor:

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +16,9 @@ import torch
 from mixdist.checkpoint import CheckpointStore, load_module, read_state
 from mixdist.data import Dataset, Loader, Shard
 from mixdist.engines import NativeEngine, NotFinite, Totals
-from mixdist.evidence import twins
 from mixdist.health import dead
 from mixdist.mesh import Mesh
-from mixdist.mixtures import Mixture, Moment, SoftMixture
+from mixdist.mixtures import Mixture, Moment
 from mixdist.phases import Phase, Position
 from mixdist.wire import Wire, gather_json
 
@@ -50,6 +49,7 @@ class Trainer:
         save_every: steps between checkpoints; None for one at the end of each epoch.
         described: what a checkpoint says of the run, to be the same on resume.
         prefetch: let the mixture send a step's rows during the step before.
+        twins: names the pairs of experts that are duplicates on a batch; every rank calls it, once an epoch.
     """
 
     def __init__(
@@ -66,15 +66,12 @@ class Trainer:
         save_every: int | None = None,
         described: dict[str, Any] | None = None,
         prefetch: bool = False,
+        twins: Callable[[Shard], list[tuple[int, int]]] = lambda shard: [],
     ) -> None:
         self.mixture, self.dataset, self.phases, self.seed = mixture, dataset, list(phases), seed
         self.mesh, self.wire, self.store, self.recorders = mesh, wire, store, list(recorders)
-        self.log_every, self.save_every, self.described, self.prefetch = (
-            log_every,
-            save_every,
-            described or {},
-            prefetch,
-        )
+        self.log_every, self.save_every, self.prefetch = log_every, save_every, prefetch
+        self.described, self.twins = described or {}, twins
         self.owned = mixture.parts.owned()
         # What a module froze when it was made stays frozen.
         self.learnable = [[p for p in owned.module.parameters() if p.requires_grad] for owned in self.owned]
@@ -260,9 +257,8 @@ class Trainer:
             "transfer_s": sum(transfer) / len(transfer),
             "peak_memory_bytes": max(peak),
         }
-        if self.position.batch < self.log_every and isinstance(self.mixture, SoftMixture):
-            # Once an epoch or so: it runs the experts once more.
-            record["duplicate_experts"] = [f"experts {i} and {j}" for i, j in twins(self.mixture, shard)]
+        if self.position.batch < self.log_every:  # the epoch's first record: it runs the experts once more
+            record["duplicate_experts"] = [f"experts {i} and {j}" for i, j in self.twins(shard)]
         for recorder in self.recorders if self.mesh.rank == 0 else ():
             recorder.write(record)
         self._set_clock()

@@ -53,6 +53,7 @@ class Case:
     way: str = "back"
     prefetch: bool = False
     memory: str = "whole"
+    trains: str = "both"
     batch_size: int = 16
     optimizer: str = "adam"
     dtype: str = "float64"
@@ -211,6 +212,8 @@ def run(case: Case) -> dict[str, Any]:
     mesh = mesh_of(case.num_experts, case.ranks, case.ep_size)
     wire = Wire(mesh.device)
     mixture = make_mixture(case, mesh, wire)
+    for owned in mixture.parts.owned():
+        owned.module.requires_grad_(case.trains in ("both", "gate" if owned.expert is None else "experts"))
     engine = make_engine(case, mixture, mesh, wire)
     loader = Loader(data(), case.batch_size, SEED, 0, mesh.rank, mesh.world_size)
     report: dict[str, Any] = {"speaks": {}, "copies": {}, "steps": [], "bytes": [], "margin": 1.0}
@@ -229,7 +232,7 @@ def run(case: Case) -> dict[str, Any]:
         report["steps"].append(figures(totals.outcome, totals.grad_norm))
         report["bytes"].append((totals.meter["wire_bytes"], totals.meter["wire_bytes_least"]))
         if step == 0:
-            keep(report, mixture, mesh, "gradient", lambda p: p.grad)
+            keep(report, mixture, mesh, "gradient", lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
     keep(report, mixture, mesh, "weight", lambda p: p)
     if isinstance(mixture, SoftMixture):
         judge(report, case, mixture)

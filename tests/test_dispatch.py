@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mixdist.dispatch import Dispatch
 from mixdist.mesh import Launch, Mesh, Placement
+from mixdist.route import mask_bytes, pack_mask, unpack_mask
 from mixdist.terms import Batch, Field
 from mixdist.wire import Wire, agree, gather_bytes, gather_json
 from tests.pool import Pool
@@ -229,6 +230,17 @@ def test_counted_bytes_are_those_of_the_interface(pool: Callable[[int], Pool]) -
         assert sent == least == 2 * 400 * (3 * 64 * 64 + 8) + 2 * 400 * 2 * 8 * WIDTH
         seen.append(max(report["seen"] for report in reports))
     assert sent <= min(seen) <= 1.05 * sent  # headers and acknowledgements
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 7, 8, 9, 16, 17, 40])
+@pytest.mark.parametrize("num_rows", [0, 1, 30])
+def test_masks_come_back_as_they_were(num_rows: int, num_experts: int) -> None:
+    mask = torch.rand(num_rows, num_experts, generator=torch.Generator().manual_seed(num_experts)) < 0.5
+    mask |= num_experts == 1  # a row that goes to a member with one expert is for that one
+    packed = pack_mask(mask)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (num_rows, mask_bytes(num_experts))
+    assert unpack_mask(packed, num_experts).equal(mask)
 
 
 def test_all_ranks_learn_of_one_rank_s_error(pool: Callable[[int], Pool]) -> None:

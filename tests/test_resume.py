@@ -179,6 +179,9 @@ def test_switches_go_on_bit_for_bit(switches: dict[str, Any], tmp_path: Path, mo
             shutil.rmtree(path)
     assert here("train", "--resume", "again").code == 0
     assert records(run) == records(tmp_path / "whole")
+    found = read_metrics(run)
+    assert all("dead_experts" in record for record in found)
+    assert [r["step"] for r in found if r.get("duplicate_experts") == []] == [1, 6]  # the first of each epoch
     executions = [yaml.safe_load((r / "config.yaml").read_text())["execution"] for r in (run, tmp_path / "whole")]
     assert executions[0] == executions[1] in ("loop", "stacked")
     for name in ("gate", *(f"expert-{e:04d}" for e in range(4))):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixdist.routing import TopK, admitted, demand, plan, responsible
+from mixdist.routing import TopK, admitted, demand, lay_out, responsible
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 7, 64])
@@ -74,7 +74,7 @@ def test_capacity_is_first_come_over_the_global_batch(k: int, factor: float | No
     parts = log_resp.split(list(counts))
     wanted = torch.stack([demand(routing.choices(part), 6) for part in parts])
     plans = [
-        plan(part, routing.choices(part), admitted(routing.choices(part), wanted, rank, capacity))
+        lay_out(part, routing.choices(part), admitted(routing.choices(part), wanted, rank, capacity))
         for rank, part in enumerate(parts)
     ]
     routed, lost = by_hand(log_resp, k, capacity)

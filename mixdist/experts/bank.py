@@ -118,7 +118,6 @@ class ExpertBank(nn.Module):
 
     def _callable(self, expert: Expert) -> Callable[[Batch, Tensor | None], ExpertTerms]:
         call = torch.compile(expert, dynamic=True) if self.compute.compile else expert
-
         return lambda rows, eps: self._cast(lambda: call(rows, eps), rows)
 
     def forward(self, rows: Batch, noise: Noise | None = None, mask_RE: Tensor | None = None) -> ExpertTerms:

@@ -19,8 +19,7 @@ from mixdist.mixtures.mixture import Moment, Parts
 from mixdist.noise import Purpose
 from mixdist.objectives import Objective
 from mixdist.route import Route
-from mixdist.routing import RoutingPlan, TopK, admitted, demand
-from mixdist.routing import plan as lay_out
+from mixdist.routing import RoutingPlan, TopK, admitted, demand, lay_out
 from mixdist.terms import Batch, ExpertTerms, Gating, Outcome, Spec
 
 
