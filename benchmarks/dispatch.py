@@ -33,7 +33,7 @@ from turns import figures, meet, ms, parser_of, plain, positive, ratio, take_tur
 
 from mixdist.dispatch import Dispatch
 from mixdist.mesh import Launch, Mesh
-from mixdist.routing import TopK, admitted, demand, plan
+from mixdist.routing import TopK, admitted, demand, lay_out
 from mixdist.terms import Batch, Field
 from mixdist.wire import Wire, gather_json
 
@@ -88,7 +88,7 @@ class Work:
         self.choices_BK = torch.arange(self.num_experts, device=mesh.device).expand(self.num_rows, -1)
         if k is not None:
             self.choices_BK = TopK(k).choices(self.log_resp_BE)
-            self.routed_BE = plan(self.log_resp_BE, self.choices_BK, self.choices_BK < self.num_experts).routed_BE
+            self.routed_BE = lay_out(self.log_resp_BE, self.choices_BK, self.choices_BK < self.num_experts).routed_BE
         self.weights = torch.full((len(mesh.experts), self.field.num_values), 0.9, device=mesh.device)
         self.weights.requires_grad_()
 
