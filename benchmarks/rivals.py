@@ -21,8 +21,8 @@ from mixdist.engines import NativeEngine
 from mixdist.experts import Compute, ConvVAE, Expert, ExpertBank
 from mixdist.gates import ConvSoftmax, Gate
 from mixdist.mesh import Mesh
-from mixdist.mixtures import Moment, SoftMixture
-from mixdist.noise import Purpose, weights_seed
+from mixdist.mixtures import SoftMixture
+from mixdist.noise import Moment, Purpose, weights_seed
 from mixdist.objectives import KLBalance, WeightedLoss
 from mixdist.routing import TopK
 from mixdist.terms import Field

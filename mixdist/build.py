@@ -18,8 +18,8 @@ from mixdist.dispatch import Dispatch
 from mixdist.experts import Expert, ExpertBank, time_executions
 from mixdist.gates import Gate
 from mixdist.mesh import Launch, Mesh, Placement, choose_device
-from mixdist.mixtures import Moment, SoftMixture
-from mixdist.noise import Purpose, weights_seed
+from mixdist.mixtures import SoftMixture
+from mixdist.noise import Moment, Purpose, weights_seed
 from mixdist.terms import Field, Spec
 from mixdist.wire import Wire, agree, alike, gather_json
 

@@ -21,8 +21,8 @@ from mixdist.config import Config
 from mixdist.data import Dataset
 from mixdist.ending import agreed, told_once
 from mixdist.evaluate import EVALUATION_PHASE, Evaluation, evaluate, expert_table
-from mixdist.evidence import SAMPLES_AT_ONCE
 from mixdist.gallery import targets
+from mixdist.importance import SAMPLES_AT_ONCE
 from mixdist.metrics import Progress, table
 from mixdist.model import load
 from mixdist.noise import Purpose

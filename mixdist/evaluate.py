@@ -17,9 +17,11 @@ from torch import Tensor
 
 from mixdist.data import Dataset, Loader
 from mixdist.dispatch import Dispatch
-from mixdist.evidence import Evidence, evidence, mixture_log_likelihood, quiet, reconstructed, shares
+from mixdist.evidence import evidence, mixture_log_likelihood, quiet, reconstructed
 from mixdist.health import dead, duplicates, in_words
-from mixdist.mixtures import Moment, Scores, SoftMixture
+from mixdist.importance import Evidence
+from mixdist.mixtures import Ensemble, Scores
+from mixdist.noise import Moment
 from mixdist.routing import responsible
 from mixdist.stats import entropy
 from mixdist.wire import gather_bytes
@@ -60,7 +62,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    mixture: SoftMixture,
+    mixture: Ensemble,
     dataset: Dataset,
     batch_size: int,
     seed: int,
@@ -102,17 +104,17 @@ def evaluate(
     for module in modules:
         module.eval()
     tally = _Tally(mixture.dispatch, mesh.placement.num_experts, dataset, reconstructed(mixture))
-    share_E = None if num_samples is None else shares(mixture, shares_from or dataset, batch_size, at)
+    share_E = None if num_samples is None else mixture.shares(shares_from or dataset, batch_size, at)
     loader = Loader(dataset, batch_size, seed, 0, mesh.rank, mesh.world_size, ordered=True)
     for index in range(loader.num_batches):
         shard = loader.batch(0, index).to(mesh.device)
-        scores = mixture.score(shard, at)
-        route = mixture.dispatch.send(shard.rows, mixture.bank.template.fields, shard.counts)
+        route = mixture.send(shard)
+        scores = mixture.score(shard, route, at)
         found = None if num_samples is None else evidence(mixture, shard, route, at, num_samples)
         tally.add(shard.rows, scores, found, share_E)
         tally.add_quiet(scores, *quiet(mixture, route))
         if target is not None:
-            tally.add_prediction(mixture.predict(shard, at), mixture.values(shard.rows, (target,))[target])
+            tally.add_prediction(mixture.predict(scores, route), mixture.values(shard.rows, (target,))[target])
         on_batch(index + 1, loader.num_batches)
     for module in modules:
         module.train()

@@ -14,7 +14,7 @@ from safetensors.numpy import load, save
 from mixdist.data import Dataset
 from mixdist.evaluate import Evaluation
 from mixdist.metrics import read_metrics
-from mixdist.mixtures import SoftMixture
+from mixdist.mixtures import Ensemble
 from mixdist.noise import Draw, Purpose
 from mixdist.pictures import (
     Panel,
@@ -30,7 +30,7 @@ from mixdist.wire import gather_bytes
 NUM_SAMPLES = 8
 
 
-def draw(mixture: SoftMixture, dataset: Dataset, evaluation: Evaluation, run: Path, seed: int) -> Path | None:
+def draw(mixture: Ensemble, dataset: Dataset, evaluation: Evaluation, run: Path, seed: int) -> Path | None:
     """Draw what the experts learned into ``run/images``; every rank calls it.
 
     Args:
@@ -65,7 +65,7 @@ def draw(mixture: SoftMixture, dataset: Dataset, evaluation: Evaluation, run: Pa
     return _experts(images / "experts.png", dataset, evaluation, shown) or main
 
 
-def show(mixture: SoftMixture, e: int, dataset: Dataset, positions: list[int], seed: int) -> dict[str, np.ndarray]:
+def show(mixture: Ensemble, e: int, dataset: Dataset, positions: list[int], seed: int) -> dict[str, np.ndarray]:
     """Let an expert of this rank show what it can: reconstructions of rows, samples, or its curve over a grid."""
     expert, device = mixture.bank.owned()[e], mixture.dispatch.mesh.device
     shown: dict[str, torch.Tensor] = {}
@@ -84,7 +84,7 @@ def show(mixture: SoftMixture, e: int, dataset: Dataset, positions: list[int], s
     return {name: tensor.float().cpu().numpy() for name, tensor in shown.items()}
 
 
-def targets(mixture: SoftMixture) -> str | None:
+def targets(mixture: Ensemble) -> str | None:
     """Name the field that the experts predict, or None where they predict nothing."""
     template = mixture.bank.template
     return getattr(template, "target", None) if template.can("predict") else None

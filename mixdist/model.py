@@ -20,8 +20,8 @@ from mixdist.evaluate import EVALUATION_PHASE
 from mixdist.experts import Expert
 from mixdist.gates import Gate
 from mixdist.mesh import Launch, Mesh, Placement
-from mixdist.mixtures import Moment, Owned
-from mixdist.noise import Draw, Purpose
+from mixdist.mixtures import Owned
+from mixdist.noise import Draw, Moment, Purpose
 from mixdist.parsing import RESOLVED, read_config
 from mixdist.routing import responsible
 from mixdist.terms import Batch, ExpertTerms, Spec

@@ -40,6 +40,10 @@ class Purpose(IntEnum):
     PRIOR = 5  # samples from the prior, for pictures
     DATA = 6  # synthetic data and splits
     IMPORTANCE = 7  # eps of the posterior samples that estimate a likelihood
+    RIVAL = 8  # an expert's samples for its discriminator: z; and the order of the data there
+    OBSERVATION = 9  # x given z, where samples are drawn with it
+    DISCRIMINATOR = 10  # initial weights of a discriminator
+    CHANCE = 11  # assignments by chance: the first split, random scores
 
 
 def philox(counter: Words, key: tuple[Tensor | int, Tensor | int]) -> Words:
@@ -98,8 +102,8 @@ def derive(seed: int, purpose: Purpose, phase: int = 0, expert: int = 0) -> tupl
     return _stream(seed, purpose, phase, expert)[:2]
 
 
-def weights_seed(seed: int, purpose: Purpose, expert: int = 0) -> int:
-    """A seed for ``torch.manual_seed``, from 0 to 2**63 - 1, one for each purpose and expert.
+def weights_seed(seed: int, purpose: Purpose, expert: int = 0, phase: int = 0) -> int:
+    """A seed for ``torch.manual_seed``, from 0 to 2**63 - 1, one for each purpose, expert and phase (or round).
 
     It is made of the other two words of the block that ``derive`` takes its key from: torch's CUDA generator is Philox
     too, and under the same key its numbers could be those of a ``Draw``.
@@ -107,7 +111,7 @@ def weights_seed(seed: int, purpose: Purpose, expert: int = 0) -> int:
     Raises:
         ValueError: if the seed is not from 0 to 2**64 - 1.
     """
-    low, high = _stream(seed, purpose, 0, expert)[2:]
+    low, high = _stream(seed, purpose, phase, expert)[2:]
     return low | (high & 0x7FFFFFFF) << 32
 
 
@@ -190,7 +194,28 @@ class Draw:
         return philox((block, (ids_R & _MASK)[:, None], _high(ids_R)[:, None], step), (key[:, 0], key[:, 1]))
 
 
-def permutation(seed: int, phase: int, epoch: int, size: int) -> Tensor:
+@dataclass(frozen=True)
+class Moment:
+    """Where in a run a step is: with a row's id and an expert it names every random draw.
+
+    Args:
+        seed: of the run.
+        phase: number of the phase.
+        step: training step within the phase, from 0.
+    """
+
+    seed: int
+    phase: int = 0
+    step: int = 0
+
+    def draw(self, purpose: Purpose) -> Draw:
+        """Name the draws of one purpose at this moment."""
+        return Draw(self.seed, purpose, self.phase, self.step)
+
+
+def permutation(
+    seed: int, phase: int, epoch: int, size: int, expert: int = 0, purpose: Purpose = Purpose.ORDER
+) -> Tensor:
     """The order of ``size`` samples in an epoch: a sort by 64-bit keyed hashes, equal hashes by position.
 
     Args:
@@ -198,6 +223,8 @@ def permutation(seed: int, phase: int, epoch: int, size: int) -> Tensor:
         phase: the trainer's phase.
         epoch: the epoch within the phase; its low 32 bits count.
         size: the number of samples.
+        expert: whose order, where each expert has its own.
+        purpose: what the order is for.
 
     Returns:
         An int64 tensor (size,) that holds each of 0 to size - 1 once.
@@ -205,7 +232,7 @@ def permutation(seed: int, phase: int, epoch: int, size: int) -> Tensor:
     Raises:
         ValueError: if the seed is not from 0 to 2**64 - 1.
     """
-    key = derive(seed, Purpose.ORDER, phase)
+    key = derive(seed, purpose, phase, expert)
     zero, epoch_word = torch.tensor(0), torch.tensor(epoch & _MASK)
     hashes = torch.empty(size, dtype=torch.int64)
     # In pieces, because the temporary words of a hundred million ids would not fit beside them.

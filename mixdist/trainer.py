@@ -18,7 +18,8 @@ from mixdist.data import Dataset, Loader, Shard
 from mixdist.engines import NativeEngine, NotFinite, Totals
 from mixdist.health import dead
 from mixdist.mesh import Mesh
-from mixdist.mixtures import Mixture, Moment
+from mixdist.mixtures import Mixture
+from mixdist.noise import Moment
 from mixdist.phases import Phase, Position
 from mixdist.wire import Wire, gather_json
 

@@ -22,9 +22,9 @@ from mixdist.experts import VAE, Classifier, Compute, ConvVAE, Expert, ExpertBan
 from mixdist.gallery import targets
 from mixdist.gates import Consistent, ConvSoftmax, Gate, LabelOracle, Softmax, Uniform
 from mixdist.mesh import Launch, Mesh, Placement
-from mixdist.mixtures import Mixture, Moment, SoftMixture
+from mixdist.mixtures import Mixture, SoftMixture
 from mixdist.nets import MLP
-from mixdist.noise import Draw, Purpose, weights_seed
+from mixdist.noise import Draw, Moment, Purpose, weights_seed
 from mixdist.objectives import Balance, KLBalance, MixtureLikelihood, Objective, VarianceBalance, WeightedLoss
 from mixdist.routing import TopK
 from mixdist.terms import Batch, Field, Gating, Spec

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from mixdist.engines import NativeEngine, NotFinite
 from mixdist.experts import VAE, Expert, ExpertBank
 from mixdist.mesh import Launch, Mesh, Placement
-from mixdist.mixtures import Moment, Parts
+from mixdist.mixtures import Parts
+from mixdist.noise import Moment
 from mixdist.terms import Field, Outcome
 from mixdist.wire import Wire
 from tests.parity import SEED, Case, Loader, data, make_mixture, make_objective

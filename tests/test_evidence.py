@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixdist import evidence as subject
+from mixdist import importance as subject
 from mixdist.data import Loader
 from mixdist.evaluate import EVALUATION_PHASE, Evaluation, evaluate
-from mixdist.evidence import SAMPLES_AT_ONCE, Evidence, importance, mixture_log_likelihood, twins
+from mixdist.evidence import mixture_log_likelihood, twins
 from mixdist.experts import VAE, Expert, ExpertBank
 from mixdist.gates import Uniform
 from mixdist.health import dead, duplicates, in_words
-from mixdist.mixtures import Moment, SoftMixture
-from mixdist.noise import Draw, Purpose, weights_seed
+from mixdist.importance import SAMPLES_AT_ONCE, Evidence, importance
+from mixdist.mixtures import SoftMixture
+from mixdist.noise import Draw, Moment, Purpose, weights_seed
 from mixdist.terms import Batch, ExpertTerms, Field, Spec
 from mixdist.wire import Wire
 from tests.parity import SEED, Case, data, make_expert, make_mixture, mesh_of

@@ -73,6 +73,10 @@ def test_purposes_keep_their_numbers() -> None:
         "PRIOR": 5,
         "DATA": 6,
         "IMPORTANCE": 7,
+        "RIVAL": 8,
+        "OBSERVATION": 9,
+        "DISCRIMINATOR": 10,
+        "CHANCE": 11,
     }
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from mixdist.data import Shard
 from mixdist.dispatch import Dispatch
-from mixdist.mixtures import Moment, Parts
+from mixdist.mixtures import Parts
 from mixdist.nets import MLP
-from mixdist.noise import Purpose
+from mixdist.noise import Moment, Purpose
 from mixdist.objectives import Objective
 from mixdist.terms import Outcome, Spec
 

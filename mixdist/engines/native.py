@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mixdist.engines.state import Slot, fast_forward, kind, read_optimizer, write_optimizer
 from mixdist.mesh import Mesh
 from mixdist.mixtures import Owned, Parts
 from mixdist.terms import Outcome
@@ -22,10 +23,6 @@ from mixdist.wire import Wire
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
-
-IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable", "maximize")
-"""Flags of an optimiser that leave its state as it is."""
-
 
 class Totals(NamedTuple):
     """What one step was over the whole batch, the same on every rank.
@@ -122,19 +119,12 @@ class NativeEngine:
 
     def fast_forward(self, steps: int) -> None:
         """Bring the schedules to where they are after ``steps`` steps: they are pure functions of it."""
-        with warnings.catch_warnings():
-            # torch warns that no optimiser has stepped yet: it has, in the run that is resumed.
-            warnings.simplefilter("ignore", UserWarning)
-            for schedule in self.schedules:
-                for _ in range(steps):
-                    schedule.step()
+        for schedule in self.schedules:
+            fast_forward(schedule, steps)
 
     def kind(self) -> str:
         """Name the optimiser as far as its state depends on it: class, and flags such as amsgrad."""
-        for optimizer in self.optimizers.values():
-            flags = [k for k, v in optimizer.defaults.items() if v is True and k not in IMPLEMENTATION]
-            return " ".join([type(optimizer).__name__, *sorted(flags)])
-        return "none"
+        return next((kind(optimizer) for optimizer in self.optimizers.values()), "none")
 
     def learning_rate(self) -> float:
         """The learning rate of the next step; 0 where nothing trains."""
@@ -143,32 +133,13 @@ class NativeEngine:
     def optimizer_state(self, owned: Owned) -> dict[str, Tensor]:
         """Give the optimiser's state of a module: "<parameter>.<key>" to tensor."""
         optimizer = self._optimizer(owned)
-        state: dict[str, Tensor] = {}
-        if optimizer is not None:
-            for name, parameter in owned.module.named_parameters():
-                tensor, place = self._place(owned, name, parameter)
-                for key, value in optimizer.state.get(tensor, {}).items():
-                    value = torch.as_tensor(value)
-                    state[f"{name}.{key}"] = value if place is None or not value.dim() else value[place]
-        return state
+        return {} if optimizer is None else read_optimizer(optimizer, self._slots(owned))
 
     def load_optimizer_state(self, owned: Owned, state: dict[str, Tensor]) -> None:
         """Put back what ``optimizer_state`` gave; tensors of a parameter's shape go to its device."""
         optimizer = self._optimizer(owned)
-        if optimizer is None:
-            return
-        group = optimizer.param_groups[0]
-        for name, parameter in owned.module.named_parameters():
-            tensor, place = self._place(owned, name, parameter)
-            own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.rpartition(".")[0] == name}
-            for key, value in own.items():
-                # As in torch: a step counter stays on the CPU, but where a fused optimiser reads it on the device.
-                moves = value.dim() or group.get("fused") or group.get("capturable")
-                value = value.to(parameter.device if moves else value.device, copy=True)
-                if place is None or not value.dim():
-                    optimizer.state[tensor][key] = value
-                else:
-                    optimizer.state[tensor].setdefault(key, torch.zeros_like(tensor, dtype=value.dtype))[place] = value
+        if optimizer is not None:
+            write_optimizer(optimizer, self._slots(owned), state)
 
     def _tensors(self) -> Iterator[tuple[Owned, list[Tensor]]]:
         """What each optimiser steps: the parameters of a module, or for a stack's first expert those of all."""
@@ -185,11 +156,11 @@ class NativeEngine:
             owned = next(other for other in self.parts.owned() if other.expert is not None)
         return self.optimizers.get(owned.name)
 
-    def _place(self, owned: Owned, name: str, parameter: nn.Parameter) -> tuple[Tensor, int | None]:
-        """Find the tensor that an optimiser knows a parameter by, and the parameter's place in it."""
-        if owned.expert is None or not self.parts.stack:
-            return parameter, None
-        return self.parts.stack[name], list(self.parts.experts).index(owned.expert)
+    def _slots(self, owned: Owned) -> Iterator[Slot]:
+        """Find the tensors that an optimiser knows a module's parameters by, and their places in them."""
+        place = list(self.parts.experts).index(owned.expert) if owned.expert is not None and self.parts.stack else None
+        for name, parameter in owned.module.named_parameters():
+            yield Slot(name, parameter if place is None else self.parts.stack[name], place)
 
     def collect(self) -> list[tuple[Owned, list[Tensor]]]:
         """Give the gradients of every module that trains; one that no row came to has zeros, and steps all the same."""

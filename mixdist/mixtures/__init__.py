@@ -1,6 +1,7 @@
 """Mixtures: one short program for each family over gate, experts and dispatch."""
 
-from mixdist.mixtures.mixture import Mixture, Moment, Owned, Parts
-from mixdist.mixtures.soft import Scores, SoftMixture
+from mixdist.mixtures.ensemble import Ensemble, Scores
+from mixdist.mixtures.mixture import Mixture, Owned, Parts
+from mixdist.mixtures.soft import SoftMixture
 
-__all__ = ["Mixture", "Moment", "Owned", "Parts", "Scores", "SoftMixture"]
+__all__ = ["Ensemble", "Mixture", "Owned", "Parts", "Scores", "SoftMixture"]

@@ -8,28 +8,9 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from mixdist.data import Shard
-from mixdist.noise import Draw, Purpose
+from mixdist.noise import Moment
 from mixdist.objectives import Objective
 from mixdist.terms import Outcome
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Where in a run a step is: with a row's id and an expert it names every random draw.
-
-    Args:
-        seed: of the run.
-        phase: number of the phase.
-        step: training step within the phase, from 0.
-    """
-
-    seed: int
-    phase: int = 0
-    step: int = 0
-
-    def draw(self, purpose: Purpose) -> Draw:
-        """Name the draws of one purpose at this moment."""
-        return Draw(self.seed, purpose, self.phase, self.step)
 
 
 class Owned(NamedTuple):

@@ -6,38 +6,24 @@ Shape letters: B rows on this rank, R rows routed here, E all experts, e experts
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mixdist.data import Shard
+from mixdist.data import Dataset, Loader, Shard
 from mixdist.dispatch import Dispatch
-from mixdist.experts import ExpertBank, Noise
+from mixdist.experts import ExpertBank
 from mixdist.gates import Gate
-from mixdist.mixtures.mixture import Moment, Parts
-from mixdist.noise import Purpose
+from mixdist.mixtures.ensemble import Ensemble
+from mixdist.mixtures.mixture import Parts
+from mixdist.noise import Moment, Purpose
 from mixdist.objectives import Objective
 from mixdist.route import Route
 from mixdist.routing import RoutingPlan, TopK, admitted, demand, lay_out
-from mixdist.terms import Batch, ExpertTerms, Gating, Outcome, Spec
+from mixdist.terms import Batch, Gating, Outcome, Spec
 
 
-class Scores(NamedTuple):
-    """What a mixture makes of B rows.
-
-    Args:
-        log_resp_BE: log responsibilities.
-        losses_BE: each expert's loss, as in training, nats.
-        elbo_BE: each expert's bound on log p(x) (VAEs) or its log p(y|x) (regressors), nats; None without one.
-    """
-
-    log_resp_BE: Tensor
-    losses_BE: Tensor
-    elbo_BE: Tensor | None
-
-
-class SoftMixture:
+class SoftMixture(Ensemble):
     """Gate and experts, each row seen by every expert or by its k most responsible ones; seed documents 000 and 001.
 
     The gate runs once on all of a rank's rows and the experts in micro-batches, each of which is sent, run, combined
@@ -68,8 +54,8 @@ class SoftMixture:
         routing: TopK | None = None,
         one_way: bool = False,
     ) -> None:
-        self.gate, self.bank, self.dispatch, self.spec, self.dtype = gate, bank, dispatch, spec, dtype
-        self.routing, self.one_way = routing, one_way
+        super().__init__(bank, dispatch, spec, dtype)
+        self.gate, self.routing, self.one_way = gate, routing, one_way
         self._ahead: tuple[Shard, Route] | None = None
 
     @property
@@ -93,7 +79,7 @@ class SoftMixture:
             plan = self._plan(self.routing, gating.log_resp_BE, shard)
             routes = self._sparse_routes(shards, plan)
         elif upcoming is not None:
-            self._ahead = upcoming, self._send(upcoming.split(num_parts)[0])
+            self._ahead = upcoming, self.send(upcoming.split(num_parts)[0])
         choices = [None] * num_parts if plan is None else list(plan.routed_BE.split(sizes))
         done = [
             self._backward_part(next(routes), leaf, routed, objective, at, shard.total)
@@ -132,13 +118,10 @@ class SoftMixture:
 
         return finish
 
-    def _send(self, shard: Shard) -> Route:
-        return self.dispatch.send(shard.rows, self.bank.template.fields, shard.counts)
-
     def _first(self, shard: Shard, part: Shard) -> Route:
         """The route of a step's first rows, which may have been sent in the step before."""
         ahead, self._ahead = self._ahead, None
-        return ahead[1] if ahead is not None and ahead[0] is shard else self._send(part)
+        return ahead[1] if ahead is not None and ahead[0] is shard else self.send(part)
 
     def settle(self) -> None:
         """Wait for what is under way for a step that will not come."""
@@ -148,7 +131,7 @@ class SoftMixture:
 
     def _routes(self, shards: list[Shard], first: Route | None) -> Iterator[Route]:
         for part in shards:
-            yield self._send(part) if first is None else first
+            yield self.send(part) if first is None else first
             first = None
 
     def _sparse_routes(self, shards: list[Shard], plan: RoutingPlan) -> Iterator[Route]:
@@ -230,19 +213,6 @@ class SoftMixture:
             eps = at.draw(Purpose.GATE).normal(rows["id"], [0], self.gate.noise_shape, self.dtype)[0]
         return self.gate(self.values(rows, self.gate.fields), eps)
 
-    def expert_terms(self, route: Route, at: Moment) -> ExpertTerms:
-        """Run this rank's experts on the rows that arrive: fields (R, e, ...)."""
-        rows = self.values(route.rows(), self.bank.template.fields)
-        return self.bank(rows, self.noise(at), route.mask_Re)
-
-    def noise(self, at: Moment) -> Noise | None:
-        """Give the draws of the experts' posteriors at a moment, or None where they need none."""
-        shape = self.bank.template.noise_shape
-        if shape is None:
-            return None
-        draw = at.draw(Purpose.POSTERIOR)
-        return lambda ids, experts: draw.normal(ids, experts, shape, self.dtype)
-
     def log_weights(self, gating: Gating) -> Tensor:
         """Give the log weights of all experts for each row outside training: what routing leaves out is -inf."""
         if self.routing is None:
@@ -251,32 +221,19 @@ class SoftMixture:
         asked_BK = choices_BK < gating.log_resp_BE.shape[1]
         return self.routing.log_weights(gating.log_resp_BE, lay_out(gating.log_resp_BE, choices_BK, asked_BK).routed_BE)
 
-    @torch.no_grad()
-    def score(self, shard: Shard, at: Moment) -> Scores:
-        """Say what gate and all experts make of rows, without training or capacity; every rank calls it."""
-        route = self._send(shard)
-        gating = self.gating(shard.rows, at)
-        terms = self.expert_terms(route, at)
-        losses_BE = self.dispatch.combine(terms.loss_R, route)
-        elbo_BE = None
-        if terms.log_px_R is not None:
-            bound = terms.log_px_R if terms.kl_R is None else terms.log_px_R - terms.kl_R
-            elbo_BE = self.dispatch.combine(bound, route)
-        return Scores(self.log_weights(gating), losses_BE, elbo_BE)
+    def choose(self, shard: Shard, route: Route, at: Moment) -> Tensor:
+        return self.log_weights(self.gating(shard.rows, at))
 
     @torch.no_grad()
-    def predict(self, shard: Shard, at: Moment) -> Tensor:
-        """Give the responsibility-weighted mean of the experts' predictions, (B, *shape of the target)."""
-        route = self._send(shard)
-        weights_BE = self.log_weights(self.gating(shard.rows, at)).exp()
-        rows = self.values(route.rows(), self.bank.template.fields)
-        predictions = torch.stack([expert.predict(rows) for expert in self.bank.owned().values()], dim=1)
-        return self.dispatch.combine_sum(predictions, weights_BE, route)
-
-    def values(self, rows: Batch, fields: tuple[str, ...]) -> Batch:
-        """Turn the named stored fields into numbers; the id stays."""
-        named = {name: self.spec[name].values(rows[name], self.dtype) for name in fields}
-        return {"id": rows["id"], **named}
+    def shares(self, dataset: Dataset, batch_size: int, at: Moment) -> Tensor:
+        """Give the mean responsibility of each expert over a data set, (E,) float64; every rank calls it."""
+        mesh = self.dispatch.mesh
+        loader = Loader(dataset, batch_size, at.seed, 0, mesh.rank, mesh.world_size, ordered=True)
+        sum_E = torch.zeros(mesh.placement.num_experts, dtype=torch.float64, device=mesh.device)
+        for index in range(loader.num_batches):
+            shard = loader.batch(0, index).to(mesh.device)
+            sum_E += self.gating(shard.rows, at).log_resp_BE.double().exp().sum(0)
+        return self.dispatch.over_batch.sum(sum_E) / len(dataset)
 
 
 def _outcome(

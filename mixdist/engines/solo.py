@@ -1,0 +1,109 @@
+"""The engine of one module that trains by itself: nothing is shared but with its own replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from mixdist.engines.native import NotFinite, OptimizerFactory, ScheduleFactory, trainable
+from mixdist.engines.state import Slot, fast_forward, kind, read_optimizer, write_optimizer
+from mixdist.wire import Group, Wire
+
+
+class SoloEngine:
+    """One module with an optimiser, a schedule and a clip norm of its own.
+
+    Every rank of ``group`` holds a copy and adds its rows' part; gradients and losses are summed there in one
+    reduction, the only collective of a step.
+
+    Args:
+        name: of the module, in messages.
+        module: what trains.
+        group: the ranks with a copy; None for this one alone.
+        wire: the counted collectives.
+        optimizer: makes the optimiser.
+        schedule: makes a learning-rate schedule, stepped after every step; or None.
+        clip_norm: largest norm of this module's gradient; or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        group: Group,
+        wire: Wire,
+        optimizer: OptimizerFactory,
+        schedule: ScheduleFactory | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        self.name, self.module, self.group, self.wire, self.clip_norm = name, module, group, wire, clip_norm
+        self.parameters = trainable(module)
+        self.optimizer = optimizer(self.parameters)
+        self.schedule = schedule(self.optimizer) if schedule else None
+        self.steps = 0
+
+    def zero_grad(self) -> None:
+        """Forget the gradient."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def step(self, loss: Tensor) -> float:
+        """Reduce, check, clip and step; give the loss of the whole batch.
+
+        Args:
+            loss: this rank's part of the batch's loss, without a gradient.
+
+        Raises:
+            NotFinite: the loss or the gradient is not finite; no parameter was changed. Every replica raises it.
+        """
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        loss = loss.detach().reshape(1)
+        if self.group is not None:
+            flat = torch.cat([loss.to(grads[0].dtype), *(g.reshape(-1) for g in grads)])
+            self.wire.all_reduce(flat, self.group)
+            places = [1]
+            for grad in grads:
+                places.append(places[-1] + grad.numel())
+            loss = flat[:1]
+            grads = [flat[a:b].view_as(g) for (a, b), g in zip(pairwise(places), grads, strict=True)]
+        for parameter, grad in zip(self.parameters, grads, strict=True):
+            parameter.grad = grad
+        norm = torch.stack(torch._foreach_norm(grads)).double().norm()
+        if not (loss.isfinite() & norm.isfinite()).item():
+            what = "loss" if not loss.isfinite().item() else "gradient"
+            raise NotFinite(
+                f"the {what} of {self.name} is not finite in its step {self.steps + 1}: no parameter of it was "
+                f"changed; lower the learning rate, set clip_norm, or look at its rows"
+            )
+        if self.clip_norm is not None and norm.item() > self.clip_norm:
+            torch._foreach_mul_(grads, self.clip_norm / norm.item())
+        self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+        self.steps += 1
+        return loss.item()
+
+    def go_to(self, steps: int) -> None:
+        """Say how many steps were done before, in a run that is resumed or on another rank."""
+        if self.schedule is not None:
+            fast_forward(self.schedule, steps - self.steps)
+        self.steps = steps
+
+    def kind(self) -> str:
+        """Name the optimiser as far as its state depends on it."""
+        return kind(self.optimizer)
+
+    def state(self) -> dict[str, Tensor]:
+        """Give the optimiser's state: "<parameter>.<key>" to tensor."""
+        return read_optimizer(self.optimizer, self._slots())
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what ``state`` gave."""
+        write_optimizer(self.optimizer, self._slots(), state)
+
+    def _slots(self) -> Iterator[Slot]:
+        for name, parameter in self.module.named_parameters():
+            yield Slot(name, parameter)

@@ -1,0 +1,63 @@
+"""What an optimiser remembers, by the names of parameters: for checkpoints, and for experts that move."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable", "maximize")
+"""Flags of an optimiser that leave its state as it is."""
+
+
+class Slot(NamedTuple):
+    """A parameter's name, the tensor that its optimiser knows it by, and its place in that tensor (None: all of it)."""
+
+    name: str
+    tensor: Tensor
+    place: int | None = None
+
+
+def read_optimizer(optimizer: Optimizer, slots: Iterable[Slot]) -> dict[str, Tensor]:
+    """Give an optimiser's state: "<parameter>.<key>" to tensor."""
+    state: dict[str, Tensor] = {}
+    for name, tensor, place in slots:
+        for key, value in optimizer.state.get(tensor, {}).items():
+            value = torch.as_tensor(value)
+            state[f"{name}.{key}"] = value if place is None or not value.dim() else value[place]
+    return state
+
+
+def write_optimizer(optimizer: Optimizer, slots: Iterable[Slot], state: dict[str, Tensor]) -> None:
+    """Put back what ``read_optimizer`` gave; tensors of a parameter's shape go to its device."""
+    group = optimizer.param_groups[0]
+    for name, tensor, place in slots:
+        own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.rpartition(".")[0] == name}
+        for key, value in own.items():
+            # As in torch: a step counter stays on the CPU, but where a fused optimiser reads it on the device.
+            moves = value.dim() or group.get("fused") or group.get("capturable")
+            value = value.to(tensor.device if moves else value.device, copy=True)
+            if place is None or not value.dim():
+                optimizer.state[tensor][key] = value
+            else:
+                optimizer.state[tensor].setdefault(key, torch.zeros_like(tensor, dtype=value.dtype))[place] = value
+
+
+def kind(optimizer: Optimizer) -> str:
+    """Name an optimiser as far as its state depends on it: class, and flags such as amsgrad."""
+    flags = [k for k, v in optimizer.defaults.items() if v is True and k not in IMPLEMENTATION]
+    return " ".join([type(optimizer).__name__, *sorted(flags)])
+
+
+def fast_forward(schedule: LRScheduler, steps: int) -> None:
+    """Bring a schedule to where it is after ``steps`` steps: it is a pure function of them."""
+    with warnings.catch_warnings():
+        # torch warns that no optimiser has stepped yet: it has, in the run that is resumed.
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(steps):
+            schedule.step()
