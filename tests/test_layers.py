@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("stats", "noise", "nets", "pulse"),
     ("convnets",),
     ("data", "experts", "gates"),
-    ("routing", "objectives", "health"),
+    ("routing", "objectives", "health", "discriminators"),
     ("mesh", "phases"),
     ("wire",),
     ("route", "collectives"),
@@ -45,7 +45,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # Rooms of pure mathematics, and what none of them may import.
-PURE = ("terms", "stats", "noise", "nets", "convnets", "experts", "gates", "routing", "objectives", "health")
+PURE = (
+    *("terms", "stats", "noise", "nets", "convnets", "experts", "gates"),
+    *("routing", "objectives", "health", "discriminators"),
+)
 PROCESSES = ("torch.distributed", "mixdist.mesh", "mixdist.wire", "mixdist.dispatch", "mixdist.config", "mixdist.build")
 NEVER: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("experts",), ("mixdist.gates",)),
