@@ -110,7 +110,9 @@ class Assignment:
         if hashlib.sha256(expert_N.tobytes()).hexdigest() != about.get("sha256"):
             raise ValueError(f"table {name} differs from its checksum: take another, or that of an earlier round")
         if expert_N.ndim != 1 or expert_N.dtype.kind != "u" or expert_N.max(initial=0) >= num_experts:
-            raise ValueError(f"table {name} does not hold one expert from 0 to {num_experts - 1} a sample: take another")
+            raise ValueError(
+                f"table {name} does not hold one expert from 0 to {num_experts - 1} a sample: take another"
+            )
         return Assignment.of(expert_N, num_experts, data, int(about.get("round", 0)))
 
     def next(self, expert_N: NDArray[np.integer[Any]]) -> Assignment:

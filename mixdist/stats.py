@@ -1,4 +1,5 @@
-"""Log-densities and divergences in nats: elementwise, for the caller to sum over a row, unless they say otherwise."""
+"""Log-densities and divergences in nats: elementwise, for the caller to sum over a row, unless they say otherwise; and
+quantiles, which turn uniform numbers into samples."""
 
 from __future__ import annotations
 
@@ -74,6 +75,47 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
         logits: l; broadcasts with ``x``.
     """
     return x * logits + F.logsigmoid(-logits)
+
+
+def normal_quantile(u: Tensor, mean: Tensor, log_scale: Tensor | float) -> Tensor:
+    """m + s Phi^-1(u): distributed as N(m, s^2) where u is uniform on (0, 1).
+
+    Args:
+        u: numbers in (0, 1).
+        mean: m; broadcasts with ``u``.
+        log_scale: log s; broadcasts with ``u``.
+    """
+    return mean + _exp(log_scale) * torch.special.ndtri(u)
+
+
+def laplace_quantile(u: Tensor, mean: Tensor, log_scale: Tensor | float) -> Tensor:
+    """m + b log(2 u) below the median, m - b log(2 (1 - u)) above: distributed as Laplace(m, b) where u is uniform.
+
+    Args:
+        u: numbers in (0, 1).
+        mean: m; broadcasts with ``u``.
+        log_scale: log b; broadcasts with ``u``.
+    """
+    return mean + _exp(log_scale) * torch.where(u < 0.5, (2 * u).log(), -(2 - 2 * u).log())
+
+
+def logistic_quantile(u: Tensor, mean: Tensor, log_scale: Tensor | float, num_levels: int = 256) -> Tensor:
+    """The level nearest to m + s log(u / (1 - u)): of the mass of :func:`logistic_log_prob` where u is uniform.
+
+    Rounding gives a level all that is within half a step of it, clamping gives the ends all that is beyond them.
+
+    Args:
+        u: numbers in (0, 1).
+        mean: m; broadcasts with ``u``.
+        log_scale: log s; broadcasts with ``u``.
+        num_levels: how many levels, at least 2.
+
+    Returns:
+        numbers k / (num_levels - 1).
+    """
+    last = num_levels - 1
+    x = mean + _exp(log_scale) * torch.logit(u)
+    return (x * last).round().clamp(0, last) / last
 
 
 def normal_kl(mean: Tensor, log_var: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ Shape letters: E all experts.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from mixdist.wire import Wire
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
+
 
 class Totals(NamedTuple):
     """What one step was over the whole batch, the same on every rank.

@@ -47,6 +47,15 @@ class Expert(nn.Module):
         """Turn standard normal noise (R, *noise_shape) into the mean of p(x|z): (R, *shape of x)."""
         raise NotImplementedError(f"{type(self).__name__} does not sample")
 
+    def draw(self, eps: Tensor, uniform: Tensor) -> Tensor:
+        """Give samples of this expert's p(x), noise of p(x|z) and all: (R, *shape of x).
+
+        Args:
+            eps: independent standard normal numbers (R, *noise_shape).
+            uniform: independent numbers, uniform on (0, 1), (R, *shape of x).
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not draw")
+
     def log_weights(self, rows: Batch, eps: Tensor) -> Tensor:
         """Give log p(x, z) - log q(z|x) for S posterior samples of each row: (R, S) nats, eps (R, S, *noise_shape).
 

@@ -11,7 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mixdist.stats import bernoulli_log_prob, laplace_log_prob, logistic_log_prob, normal_sum_log_prob
+from mixdist.stats import (
+    bernoulli_log_prob,
+    laplace_log_prob,
+    laplace_quantile,
+    logistic_log_prob,
+    logistic_quantile,
+    normal_quantile,
+    normal_sum_log_prob,
+)
 from mixdist.terms import Field
 
 LikelihoodName = Literal["gaussian", "laplace", "bernoulli", "logistic"]
@@ -20,7 +28,7 @@ _FIRST_SCALE = {"gaussian": 1.0, "laplace": 1.0, "logistic": 0.1}
 
 
 class Likelihood(nn.Module):
-    """log p(x | output), nats a row: summed over features, pixels and colours alike.
+    """log p(x | output), nats a row: summed over features, pixels and colours alike; its mean, and samples of it.
 
     Gaussian, Laplace and logistic have the location ``mean(output)`` and one scale for all features: fixed, or learned
     as a parameter of the expert (``scale="learned"``, from 1; from 0.1 for logistic). Bernoulli reads the output as
@@ -73,6 +81,21 @@ class Likelihood(nn.Module):
         if self.name == "bernoulli" or self.mean_name == "sigmoid":
             return torch.sigmoid(output)
         return output
+
+    def draw(self, output: Tensor, uniform: Tensor) -> Tensor:
+        """Give x ~ p(x | output) by the inverse of its distribution function, (R, D): 0 or 1 for Bernoulli.
+
+        Args:
+            output: (R, D).
+            uniform: independent numbers, uniform on (0, 1), (R, D).
+        """
+        mean = self.mean(output)
+        if self.name == "bernoulli":
+            return (uniform < mean).to(mean.dtype)
+        if self.name == "logistic":
+            return logistic_quantile(uniform, mean, self.log_scale, self.num_levels)
+        quantile = normal_quantile if self.name == "gaussian" else laplace_quantile
+        return quantile(uniform, mean, self.log_scale)
 
 
 def check_levels(field: Field, name: str, asked_by: str) -> int:

@@ -112,6 +112,10 @@ class Autoencoder(Expert):
     def sample(self, eps: Tensor) -> Tensor:
         return self.decode(eps)
 
+    def draw(self, eps: Tensor, uniform: Tensor) -> Tensor:
+        output = self.outputs(eps).to(uniform.dtype)
+        return self.likelihood.draw(output, flat(uniform, self.shape)).reshape(-1, *self.shape)
+
 
 class VAE(Autoencoder):
     """A VAE with MLP encoder and decoder; seed document 000's expert. Its loss is in :class:`Autoencoder`.

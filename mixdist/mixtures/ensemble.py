@@ -6,7 +6,8 @@ Shape letters: B rows on this rank, R rows routed here, E all experts, e experts
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from mixdist.data import Dataset, Shard
 from mixdist.dispatch import Dispatch
 from mixdist.experts import ExpertBank, Noise
-from mixdist.mixtures.mixture import Parts
+from mixdist.mixtures.mixture import Owned, Parts
 from mixdist.noise import Moment, Purpose
 from mixdist.route import Route
 from mixdist.terms import Batch, ExpertTerms, Spec
@@ -51,6 +52,13 @@ class Ensemble(ABC):
     @abstractmethod
     def parts(self) -> Parts:
         """Its modules on this rank."""
+
+    def owned(self) -> list[Owned]:
+        """This rank's modules as checkpoints have them."""
+        return self.parts.owned()
+
+    def take_state(self, state: Mapping[str, Any]) -> None:
+        """Take what a checkpoint's state says of the mixture beside its modules; mostly nothing."""
 
     @abstractmethod
     def choose(self, shard: Shard, route: Route, at: Moment) -> Tensor:

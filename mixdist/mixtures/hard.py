@@ -1,0 +1,117 @@
+"""The hard mixture: each row belongs to one expert, the one that scores it highest.
+
+Shape letters: B rows on this rank, R rows routed here, E all experts, e experts on this rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixdist.data import Dataset, Shard
+from mixdist.discriminators import Discriminator
+from mixdist.dispatch import Dispatch
+from mixdist.experts import Expert, ExpertBank
+from mixdist.gates import Gate
+from mixdist.mixtures.ensemble import Ensemble
+from mixdist.mixtures.mixture import Owned, Parts
+from mixdist.noise import Moment
+from mixdist.route import Route
+from mixdist.routing import responsible
+from mixdist.scores import Score
+from mixdist.terms import Batch, Gating, Spec
+
+
+class HardMixture(Ensemble):
+    """Experts, their discriminators, and each one's normaliser over the training set; seed document 004.
+
+    As a density of x it is sum_j alpha_j p_j(x), with alpha_j the shares of the training set.
+
+    Args:
+        bank: this rank's experts.
+        dispatch: brings rows to experts and scores back.
+        spec: the fields of stored rows.
+        dtype: of real numbers.
+        score: how experts are compared.
+    """
+
+    def __init__(self, bank: ExpertBank, dispatch: Dispatch, spec: Spec, dtype: torch.dtype, score: Score) -> None:
+        super().__init__(bank, dispatch, spec, dtype)
+        num_experts, device = dispatch.mesh.placement.num_experts, dispatch.mesh.device
+        self.score_rule = score
+        self.judges: dict[int, Discriminator] = {}
+        self.log_z_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
+        self.share_E = torch.full_like(self.log_z_E, 1 / num_experts)
+
+    @property
+    def parts(self) -> Parts:
+        """Nothing is shared; the experts are this rank's own."""
+        return Parts({}, dict(self.bank.owned()))
+
+    def owned(self) -> list[Owned]:
+        return self.parts.owned() + [Owned(f"discriminator {e}", judge, e) for e, judge in self.judges.items()]
+
+    def take_state(self, state: Mapping[str, Any]) -> None:
+        like = self.log_z_E
+        self.log_z_E = torch.tensor(state["log_z"], dtype=like.dtype, device=like.device)
+        self.share_E = torch.tensor(state["share"], dtype=like.dtype, device=like.device)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.bank.template.fields, *self.score_rule.fields)))
+
+    def choose(self, shard: Shard, route: Route, at: Moment) -> Tensor:
+        rows = self.values(route.rows(), self.fields)
+        columns = [
+            self.score_rule.column(e, expert, self.judges.get(e), rows, at, self.dtype)
+            for e, expert in self.bank.owned().items()
+        ]
+        return won(self.dispatch.combine(torch.stack(columns, dim=1), route).double() - self.log_z_E)
+
+    def shares(self, dataset: Dataset, batch_size: int, at: Moment) -> Tensor:
+        """alpha, of the training set, whatever data set is asked about."""
+        return self.share_E
+
+
+class Referee(Gate):
+    """A hard mixture's decisions in one process, in a gate's place: log 1 for the winner, log 0 for the others.
+
+    Args:
+        experts: all, by number.
+        judges: their discriminators, where the score has them.
+        score: how experts are compared.
+        log_z_E: each expert's normaliser over the training set.
+        at: names the draws.
+        dtype: of real numbers.
+    """
+
+    def __init__(
+        self,
+        experts: Mapping[int, Expert],
+        judges: Mapping[int, Discriminator],
+        score: Score,
+        log_z_E: Tensor,
+        at: Moment,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.experts, self.judges, self.score, self.at, self.dtype = dict(experts), dict(judges), score, at, dtype
+        self.log_z_E = log_z_E
+        self.fields = tuple(dict.fromkeys((*experts[0].fields, *score.fields)))
+
+    def forward(self, rows: Batch, eps: Tensor | None) -> Gating:
+        columns = [
+            self.score.column(e, expert, self.judges.get(e), rows, self.at, self.dtype)
+            for e, expert in self.experts.items()
+        ]
+        return Gating(won(torch.stack(columns, dim=1).double() - self.log_z_E).to(self.dtype))
+
+
+def won(scores_BE: Tensor) -> Tensor:
+    """Give log one-hot of argmax_e, ties to the lowest expert: 0 and -inf, (B, E)."""
+    log_one_hot_BE = torch.full_like(scores_BE, -math.inf)
+    return log_one_hot_BE.scatter_(1, responsible(scores_BE)[:, None], 0.0)
