@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mixdist.noise import Purpose, permutation
 
-Table = NDArray[np.uint8] | NDArray[np.uint16]
+Table = NDArray[np.unsignedinteger[Any]]
 StarvedRule = Literal["none", "freeze", "reseed"]
 
 
@@ -44,7 +44,7 @@ class Assignment:
     @staticmethod
     def of(expert_N: NDArray[np.integer[Any]], num_experts: int, data: str, round: int = 0) -> Assignment:
         """Make the table of experts given as any integers."""
-        kind = np.uint8 if num_experts <= 256 else np.uint16
+        kind = np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
         return Assignment(expert_N.astype(kind), num_experts, data, round)
 
     @staticmethod
@@ -110,9 +110,7 @@ class Assignment:
         if hashlib.sha256(expert_N.tobytes()).hexdigest() != about.get("sha256"):
             raise ValueError(f"table {name} differs from its checksum: take another, or that of an earlier round")
         if expert_N.ndim != 1 or expert_N.dtype.kind != "u" or expert_N.max(initial=0) >= num_experts:
-            raise ValueError(
-                f"table {name} does not hold one expert from 0 to {num_experts - 1} a sample: take another"
-            )
+            raise ValueError(f"table {name} does not hold an expert from 0 to {num_experts - 1} a sample: take another")
         return Assignment.of(expert_N, num_experts, data, int(about.get("round", 0)))
 
     def next(self, expert_N: NDArray[np.integer[Any]]) -> Assignment:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from mixdist.assignment import Assignment
 from mixdist.config import Config
 from mixdist.data import Dataset
+from mixdist.discriminators import Discriminator
 from mixdist.dispatch import Dispatch
+from mixdist.entrant import Ring
 from mixdist.experts import Expert, ExpertBank, time_executions
 from mixdist.gates import Gate
 from mixdist.mesh import Launch, Mesh, Placement, choose_device
-from mixdist.mixtures import SoftMixture
+from mixdist.mixtures import HardMixture, SoftMixture
 from mixdist.noise import Moment, Purpose, weights_seed
+from mixdist.rules import Rules
+from mixdist.scores import Discriminators
 from mixdist.terms import Field, Spec
 from mixdist.wire import Wire, agree, alike, gather_json
 
@@ -37,7 +44,7 @@ class Session:
     wire: Wire
     train: Dataset
     test: Dataset
-    mixture: SoftMixture
+    mixture: SoftMixture | HardMixture
 
 
 def keep_large_blocks() -> None:
@@ -64,15 +71,66 @@ def follow_launcher() -> None:
 
 def build_gate(config: Config, spec: Spec) -> Gate:
     """Make the gate with its initial weights, a function of the seed alone; on the CPU."""
-    return _seeded(lambda: config.gate(spec, config.num_experts), weights_seed(config.seed, Purpose.GATE)).to(
+    make = config.gate
+    assert make is not None
+    return _seeded(lambda: make(spec, config.num_experts), weights_seed(config.seed, Purpose.GATE)).to(
         DTYPES[config.dtype]
     )
 
 
-def build_experts(config: Config, spec: Spec, ids: Iterable[int]) -> dict[int, Expert]:
-    """Make experts by global number, each with the initial weights that belong to its number; on the CPU."""
-    seeds = {e: weights_seed(config.seed, Purpose.WEIGHTS, e) for e in ids}
+def build_experts(config: Config, spec: Spec, ids: Iterable[int], round: int = 0) -> dict[int, Expert]:
+    """Make experts by global number, each with the initial weights of its number (and round); on the CPU."""
+    seeds = {e: weights_seed(config.seed, Purpose.WEIGHTS, e, round) for e in ids}
     return {e: _seeded(lambda: config.expert(spec), seed).to(DTYPES[config.dtype]) for e, seed in seeds.items()}
+
+
+def build_judges(config: Config, spec: Spec, ids: Iterable[int], round: int = 0) -> dict[int, Discriminator]:
+    """Make discriminators by the numbers of their experts, with the initial weights of a round; on the CPU."""
+    assert config.competition is not None
+    score, dtype = config.competition.score, DTYPES[config.dtype]
+    if not isinstance(score, Discriminators):
+        return {}
+    seeds = {e: weights_seed(config.seed, Purpose.DISCRIMINATOR, e, round) for e in ids}
+    return {e: _seeded(lambda: score.network(spec), seed).to(dtype) for e, seed in seeds.items()}
+
+
+def first_table(config: Config, train: Dataset) -> Assignment | None:
+    """Read the table that a competition starts from; None where its rules start otherwise.
+
+    Raises:
+        ValueError: it cannot be read, is damaged, or belongs to other data.
+    """
+    rules = config.competition
+    if rules is None or rules.table is None:
+        return None
+    path = Path(rules.table)
+    try:
+        table, about = path.read_bytes(), json.loads(path.with_suffix(".json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"competition.table {path} cannot be read with its .json beside it ({error}): name a table such as "
+            f"runs/RUN/assignments/round-0001.npy"
+        ) from None
+    return Assignment.read(str(path), table, about, train.fingerprint, config.num_experts)
+
+
+def build_ring(config: Config, session: Session) -> Ring:
+    """Say what the entrants of a competition share on this rank."""
+    spec, mesh = session.train.spec, session.mesh
+    assert config.competition is not None
+    score = config.competition.score
+    judging = score if isinstance(score, Discriminators) else None
+    return Ring(
+        config.seed,
+        spec,
+        DTYPES[config.dtype],
+        mesh,
+        session.wire,
+        config.compute,
+        lambda e, round: build_experts(config, spec, [e], round)[e].to(mesh.device),
+        (lambda e, round: build_judges(config, spec, [e], round)[e].to(mesh.device)) if judging else None,
+        judging,
+    )
 
 
 def _seeded(make: Callable[[], T], seed: int) -> T:
@@ -100,7 +158,7 @@ def build(config: Config, mesh: Mesh) -> Session:
         Agreed: something does not fit; the same message on every rank.
     """
     wire = Wire(mesh.device)
-    made: tuple[Dataset, Dataset, SoftMixture] | None = None
+    made: tuple[Dataset, Dataset, SoftMixture | HardMixture] | None = None
     error = None
     try:
         train, test = config.data.load()
@@ -111,19 +169,22 @@ def build(config: Config, mesh: Mesh) -> Session:
     assert made is not None
     train, test, mixture = made
     alike("the data", [train.fingerprint[:16], test.fingerprint[:16]], mesh.world)
-    if config.execution == "auto":
+    if config.execution == "auto" and isinstance(mixture, SoftMixture):
         choose_execution(config, mixture, train)
     return Session(mesh, wire, train, test, mixture)
 
 
-def build_mixture(config: Config, spec: Spec, mesh: Mesh, wire: Wire) -> SoftMixture:
+def build_mixture(config: Config, spec: Spec, mesh: Mesh, wire: Wire) -> SoftMixture | HardMixture:
     """Make this rank's part of the mixture; where execution is auto it begins as a loop."""
-    gate = build_gate(config, spec).to(mesh.device)
-    check_fields("gate", gate, spec)
     experts = {e: expert.to(mesh.device) for e, expert in build_experts(config, spec, mesh.experts).items()}
     check_fields("expert", next(iter(experts.values())), spec)
     bank = ExpertBank(experts, "loop" if config.execution == "auto" else config.execution, config.compute)
     dispatch, dtype = Dispatch(mesh, wire, spec), DTYPES[config.dtype]
+    if config.competition is not None:
+        config.competition.score.check(spec, config.num_experts, bank.template)
+        return HardMixture(bank, dispatch, spec, dtype, config.competition.score)
+    gate = build_gate(config, spec).to(mesh.device)
+    check_fields("gate", gate, spec)
     return SoftMixture(gate, bank, dispatch, spec, dtype, config.routing, config.dispatch.one_way)
 
 
@@ -161,7 +222,7 @@ def check_fields(key: str, module: Gate | Expert, spec: Spec) -> None:
 
 def describe(config: Config, dataset: Dataset) -> dict[str, Any]:
     """Say, in JSON, what must be the same for a checkpoint to be resumed; enough to load the model without its data."""
-    phases = [*config.pretrain, config.train]
+    phases, rules = [*config.pretrain, config.train], config.competition
     return {
         "seed": config.seed,
         "dtype": config.dtype,
@@ -172,7 +233,14 @@ def describe(config: Config, dataset: Dataset) -> dict[str, Any]:
         "spec": describe_spec(dataset.spec),
         "label": dataset.label,
         "class_names": list(dataset.class_names),
+        "competition": None if rules is None else {**_described(rules), "epochs": config.train.epochs},
     }
+
+
+def _described(rules: Rules) -> dict[str, Any]:
+    """Say what of a competition's rules a run goes on with."""
+    kept = ("start", "starved", "starved_below", "block")
+    return {"score": type(rules.score).__name__, **{name: getattr(rules, name) for name in kept}}
 
 
 def describe_spec(spec: Spec) -> dict[str, Any]:

@@ -13,17 +13,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mixdist.engines import NativeEngine
 from mixdist.mesh import Mesh
 from mixdist.mixtures import Owned
 from mixdist.wire import Agreed, agree, gather_json
@@ -36,9 +35,19 @@ class Damaged(ValueError):
     """A checkpoint whose files are not what its manifest says."""
 
 
+class Stateful(Protocol):
+    """What has the optimisers of modules."""
+
+    def optimizer_state(self, owned: Owned) -> dict[str, Tensor]:
+        """Give the optimiser's state of a module: "<parameter>.<key>" to tensor."""
+
+    def load_optimizer_state(self, owned: Owned, state: dict[str, Tensor]) -> None:
+        """Put back what ``optimizer_state`` gave."""
+
+
 def file_name(name: str, expert: int | None = None) -> str:
-    """Give the file that holds a module: ``expert-0003.safetensors``, or ``gate.safetensors`` for what is shared."""
-    return f"{name if expert is None else f'expert-{expert:04d}'}.safetensors"
+    """Give the file that holds a module: ``gate.safetensors``, or ``expert-0003.safetensors`` for "expert 3"."""
+    return f"{name if expert is None else f'{name.split()[0]}-{expert:04d}'}.safetensors"
 
 
 def directory_name(step: int) -> str:
@@ -86,8 +95,15 @@ class CheckpointStore:
     def __init__(self, root: Path, mesh: Mesh, keep: int = 3) -> None:
         self.root, self.mesh, self.keep = root, mesh, keep
 
-    def save(self, step: int, state: dict[str, Any], owned: Sequence[Owned], engine: NativeEngine) -> None:
-        """Write the checkpoint of ``step``; every rank calls it.
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        owned: Sequence[Owned],
+        engine: Stateful,
+        files: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Write the checkpoint of ``step``, with ``files`` as rank 0 has them; every rank calls it.
 
         Raises:
             ValueError: some rank could not write; no checkpoint of this step exists then, older ones are untouched.
@@ -97,7 +113,7 @@ class CheckpointStore:
         entries: dict[str, Any] = {}
         try:
             self._together(final, lambda: self._begin(aside))
-            own = self._together(final, lambda: self._write_own(aside, state, owned, engine))
+            own = self._together(final, lambda: self._write_own(aside, state, owned, engine, files or {}))
             entries = {name: entry for part in gather_json(own, self.mesh.world) for name, entry in part.items()}
             self._together(final, lambda: self._commit(aside, final, entries))
         except ValueError:
@@ -126,7 +142,12 @@ class CheckpointStore:
             aside.mkdir(parents=True)
 
     def _write_own(
-        self, aside: Path, state: dict[str, Any], owned: Sequence[Owned], engine: NativeEngine
+        self,
+        aside: Path,
+        state: dict[str, Any],
+        owned: Sequence[Owned],
+        engine: Stateful,
+        files: Mapping[str, bytes],
     ) -> dict[str, Any]:
         """Write the files that this rank speaks for; give their entries in the manifest."""
         written: dict[str, Any] = {}
@@ -136,8 +157,9 @@ class CheckpointStore:
                 write_file(path, save(_tensors(one, engine)))
                 written[path.name] = _entry(path)
         if self.mesh.rank == 0:
-            write_file(aside / STATE, json.dumps(state, indent=2).encode())
-            written[STATE] = _entry(aside / STATE)
+            for name, data in {STATE: json.dumps(state, indent=2).encode(), **files}.items():
+                write_file(aside / name, data)
+                written[name] = _entry(aside / name)
         return written
 
     def _commit(self, aside: Path, final: Path, entries: dict[str, Any]) -> None:
@@ -230,7 +252,7 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _tensors(owned: Owned, engine: NativeEngine) -> dict[str, Tensor]:
+def _tensors(owned: Owned, engine: Stateful) -> dict[str, Tensor]:
     model = {f"model.{k}": v for k, v in owned.module.state_dict().items()}
     optimizer = {f"optimizer.{k}": v for k, v in engine.optimizer_state(owned).items()}
     # A stack's parameters are views of one storage; safetensors wants each tensor by itself.
@@ -306,7 +328,34 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_module(path: Path, owned: Owned, engine: NativeEngine | None = None) -> None:
+def check_run(path: Path, state: dict[str, Any], described: Mapping[str, Any]) -> None:
+    """Hold what a checkpoint says of its run against the config's.
+
+    Raises:
+        ValueError: it belongs to another run.
+    """
+    for key, value in described.items():
+        if state["run"].get(key) != value:
+            raise ValueError(
+                f"checkpoint {path} was made with {key} {state['run'].get(key)}, the config has {value}: "
+                f"resume with the run's own config, or start a new run"
+            )
+
+
+def check_optimizer(path: Path, state: dict[str, Any], optimizer: str) -> None:
+    """Hold the optimiser of a checkpoint against the config's.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if optimizer != state["optimizer"]:
+        raise ValueError(
+            f"checkpoint {path} was made with the optimiser {state['optimizer']}, the config has {optimizer}: resume "
+            f"with the run's own optimiser, or start a new run"
+        )
+
+
+def load_module(path: Path, owned: Owned, engine: Stateful | None = None) -> None:
     """Put a module's weights and, given an engine, its optimiser's state in place.
 
     Raises:

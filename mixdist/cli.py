@@ -13,9 +13,19 @@ from typing import IO
 
 from jsonargparse import ArgumentParser, Namespace
 
-from mixdist.build import Session, build, build_mesh, describe, follow_launcher, keep_large_blocks
+from mixdist.build import (
+    Session,
+    build,
+    build_mesh,
+    build_ring,
+    describe,
+    first_table,
+    follow_launcher,
+    keep_large_blocks,
+)
 from mixdist.checkpoint import CheckpointStore, write_file
 from mixdist.commands import evaluate_run, sample, summary
+from mixdist.competition import Competition
 from mixdist.config import Config
 from mixdist.ending import INTERRUPTED, Alone, agreed, fail, told, told_once
 from mixdist.evaluate import evaluate
@@ -24,6 +34,7 @@ from mixdist.experts import ExpertBank
 from mixdist.gallery import draw, targets
 from mixdist.mesh import Launch, Mesh
 from mixdist.metrics import MetricsLog, Progress
+from mixdist.mixtures import HardMixture, SoftMixture
 from mixdist.parsing import RESOLVED, config_parser, dump, make_config, parse, values_of
 from mixdist.trainer import Recorder, Trainer
 from mixdist.wire import agree, gather_json
@@ -168,12 +179,26 @@ def _choose_directory(parsed: Namespace, resumed: Path | None) -> Path:
             number += 1
 
 
-def _trainer(config: Config, session: Session) -> Trainer:
+def _trainer(config: Config, session: Session) -> Trainer | Competition:
     """Make the trainer, before the run has a directory: what does not fit leaves nothing behind."""
+    phases = [*config.pretrain, config.train]
+    if config.competition is not None:
+        assert isinstance(session.mixture, HardMixture)
+        return Competition(
+            session.mixture,
+            session.train,
+            phases,
+            config.competition,
+            build_ring(config, session),
+            first_table(config, session.train),
+            save_every=config.checkpoint.every,
+            described=describe(config, session.train),
+        )
+    assert isinstance(session.mixture, SoftMixture)
     return Trainer(
         session.mixture,
         session.train,
-        [*config.pretrain, config.train],
+        phases,
         config.seed,
         session.mesh,
         session.wire,
@@ -185,7 +210,9 @@ def _trainer(config: Config, session: Session) -> Trainer:
     )
 
 
-def _train(config: Config, session: Session, trainer: Trainer, run: Path, resolved: str, resumed: bool) -> None:
+def _train(
+    config: Config, session: Session, trainer: Trainer | Competition, run: Path, resolved: str, resumed: bool
+) -> None:
     mesh, rank0 = session.mesh, session.mesh.rank == 0
     trainer.store = CheckpointStore(run / "checkpoints", mesh, config.checkpoint.keep)
     if resumed:
@@ -197,7 +224,11 @@ def _train(config: Config, session: Session, trainer: Trainer, run: Path, resolv
         log = MetricsLog(run, trainer.position.total if resumed else None)
         bar = Progress(trainer.total_steps, trainer.position.total, sys.stderr.isatty())
         recorders = [log, bar]
-    trainer.recorders = recorders
+    if isinstance(trainer, Competition):
+        trainer.chronicle.recorders, trainer.chronicle.tables = recorders, run / "assignments"
+        trainer.chronicle.tell = print
+    else:
+        trainer.recorders = recorders
     try:
         trainer.fit()
     finally:
@@ -212,7 +243,7 @@ def _execution(bank: ExpertBank) -> str:
     return f"   execution: {bank.execution} ({timed} a pass)" if timed else ""
 
 
-def _resume(trainer: Trainer, store: CheckpointStore) -> None:
+def _resume(trainer: Trainer | Competition, store: CheckpointStore) -> None:
     """Go to the newest good checkpoint, all ranks or none."""
     checkpoint, passed_over = store.choose()
     for sentence in passed_over if store.mesh.rank == 0 else ():

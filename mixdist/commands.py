@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from jsonargparse import ArgumentParser, Namespace
 
-from mixdist.build import Session, build, build_mesh, describe
+from mixdist.build import Session, build, build_judges, build_mesh, describe
 from mixdist.checkpoint import CheckpointStore, load_module, read_state, write_file
 from mixdist.config import Config
 from mixdist.data import Dataset
@@ -24,6 +24,7 @@ from mixdist.evaluate import EVALUATION_PHASE, Evaluation, evaluate, expert_tabl
 from mixdist.gallery import targets
 from mixdist.importance import SAMPLES_AT_ONCE
 from mixdist.metrics import Progress, table
+from mixdist.mixtures import HardMixture
 from mixdist.model import load
 from mixdist.noise import Purpose
 from mixdist.parsing import RESOLVED, config_parser, make_config, parse, plain_parser, values_of
@@ -112,7 +113,16 @@ def _load(config: Config, session: Session, checkpoint: Path) -> None:
             raise ValueError(
                 f"checkpoint {checkpoint} was made with {key} {about.get(key)}, here is {here[key]}: {remedy}"
             )
-    for owned in session.mixture.parts.owned():
+    mixture, state = session.mixture, read_state(checkpoint)
+    if isinstance(mixture, HardMixture):
+        judges = build_judges(config, session.train.spec, mixture.bank.ids)
+        if not state["share"]:
+            raise ValueError(
+                f"checkpoint {checkpoint} is from before the first round: there is no mixture yet; train on"
+            )
+        mixture.receive(mixture.bank.owned(), {e: j.to(session.mesh.device) for e, j in judges.items()})
+    mixture.take_state(state)
+    for owned in mixture.owned():
         load_module(checkpoint, owned)
 
 

@@ -21,9 +21,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mixdist.config import Config
 from mixdist.data import Source
+from mixdist.discriminators import Discriminator
 from mixdist.experts import Expert
 from mixdist.gates import Gate
 from mixdist.objectives import Balance, Objective
+from mixdist.scores import Score
 
 EXAMPLE = "configs/digits_moe.yaml"
 
@@ -215,6 +217,8 @@ KINDS = {
     "gate": _Kind(Gate, "mixdist.gates", "Softmax"),
     "expert": _Kind(Expert, "mixdist.experts", "VAE"),
     "objective": _Kind(Objective, "mixdist.objectives", "WeightedLoss"),
+    "score": _Kind(Score, "mixdist.scores", "Discriminators"),
+    "network": _Kind(Discriminator, "mixdist.discriminators", "MLPDiscriminator"),
     "balance": _Kind(Balance, "mixdist.objectives", "VarianceBalance"),
     "optimizer": _Kind(Optimizer, "torch.optim", "Adam"),
     "schedule": _Kind(LRScheduler, "torch.optim.lr_scheduler", "StepLR"),

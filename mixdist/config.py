@@ -12,8 +12,10 @@ from typing import Literal
 from mixdist.data import Source
 from mixdist.experts import Compute, Expert
 from mixdist.gates import Gate
+from mixdist.objectives import WeightedLoss
 from mixdist.phases import Phase
 from mixdist.routing import TopK
+from mixdist.rules import Rules
 from mixdist.terms import Spec
 
 
@@ -51,7 +53,8 @@ class CheckpointConfig:
     """When to save.
 
     Args:
-        every: steps between checkpoints; unset, one at the end of each epoch. The end of the run is always saved.
+        every: steps between checkpoints, in a competition epochs and scorings; unset, one at the end of each epoch, in
+            a competition of each round. The end of the run is always saved.
         keep: how many of the newest to keep.
     """
 
@@ -65,9 +68,10 @@ class Config:
 
     Args:
         data: class of mixdist.data, or your own Source.
-        gate: class of mixdist.gates, or your own Gate; gives responsibilities.
         expert: class of mixdist.experts, or your own Expert.
         num_experts: how many experts.
+        gate: class of mixdist.gates, or your own Gate; gives responsibilities. A competition has none.
+        competition: the rules by which experts compete for samples (hard assignment); unset, a gate decides (soft).
         seed: names every random draw: the same seed, the same run.
         dtype: of parameters and real numbers.
         execution: how a rank runs its experts: one after another (loop), as one batched product (stacked), or the
@@ -84,9 +88,10 @@ class Config:
     """
 
     data: Source
-    gate: Callable[[Spec, int], Gate]
     expert: Callable[[Spec], Expert]
     num_experts: int
+    gate: Callable[[Spec, int], Gate] | None = None
+    competition: Rules | None = None
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
     execution: Literal["auto", "loop", "stacked"] = "auto"
@@ -107,6 +112,13 @@ def check(config: Config) -> None:
     Raises:
         ValueError: a number that makes no sense, with its key.
     """
+    if config.competition is not None:
+        _check_competition(config)
+    elif config.gate is None:
+        raise ValueError(
+            "a config needs a gate (soft mixture) or a competition (hard assignment), and this has neither: set gate, "
+            "such as {class_path: mixdist.gates.Softmax}, or competition, such as {rounds: 20}"
+        )
     positive = {
         "num_experts": config.num_experts,
         "log_every": config.log_every,
@@ -146,4 +158,36 @@ def check(config: Config) -> None:
             raise ValueError(
                 f"dispatch.one_way (true) needs an objective linear in the experts' losses, and {name}.objective is "
                 f"{kind}: set it to false, or take WeightedLoss"
+            )
+
+
+def _check_competition(config: Config) -> None:
+    """Refuse what a competition cannot do, or would pass over."""
+    unused = {
+        "gate": config.gate is not None,
+        "routing": config.routing is not None,
+        "dispatch.one_way": config.dispatch.one_way,
+        "dispatch.prefetch": config.dispatch.prefetch,
+        "execution": config.execution == "stacked",
+    }
+    for key, given in unused.items():
+        if given:
+            raise ValueError(
+                f"{key} is given, but in a competition each expert trains by itself on its own samples: leave {key} "
+                f"out, or competition"
+            )
+    for i, phase in enumerate((*config.pretrain, config.train)):
+        name = f"pretrain[{i}]" if i < len(config.pretrain) else "train"
+        objective = phase.objective
+        if type(objective) is not WeightedLoss or objective.balance is not None or objective.entropy_bonus:
+            kind = type(objective).__name__ + (" with balance or entropy" if objective.linear else "")
+            raise ValueError(
+                f"{name}.objective ({kind}) needs all experts' losses of a sample, and in a competition only its own "
+                f"expert sees it: leave the objective out (WeightedLoss), or take a gate in place of competition"
+            )
+        if phase.trains == "gate" or phase.accumulate != 1:
+            key, value = ("trains", phase.trains) if phase.trains == "gate" else ("accumulate", phase.accumulate)
+            raise ValueError(
+                f"{name}.{key} ({value}) means nothing in a competition: leave it out; to bound memory there is "
+                f"compute.micro_batch"
             )

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixdist.build import DTYPES, build_experts, build_gate, read_spec
+from mixdist.build import DTYPES, build_experts, build_gate, build_judges, read_spec
 from mixdist.checkpoint import CheckpointStore, load_module, read_state
+from mixdist.config import Config
 from mixdist.evaluate import EVALUATION_PHASE
 from mixdist.experts import Expert
 from mixdist.gates import Gate
 from mixdist.mesh import Launch, Mesh, Placement
-from mixdist.mixtures import Owned
+from mixdist.mixtures import Owned, Referee
 from mixdist.noise import Draw, Moment, Purpose
 from mixdist.parsing import RESOLVED, read_config
 from mixdist.routing import responsible
@@ -158,6 +159,17 @@ class Model:
         return one.sample(eps[0])
 
 
+def _referee(config: Config, spec: Spec, experts: dict[int, Expert], path: Path) -> Referee:
+    """Make what decides in a hard mixture, of a checkpoint."""
+    assert config.competition is not None
+    judges = build_judges(config, spec, experts)
+    for e, judge in judges.items():
+        load_module(path, Owned(f"discriminator {e}", judge, e))
+    log_z_E = torch.tensor(read_state(path)["log_z"], dtype=torch.float64)
+    at = Moment(config.seed, phase=EVALUATION_PHASE)
+    return Referee(experts, judges, config.competition.score, log_z_E, at, DTYPES[config.dtype])
+
+
 def load(run: str | PathLike[str]) -> Model:
     """Make the model of a run's newest good checkpoint; neither the data nor the ranks that trained it are needed.
 
@@ -179,8 +191,12 @@ def load(run: str | PathLike[str]) -> Model:
             f"{about['num_experts']}: put the run's own {RESOLVED} back"
         )
     spec = read_spec(about["spec"])
-    gate, experts = build_gate(config, spec), build_experts(config, spec, range(config.num_experts))
-    load_module(path, Owned("gate", gate))
+    experts = build_experts(config, spec, range(config.num_experts))
     for e, expert in experts.items():
         load_module(path, Owned(f"expert {e}", expert, e))
+    if config.competition is None:
+        gate = build_gate(config, spec)
+        load_module(path, Owned("gate", gate))
+    else:
+        gate = _referee(config, spec, experts, path)
     return Model(gate, experts, spec, DTYPES[config.dtype], config.seed, about["class_names"])

@@ -34,7 +34,7 @@ class Score(ABC):
     keeps: bool = False
     fields: tuple[str, ...] = ()
 
-    def check(self, spec: Spec, num_experts: int, template: Expert) -> None:
+    def check(self, spec: Spec, num_experts: int, template: Expert) -> None:  # noqa: B027
         """Hold the score against data and experts.
 
         Raises:

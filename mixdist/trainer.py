@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mixdist.checkpoint import CheckpointStore, load_module, read_state
+from mixdist.checkpoint import CheckpointStore, check_optimizer, check_run, load_module, read_state
 from mixdist.data import Dataset, Loader, Shard
 from mixdist.engines import NativeEngine, NotFinite, Totals
 from mixdist.health import dead
@@ -100,12 +100,7 @@ class Trainer:
             ValueError: it belongs to another run.
         """
         state = read_state(path)
-        for key, value in self.described.items():
-            if state["run"].get(key) != value:
-                raise ValueError(
-                    f"checkpoint {path} was made with {key} {state['run'].get(key)}, the config has {value}: "
-                    f"resume with the run's own config, or start a new run"
-                )
+        check_run(path, state, self.described)
         self.position = Position(**state["position"])
         if self.position.phase >= len(self.phases):
             raise ValueError(
@@ -117,11 +112,7 @@ class Trainer:
                 f"give {self.position.epoch} or more"
             )
         self.engine = self._enter(self.position.phase)
-        if self.engine.kind() != state["optimizer"]:
-            raise ValueError(
-                f"checkpoint {path} was made with the optimiser {state['optimizer']}, the config has "
-                f"{self.engine.kind()}: resume with the run's own optimiser, or start a new run"
-            )
+        check_optimizer(path, state, self.engine.kind())
         for owned in self.owned:
             load_module(path, owned, self.engine)
         self.engine.fast_forward(self.position.step)

@@ -57,7 +57,7 @@ class Ensemble(ABC):
         """This rank's modules as checkpoints have them."""
         return self.parts.owned()
 
-    def take_state(self, state: Mapping[str, Any]) -> None:
+    def take_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Take what a checkpoint's state says of the mixture beside its modules; mostly nothing."""
 
     @abstractmethod

@@ -52,6 +52,11 @@ class HardMixture(Ensemble):
         """Nothing is shared; the experts are this rank's own."""
         return Parts({}, dict(self.bank.owned()))
 
+    def receive(self, experts: Mapping[int, Expert], judges: Mapping[int, Discriminator]) -> None:
+        """Take this rank's experts and discriminators, as a competition or a checkpoint has them."""
+        self.bank = ExpertBank(experts, "loop", self.bank.compute)
+        self.judges = dict(judges)
+
     def owned(self) -> list[Owned]:
         return self.parts.owned() + [Owned(f"discriminator {e}", judge, e) for e, judge in self.judges.items()]
 

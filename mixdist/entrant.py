@@ -1,0 +1,222 @@
+"""One expert in a competition, with all that is its own: optimiser, step counts, discriminator.
+
+Shape letters: R rows of a batch on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mixdist.data.loader import share
+from mixdist.discriminators import Discriminator, discriminator_loss
+from mixdist.engines import SoloEngine
+from mixdist.experts import Compute, Expert, ExpertBank
+from mixdist.mesh import Mesh
+from mixdist.mixtures import Owned
+from mixdist.noise import Draw, Moment, Purpose
+from mixdist.phases import Phase
+from mixdist.scores import Discriminators
+from mixdist.terms import Batch, Spec
+from mixdist.wire import Wire
+
+MakeExpert = Callable[[int, int], Expert]
+"""Makes an expert by its number, with the initial weights of a round, on its device."""
+
+
+@dataclass(frozen=True)
+class Ring:
+    """What all entrants on a rank share.
+
+    Args:
+        seed: of the run.
+        spec: the fields of stored rows.
+        dtype: of real numbers.
+        mesh: this rank's place; replicas of an expert share its batches.
+        wire: the counted collectives.
+        compute: how an expert runs its rows.
+        make_expert: makes experts.
+        make_judge: makes discriminators; None where the score needs none.
+        judging: how discriminators train; None where the score needs none.
+    """
+
+    seed: int
+    spec: Spec
+    dtype: torch.dtype
+    mesh: Mesh
+    wire: Wire
+    compute: Compute
+    make_expert: MakeExpert
+    make_judge: Callable[[int, int], Discriminator] | None = None
+    judging: Discriminators | None = None
+
+    def values(self, rows: Batch, fields: Iterable[str]) -> Batch:
+        """Turn the named stored fields into numbers; the id stays."""
+        return {"id": rows["id"], **{name: self.spec[name].values(rows[name], self.dtype) for name in fields}}
+
+    def mine(self, size: int) -> slice:
+        """This replica's part of a batch of ``size``."""
+        part = share(size, self.mesh.replica, self.mesh.placement.num_replicas)
+        return slice(part.start, part.stop)
+
+
+class Entrant:
+    """An expert that trains by itself; no collective but the reduction over its replicas.
+
+    Args:
+        number: of the expert.
+        ring: what entrants share.
+        phase: how it trains.
+        expert: made before; None for a new one.
+        round: whose initial weights a new one gets.
+    """
+
+    def __init__(self, number: int, ring: Ring, phase: Phase, expert: Expert | None = None, round: int = 0) -> None:
+        self.number, self.ring = number, ring
+        self.expert = expert or ring.make_expert(number, round)
+        self.bank = ExpertBank({number: self.expert}, "loop", ring.compute)
+        self.judge: Discriminator | None = None
+        self.judge_engine: SoloEngine | None = None
+        self.rows = 0  # trained on, since somebody asked
+        self.loss: float | None = None
+        self.judge_loss: float | None = None
+        self.enter(phase)
+
+    def enter(self, phase: Phase) -> None:
+        """Begin a phase: a new optimiser, steps from 0."""
+        group, wire = self.ring.mesh.replica_group, self.ring.wire
+        self.engine = SoloEngine(
+            f"expert {self.number}", self.expert, group, wire, phase.optimizer, phase.schedule, phase.clip_norm
+        )
+
+    def train(self, rows: Batch, batches: Iterable[tuple[Tensor, int]], phase: int) -> None:
+        """Train on an epoch's batches; ``loss`` is then its mean over their rows, nats.
+
+        Args:
+            rows: stored rows.
+            batches: for each batch the places in ``rows`` of this replica's part, and the size of the whole.
+            phase: number of the phase, for the draws.
+
+        Raises:
+            NotFinite: a loss or a gradient is not finite.
+        """
+        total, num_rows, fields, shape = 0.0, 0, self.expert.fields, self.expert.noise_shape
+        for places_R, size in batches:
+            values = self.ring.values({name: column[places_R] for name, column in rows.items()}, fields)
+            self.expert.anneal(self.engine.steps)
+            draw = Moment(self.ring.seed, phase, self.engine.steps).draw(Purpose.POSTERIOR)
+            noise = None if shape is None else partial(_normal, draw, shape, self.ring.dtype)
+            self.engine.zero_grad()
+            grads_R1 = torch.full((len(places_R), 1), 1 / size, dtype=self.ring.dtype, device=places_R.device)
+            losses_R1 = self.bank.backward(values, noise, None, partial(torch.clone, grads_R1))
+            total += self.engine.step(losses_R1.sum() / size) * size
+            num_rows += size
+        self.rows += num_rows
+        self.loss = total / num_rows if num_rows else None
+
+    def meet(self, round: int) -> None:
+        """Get a discriminator for a round: a new one, or the one of the round before."""
+        ring, judging = self.ring, self.ring.judging
+        assert judging is not None
+        assert ring.make_judge is not None
+        if self.judge is None or judging.fresh:
+            self.judge = ring.make_judge(self.number, round if judging.fresh else 0)
+            self.judge_engine = SoloEngine(
+                f"discriminator {self.number}", self.judge, ring.mesh.replica_group, ring.wire, judging.optimizer
+            )
+
+    def challenge(self, rows: Batch, batches: Iterable[tuple[Tensor, int]], round: int) -> None:
+        """Train the discriminator, each batch against as many of the expert's samples; mean loss: ``judge_loss``, nats.
+
+        Arguments and errors as for ``train``; ``round`` is part of the samples' key, as is the batch's number.
+        """
+        judge, engine = self.judge, self.judge_engine
+        assert judge is not None
+        assert engine is not None
+        losses = []
+        for places_R, size in batches:
+            ids = torch.arange(size, device=places_R.device)[self.ring.mine(size)]
+            name = judge.fields[0]
+            x = self.ring.spec[name].values(rows[name][places_R], self.ring.dtype)
+            samples = self.samples(ids, round, engine.steps)
+            engine.zero_grad()
+            real_R, false_R = discriminator_loss(judge(x), judge(samples))
+            loss = (real_R.sum() + false_R.sum()) / size
+            loss.backward()
+            losses.append(engine.step(loss))
+        self.judge_loss = sum(losses) / max(len(losses), 1)
+
+    @torch.no_grad()
+    def samples(self, ids: Tensor, round: int, step: int) -> Tensor:
+        """Draw from the expert, for its discriminator: with the noise of p(x|z), or its means."""
+        ring, expert, judging = self.ring, self.expert, self.ring.judging
+        assert judging is not None
+        assert expert.noise_shape is not None
+        eps = Draw(ring.seed, Purpose.RIVAL, round, step).normal(ids, [self.number], expert.noise_shape, ring.dtype)[0]
+        if not judging.observe:
+            return expert.sample(eps)
+        assert self.judge is not None
+        shape = ring.spec[self.judge.fields[0]].shape
+        seen = Draw(ring.seed, Purpose.OBSERVATION, round, step)
+        return expert.draw(eps, seen.uniform(ids, [self.number], shape, ring.dtype)[0])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give all that goes with it to another rank."""
+        found: dict[str, Tensor] = {"steps": torch.tensor(self.steps)}
+        for owned in self.owned():
+            kind = owned.name.split()[0]
+            found |= {f"{kind}/model/{name}": tensor for name, tensor in owned.module.state_dict().items()}
+            found |= {f"{kind}/optimizer/{name}": tensor for name, tensor in self.engine_of(owned).state().items()}
+        return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in found.items()}
+
+    def take(self, found: dict[str, Tensor], round: int) -> None:
+        """Put back what ``tensors`` gave on another rank."""
+        if any(name.startswith("discriminator/") for name in found):
+            self.meet(round)
+        for owned in self.owned():
+            kind = owned.name.split()[0]
+            model, optimizer = (_under(f"{kind}/{part}/", found) for part in ("model", "optimizer"))
+            owned.module.load_state_dict(model, strict=True)
+            self.engine_of(owned).load_state(optimizer)
+        self.go_to(found["steps"].tolist())
+
+    @property
+    def num_bytes(self) -> int:
+        """What moving it to another rank takes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def owned(self) -> list[Owned]:
+        """Its modules as checkpoints have them."""
+        modules = [Owned(f"expert {self.number}", self.expert, self.number)]
+        if self.judge is not None:
+            modules.append(Owned(f"discriminator {self.number}", self.judge, self.number))
+        return modules
+
+    def engine_of(self, owned: Owned) -> SoloEngine:
+        """The engine of one of its modules."""
+        engine = self.engine if owned.module is self.expert else self.judge_engine
+        assert engine is not None
+        return engine
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps done of the expert in its phase, and of its discriminator."""
+        return [self.engine.steps, self.judge_engine.steps if self.judge_engine else 0]
+
+    def go_to(self, steps: list[int]) -> None:
+        """Say how many steps were done before."""
+        self.engine.go_to(steps[0])
+        if self.judge_engine is not None:
+            self.judge_engine.go_to(steps[1])
+
+
+def _normal(draw: Draw, shape: tuple[int, ...], dtype: torch.dtype, ids: Tensor, experts: Sequence[int]) -> Tensor:
+    return draw.normal(ids, experts, shape, dtype)
+
+
+def _under(prefix: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
