@@ -59,7 +59,8 @@ class Centroid(Expert):
         return ExpertTerms(-log_px, log_px)
 
     def reconstruct(self, rows: Batch) -> Tensor:
-        return self.mean.expand(len(rows[self.field]), -1).reshape(-1, *self.shape)
+        # repeat, not expand: a view of a parameter asks for its gradient even where none is wanted.
+        return self.mean.repeat(len(rows[self.field]), 1).reshape(-1, *self.shape)
 
     def sample(self, eps: Tensor) -> Tensor:
         return (self.mean + self.scale * eps).reshape(-1, *self.shape)
