@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from mixdist.nets import ACTIVATIONS, ActivationName, Affine
 
 NormName = Literal["none", "group"]
-_KERNEL, _STRIDE = 3, 2
+_KERNELS, _STRIDE = (3, 4, 5), 2
 _BRANCH_GAIN = 0.1
 
 
 class ConvEncoder(nn.Module):
-    """Images to vectors: a level is a 3x3 convolution of stride 2 (sides h to ceil(h / 2)), norm, activation; then one
+    """Images to vectors: a level is a convolution of stride 2 (sides h to ceil(h / 2)), norm, activation; then one
     affine map.
+
+    Both ends of a side are padded by floor((k - 1 + h mod 2) / 2) for kernels of side k.
 
     Weights are drawn from U(-a, a) with a = sqrt(6 / n), n the inputs of one output (He et al. 2015, eq. 10); biases
     start at zero. The affine map is drawn as in :class:`mixdist.nets.Affine`.
@@ -30,13 +32,15 @@ class ConvEncoder(nn.Module):
         image: (C, H, W).
         channels: of each level, from the image inwards.
         num_out: features given.
-        residual: adds a block x + conv(activation(norm(conv(x)))) to each level (He et al. 2016); its second
+        residual: adds a 3x3 block x + conv(activation(norm(conv(x)))) to each level (He et al. 2016); its second
             convolution starts at a tenth, so that the block starts near the identity.
         norm: none, or group: GroupNorm (Wu and He 2018) with at most 8 groups of at least 4 channels.
         activation: by name.
+        kernel: side k of each level's kernel, 3 to 5.
 
     Raises:
-        ValueError: no level, a width below 1, an image too small for so many levels, or a norm over a single value.
+        ValueError: no level, a width below 1, another kernel, an image too small for so many levels, or a norm over a
+            single value.
     """
 
     def __init__(
@@ -47,14 +51,15 @@ class ConvEncoder(nn.Module):
         residual: bool = False,
         norm: NormName = "none",
         activation: ActivationName = "relu",
+        kernel: int = 3,
     ) -> None:
         super().__init__()
-        sizes = _sizes(image, channels, norm)
+        sizes = _sizes(image, channels, norm, kernel)
         self.image = image
         levels: list[nn.Module] = []
-        for num_in, width in zip((image[0], *channels), channels, strict=False):
-            down = nn.Conv2d(num_in, width, _KERNEL, _STRIDE, padding=1)
-            _start(down, num_in * _KERNEL**2)
+        for num_in, width, size in zip((image[0], *channels), channels, sizes, strict=False):
+            down = nn.Conv2d(num_in, width, kernel, _STRIDE, padding=_padding(size, kernel))
+            _start(down, num_in * kernel**2)
             levels += [down, *_after(width, norm, activation)]
             if residual:
                 levels.append(Residual(width, norm, activation))
@@ -70,10 +75,10 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """Vectors to images: the mirror of :class:`ConvEncoder`; each level goes back to exactly the encoder's size there.
 
-    A level is a transposed 3x3 convolution of stride 2 (on one CPU core half the time of a 4x4 one, a third of
-    convolution and pixel shuffle, a fifth of nearest neighbours and convolution), padded by one where the larger side
-    is even; then norm and activation, which the image's own planes at the end do not have. The weights start as in
-    the encoder.
+    A level is the transpose of the encoder's convolution there (3x3 takes on one CPU core half the time of 4x4, a third
+    of convolution and pixel shuffle, a fifth of nearest neighbours and convolution), so each side is padded as there
+    and gets (h + k) mod 2 more at its end; then norm and activation, which the image's own planes at the end do not
+    have. The weights start as in the encoder.
 
     Args:
         num_in: features taken.
@@ -82,6 +87,7 @@ class ConvDecoder(nn.Module):
         residual: adds a block to each level, before its size is doubled.
         norm: none or group.
         activation: by name.
+        kernel: side of each level's kernel, 3 to 5.
 
     Raises:
         ValueError: as the encoder.
@@ -95,9 +101,10 @@ class ConvDecoder(nn.Module):
         residual: bool = False,
         norm: NormName = "none",
         activation: ActivationName = "relu",
+        kernel: int = 3,
     ) -> None:
         super().__init__()
-        sizes = _sizes(image, channels, norm)
+        sizes = _sizes(image, channels, norm, kernel)
         self.start = (channels[-1], *sizes[-1])
         self.stem = Affine(_positive("num_in", num_in), math.prod(self.start))
         self.activation = ACTIVATIONS[activation]()
@@ -106,9 +113,9 @@ class ConvDecoder(nn.Module):
             width, num_out = channels[i], channels[i - 1] if i else image[0]
             if residual:
                 levels.append(Residual(width, norm, activation))
-            even = (1 - sizes[i][0] % 2, 1 - sizes[i][1] % 2)
-            up = nn.ConvTranspose2d(width, num_out, _KERNEL, _STRIDE, padding=1, output_padding=even)
-            _start(up, width * _KERNEL**2 / _STRIDE**2)
+            more = ((sizes[i][0] + kernel) % 2, (sizes[i][1] + kernel) % 2)
+            up = nn.ConvTranspose2d(width, num_out, kernel, _STRIDE, _padding(sizes[i], kernel), more)
+            _start(up, width * kernel**2 / _STRIDE**2)
             levels += [up, *_after(num_out, norm, activation)] if i else [up]
         self.levels = nn.Sequential(*levels)
 
@@ -128,9 +135,9 @@ class Residual(nn.Module):
 
     def __init__(self, width: int, norm: NormName, activation: ActivationName) -> None:
         super().__init__()
-        first, second = (nn.Conv2d(width, width, _KERNEL, padding=1) for _ in range(2))
-        _start(first, width * _KERNEL**2)
-        _start(second, width * _KERNEL**2, _BRANCH_GAIN)
+        first, second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        _start(first, width * 3**2)
+        _start(second, width * 3**2, _BRANCH_GAIN)
         self.branch = nn.Sequential(first, *_after(width, norm, activation), second)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,8 +158,10 @@ def image_shape(shape: tuple[int, ...], asked_by: str, field: str) -> tuple[int,
     return shape[0], shape[1], shape[2]
 
 
-def _sizes(image: tuple[int, int, int], channels: Sequence[int], norm: NormName) -> list[tuple[int, int]]:
+def _sizes(image: tuple[int, int, int], channels: Sequence[int], norm: NormName, kernel: int) -> list[tuple[int, int]]:
     """Height and width of the image and after each level."""
+    if kernel not in _KERNELS:
+        raise ValueError(f"kernel ({kernel}) must be one of {list(_KERNELS)}: choose a side")
     if not channels or min(channels) < 1:
         raise ValueError(f"channels {list(channels)} must be at least one number from 1: give one for each level")
     size = image[1:]
@@ -168,6 +177,11 @@ def _sizes(image: tuple[int, int, int], channels: Sequence[int], norm: NormName)
         if norm == "group" and width * math.prod(size) == 1:
             raise ValueError(f"norm 'group' has a single value at level {level} of channels {list(channels)}: widen it")
     return sizes
+
+
+def _padding(size: tuple[int, int], kernel: int) -> tuple[int, int]:
+    """What makes sides h to ceil(h / 2): for kernels of an even side it depends on h."""
+    return (kernel - 1 + size[0] % 2) // 2, (kernel - 1 + size[1] % 2) // 2
 
 
 def _after(width: int, norm: NormName, activation: ActivationName) -> list[nn.Module]:

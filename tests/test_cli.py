@@ -161,7 +161,7 @@ OWN = "a file of your own must lie in the working directory"
         ({"gate": {"class_path": "broken_syntax.Mine"}}, ["broken_syntax.py line 1", "is not Python"]),
         (
             {"expert": {"class_path": "mixdist.gates.Softmax"}},
-            ["expert (mixdist.gates.Softmax) must be a subclass of Expert: choose mixdist.experts.Classifier"],
+            ["expert (mixdist.gates.Softmax) must be a subclass of Expert: choose mixdist.experts.Centroid"],
         ),
         ({"gate": {"class_path": "mixdist.experts.VAE"}}, ["gate (mixdist.experts.VAE) must be a subclass of Gate"]),
         ({"data": {"class_path": "mixdist.experts.VAE"}}, ["data (mixdist.experts.VAE) must be a subclass of Source"]),

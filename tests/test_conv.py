@@ -31,6 +31,7 @@ NETS: list[dict[str, Any]] = [
     {"norm": "group", "activation": "tanh"},
     {"residual": True, "norm": "group", "activation": "elu"},
 ]
+KERNELS: list[dict[str, Any]] = [{"kernel": 4}, {"kernel": 5, "residual": True}]
 VAES: list[dict[str, Any]] = [
     {"likelihood": "bernoulli"},
     {"likelihood": "gaussian", "residual": True},
@@ -38,9 +39,11 @@ VAES: list[dict[str, Any]] = [
     {"likelihood": "laplace", "mean": "identity", "beta": 0.5, "free_bits": 0.3, "kl_warmup": 8, "field": "real"},
     {"likelihood": "logistic", "residual": True, "norm": "group", "activation": "silu"},
     {"likelihood": "logistic", "scale": 0.05, "field": "grey"},
+    {"likelihood": "bernoulli", "kernel": 4},
 ]
 NUM_SAMPLES = 500
-nets, vaes = pytest.mark.parametrize("net", NETS), pytest.mark.parametrize("options", VAES)
+nets, gates = pytest.mark.parametrize("net", NETS + KERNELS), pytest.mark.parametrize("net", NETS)
+vaes = pytest.mark.parametrize("options", VAES)
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -87,10 +90,11 @@ def test_a_decoder_gives_back_the_size_of_the_image(image: tuple[int, int, int],
         assert torch.equal(encoder(torch.ones(2, *image)), encoder(torch.ones(2, *image).flatten(1)))
 
 
+@pytest.mark.parametrize("kernel", [3, 4, 5])
 @pytest.mark.parametrize("image", SIZES, ids=str)
-def test_the_sizes_of_levels_are_mirrored(image: tuple[int, int, int]) -> None:
+def test_the_sizes_of_levels_are_mirrored(image: tuple[int, int, int], kernel: int) -> None:
     channels, sizes = [4, 6, 8], []
-    encoder, decoder = ConvEncoder(image, channels, 5), ConvDecoder(5, image, channels)
+    encoder, decoder = ConvEncoder(image, channels, 5, kernel=kernel), ConvDecoder(5, image, channels, kernel=kernel)
     for module in (*encoder.levels, *decoder.levels):
         if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
             module.register_forward_hook(
@@ -101,6 +105,42 @@ def test_the_sizes_of_levels_are_mirrored(image: tuple[int, int, int]) -> None:
     inward, outward = sizes[:3], sizes[3:]
     assert outward == [(b, a) for a, b in reversed(inward)]
     assert [b[1:] for _, b in inward] == [tuple(-(-side // 2**n) for side in image[1:]) for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("kernel", [3, 4, 5])
+def test_a_level_of_the_decoder_is_the_transpose_of_the_encoders(kernel: int) -> None:
+    # <A x, y> = <x, A' y> with the same weights, so the two are padded alike, whatever the parity of the sides.
+    for height in range(2, 41):
+        image = (2, height, 42 - height)
+        (down,), (up,) = (
+            [m for m in net.double().levels if isinstance(m, torch.nn.Conv2d | torch.nn.ConvTranspose2d)]
+            for net in (ConvEncoder(image, [3], 1, kernel=kernel), ConvDecoder(1, image, [3], kernel=kernel))
+        )
+        assert up.weight.shape == down.weight.shape
+        up.weight = down.weight
+        with torch.no_grad():
+            x, y = _random(1, *image), _random(1, 3, -(-height // 2), -(-(42 - height) // 2), seed=1)
+            there, back = down(x), up(y)
+            assert there.shape == y.shape
+            assert back.shape == x.shape
+            torch.testing.assert_close((there * y).sum(), (x * back).sum(), rtol=1e-10, atol=1e-10)
+            down.weight.fill_(1.0)
+            assert (up(torch.ones_like(y)) > 0).all()  # every pixel is seen
+    for height, width in (1, 9), (9, 1):
+        with pytest.raises(ValueError, match=r"^channels \[3\] have 1 levels, .* give at most 0$"):
+            ConvEncoder((2, height, width), [3], 1, kernel=kernel)
+
+
+def test_the_architecture_of_seed_document_004() -> None:
+    vae = ConvVAE({"x": Field((1, 28, 28), torch.uint8, scale=1 / 255)}, latent=8, channels=[8, 16, 32, 64], kernel=4)
+    seen: list[tuple[int, ...]] = []
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            assert module.kernel_size == (4, 4)
+            module.register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape[1:])))
+    assert vae.reconstruct({"x": torch.rand(2, 1, 28, 28)}).shape == (2, 1, 28, 28)
+    inward = [(8, 14, 14), (16, 7, 7), (32, 4, 4), (64, 2, 2)]
+    assert seen == [*inward, *inward[-2::-1], (1, 28, 28)]
 
 
 def test_the_deepest_net_halves_to_a_single_pixel() -> None:
@@ -216,7 +256,7 @@ def test_importance_weights(options: dict[str, Any]) -> None:
     assert (log_w.logsumexp(1) - math.log(NUM_SAMPLES) >= log_w.mean(1)).all()
 
 
-@nets
+@gates
 def test_the_gate_is_a_softmax_of_its_network(net: dict[str, Any]) -> None:
     gate, rows = _gate(net), _rows()
     log_resp = gate(rows, None).log_resp_BE
@@ -230,7 +270,7 @@ def test_the_gate_is_a_softmax_of_its_network(net: dict[str, Any]) -> None:
     assert not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in gate.modules())
 
 
-@nets
+@gates
 def test_no_rows(net: dict[str, Any]) -> None:
     expert, gate = _vae({"likelihood": "logistic", **net}), _gate(net)
     terms, log_resp = expert(_rows(0), _random(0, 3)), gate(_rows(0), None).log_resp_BE
@@ -294,6 +334,8 @@ def test_the_stated_numbers_of_parameters() -> None:
         (partial(ConvVAE, channels=[4, 4, 4, 4]), r"channels \[4, 4, 4, 4\] have 4 levels, .* 9x6 are 2x1 after 3, "),
         (partial(ConvVAE, channels=[]), r"channels \[\] must be at least one number from 1"),
         (partial(ConvVAE, channels=[4, 0]), r"channels \[4, 0\] must be at least one number from 1"),
+        (partial(ConvVAE, kernel=2), r"kernel \(2\) must be one of \[3, 4, 5\]"),
+        (partial(ConvVAE, kernel=6), r"kernel \(6\) must be one of \[3, 4, 5\]"),
         (partial(ConvVAE, latent=0), r"ConvVAE's latent \(0\) must be at least 1"),
         (partial(ConvVAE, beta=-1.0), r"ConvVAE's beta \(-1.0\) must be a number from 0"),
         (partial(ConvVAE, likelihood="gaussian", scale=math.inf), r"scale \(inf\) must be a positive number"),

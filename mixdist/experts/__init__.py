@@ -1,6 +1,7 @@
 """Experts: each says, for rows handed to it, how well it models them."""
 
 from mixdist.experts.bank import Compute, Execution, ExpertBank, Noise
+from mixdist.experts.centroid import Centroid
 from mixdist.experts.classifier import Classifier
 from mixdist.experts.conv_vae import ConvVAE
 from mixdist.experts.expert import Expert
@@ -10,6 +11,7 @@ from mixdist.experts.vae import VAE
 
 __all__ = [
     "VAE",
+    "Centroid",
     "Classifier",
     "Compute",
     "ConvVAE",

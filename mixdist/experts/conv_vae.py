@@ -19,7 +19,8 @@ class ConvVAE(Autoencoder):
     """A VAE of images of any size, with convolutional encoder and mirrored decoder; its loss is in ``Autoencoder``.
 
     Parameters on 3x64x64: 7.0 million with ``channels=[64, 128, 256, 512]`` and ``latent=160``, 0.29 million with
-    ``channels=[16, 32, 64, 128]`` and ``latent=16``.
+    ``channels=[16, 32, 64, 128]`` and ``latent=16``. Seed document 004, section 8.2, has ``channels=[8, 16, 32, 64]``,
+    ``kernel=4`` and ``latent=8``, and batch normalisation, which is not here.
 
     Args:
         spec: the data set's fields.
@@ -36,11 +37,12 @@ class ConvVAE(Autoencoder):
         free_bits: least KL charged for each latent dimension of each row, nats (Kingma et al. 2016, without the mean
             over the batch, so that rows stay independent).
         field: which field it models.
+        kernel: side of the kernels of both networks' levels, 3 to 5; residual blocks have 3.
 
     Raises:
         ValueError: a field that is missing, holds classes or no images (channels, height, width); images too small
-            for so many levels; a width below 1; a negative weight; logistic on numbers that are not stored as levels
-            on [0, 1].
+            for so many levels; a width below 1; another kernel; a negative weight; logistic on numbers that are not
+            stored as levels on [0, 1].
     """
 
     def __init__(
@@ -58,13 +60,14 @@ class ConvVAE(Autoencoder):
         kl_warmup: int = 0,
         free_bits: float = 0.0,
         field: str = "x",
+        kernel: int = 3,
     ) -> None:
         described = real_field(spec, field, "ConvVAE")
         image = image_shape(described.shape, "ConvVAE", field)
         if latent < 1:
             raise ValueError(f"ConvVAE's latent ({latent}) must be at least 1: give a number of dimensions")
-        encoder = ConvEncoder(image, channels, 2 * latent, residual, norm, activation)
-        decoder = ConvDecoder(latent, image, channels, residual, norm, activation)
+        encoder = ConvEncoder(image, channels, 2 * latent, residual, norm, activation, kernel)
+        decoder = ConvDecoder(latent, image, channels, residual, norm, activation, kernel)
         super().__init__(
             described, encoder, decoder, latent, likelihood, scale, mean, beta, kl_warmup, free_bits, field
         )
