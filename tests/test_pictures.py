@@ -159,7 +159,9 @@ def test_rounds_that_rise_are_marked(tmp_path: Path) -> None:
 def test_rounds_are_read_by_their_number(tmp_path: Path) -> None:
     records = rounds(1, 2, 3)
     rounds_picture(tmp_path / "a.png", records)
-    rounds_picture(tmp_path / "b.png", [{"step": 0, "loss": 1.0}, *reversed(records), {"step": 9, "round": None}])
+    rounds_picture(
+        tmp_path / "b.png", [{"step": 0, "loss": 1.0}, *reversed(records), {"step": 8, "round": 3}, {"round": None}]
+    )
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 

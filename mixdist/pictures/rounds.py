@@ -32,12 +32,16 @@ def rounds_picture(path: Path, records: Sequence[Record]) -> None:
     Args:
         path: of the PNG file.
         records: as ``read_metrics`` gives them; those with "round" (int) are drawn: "objective" and
-            "objective_trained", "changed" (from 0 to 1) and "counts" (rows of each expert), where they have them.
+            "objective_trained", "changed" (from 0 to 1) and "counts" (rows of each expert), where they have them;
+            of several records of a round each name's last counts.
 
     Raises:
         ValueError: where no record has a round, or those with one have nothing to draw.
     """
-    by_round = {record["round"]: record for record in records if record.get("round") is not None}
+    by_round: dict[int, dict[str, Any]] = {}
+    for record in records:
+        if record.get("round") is not None:
+            by_round.setdefault(record["round"], {}).update({k: v for k, v in record.items() if v is not None})
     rounds = [by_round[number] for number in sorted(by_round)]
     draws = {"objective": _draw_objective, "changed": _draw_changed, "counts": _draw_counts}
     shown = [name for name in draws if any(record.get(name) is not None for record in rounds)]
