@@ -21,7 +21,7 @@ PACKAGE = ROOT / "mixdist"
 # Rooms (files or folders of mixdist/) from the bottom up; rooms on one line stand side by side.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("terms", "version"),
-    ("stats", "noise", "nets", "pulse"),
+    ("stats", "kde", "noise", "nets", "pulse"),
     ("convnets",),
     ("data", "experts", "gates"),
     ("routing", "objectives", "health", "importance", "discriminators", "assignment"),
@@ -50,19 +50,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # Rooms of pure mathematics, and what none of them may import.
-PURE = (
-    "terms",
-    "stats",
-    "noise",
-    "nets",
-    "convnets",
-    "experts",
-    "gates",
-    "routing",
-    "objectives",
-    "health",
-    "importance",
-)
+PURE = (*FLOORS[0], "stats", "kde", "noise", "nets", "convnets", "experts", "gates", *FLOORS[4], *FLOORS[5])
 PROCESSES = ("torch.distributed", "mixdist.mesh", "mixdist.wire", "mixdist.dispatch", "mixdist.config", "mixdist.build")
 NEVER: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("experts",), ("mixdist.gates",)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from mixdist.pictures import (
     contingency_picture,
     curves_picture,
     experts_picture,
+    mixture_picture,
+    rounds_picture,
     sample_picture,
     scatter_picture,
     to_uint8,
@@ -124,6 +127,67 @@ def test_samples_go_on_in_a_new_line(tmp_path: Path) -> None:
     assert len(places(picture, samples[0][19])) == 1
 
 
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (4, 2), (7, 3), (100, 10), (101, 11)])
+def test_samples_of_the_mixture_stand_in_a_square(tmp_path: Path, count: int, columns: int) -> None:
+    shown = images(count, 9, 5, colour=count == 7)
+    mixture_picture(tmp_path / "mixture.png", shown)
+    picture = pixels(tmp_path / "mixture.png")
+    found = [places(picture, image) for image in shown]
+    assert all(len(corners) == 1 for corners in found)
+    tops, lefts = zip(*(corners[0] for corners in found), strict=True)
+    assert len(set(lefts)) == columns
+    assert [(tops[i], lefts[i]) for i in range(count)] == sorted((tops[i], lefts[i]) for i in range(count))
+
+
+def marks(path: Path) -> int:
+    """Points in the red that marks a round whose objective rose."""
+    return int((pixels(path) == (0xBD, 0x1F, 0x01)).all(axis=-1).sum())
+
+
+def test_rounds_that_rise_are_marked(tmp_path: Path) -> None:
+    falling = rounds(1, 2, 3, 4, num_experts=2)
+    rounds_picture(tmp_path / "falling.png", falling)
+    assert marks(tmp_path / "falling.png") == 0
+    rising = [record | {"objective": objective} for record, objective in zip(falling, (1, 0, 0.5, 0), strict=True)]
+    rounds_picture(tmp_path / "once.png", rising)
+    # What was measured before a round's reassignment is not what the round ended with.
+    rounds_picture(tmp_path / "half.png", [record | {"objective_trained": 9.0} for record in falling])
+    assert marks(tmp_path / "once.png") > 20
+    assert marks(tmp_path / "half.png") == 0
+
+
+def test_rounds_are_read_by_their_number(tmp_path: Path) -> None:
+    records = rounds(1, 2, 3)
+    rounds_picture(tmp_path / "a.png", records)
+    rounds_picture(
+        tmp_path / "b.png", [{"step": 0, "loss": 1.0}, *reversed(records), {"step": 8, "round": 3}, {"round": None}]
+    )
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_samples_far_from_the_rows_leave_the_axes_as_they_are(tmp_path: Path) -> None:
+    rows, samples = RNG.normal(size=(50, 2)), RNG.normal(size=(20, 2)) / 2
+    far = np.concatenate([samples, np.full((1, 2), 1e6)])
+    scatter_picture(tmp_path / "near.png", rows, np.zeros(50, np.int64), [samples])
+    scatter_picture(tmp_path / "far.png", rows, np.zeros(50, np.int64), [far])
+    near, other = pixels(tmp_path / "near.png"), pixels(tmp_path / "far.png")
+    assert near.shape == other.shape
+    # The title says that one is missing; everything below it is the same.
+    changed = np.flatnonzero((near != other).any(axis=(1, 2)))
+    assert len(changed) > 0
+    assert changed.max() < 0.15 * len(near)
+
+
+def test_no_expert_hides_another(tmp_path: Path) -> None:
+    # Points lie many deep; the two corners make the axes wide.
+    rows = np.concatenate([[[-1.0, -1.0]], RNG.uniform(-0.1, 0.1, size=(19998, 2)), [[1.0, 1.0]]])
+    scatter_picture(tmp_path / "cloud.png", rows, np.repeat([0, 1], 10000), [])
+    picture = pixels(tmp_path / "cloud.png").astype(float)
+    blue, yellow = (np.linalg.norm(picture - colour, axis=-1) for colour in ((0x3F, 0x90, 0xDA), (0xFF, 0xA9, 0x0E)))
+    seen = np.minimum(blue, yellow) < 60
+    assert (blue < yellow)[seen].mean() == pytest.approx(0.5, abs=0.1)
+
+
 def test_to_uint8_rounds_clips_and_moves_the_channels() -> None:
     values = np.array([-1.0, 0.0, 0.49 / 255, 0.51 / 255, 0.5, 1.0, 7.0, np.inf]).reshape(2, 1, 2, 2)
     assert to_uint8(values).tolist() == [[[0, 0], [0, 1]], [[128, 255], [255, 255]]]
@@ -179,9 +243,19 @@ def draw_training(path: Path) -> None:
     training_picture(path, [*records, {"step": 9, "valid_loss": 1.0}])
 
 
+def rounds(*numbers: int, num_experts: int = 12) -> list[dict[str, Any]]:
+    counts = [100 * expert for expert in range(num_experts)]
+    return [
+        {"step": n, "round": n, "objective": 1 / n, "objective_trained": 0.9 / n, "changed": 0.1, "counts": counts}
+        for n in numbers
+    ]
+
+
 DRAWS: dict[str, Draw] = {
     "experts": lambda path: experts_picture(path, [panel(0, 2, 2, 2)]),
     "samples": lambda path: sample_picture(path, [images(2)], ["expert 0"]),
+    "mixture": lambda path: mixture_picture(path, images(7)),
+    "rounds": lambda path: rounds_picture(path, rounds(1, 2, 3)),
     "contingency": lambda path: contingency_picture(path, np.eye(3, dtype=np.int64), NAMES),
     "curves": draw_curves,
     "scatter": draw_scatter,
@@ -220,7 +294,11 @@ def test_pictures_of_little_data(tmp_path: Path) -> None:
     scatter_picture(tmp_path / "rows.png", np.zeros((1, 2)), np.zeros(1, np.int64), [])
     training_picture(tmp_path / "loss.png", [{"step": 1, "loss": 3.0}])
     training_picture(tmp_path / "load.png", [{"step": 1, "loss": 3.0, "load": [0.0, 0.0]}])
-    assert len(list(tmp_path.iterdir())) == 5
+    rounds_picture(tmp_path / "round.png", rounds(4, num_experts=1))
+    rounds_picture(tmp_path / "counts.png", [{"round": 1, "counts": [0, 0]}, {"round": 2, "counts": [0, 0]}])
+    rounds_picture(tmp_path / "still.png", [{"round": 1, "changed": 0.0}, {"round": 2, "objective": -1.0}])
+    scatter_picture(tmp_path / "no rows.png", np.zeros((0, 2)), np.zeros(0, np.int64), [np.ones((2, 2))])
+    assert len(list(tmp_path.iterdir())) == 9
 
 
 BAD: dict[str, tuple[str, Draw]] = {
@@ -238,6 +316,10 @@ BAD: dict[str, tuple[str, Draw]] = {
         "expert 1",
         lambda path: scatter_picture(path, np.zeros((1, 2)), np.zeros(1), [np.zeros((1, 2))] * 1 + [np.zeros(3)]),
     ),
+    "no images": ("0 images", lambda path: mixture_picture(path, np.zeros((0, 8, 8), np.uint8))),
+    "real images": ("float64", lambda path: mixture_picture(path, np.zeros((1, 8, 8)))),
+    "no rounds": ("no round", lambda path: rounds_picture(path, [{"step": 1, "loss": 1.0}])),
+    "empty rounds": ("no round", lambda path: rounds_picture(path, [{"round": 1}])),
     "no loss": ("no loss", lambda path: training_picture(path, [{"step": 1}])),
 }
 

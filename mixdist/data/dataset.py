@@ -21,6 +21,8 @@ class Dataset:
         spec: the fields.
         label: the name of the field that holds the class, if there is one. No model is trained on it unasked.
         class_names: names of its classes, or empty.
+        log_density_N: log p of each row's values where the source knows it, float64 (N,), nats. It is knowledge about
+            the rows, not part of them: ``take`` and the fingerprint leave it out.
 
     Raises:
         ValueError: if there are no rows, a number is not finite, or a class is out of range.
@@ -30,6 +32,7 @@ class Dataset:
     spec: Spec
     label: str | None = None
     class_names: tuple[str, ...] = ()
+    log_density_N: Tensor | None = None
 
     def __post_init__(self) -> None:
         if "id" not in self.rows or self.rows.keys() != {"id", *self.spec}:
@@ -51,6 +54,7 @@ class Dataset:
             )
         for name, field in self.spec.items():
             self._check(name, field)
+        self._check_log_density()
 
     def __len__(self) -> int:
         return len(self.rows["id"])
@@ -85,6 +89,22 @@ class Dataset:
             self._require((classes >= 0) & (classes < field.num_classes), name, expected, remedy)
         elif column.is_floating_point():
             self._require(column.isfinite(), name, "a finite number", "mend or remove this sample")
+
+    def _check_log_density(self) -> None:
+        log_p_N = self.log_density_N
+        if log_p_N is None:
+            return
+        if log_p_N.shape != (len(self),) or log_p_N.dtype != torch.float64:
+            raise ValueError(
+                f"log_density_N ({log_p_N.dtype}, {tuple(log_p_N.shape)}) must be float64 ({len(self)},): give one for "
+                "each row or None"
+            )
+        if not log_p_N.isfinite().all():
+            row = int(log_p_N.isfinite().logical_not().nonzero()[0])
+            raise ValueError(
+                f"log_density_N of sample {self.rows['id'][row]} ({log_p_N[row]}) must be a finite number: mend or "
+                "remove this sample"
+            )
 
     def _require(self, good: Tensor, name: str, expected: str, remedy: str) -> None:
         if good.all():

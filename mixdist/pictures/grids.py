@@ -5,6 +5,7 @@ Shape letters: n images, H height, W width, C channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -101,6 +102,30 @@ def sample_picture(path: Path, images: Sequence[np.ndarray], titles: Sequence[st
     _write_grid(path, [[block] for block in images], titles, [""], range(len(images)))
 
 
+def mixture_picture(path: Path, images: np.ndarray) -> None:
+    """Write images that belong to no expert, as samples of a mixture, in a grid as square as their number allows.
+
+    Args:
+        path: of the PNG file.
+        images: uint8 (n, H, W) or (n, H, W, 3), n from 1; line by line in this order.
+
+    Raises:
+        ValueError: for no images, or arrays that are no uint8 images.
+    """
+    _check_images([[images]], ["the mixture"])
+    if not len(images):
+        raise ValueError("a picture of 0 images cannot be drawn: expected 1 or more; draw some samples.")
+    columns = math.isqrt(len(images) - 1) + 1
+    zoom = _zoom(*images.shape[1:3])
+    height, width = images.shape[1] * zoom, images.shape[2] * zoom
+    lines = -(-len(images) // columns)
+    size = (columns * (width + GAP) - GAP + 2 * MARGIN, lines * (height + GAP) - GAP + 2 * MARGIN)
+    canvas = Image.new("RGB", size, "white")
+    _paste(canvas, images, MARGIN, MARGIN, (height, width), columns)
+    with aside_of(path) as aside:
+        canvas.save(aside, format="PNG")
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Where the parts of an image grid stand, in pixels: cells are (height, width), the size is (width, height)."""
@@ -159,10 +184,12 @@ def _layout(rows: Sequence[Sequence[np.ndarray]], headings: Sequence[str], title
     return _Layout((cell_height, cell_width), lefts[:-1], tops[:-1], heights, size)
 
 
-def _paste(canvas: Image.Image, block: np.ndarray, left: int, top: int, cell: tuple[int, int]) -> None:
+def _paste(
+    canvas: Image.Image, block: np.ndarray, left: int, top: int, cell: tuple[int, int], columns: int = LINE_IMAGES
+) -> None:
     """Paste the images of a block line by line, each enlarged by a whole number and in the middle of its cell."""
     for number, image in enumerate(block):
-        line, column = divmod(number, LINE_IMAGES)
+        line, column = divmod(number, columns)
         zoom = _zoom(*image.shape[:2])
         large = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
         x = left + column * (cell[1] + GAP) + (cell[1] - large.shape[1]) // 2

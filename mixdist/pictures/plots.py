@@ -6,20 +6,22 @@ Shape letters: N rows, E experts, C classes, G grid points.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mixdist.pictures.style import FAINT, INK, MARKERS, PALE, PALETTE, aside_of, colour_of
+from mixdist.pictures.axes import add_legend, new_figure, save, styled
+from mixdist.pictures.style import FAINT, INK, MARKERS, PALE, PALETTE, colour_of
 
 
 def contingency_picture(path: Path, counts_EC: np.ndarray, class_names: Sequence[str]) -> None:
     """Write experts against labels: the counts in the cells, and as colour their share of the expert's rows.
+
+    At the right are all rows of each expert.
 
     Args:
         path: of the PNG file.
@@ -42,7 +44,8 @@ def contingency_picture(path: Path, counts_EC: np.ndarray, class_names: Sequence
     axes.imshow(share_EC, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     slanted = max(map(len, class_names)) > 5
     axes.set_xticks(range(num_classes), class_names, rotation=40 if slanted else 0, ha="left" if slanted else "center")
-    axes.set_yticks(range(num_experts), [f"expert {expert}" for expert in range(num_experts)])
+    names = [f"expert {expert}" for expert in range(num_experts)]
+    axes.set_yticks(range(num_experts), names, va="center_baseline")
     axes.xaxis.tick_top()
     axes.tick_params(length=0, colors=INK, labelsize=min(10, inch * 22))
     axes.spines[:].set_visible(False)
@@ -51,13 +54,15 @@ def contingency_picture(path: Path, counts_EC: np.ndarray, class_names: Sequence
     longest = max(len(f"{count:,.10g}") for count in counts_EC.flat)
     size = min(10.0, inch * 90 / max(5, longest))
     for (expert, label), count in np.ndenumerate(counts_EC):
-        colour = "white" if share_EC[expert, label] > 0.5 else INK if count else PALE
-        axes.text(label, expert, f"{count:,.10g}", ha="center", va="center", color=colour, fontsize=size)
-    caption = "rows of each expert by label; darker is a larger share of its rows"
+        colour = "white" if share_EC[expert, label] > 0.58 else INK if count else PALE
+        axes.text(label, expert, f"{count:,.10g}", ha="center", va="center_baseline", color=colour, fontsize=size)
+    for expert, total in enumerate(counts_EC.sum(axis=1)):
+        axes.text(num_classes - 0.35, expert, f"{total:,.10g}", va="center_baseline", color=FAINT, fontsize=size)
+    caption = "rows of each expert by label, and all of them; darker is a larger share of its rows"
     axes.set_xlabel(
         textwrap.fill(caption, max(24, round(num_classes * inch * 13))), color=FAINT, fontsize=9, labelpad=8
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def curves_picture(
@@ -81,9 +86,9 @@ def curves_picture(
     """
     _same_length({"x_N": x_N, "y_N": y_N, "expert_N": expert_N})
     _same_length({"grid_G": grid_G, "the rows of curves_EG": curves_EG.T})
-    figure = _figure(8.0, 4.8)
-    axes = _plot(figure.add_subplot(), "x", "y")
-    _points(axes, np.stack([x_N, y_N], axis=1), expert_N, label=False)
+    figure = new_figure(8.0, 4.8)
+    axes = styled(figure.add_subplot(), "x", "y")
+    _points(axes, np.stack([x_N, y_N], axis=1), expert_N)
     charge_EG = _in_charge(x_N, expert_N, grid_G, len(curves_EG))
     for expert, (curve_G, charge_G) in enumerate(zip(curves_EG, charge_EG, strict=True)):
         axes.plot(grid_G, curve_G, color=colour_of(expert), linewidth=1.0, dashes=(4, 3), alpha=0.7)
@@ -92,8 +97,8 @@ def curves_picture(
     if len(y_N):
         margin = 0.08 * float(np.ptp(y_N)) or 1.0
         axes.set_ylim(float(y_N.min()) - margin, float(y_N.max()) + margin)
-    _legend(axes)
-    _save(figure, path)
+    add_legend(axes)
+    save(figure, path)
 
 
 def _in_charge(x_N: np.ndarray, expert_N: np.ndarray, grid_G: np.ndarray, num_experts: int) -> np.ndarray:
@@ -111,6 +116,8 @@ def scatter_picture(
 ) -> None:
     """Write rows in the plane coloured by their expert and, beside them on the same axes, samples from each expert.
 
+    The axes span the rows and a quarter of that beyond each side; samples farther out are counted in the title.
+
     Args:
         path: of the PNG file.
         x_N2: rows.
@@ -124,18 +131,30 @@ def scatter_picture(
     for name, points in [("x_N2", x_N2), *((f"samples of expert {e}", s) for e, s in enumerate(samples_by_expert))]:
         if points.ndim != 2 or points.shape[1] != 2:
             raise ValueError(f"{name} {points.shape} cannot be drawn: expected shape (n, 2); choose two features.")
-    figure = _figure(9.6 if samples_by_expert else 5.4, 4.8)
+    figure = new_figure(9.6 if samples_by_expert else 5.4, 4.8)
     halves = figure.subplots(1, 2 if samples_by_expert else 1, sharex=True, sharey=True, squeeze=False)[0]
-    _plot(halves[0], "", "", "rows by their expert")
-    _points(halves[0], x_N2, expert_N, label=not samples_by_expert)
+    _points(styled(halves[0], "", "", "rows by their expert"), x_N2, expert_N)
     if samples_by_expert:
-        _plot(halves[1], "", "", "samples from each expert")
-        experts = np.repeat(np.arange(len(samples_by_expert)), [len(samples) for samples in samples_by_expert])
-        _points(halves[1], np.concatenate(samples_by_expert), experts, label=True)
+        owner_M = np.repeat(np.arange(len(samples_by_expert)), [len(samples) for samples in samples_by_expert])
+        samples_M2 = np.concatenate(samples_by_expert)
+        inside_M = _near(x_N2, samples_M2)
+        outside = f", {np.sum(~inside_M):,} farther out" if not inside_M.all() else ""
+        styled(halves[1], "", "", f"samples from each expert{outside}")
+        _points(halves[1], samples_M2[inside_M], owner_M[inside_M])
     for axes in halves:
         axes.set_aspect("equal")
-    _legend(halves[-1])
-    _save(figure, path)
+    _name_experts(halves[-1], range(max([len(samples_by_expert), *(expert_N + 1).tolist()])))
+    save(figure, path)
+
+
+def _near(x_N2: np.ndarray, points_M2: np.ndarray) -> np.ndarray:
+    """Say which points lie in the box around the rows, widened by a quarter on each side: bool (M,)."""
+    if len(x_N2) == 0:
+        return np.ones(len(points_M2), dtype=bool)
+    low_2, high_2 = x_N2.min(axis=0), x_N2.max(axis=0)
+    room = max(0.25 * float((high_2 - low_2).max()), 1e-9)
+    inside: np.ndarray = ((points_M2 >= low_2 - room) & (points_M2 <= high_2 + room)).all(axis=1)
+    return inside
 
 
 def training_picture(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -153,13 +172,13 @@ def training_picture(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     loads = [(record["step"], record["load"]) for record in records if record.get("load")]
     if not losses:
         raise ValueError(f"records ({len(records)}) have no loss: expected one or more; train for a step first.")
-    figure = _figure(8.0, 5.6 if loads else 3.2)
+    figure = new_figure(8.0, 5.6 if loads else 3.2)
     halves = figure.subplots(2 if loads else 1, 1, sharex=True, squeeze=False)[:, 0]
-    axes = _plot(halves[0], "" if loads else "step", "loss, nats a row")
+    axes = styled(halves[0], "" if loads else "step", "loss, nats a row")
     axes.plot(*zip(*losses, strict=True), color=INK, linewidth=1.4, marker="o" if len(losses) == 1 else "")
     if loads:
-        _draw_loads(_plot(halves[1], "step", "share of the load"), loads)
-    _save(figure, path)
+        _draw_loads(styled(halves[1], "step", "share of the load"), loads)
+    save(figure, path)
 
 
 def _draw_loads(axes: Axes, loads: Sequence[tuple[int, Sequence[float]]]) -> None:
@@ -178,65 +197,30 @@ def _draw_loads(axes: Axes, loads: Sequence[tuple[int, Sequence[float]]]) -> Non
     axes.margins(x=0)
     axes.grid(visible=False)
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    _legend(axes)
+    add_legend(axes)
 
 
-def _points(axes: Axes, x_N2: np.ndarray, expert_N: np.ndarray, label: bool) -> None:
-    size = float(np.clip(6000 / max(1, len(x_N2)), 4, 24))
+def _points(axes: Axes, x_N2: np.ndarray, expert_N: np.ndarray) -> None:
+    """Draw rows in the colours of their experts, those of one expert among the others, so that none hides the rest."""
+    size = float(np.clip(240 / np.sqrt(max(1, len(x_N2))), 1.5, 24))
+    turn_N = np.empty(len(x_N2))
     for expert in np.unique(expert_N).tolist():
         own = expert_N == expert
-        axes.scatter(
-            x_N2[own, 0],
-            x_N2[own, 1],
-            s=size,
-            c=colour_of(expert),
-            marker=MARKERS[expert // len(PALETTE) % len(MARKERS)],
-            alpha=0.6,
-            linewidths=0,
-            label=f"expert {expert}" if label else None,
-        )
+        turn_N[own] = (np.arange(own.sum()) + 0.5) / own.sum()
+    order_N = np.argsort(turn_N, kind="stable")
+    marker_N = expert_N // len(PALETTE) % len(MARKERS)
+    for marker in np.unique(marker_N).tolist():
+        rows = order_N[marker_N[order_N] == marker]
+        colours = [colour_of(expert) for expert in expert_N[rows].tolist()]
+        axes.scatter(x_N2[rows, 0], x_N2[rows, 1], s=size, c=colours, marker=MARKERS[marker], alpha=0.6, linewidths=0)
 
 
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
-
-
-def _plot(axes: Axes, x_label: str, y_label: str, title: str = "") -> Axes:
-    """Give axes the look that all plots share."""
-    axes.set_xlabel(x_label, color=FAINT)
-    axes.set_ylabel(y_label, color=FAINT)
-    axes.set_title(title, color=INK, fontsize=11, fontweight="bold", loc="left")
-    axes.tick_params(length=0, colors=FAINT, labelsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(PALE)
-    axes.grid(color="#e8ebee", linewidth=0.8)
-    axes.set_axisbelow(True)
-    return axes
-
-
-def _legend(axes: Axes) -> None:
-    """Put the experts at the right of the axes, in columns of 20."""
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        columns = -(-len(labels) // 20)
-        place: dict[str, Any] = {
-            "loc": "upper left",
-            "bbox_to_anchor": (1.01, 1.0),
-            "borderaxespad": 0.0,
-            "ncols": columns,
-        }
-        legend = axes.legend(**place, frameon=False, fontsize=9, labelcolor=INK, markerscale=2.0)
-        for handle in legend.legend_handles:
-            if handle is not None:
-                handle.set_alpha(1.0)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with aside_of(path) as aside:
-        # Without the software's version in it the same data gives the same bytes.
-        FigureCanvasAgg(figure).print_figure(
-            aside, format="png", bbox_inches="tight", pad_inches=0.2, metadata={"Software": None}
-        )
+def _name_experts(axes: Axes, experts: Iterable[int]) -> None:
+    """Add a legend of experts by their points."""
+    for expert in experts:
+        marker = MARKERS[expert // len(PALETTE) % len(MARKERS)]
+        axes.scatter([], [], s=9, c=colour_of(expert), marker=marker, linewidths=0, label=f"expert {expert}")
+    add_legend(axes)
 
 
 def _same_length(arrays: Mapping[str, np.ndarray]) -> None:
