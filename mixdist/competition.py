@@ -266,6 +266,7 @@ class Competition:
         assert verdict.best_N is not None
         for e in set(hungry) & set(self.entrants):
             fresh = Entrant(e, self.ring, self.phase, round=self.position.round + 1)
+            fresh.engine.go_to(0, self.entrants[e].engine.epochs)
             fresh.judge, fresh.judge_engine = self.entrants[e].judge, self.entrants[e].judge_engine
             self.entrants[e] = fresh
         expert_N = reseeded(table.expert_N.astype(np.int64), verdict.best_N, hungry, self.num_experts)

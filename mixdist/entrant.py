@@ -115,6 +115,7 @@ class Entrant:
             losses_R1 = self.bank.backward(values, noise, None, partial(torch.clone, grads_R1))
             total += self.engine.step(losses_R1.sum() / size) * size
             num_rows += size
+        self.engine.end_epoch()
         self.rows += num_rows
         self.loss = total / num_rows if num_rows else None
 
@@ -204,14 +205,14 @@ class Entrant:
 
     @property
     def steps(self) -> list[int]:
-        """Steps done of the expert in its phase, and of its discriminator."""
-        return [self.engine.steps, self.judge_engine.steps if self.judge_engine else 0]
+        """Steps and epochs done of the expert in its phase, and steps of its discriminator."""
+        return [self.engine.steps, self.engine.epochs, self.judge_engine.steps if self.judge_engine else 0]
 
     def go_to(self, steps: list[int]) -> None:
         """Say how many steps were done before."""
-        self.engine.go_to(steps[0])
+        self.engine.go_to(*steps[:2])
         if self.judge_engine is not None:
-            self.judge_engine.go_to(steps[1])
+            self.judge_engine.go_to(steps[2])
 
 
 def _normal(draw: Draw, shape: tuple[int, ...], dtype: torch.dtype, ids: Tensor, experts: Sequence[int]) -> Tensor:

@@ -32,7 +32,8 @@ class Phase:
         trains: what learns: both, the gate alone or the experts alone.
         objective: class of mixdist.objectives, or your own.
         optimizer: any torch optimiser that works element by element.
-        schedule: any torch learning-rate schedule that needs no metric; stepped after every step.
+        schedule: any torch learning-rate schedule that needs no metric; stepped after every step, in a competition
+            after every epoch, so that all experts are in step.
         clip_norm: largest norm of the whole gradient.
     """
 

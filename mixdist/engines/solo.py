@@ -25,7 +25,7 @@ class SoloEngine:
         group: the ranks with a copy; None for this one alone.
         wire: the counted collectives.
         optimizer: makes the optimiser.
-        schedule: makes a learning-rate schedule, stepped after every step; or None.
+        schedule: makes a learning-rate schedule, stepped after every epoch; or None.
         clip_norm: largest norm of this module's gradient; or None.
     """
 
@@ -43,7 +43,7 @@ class SoloEngine:
         self.parameters = trainable(module)
         self.optimizer = optimizer(self.parameters)
         self.schedule = schedule(self.optimizer) if schedule else None
-        self.steps = 0
+        self.steps = self.epochs = 0
 
     def zero_grad(self) -> None:
         """Forget the gradient."""
@@ -81,16 +81,20 @@ class SoloEngine:
         if self.clip_norm is not None and norm.item() > self.clip_norm:
             torch._foreach_mul_(grads, self.clip_norm / norm.item())
         self.optimizer.step()
-        if self.schedule is not None:
-            self.schedule.step()
         self.steps += 1
         return loss.item()
 
-    def go_to(self, steps: int) -> None:
-        """Say how many steps were done before, in a run that is resumed or on another rank."""
+    def end_epoch(self) -> None:
+        """Step the schedule: by epochs, so that modules with few and many samples are in step."""
         if self.schedule is not None:
-            fast_forward(self.schedule, steps - self.steps)
-        self.steps = steps
+            self.schedule.step()
+        self.epochs += 1
+
+    def go_to(self, steps: int, epochs: int = 0) -> None:
+        """Say how many steps and epochs were done before, in a run that is resumed or on another rank."""
+        if self.schedule is not None:
+            fast_forward(self.schedule, epochs - self.epochs)
+        self.steps, self.epochs = steps, epochs
 
     def kind(self) -> str:
         """Name the optimiser as far as its state depends on it."""
