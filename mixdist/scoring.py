@@ -137,9 +137,10 @@ class Scoring:
         columns_Ne = self._columns(entrants, round)
         log_z_e = torch.zeros(len(entrants), dtype=torch.float64, device=self.mesh.device)
         if self.score.normalized:
-            log_z_e = columns_Ne.double().logsumexp(0)
+            # Each column by itself: the order in which torch sums one depends on how many stand beside it.
+            log_z_e = torch.stack([column_N.contiguous().logsumexp(0) for column_N in columns_Ne.double().unbind(1)])
         scores_Ne = columns_Ne.double() - log_z_e
-        bad = columns_Ne.isnan().any(0).tolist()
+        bad = scores_Ne.isnan().any(0).tolist()
         told = gather_json(dict(zip(entrants, zip(log_z_e.tolist(), bad, strict=True), strict=True)), self.mesh.world)
         by_expert = {int(e): z for one in told for e, (z, _) in one.items()}
         for e in sorted(int(e) for one in told for e, (_, is_bad) in one.items() if is_bad):
