@@ -198,7 +198,7 @@ def test_other_layouts_take_over_inside_a_round(
 
 
 @pytest.mark.parametrize(
-    "total", [1, 2, 3, 4, 5, 6, 8], ids="pretraining pretrained split within trained round later".split()
+    "total", [1, 2, 3, 4, 5, 6, 8], ids=["pretraining", "pretrained", "split", "within", "trained", "round", "later"]
 )
 def test_a_run_goes_on_bit_for_bit(total: int, whole: Path) -> None:
     run = until(whole, total, f"from-{total}")
