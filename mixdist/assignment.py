@@ -90,12 +90,14 @@ class Assignment:
         }
 
     @staticmethod
-    def read(name: str, table: bytes, about: dict[str, Any], data: str, num_experts: int) -> Assignment:
-        """Undo ``to_bytes``, held against what stands beside it and against the data set.
+    def read(name: str, table: bytes, about: Any, data: str, num_samples: int, num_experts: int) -> Assignment:
+        """Undo ``to_bytes``, held against what ``describe`` said of it and against the data set.
 
         Raises:
             ValueError: it is no table, it is damaged, or it belongs to other data or another number of experts.
         """
+        if not isinstance(about, dict) or not isinstance(about.get("round"), int):
+            raise ValueError(f"table {name} has beside it no .json that tells of it: put back that of its own run")
         if about.get("data") != data:
             raise ValueError(
                 f"table {name} belongs to the data set {str(about.get('data'))[:16]}, but the training set is "
@@ -104,14 +106,18 @@ class Assignment:
         if about.get("num_experts") != num_experts:
             raise ValueError(f"table {name} has {about.get('num_experts')} experts, but num_experts is {num_experts}")
         try:
-            expert_N = np.load(io.BytesIO(table), allow_pickle=False)
+            expert_N = np.lib.format.read_array(io.BytesIO(table), allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
             raise ValueError(f"table {name} is no .npy file ({error}): take another") from None
         if hashlib.sha256(expert_N.tobytes()).hexdigest() != about.get("sha256"):
             raise ValueError(f"table {name} differs from its checksum: take another, or that of an earlier round")
-        if expert_N.ndim != 1 or expert_N.dtype.kind != "u" or expert_N.max(initial=0) >= num_experts:
-            raise ValueError(f"table {name} does not hold an expert from 0 to {num_experts - 1} a sample: take another")
-        return Assignment.of(expert_N, num_experts, data, int(about.get("round", 0)))
+        fits = expert_N.shape == (num_samples,) and expert_N.dtype.kind == "u"
+        if not fits or expert_N.max(initial=0) >= num_experts:
+            raise ValueError(
+                f"table {name} does not hold an expert from 0 to {num_experts - 1} for each of {num_samples} samples: "
+                f"take another"
+            )
+        return Assignment.of(expert_N, num_experts, data, about["round"])
 
     def next(self, expert_N: NDArray[np.integer[Any]]) -> Assignment:
         """Give the table after another round."""

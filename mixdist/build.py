@@ -111,7 +111,7 @@ def first_table(config: Config, train: Dataset) -> Assignment | None:
             f"competition.table {path} cannot be read with its .json beside it ({error}): name a table such as "
             f"runs/RUN/assignments/round-0001.npy"
         ) from None
-    return Assignment.read(str(path), table, about, train.fingerprint, config.num_experts)
+    return Assignment.read(str(path), table, about, train.fingerprint, len(train), config.num_experts)
 
 
 def build_ring(config: Config, session: Session) -> Ring:

@@ -244,7 +244,7 @@ class Competition:
         self._agree()
         with self.chronicle.timed("discriminators_s"):
             if self.ring.judging is not None:
-                self._attempt(partial(self.scoring.challenge, self.entrants, at.round))
+                self.scoring.challenge(self.entrants, at.round, self._attempt)
         self._agree()
         with self.chronicle.timed("scoring_s"):
             verdict = self.scoring.verdict(self.entrants, self.homes, at.round, None if old is None else old.expert_N)
@@ -327,12 +327,13 @@ class Competition:
         if self.store is None or self.saved == self.position.total:
             return
         self._agree()
-        steps = gather_json({e: entrant.steps for e, entrant in self.entrants.items()}, self.mesh.world)
+        known = {e: {"steps": entrant.steps, "loss": entrant.loss} for e, entrant in self.entrants.items()}
+        told = {e: one for rank in gather_json(known, self.mesh.world) for e, one in rank.items()}
         state = {
             "position": asdict(self.position),
             "run": self.described,
             "optimizer": self._kind(),
-            "steps": {e: one for rank in steps for e, one in rank.items()},
+            "entrants": told,
             "table": None if self.table is None else self.table.describe(),
             "log_z": self.log_z_E.tolist(),
             "share": [] if self.table is None else self.table.share_E.tolist(),
@@ -371,8 +372,8 @@ class Competition:
                 f"{len(self.phases) - 1} phases of pretraining and {self.rules.rounds} rounds: give as many or more"
             )
         if state["table"] is not None:
-            table = (path / TABLE).read_bytes()
-            self.table = Assignment.read(str(path / TABLE), table, state["table"], self.data, self.num_experts)
+            name, table, about = str(path / TABLE), (path / TABLE).read_bytes(), state["table"]
+            self.table = Assignment.read(name, table, about, self.data, len(self.dataset), self.num_experts)
         self.log_z_E = torch.tensor(state["log_z"], dtype=torch.float64, device=self.mesh.device)
         self.objective = state["objective"]
         check_optimizer(path, state, self._kind())
@@ -383,5 +384,6 @@ class Competition:
                 entrant.meet(max(self.position.round - 1, 0))
             for owned in entrant.owned():
                 load_module(path, owned, self)
-            entrant.go_to(state["steps"][str(e)])
+            entrant.go_to(state["entrants"][str(e)]["steps"])
+            entrant.loss = state["entrants"][str(e)]["loss"]
         self.saved = self.position.total

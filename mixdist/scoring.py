@@ -10,7 +10,8 @@ Shape letters: N samples, n samples of a member's part, E all experts, e experts
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,14 +40,14 @@ class Verdict(NamedTuple):
         best_N: its score there, nats; None where nobody asked.
         log_z_E: each expert's normaliser; 0 where the score has none.
         objective: F = -1/N sum_i [log N + s_{c(i)}(x_i)] with the new table c, the empirical loss of seed document
-            004's theorem 2 for f = -log (without log N where scores have no normaliser); nats.
-        objective_before: F with the table of the round before; None before the first.
+            004's theorem 2 for f = -log (without log N where scores have no normaliser); nats; None where infinite.
+        objective_before: F with the table of the round before; None before the first, and where infinite.
     """
 
     expert_N: NDArray[np.int64]
     best_N: NDArray[np.float64] | None
     log_z_E: Tensor
-    objective: float
+    objective: float | None
     objective_before: float | None
 
 
@@ -77,13 +78,17 @@ class Scoring:
         self.num_samples, self.block, self.fields, self.needs_best = num_samples, block, fields, needs_best
         self._order: tuple[int, Tensor] | None = None
 
-    def challenge(self, entrants: Mapping[int, Entrant], round: int) -> None:
-        """Train this rank's discriminators for a round.
+    def challenge(
+        self, entrants: Mapping[int, Entrant], round: int, attempt: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """Train this rank's discriminators for a round; every rank calls it.
 
         All have the data in one order, so that a block of rows serves them all.
 
-        Raises:
-            NotFinite: a loss or gradient is not finite.
+        Args:
+            entrants: this rank's experts.
+            round: for the draws.
+            attempt: does what it is given, and keeps to itself what goes wrong: other ranks wait for the next rows.
         """
         judging = self.ring.judging
         assert judging is not None
@@ -97,7 +102,7 @@ class Scoring:
             batches = [self._batch(round * num_batches + n, an_epoch, judging.batch_size) for n in numbers]
             rows, places = self._fetch(batches)
             for entrant in entrants.values():
-                entrant.challenge(rows, places, round)
+                attempt(partial(entrant.challenge, rows, places, round))
 
     def _batch(self, number: int, an_epoch: int, batch_size: int) -> Tensor:
         """Positions of a discriminator's batch; batches are numbered through all rounds."""
@@ -137,9 +142,10 @@ class Scoring:
         columns_Ne = self._columns(entrants, round)
         log_z_e = torch.zeros(len(entrants), dtype=torch.float64, device=self.mesh.device)
         if self.score.normalized:
-            log_z_e = columns_Ne.double().logsumexp(0)
+            # Each column by itself: the order in which torch sums one depends on how many stand beside it.
+            log_z_e = torch.stack([column_N.contiguous().logsumexp(0) for column_N in columns_Ne.double().unbind(1)])
         scores_Ne = columns_Ne.double() - log_z_e
-        bad = columns_Ne.isnan().any(0).tolist()
+        bad = scores_Ne.isnan().any(0).tolist()
         told = gather_json(dict(zip(entrants, zip(log_z_e.tolist(), bad, strict=True), strict=True)), self.mesh.world)
         by_expert = {int(e): z for one in told for e, (z, _) in one.items()}
         for e in sorted(int(e) for one in told for e, (_, is_bad) in one.items() if is_bad):
@@ -180,12 +186,12 @@ class Scoring:
             old_n1 = np.asarray(table[mine.start : mine.stop]).astype(np.int64)[:, None]
             sums.append(-np.take_along_axis(scores_nE, old_n1, 1).astype(np.float64).sum())
         log_num = math.log(num) if self.score.normalized else 0.0
-        objective, *before = [sum(part) / num - log_num for part in zip(*gather_json(sums, mesh.ep_group), strict=True)]
+        means = [sum(part) / num - log_num for part in zip(*gather_json(sums, mesh.ep_group), strict=True)]
+        objective, before = [mean if math.isfinite(mean) else None for mean in [*means, math.inf][:2]]
         kind = np.uint8 if scores_nE.shape[1] <= 256 else np.int16
         expert_N = self._gather(expert_n.astype(kind), parts).astype(np.int64)
         best_N = self._gather(best_n, parts) if self.needs_best else None
-        known = before and math.isfinite(before[0])
-        return Verdict(expert_N, best_N, log_z_E, objective, before[0] if known else None)
+        return Verdict(expert_N, best_N, log_z_E, objective, before)
 
     def _exchange(self, scores_Ne: Tensor, homes: Sequence[Sequence[int]], parts: Sequence[range]) -> Tensor:
         """Bring all experts' scores of this member's part here, experts ascending: (n, E)."""

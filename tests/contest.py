@@ -1,0 +1,214 @@
+"""One competition in miniature, on any layout: what tests of hard assignment compare.
+
+`run` is called on every rank with a `Contest`; `merge` joins what the ranks report.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixdist import competition as competition_module
+from mixdist.assignment import Assignment
+from mixdist.competition import Competition
+from mixdist.discriminators import ConvDiscriminator, Discriminator, MLPDiscriminator
+from mixdist.dispatch import Dispatch
+from mixdist.entrant import Ring
+from mixdist.experts import Compute, Expert, ExpertBank
+from mixdist.mesh import Mesh
+from mixdist.mixtures import HardMixture
+from mixdist.noise import Purpose, weights_seed
+from mixdist.phases import Phase
+from mixdist.rules import Rules
+from mixdist.scores import Discriminators, Elbo, Fixed, LabelOracle, Likelihood, Random, Score
+from mixdist.scoring import Verdict
+from mixdist.wire import Wire
+from tests.parity import SEED, Case, data, make_expert, mesh_of
+
+COUNTS = {4: (28, 14, 3, 0), 5: (20, 13, 9, 3, 0)}
+"""Samples of each expert in the table that a contest may start from: one has few, one has none."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What is compared. Layout, delivery and placement must not matter; all else names a problem."""
+
+    ranks: int = 1
+    ep_size: int = 1
+    delivery: str = "read"
+    placement: str = "fixed"
+    num_experts: int = 4
+    start: str = "all"
+    starved: str = "none"
+    score: str = "fresh"
+    expert: str = "bernoulli"
+    optimizer: str = "adam"
+    batch_size: int = 10
+    block: int = 16
+    micro_batch: int | None = None
+    rounds: int = 3
+
+    def reference(self) -> Contest:
+        """The same problem in one process, by the plainest way."""
+        return replace(self, ranks=1, ep_size=1, delivery="read", placement="fixed")
+
+    def __str__(self) -> str:
+        return "-".join(str(v) for v in vars(self).values())
+
+
+def make_score(case: Contest) -> Score:
+    def adam(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(params, 1e-2, eps=1e-5)
+
+    kinds: dict[str, Callable[[], Score]] = {
+        "fresh": lambda: Discriminators(epochs=2, batch_size=13, optimizer=adam),
+        "kept": lambda: Discriminators(batches=3, fresh=False, batch_size=20, optimizer=adam, observe=False),
+        "elbo": Elbo,
+        "normalised": lambda: Elbo(normalized=True),
+        "likelihood": lambda: Likelihood(num_samples=25),
+        "oracle": lambda: LabelOracle("label"),
+        "random": Random,
+        "fixed": Fixed,
+    }
+    return kinds[case.score]()
+
+
+def make_judge(case: Contest) -> Discriminator:
+    spec = data().spec
+    return ConvDiscriminator(spec, [3, 4]) if case.expert == "conv" else MLPDiscriminator(spec, [9])
+
+
+def make_phase(case: Contest, epochs: int) -> Phase:
+    if case.optimizer == "adam":  # eps: see tests/parity.py
+        return Phase(epochs, case.batch_size, optimizer=lambda p: torch.optim.Adam(p, 1e-2, eps=1e-5))
+    return Phase(
+        epochs,
+        case.batch_size,
+        optimizer=lambda p: torch.optim.SGD(p, 0.02, momentum=0.9),
+        schedule=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 30),
+        clip_norm=0.5,
+    )
+
+
+@functools.cache
+def skewed(num_experts: int) -> Assignment:
+    """A table in which the last expert has nothing."""
+    expert_N = np.repeat(np.arange(num_experts), COUNTS[num_experts])
+    mixed_N = expert_N[np.argsort(np.arange(len(expert_N)) * 7 % len(expert_N))]
+    return Assignment.of(mixed_N, num_experts, data().fingerprint)
+
+
+def make_ring(case: Contest, mesh: Mesh, wire: Wire) -> Ring:
+    score = make_score(case)
+    judging = score if isinstance(score, Discriminators) else None
+
+    def seeded(make: Callable[[], Any], purpose: Purpose, e: int, round: int) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(weights_seed(SEED, purpose, e, round))
+            return make().double()
+
+    def expert(e: int, round: int) -> Expert:
+        return seeded(lambda: make_expert(Case(expert=case.expert), data().spec), Purpose.WEIGHTS, e, round)
+
+    def judge(e: int, round: int) -> Discriminator:
+        return seeded(lambda: make_judge(case), Purpose.DISCRIMINATOR, e, round)
+
+    compute = Compute(micro_batch=case.micro_batch)
+    return Ring(SEED, data().spec, torch.float64, mesh, wire, compute, expert, judge if judging else None, judging)
+
+
+def make_competition(case: Contest, mesh: Mesh, wire: Wire) -> Competition:
+    """Two epochs of pretraining, then rounds of two epochs."""
+    ring, spec = make_ring(case, mesh, wire), data().spec
+    bank = ExpertBank({e: ring.make_expert(e, 0) for e in mesh.experts}, "loop", ring.compute)
+    score = ring.judging or make_score(case)
+    rules = Rules(
+        rounds=case.rounds,
+        start=case.start,  # type: ignore[arg-type]
+        table="given" if case.start == "table" else None,
+        score=score,
+        starved=case.starved,  # type: ignore[arg-type]
+        starved_below=0.5,
+        delivery=case.delivery,  # type: ignore[arg-type]
+        placement=case.placement,  # type: ignore[arg-type]
+        block=case.block,
+    )
+    mixture = HardMixture(bank, Dispatch(mesh, wire, spec), spec, ring.dtype, score)
+    table = skewed(case.num_experts) if case.start == "table" else None
+    return Competition(mixture, data(), [make_phase(case, 2), make_phase(case, 2)], rules, ring, table)
+
+
+class Keeper:
+    """Keeps records."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def close(self) -> None: ...
+
+
+def run(case: Contest) -> dict[str, Any]:
+    """Pretrain and compete on this rank; report what every scoring decided, all records, and all that experts are."""
+    mesh = mesh_of(case.num_experts, case.ranks, case.ep_size)
+    made = make_competition(case, mesh, Wire(mesh.device))
+    keeper, verdicts, tables = Keeper(), list[Verdict](), list[list[int]]()
+    made.chronicle.recorders = [keeper]
+    made.scoring.needs_best = True
+    verdict, report = made.scoring.verdict, made.chronicle.round
+
+    def judge(*words: Any) -> Verdict:
+        verdicts.append(verdict(*words))
+        return verdicts[-1]
+
+    def note(table: Assignment, record: dict[str, Any]) -> None:
+        tables.append(table.expert_N.tolist())
+        report(table, record)
+
+    made.scoring.verdict, made.chronicle.round = judge, note  # type: ignore[method-assign]
+    kept, competition_module.MOVES_A_SECOND = competition_module.MOVES_A_SECOND, math.inf
+    try:
+        made.fit()
+    finally:
+        competition_module.MOVES_A_SECOND = kept
+    assert list(made.entrants) == list(mesh.experts) == made.mixture.bank.ids
+    return {
+        "tables": tables,
+        "records": keeper.records,
+        "scores": {f"round {i} scores": torch.as_tensor(v.best_N) for i, v in enumerate(verdicts)},
+        "log_z": {f"round {i} log Z": v.log_z_E for i, v in enumerate(verdicts)},
+        "experts": {f"{e} {n}": t for e, entrant in made.entrants.items() for n, t in entrant.tensors().items()},
+        "losses": {e: [entrant.loss, entrant.judge_loss] for e, entrant in made.entrants.items()},
+    }
+
+
+def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join what ranks report: every expert once, every copy held against it, bit for bit."""
+    merged = reports[0] | {"experts": {}}
+    for rank, report in enumerate(reports):
+        for name, tensor in report["experts"].items():
+            other = merged["experts"].setdefault(name, tensor)
+            assert torch.equal(tensor, other), f"rank {rank}'s copy of {name} differs"
+        assert report["tables"] == merged["tables"], f"rank {rank} has other tables"
+        for kind in ("scores", "log_z"):
+            assert all(torch.equal(report[kind][n], t) for n, t in merged[kind].items()), f"rank {rank}: {kind}"
+    return merged
+
+
+def tensors(report: dict[str, Any]) -> dict[str, Tensor]:
+    """Everything of a report that is compared by the rule."""
+    figures = {}
+    for i, record in enumerate(report["records"]):
+        for name in ("loss", "objective", "objective_trained"):
+            if record.get(name) is not None:
+                figures[f"record {i} {name}"] = torch.tensor(record[name], dtype=torch.float64)
+    return {**report["scores"], **report["log_z"], **report["experts"], **figures}

@@ -1,0 +1,211 @@
+"""Hard assignment is the same run on any layout, to the last bit where no expert has replicas (contract 1)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mixdist.data.loader import share
+from mixdist.mesh import Placement
+from mixdist.wire import Wire
+from tests.contest import COUNTS, Contest, make_competition, make_ring, merge, run, skewed, tensors
+from tests.parity import mesh_of
+from tests.pool import Pool
+from tests.test_parity import covering
+
+TOLERANCE = 1e-10
+DECIDED = ("step", "phase", "round", "epoch", "counts", "changed", "objective_rose", "starved", "starved_rule")
+
+# Every pair of these is covered by some case that runs by default.
+OPTIONS: dict[str, Sequence[Any]] = {
+    "layout": ((2, 2), (3, 3), (4, 4), (4, 2), (2, 1)),
+    "score": ("fresh", "kept", "elbo", "normalised", "likelihood", "oracle", "random", "fixed"),
+    "num_experts": (4, 5),
+    "start": ("all", "split", "table"),
+    "starved": ("none", "freeze", "reseed"),
+    "delivery": ("read", "wire"),
+    "placement": ("fixed", "load"),
+    "expert": ("bernoulli", "gaussian", "conv"),
+    "optimizer": ("adam", "clipped"),
+    "batch_size": (10, 3, 100),
+    "block": (16, 7, 100),
+    "micro_batch": (None, 4),
+}
+
+
+def case_of(layout: tuple[int, int], **options: Any) -> Contest:
+    return Contest(ranks=layout[0], ep_size=layout[1], **options)
+
+
+@functools.cache
+def reference(case: Contest) -> dict[str, Any]:
+    return merge([run(case)])
+
+
+def differences(got: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
+    """Give max|a - b| / max|b| of each tensor, max|a - b| where b is 0; equal infinities do not differ."""
+    a, b = tensors(got), tensors(wanted)
+    assert a.keys() == b.keys(), f"not in both: {sorted(a.keys() ^ b.keys())}"
+    result = {}
+    for name in b:
+        assert a[name].shape == b[name].shape, name
+        assert not b[name].isnan().any(), name
+        if not b[name].numel():
+            continue
+        largest = b[name].abs().max().item()
+        difference = (a[name] - b[name]).abs().max().item() if b[name].isfinite().all() else float("nan")
+        result[name] = difference / (largest or 1.0)
+    return result
+
+
+def check(pool: Callable[[int], Pool], case: Contest) -> dict[str, float]:
+    """Hold a case against one process, and its bytes against the least."""
+    got, wanted = merge(pool(case.ranks).run("tests.contest:run", case)), reference(case.reference())
+    assert got["tables"] == wanted["tables"]
+    for mine, theirs in zip(got["records"], wanted["records"], strict=True):
+        assert [mine.get(k) for k in DECIDED] == [theirs.get(k) for k in DECIDED]
+        assert mine["wire_bytes"] == mine["wire_bytes_least"]
+    found = differences(got, wanted)
+    figures = {name: value for name, value in found.items() if name.startswith("record")}
+    exact = case.ranks == case.ep_size
+    for name, value in found.items():
+        limit = 0.0 if exact and name not in figures else TOLERANCE
+        assert value <= limit, (name, value)
+    return found
+
+
+COVERING = [case_of(**row) for row in covering(OPTIONS)]
+
+
+@pytest.mark.parametrize("case", COVERING, ids=str)
+def test_every_layout_is_the_same_competition(pool: Callable[[int], Pool], case: Contest) -> None:
+    check(pool, case)
+
+
+def test_the_covering_cases_cover_every_pair() -> None:
+    rows = [{"layout": (c.ranks, c.ep_size), **{n: getattr(c, n) for n in OPTIONS if n != "layout"}} for c in COVERING]
+    pairs = {frozenset(pair) for row in rows for pair in combinations(row.items(), 2)}
+    values = (((a, x), (b, y)) for a, b in combinations(OPTIONS, 2) for x, y in product(OPTIONS[a], OPTIONS[b]))
+    assert {frozenset(pair) for pair in values} <= pairs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("layout", OPTIONS["layout"], ids=str)
+def test_the_full_product_is_the_same_competition(pool: Callable[[int], Pool], layout: tuple[int, int]) -> None:
+    names = ("num_experts", "start", "starved", "delivery", "placement", "score")
+    for values in product(*(OPTIONS[name] for name in names)):
+        check(pool, case_of(layout, **dict(zip(names, values, strict=True))))
+
+
+# What acts in the cases above really acts.
+
+
+@pytest.mark.parametrize("layout", [(2, 2), (3, 3), (4, 2)], ids=str)
+def test_experts_move_with_all_that_is_theirs(pool: Callable[[int], Pool], layout: tuple[int, int]) -> None:
+    case = case_of(layout, start="table", placement="load", score="kept", optimizer="clipped", num_experts=5)
+    check(pool, case)
+    first, *_ = homes = [r["homes"] for r in merged(pool, case)["records"] if "homes" in r]
+    assert first != [list(Placement(5, *layout).experts_of(member)) for member in range(layout[1])]
+    assert all(sorted(e for experts in home for e in experts) == list(range(5)) for home in homes)
+    assert all(all(home) for home in homes)  # nobody is without an expert
+    counts = COUNTS[5]
+    assert max(sum(counts[e] for e in experts) for experts in first) == max(20, -(-45 // layout[1]))
+
+
+def merged(pool: Callable[[int], Pool], case: Contest) -> dict[str, Any]:
+    return merge(pool(case.ranks).run("tests.contest:run", case))
+
+
+@pytest.mark.parametrize("score", ["elbo", "kept"])
+def test_a_starved_expert_waits_or_begins_anew(score: str) -> None:
+    asleep, anew, left = (
+        reference(case_of((1, 1), start="table", score=score, rounds=1, starved=rule))
+        for rule in ("freeze", "reseed", "none")
+    )
+    # Of 28, 14, 3 and 0 samples the last two are less than half of an even share. Freezing acts before the round.
+    rounds = [r["records"][-1] for r in (asleep, anew, left)]
+    assert [[loss is None for loss in r["expert_loss"]] for r in rounds] == [
+        [False, False, True, True],
+        [False, False, False, True],
+        [False, False, False, True],
+    ]
+    assert [asleep["experts"][f"{e} steps"][0].item() for e in range(4)] == [2 * 3, 2 * 2, 0, 0]
+    assert [left["experts"][f"{e} steps"][0].item() for e in range(4)] == [2 * 3, 2 * 2, 2, 0]
+    assert anew["tables"] == left["tables"]  # after the last round nobody would train on a new split
+    assert rounds[1]["starved"] == [e for e, count in enumerate(rounds[1]["counts"]) if count < 45 / 4 / 2]
+
+
+def test_reseeding_gives_new_weights_and_the_worst_samples() -> None:
+    one, two = (
+        reference(case_of((1, 1), start="table", score="oracle", starved="reseed", rounds=rounds)) for rounds in (1, 2)
+    )
+    first, second = (record for record in two["records"] if "round" in record)
+    assert one["records"][-1]["counts"][3] == 0  # no class is left for the fourth expert
+    assert first["starved"] == [3]
+    assert first["counts"][3] == 12
+    fresh = make_ring(case_of((1, 1)), mesh_of(4, 1, 1), Wire(torch.device("cpu"))).make_expert(3, 2)
+    assert two["experts"]["3 steps"][0].item() == 2 * 2  # two epochs of its 12 samples, from the first step on
+    for name, begun in fresh.named_parameters():
+        # Adam moves a weight by little more than its learning rate, 0.01, in a step.
+        ended = two["experts"][f"3 expert/model/{name}"]
+        assert (ended - begun).abs().max() < 0.05
+        if name.endswith("weight"):  # biases all begin at 0
+            assert (ended - one["experts"][f"3 expert/model/{name}"]).abs().max() > 0.1
+    assert second["expert_loss"][3] is not None
+
+
+def test_scores_are_shares_of_the_training_set() -> None:
+    """exp(s_j) sums to 1 over all samples for each expert: Z is over the whole set, on any layout."""
+    made = make_competition(case_of((1, 1), score="fresh", rounds=1), mesh_of(4, 1, 1), Wire(torch.device("cpu")))
+    kept: list[torch.Tensor] = []
+    decide = made.scoring._decide
+    made.scoring._decide = lambda scores, *rest: kept.append(scores) or decide(scores, *rest)  # type: ignore
+    made.fit()
+    assert len(kept) == 2
+    for scores_NE in kept:
+        assert scores_NE.shape == (45, 4)
+        torch.testing.assert_close(scores_NE.exp().sum(0), torch.ones(4).double(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("score", ["fresh", "elbo", "likelihood"])
+def test_blocks_only_bound_memory(score: str) -> None:
+    whole, pieces = (reference(case_of((1, 1), score=score, block=block)) for block in (1000, 13))
+    assert whole["tables"] == pieces["tables"]
+    assert max(differences(whole, pieces).values()) <= TOLERANCE
+
+
+# Bytes, counted by hand.
+
+
+@pytest.mark.parametrize("layout", [(2, 2), (3, 3), (4, 2)], ids=str)
+def test_bytes_are_those_that_must_cross(pool: Callable[[int], Pool], layout: tuple[int, int]) -> None:
+    case = case_of(layout, start="table", delivery="wire", score="kept", starved="freeze", rounds=1)
+    report, (ranks, ep_size) = merged(pool, case), layout
+    table, placement, row = skewed(4).expert_N, Placement(4, *layout), 16 + 8
+    reads = np.repeat(np.arange(ranks), [len(share(45, rank, ranks)) for rank in range(ranks)])
+    pretrain = [record["wire_bytes"] for record in report["records"] if "round" not in record]
+    within = [np.array([p in placement.experts_of(m) for p in table]) for m in range(ep_size)]
+    if ranks == ep_size:  # else a batch is shared among replicas: counted below by its total
+        an_epoch = sum(int((within[rank] & (reads != rank)).sum()) for rank in range(ranks))
+        assert pretrain == [row * an_epoch] * 2
+        awake = sum(int((within[r] & (reads != r) & (table < 2)).sum()) for r in range(ranks))
+        # One block of rows serves the three batches of the discriminators: batches 3 to 5 of 20, 20 and 5 samples.
+        judged = 45 * (ranks - 1)
+        scored = 45 * (ranks - 1)
+        columns = sum((45 - len(share(45, p, ep_size))) * len(placement.experts_of(p)) for p in range(ep_size)) * 8
+        assert report["records"][-1]["wire_bytes"] == row * (2 * awake + judged + scored) + columns
+    assert all(record["wire_bytes"] == record["wire_bytes_least"] > 0 for record in report["records"])
+
+
+def test_nothing_crosses_in_epochs_where_ranks_read_for_themselves(pool: Callable[[int], Pool]) -> None:
+    report = merged(pool, case_of((2, 2), score="kept"))
+    assert [r["wire_bytes"] for r in report["records"] if "round" not in r] == [0, 0]
+    # A score for each sample that another rank decides, for each expert here.
+    assert [r["wire_bytes"] for r in report["records"] if "round" in r] == [45 * 2 * 8] * 4
