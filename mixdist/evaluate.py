@@ -45,7 +45,7 @@ class Evaluation(NamedTuple):
             log_likelihood with its standard error (mean over rows), squared_error of reconstructions.
         on_all: the same means over all rows.
         findings: a sentence for each dead expert and each pair of duplicates (:mod:`mixdist.health`).
-        weight_E: alpha, the weights of the mixture as a density; None where no likelihood was asked for.
+        weight_E: alpha, the mixture's weights as a density; None where no likelihood was asked for.
     """
 
     figures: dict[str, float]
@@ -76,25 +76,23 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate on every row of a data set once; every rank calls it.
 
-    The noise is keyed by row as in training, at step 0 of a phase of its own, so the result is the same on any layout.
-    With r_ne the responsibilities, e(n) the most responsible expert and D the numbers in a row, the figures are
+    Noise is keyed by row in a phase of its own, so the result is the same on any layout. With r_ne the responsibilities,
+    e(n) the most responsible expert and D the numbers in a row, the figures are
 
     - ``loss`` = mean_n sum_e r_ne l_ne; ``elbo`` the same of ELBOs; ``bound`` = mean_n log sum_e r_ne exp(elbo_ne);
       nats. An ELBO is log p(x|z) - KL at one posterior sample or, with ``num_samples``, the mean of S log-weights.
     - ``log_likelihood_shares`` with ``num_samples``: the mixture bound, mean_n log sum_e alpha_e p_e(x_n), with p_e
-      importance-sampled, which is a bound in expectation. alpha is the mean responsibility over ``shares_from``, or in
-      a hard mixture the expert's part of the training set, as its table has it. This is the figure to compare.
+      importance-sampled. alpha is the mean responsibility over ``shares_from``, or in a hard mixture the expert's part
+      of the training set. This is the figure to compare.
     - ``log_likelihood_gate`` with ``num_samples``: mean_n log sum_e r_ne p_e(x_n), no density of x: in a hard mixture
       the likelihood of the winner. See :func:`mixdist.evidence.mixture_log_likelihood` for both.
-    - ``exact_log_likelihood`` = mean_n log p(x_n) where the data set knows it: what no model exceeds in expectation,
-      minus the entropy of the data up to sampling.
+    - ``exact_log_likelihood`` = mean_n log p(x_n) where the data set knows it, which no model exceeds in expectation.
     - ``rmse_row`` = sqrt(mean_n sum_d (x_nd - xhat_nd)^2) and ``rmse_value`` = rmse_row / sqrt(D) of the
       reconstructions by e(n), at the mean of q(z|x): for images, error per image and per pixel, in units of x.
     - of the weighted mean prediction: ``rmse`` = sqrt(mean_n ||y_n - yhat_n||^2) for numbers; for classes
       ``prediction_accuracy`` and ``nll`` = -mean_n log sum_e r_ne p_e(y_n|x_n), nats.
     - ``accuracy``, ``purity``, ``nmi``, ``ari``: see :func:`clustering`.
-    - ``routing_entropy`` = mean_n H(r_n), nats, and ``experts_in_use`` = exp H(mean_n r_n). In a hard mixture r is 1
-      for one expert and 0 for all others, so the first is 0.
+    - ``routing_entropy`` = mean_n H(r_n), nats, 0 in a hard mixture, and ``experts_in_use`` = exp H(mean_n r_n).
 
     Log densities are those of values, as models see them. With a field's scale s (values = stored * s + offset) and D
     numbers in a row, log p(stored) = log p(values) + D log s: :func:`stored_units`.
@@ -262,7 +260,7 @@ class _Tally:
 def stored_units(field: Field) -> float | None:
     """Give D log s, nats: added to a row's log density of values it gives that of stored numbers; None for classes.
 
-    It holds for densities (gaussian, laplace, kernel, exact). A mass (logistic, Bernoulli) has no units.
+    Of densities (gaussian, laplace, kernel, exact): a mass (logistic, Bernoulli) has no units.
     """
     return None if field.num_classes is not None else field.num_values * math.log(abs(field.scale))
 

@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixdist.density import apportioned
+from mixdist.build import Session, build, build_mesh
+from mixdist.density import apportioned, samples_of
+from mixdist.noise import Moment
+from mixdist.parsing import read_config
 from tests.launch import SMALL, here, torchrun, write_config
 
 OPTIMIZER = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.005}}
@@ -26,6 +29,12 @@ HARD: dict[str, Any] = {
     "pretrain": [{"epochs": 2, "batch_size": 50, "optimizer": OPTIMIZER}],
     "train": {"epochs": 3, "batch_size": 50, "optimizer": OPTIMIZER},
 }
+
+
+def session_of(config: str) -> Session:
+    """Build what a config says, untrained, in one process."""
+    made = read_config(Path(config))
+    return build(made, build_mesh(made))
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +86,18 @@ def test_the_largest_remainders_win_and_ties_go_to_the_lowest(
     share: list[float], num_samples: int, wanted: list[int]
 ) -> None:
     assert apportioned(np.array(share), num_samples).tolist() == wanted
+
+
+def test_a_sample_depends_on_its_number_and_expert_alone(tmp_path: Path) -> None:
+    mixture = session_of(write_config(tmp_path / "c.yaml", HARD)).mixture
+    few, many = (samples_of(mixture, np.array(counts), Moment(3), True) for counts in ([2, 0, 5], [1203, 4, 5]))
+    assert [len(few[e]) for e in range(3)] == [2, 0, 5]
+    np.testing.assert_allclose(many[0][:2], few[0], rtol=1e-6)
+    np.testing.assert_array_equal(many[2], few[2])
+    assert len(np.unique(many[0], axis=0)) == 1203
+    assert not np.isin(many[0][:4], many[1]).any()
+    means = samples_of(mixture, np.array([2, 0, 5]), Moment(3), False)
+    assert np.abs(means[0] - few[0]).max() > 0.1
 
 
 def test_two_ranks_and_one_process_give_the_same(run: Path, tmp_path: Path) -> None:
