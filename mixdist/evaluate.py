@@ -76,8 +76,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate on every row of a data set once; every rank calls it.
 
-    Noise is keyed by row in a phase of its own, so the result is the same on any layout. With r_ne the responsibilities,
-    e(n) the most responsible expert and D the numbers in a row, the figures are
+    Noise is keyed by row in a phase of its own, so the result is the same on any layout. With r_ne the
+    responsibilities, e(n) the most responsible expert and D the numbers in a row, the figures are
 
     - ``loss`` = mean_n sum_e r_ne l_ne; ``elbo`` the same of ELBOs; ``bound`` = mean_n log sum_e r_ne exp(elbo_ne);
       nats. An ELBO is log p(x|z) - KL at one posterior sample or, with ``num_samples``, the mean of S log-weights.
@@ -94,8 +94,7 @@ def evaluate(
     - ``accuracy``, ``purity``, ``nmi``, ``ari``: see :func:`clustering`.
     - ``routing_entropy`` = mean_n H(r_n), nats, 0 in a hard mixture, and ``experts_in_use`` = exp H(mean_n r_n).
 
-    Log densities are those of values, as models see them. With a field's scale s (values = stored * s + offset) and D
-    numbers in a row, log p(stored) = log p(values) + D log s: :func:`stored_units`.
+    Log densities are those of values, as models see them; :func:`stored_units` turns them into those of stored numbers.
 
     Args:
         mixture: the mixture.
@@ -258,9 +257,9 @@ class _Tally:
 
 
 def stored_units(field: Field) -> float | None:
-    """Give D log s, nats: added to a row's log density of values it gives that of stored numbers; None for classes.
+    """Give D log s, nats: log p(stored) = log p(values) + D log s, for values = stored * s + offset; None for classes.
 
-    Of densities (gaussian, laplace, kernel, exact): a mass (logistic, Bernoulli) has no units.
+    It holds for densities (gaussian, laplace, kernel, exact); a mass (logistic, Bernoulli) has no units.
     """
     return None if field.num_classes is not None else field.num_values * math.log(abs(field.scale))
 
