@@ -19,14 +19,15 @@ from mixdist.build import Session, build, build_judges, build_mesh, describe
 from mixdist.checkpoint import CheckpointStore, load_module, read_state, write_file
 from mixdist.config import Config
 from mixdist.data import Dataset
+from mixdist.density import check_draws, kernel_density, modelled
 from mixdist.ending import agreed, told_once
-from mixdist.evaluate import EVALUATION_PHASE, Evaluation, evaluate, expert_table
+from mixdist.evaluate import EVALUATION_PHASE, Evaluation, evaluate, expert_table, stored_units
 from mixdist.gallery import targets
 from mixdist.importance import SAMPLES_AT_ONCE
 from mixdist.metrics import Progress, table
 from mixdist.mixtures import HardMixture
 from mixdist.model import load
-from mixdist.noise import Purpose
+from mixdist.noise import Moment, Purpose
 from mixdist.parsing import RESOLVED, config_parser, make_config, parse, plain_parser, values_of
 from mixdist.pictures import sample_picture, scatter_picture, to_uint8
 from mixdist.version import __version__
@@ -37,6 +38,11 @@ SAMPLED = (
     f"(seed, purpose {Purpose.IMPORTANCE:d}, phase {EVALUATION_PHASE}, step c, sample id, expert), "
     f"{SAMPLES_AT_ONCE} samples a step"
 )
+SHARES_OF_GATE = "mean responsibilities over the training rows: a density"
+SHARES_OF_TABLE = "alpha: each expert's part of the training rows in the table of the last round: a density"
+GATE = "q(k|x): weights that have seen x, so no density of x; for supervised experts log p(y|x)"
+WINNER = "1 for the expert with the highest score: log p of the winner, no density of x"
+KNOWN = "exact_log_likelihood: the source's own log p of the rows' values, the same units as log_likelihood_shares"
 EXACT = "nothing: the experts have no importance weights; log p(y|x), where they give one, is exact"
 
 
@@ -56,6 +62,7 @@ def evaluate_run(words: Sequence[str]) -> None:
     mesh = build_mesh(config)
     with told_once(mesh, "look at that rank's own messages, then start the evaluation again"):
         session = build(config, mesh)
+        check_draws(session.mixture, options.kde)
         assert run is not None
         checkpoint = _restore(config, session, run)
         _evaluate(config, session, options, checkpoint, run)
@@ -74,6 +81,9 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_argument("run", type=str, help="the run's directory")
     parser.add_argument("--split", type=Literal["test", "train"], default="test", help="the rows: test or train")
     parser.add_argument("--num_samples", type=int, default=100, help="importance samples for each row and expert")
+    parser.add_argument(
+        "--kde", type=int, default=0, help="samples of the mixture for a kernel density on them, as 10000; 0 for none"
+    )
     return parser
 
 
@@ -146,13 +156,21 @@ def _evaluate(config: Config, session: Session, options: Namespace, checkpoint: 
             session.train,
             lambda done, total: bar.write({"step": done}),
         )
+    kde = None
+    if options.kde:
+        assert evaluation.weight_E is not None
+        at = Moment(config.seed, EVALUATION_PHASE)
+        kde = kernel_density(session.mixture, evaluation.weight_E, dataset, session.train, at, options.kde)
+        evaluation = evaluation._replace(figures=evaluation.figures | {"kde_log_likelihood": kde.log_likelihood})
     if rank0:
-        how = protocol(config, session, options, checkpoint, dataset)
+        how = {**protocol(config, session, options, checkpoint, dataset), "kde": kde and kde.describe()}
         print(summary(evaluation, dataset, "held-out" if options.split == "test" else "training"), flush=True)
         if "log_likelihood_gate" in evaluation.figures:
             drawn = how["num_samples"]
             how_many = f"{drawn} importance sample{'s' if drawn > 1 else ''} for each expert" if drawn else "exact"
             print("log-likelihoods, nats a row:", how_many)
+        if kde is not None and kde.at_edge:
+            print("kde_log_likelihood is not to be trusted: the best bandwidth lies at the edge of those tried")
         report = _without_nan({"protocol": how, **described(evaluation, dataset)})
         write_file(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
         print(f"run: {run}   checkpoint: {checkpoint.name}   figures: {path}", flush=True)
@@ -163,7 +181,8 @@ def protocol(
 ) -> dict[str, Any]:
     """Say, in JSON, how figures were taken: enough to take them again."""
     template = session.mixture.bank.template
-    expert, gate = (_plain(options[key]) for key in ("expert", "gate"))
+    expert, gate, competition = (_plain(options[key]) for key in ("expert", "gate", "competition"))
+    hard, field = isinstance(session.mixture, HardMixture), dataset.spec.get(modelled(session.mixture))
     arguments = expert.get("init_args") or {}
     sampled = template.can("log_weights")
     position = read_state(checkpoint)["position"]
@@ -178,13 +197,16 @@ def protocol(
         "dtype": config.dtype,
         "num_samples": options.num_samples if sampled else None,
         "sampled": SAMPLED if sampled else EXACT,
-        "weights_of_shares": "mean responsibilities over the training rows: a density",
-        "weights_of_gate": "q(k|x): weights that have seen x, so no density of x; for supervised experts log p(y|x)",
+        "weights_of_shares": SHARES_OF_TABLE if hard else SHARES_OF_GATE,
+        "weights_of_gate": WINNER if hard else GATE,
+        "exact": KNOWN if dataset.log_density_N is not None else None,
+        "add_for_stored_units": None if field is None else stored_units(field),
         "likelihood": arguments.get("likelihood"),
         "scale": arguments.get("scale"),
         "expert": expert,
         "gate": gate,
-        "routing": asdict(config.routing) if config.routing else "dense",
+        "competition": competition,
+        "routing": asdict(config.routing) if config.routing else "hard" if hard else "dense",
         "bf16": config.compute.bf16,
     }
 
@@ -196,6 +218,7 @@ def described(evaluation: Evaluation, dataset: Dataset) -> dict[str, Any]:
             "expert": e,
             "rows": int(rows),
             "mean_responsibility": float(evaluation.share_E[e]),
+            "weight": None if evaluation.weight_E is None else float(evaluation.weight_E[e]),
             "on_own_rows": {name: float(means[e]) for name, means in evaluation.on_own.items()},
             "on_all_rows": {name: float(means[e]) for name, means in evaluation.on_all.items()},
         }

@@ -24,6 +24,7 @@ from mixdist.mixtures import Ensemble, Scores
 from mixdist.noise import Moment
 from mixdist.routing import responsible
 from mixdist.stats import entropy
+from mixdist.terms import Field
 from mixdist.wire import gather_bytes
 
 EVALUATION_PHASE = 2**31
@@ -44,6 +45,7 @@ class Evaluation(NamedTuple):
             log_likelihood with its standard error (mean over rows), squared_error of reconstructions.
         on_all: the same means over all rows.
         findings: a sentence for each dead expert and each pair of duplicates (:mod:`mixdist.health`).
+        weight_E: alpha, the mixture's weights as a density; None where no likelihood was asked for.
     """
 
     figures: dict[str, float]
@@ -55,6 +57,7 @@ class Evaluation(NamedTuple):
     on_own: dict[str, np.ndarray]
     on_all: dict[str, np.ndarray]
     findings: list[str]
+    weight_E: np.ndarray | None = None
 
     def first(self, expert: int, num_rows: int = 8) -> list[int]:
         """Give the places in the data set of the first rows for which an expert is the most responsible."""
@@ -73,20 +76,25 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate on every row of a data set once; every rank calls it.
 
-    The noise is keyed by row as in training, at step 0 of a phase of its own, so the result is the same on any layout.
-    With r_ne the responsibilities, e(n) the most responsible expert and D the numbers in a row, the figures are
+    Noise is keyed by row in a phase of its own, so the result is the same on any layout. With r_ne the
+    responsibilities, e(n) the most responsible expert and D the numbers in a row, the figures are
 
     - ``loss`` = mean_n sum_e r_ne l_ne; ``elbo`` the same of ELBOs; ``bound`` = mean_n log sum_e r_ne exp(elbo_ne);
       nats. An ELBO is log p(x|z) - KL at one posterior sample or, with ``num_samples``, the mean of S log-weights.
-    - ``log_likelihood_shares`` and ``log_likelihood_gate`` with ``num_samples``: mean_n of the two mixture
-      likelihoods of :func:`mixdist.evidence.mixture_log_likelihood`; the shares are the mean responsibilities over
-      ``shares_from``.
+    - ``log_likelihood_shares`` with ``num_samples``: the mixture bound, mean_n log sum_e alpha_e p_e(x_n), with p_e
+      importance-sampled. alpha is the mean responsibility over ``shares_from``, or in a hard mixture the expert's part
+      of the training set. This is the figure to compare.
+    - ``log_likelihood_gate`` with ``num_samples``: mean_n log sum_e r_ne p_e(x_n), no density of x: in a hard mixture
+      the likelihood of the winner. See :func:`mixdist.evidence.mixture_log_likelihood` for both.
+    - ``exact_log_likelihood`` = mean_n log p(x_n) where the data set knows it, which no model exceeds in expectation.
     - ``rmse_row`` = sqrt(mean_n sum_d (x_nd - xhat_nd)^2) and ``rmse_value`` = rmse_row / sqrt(D) of the
       reconstructions by e(n), at the mean of q(z|x): for images, error per image and per pixel, in units of x.
     - of the weighted mean prediction: ``rmse`` = sqrt(mean_n ||y_n - yhat_n||^2) for numbers; for classes
       ``prediction_accuracy`` and ``nll`` = -mean_n log sum_e r_ne p_e(y_n|x_n), nats.
     - ``accuracy``, ``purity``, ``nmi``, ``ari``: see :func:`clustering`.
-    - ``routing_entropy`` = mean_n H(r_n), nats, and ``experts_in_use`` = exp H(mean_n r_n).
+    - ``routing_entropy`` = mean_n H(r_n), nats, 0 in a hard mixture, and ``experts_in_use`` = exp H(mean_n r_n).
+
+    Log densities are those of values, as models see them; :func:`stored_units` turns them into those of stored numbers.
 
     Args:
         mixture: the mixture.
@@ -118,7 +126,8 @@ def evaluate(
         on_batch(index + 1, loader.num_batches)
     for module in modules:
         module.train()
-    return tally.result()
+    result = tally.result()
+    return result if share_E is None else result._replace(weight_E=share_E.cpu().numpy())
 
 
 class _Tally:
@@ -221,6 +230,8 @@ class _Tally:
         mean = {name: float(value) / len(self.dataset) for name, value in sums.items() if value.ndim == 0}
         names = ("loss", "elbo", "bound", "log_likelihood_shares", "log_likelihood_gate", "prediction_accuracy", "nll")
         figures = {name: mean[name] for name in names if name in mean}
+        if self.dataset.log_density_N is not None:
+            figures["exact_log_likelihood"] = self.dataset.log_density_N.mean().item()
         if "prediction_error" in mean:
             figures["rmse"] = math.sqrt(mean["prediction_error"])
         if "squared_error" in mean:
@@ -243,6 +254,14 @@ class _Tally:
         expert_N = np.empty(len(ids), dtype=np.int64)
         expert_N[order] = pairs[by_id, 1]
         return expert_N
+
+
+def stored_units(field: Field) -> float | None:
+    """Give D log s, nats: log p(stored) = log p(values) + D log s, for values = stored * s + offset; None for classes.
+
+    It holds for densities (gaussian, laplace, kernel, exact); a mass (logistic, Bernoulli) has no units.
+    """
+    return None if field.num_classes is not None else field.num_values * math.log(abs(field.scale))
 
 
 def clustering(counts_EC: np.ndarray) -> dict[str, float]:

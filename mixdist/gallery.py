@@ -12,22 +12,29 @@ import torch
 from safetensors.numpy import load, save
 
 from mixdist.data import Dataset
+from mixdist.density import apportioned, modelled, samples_of
 from mixdist.evaluate import Evaluation
-from mixdist.metrics import read_metrics
-from mixdist.mixtures import Ensemble
-from mixdist.noise import Draw, Purpose
+from mixdist.metrics import Record, read_metrics
+from mixdist.mixtures import Ensemble, HardMixture
+from mixdist.noise import Moment, Purpose, permutation
 from mixdist.pictures import (
     Panel,
     contingency_picture,
     curves_picture,
     experts_picture,
+    mixture_picture,
+    rounds_picture,
     scatter_picture,
     to_uint8,
     training_picture,
 )
 from mixdist.wire import gather_bytes
 
-NUM_SAMPLES = 8
+NUM_SAMPLES, NUM_POINTS = 8, 300
+"""Samples of an expert that are shown: images, points in the plane."""
+
+NUM_WHOLE = 100
+"""Samples of the whole mixture, images."""
 
 
 def draw(mixture: Ensemble, dataset: Dataset, evaluation: Evaluation, run: Path, seed: int) -> Path | None:
@@ -44,20 +51,20 @@ def draw(mixture: Ensemble, dataset: Dataset, evaluation: Evaluation, run: Path,
         the path of the main picture on rank 0; None on other ranks or where nothing can be drawn.
     """
     mesh = mixture.dispatch.mesh
+    shown, whole = samples(mixture, dataset, evaluation, seed)
     own: dict[str, np.ndarray] = {}
     if mesh.leads:
         for e in mixture.bank.ids:
-            arrays = show(mixture, e, dataset, evaluation.first(e), seed)
+            arrays = show(mixture, e, dataset, evaluation.first(e))
             own |= {f"{e}/{name}": array for name, array in arrays.items()}
-    shown: dict[str, np.ndarray] = {}
     for data in gather_bytes(save(own), mesh.world):
         shown |= load(data)
     if mesh.rank:
         return None
     images = run / "images"
-    records = read_metrics(run)
-    if records:
-        training_picture(images / "training.png", records)
+    _records(images, read_metrics(run))
+    if whole is not None:
+        mixture_picture(images / "mixture.png", to_uint8(whole))
     main = None
     if evaluation.counts_EC is not None:
         main = images / "labels.png"
@@ -65,8 +72,8 @@ def draw(mixture: Ensemble, dataset: Dataset, evaluation: Evaluation, run: Path,
     return _experts(images / "experts.png", dataset, evaluation, shown) or main
 
 
-def show(mixture: Ensemble, e: int, dataset: Dataset, positions: list[int], seed: int) -> dict[str, np.ndarray]:
-    """Let an expert of this rank show what it can: reconstructions of rows, samples, or its curve over a grid."""
+def show(mixture: Ensemble, e: int, dataset: Dataset, positions: list[int]) -> dict[str, np.ndarray]:
+    """Let an expert of this rank show what it can: reconstructions of rows, or its curve over a grid."""
     expert, device = mixture.bank.owned()[e], mixture.dispatch.mesh.device
     shown: dict[str, torch.Tensor] = {}
     expert.eval()
@@ -75,9 +82,6 @@ def show(mixture: Ensemble, e: int, dataset: Dataset, positions: list[int], seed
             stored = dataset.take(torch.tensor(positions, dtype=torch.int64))
             rows = mixture.values({name: column.to(device) for name, column in stored.items()}, expert.fields)
             shown["reconstructions"] = expert.reconstruct(rows)
-        if expert.can("sample") and expert.noise_shape is not None:
-            ids, prior = torch.arange(NUM_SAMPLES, device=device), Draw(seed, Purpose.PRIOR)
-            shown["samples"] = expert.sample(prior.normal(ids, [e], expert.noise_shape, mixture.dtype)[0])
         if expert.can("predict") and is_curve(dataset) and expert.fields == ("x", "y"):
             shown["curve"] = expert.predict({"x": torch.as_tensor(grid(dataset)).to(device, mixture.dtype)})
     expert.train()
@@ -97,6 +101,44 @@ def is_curve(dataset: Dataset) -> bool:
     return len(real) == 2
 
 
+def is_plane(dataset: Dataset) -> bool:
+    """Say whether x is a point in the plane."""
+    return "x" in dataset.spec and dataset.spec["x"].shape == (2,)
+
+
+def is_image(dataset: Dataset) -> bool:
+    """Say whether x is a grey or coloured image."""
+    shape = dataset.spec["x"].shape if "x" in dataset.spec else ()
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
+def samples(
+    mixture: Ensemble, dataset: Dataset, evaluation: Evaluation, seed: int
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Draw x from every expert and, where x is an image, from the whole mixture; every rank calls it.
+
+    Images are means of p(x|z); points in the plane, which stand for a density, are drawn from p(x|z) where experts can.
+    The weights of the mixture are alpha in a hard one, and mean responsibilities on held-out rows in a soft one.
+
+    Returns:
+        "e/samples" for each expert e, (n, *shape of x), and the mixture's, in no order of experts, or None; nothing for
+        experts that do not sample x.
+    """
+    template = mixture.bank.template
+    if modelled(mixture) != "x" or template.noise_shape is None or not template.can("sample"):
+        return {}, None
+    plane, image = is_plane(dataset), is_image(dataset)
+    share_E = mixture.share_E.cpu().numpy() if isinstance(mixture, HardMixture) else evaluation.share_E
+    whole_E, shown = apportioned(share_E, NUM_WHOLE if image else 0), NUM_POINTS if plane else NUM_SAMPLES
+    observed = plane and template.can("draw")
+    found = samples_of(mixture, np.maximum(whole_E, shown), Moment(seed), observed)
+    by_expert = {f"{e}/samples": drawn[:shown] for e, drawn in found.items()}
+    if not image:
+        return by_expert, None
+    whole = np.concatenate([found[e][:count] for e, count in enumerate(whole_E.tolist())])
+    return by_expert, whole[permutation(seed, 0, 0, NUM_WHOLE, purpose=Purpose.PRIOR).numpy()]
+
+
 def grid(dataset: Dataset, num_points: int = 200) -> np.ndarray:
     """Give evenly spaced x over the range of the data: (G, 1)."""
     x = dataset.spec["x"].values(dataset.rows["x"], torch.float64)
@@ -108,13 +150,20 @@ def class_names(dataset: Dataset) -> list[str]:
     return list(dataset.class_names) or [str(c) for c in range(dataset.num_classes or 0)]
 
 
+def _records(images: Path, records: list[Record]) -> None:
+    if records:
+        training_picture(images / "training.png", records)
+    if any(record.get("round") is not None for record in records):
+        rounds_picture(images / "rounds.png", records)
+
+
 def _experts(path: Path, dataset: Dataset, evaluation: Evaluation, shown: dict[str, np.ndarray]) -> Path | None:
     experts = range(len(evaluation.rows_E))
     field = dataset.spec.get("x")
     if field is None:
         return None
     expert_N = evaluation.expert_N
-    if len(field.shape) == 3 and field.shape[0] in (1, 3) and "0/reconstructions" in shown:
+    if is_image(dataset) and "0/reconstructions" in shown:
         experts_picture(path, [_panel(e, dataset, evaluation, shown) for e in experts])
     elif is_curve(dataset) and "0/curve" in shown:
         curves = np.stack([shown[f"{e}/curve"].reshape(-1) for e in experts])
@@ -126,7 +175,7 @@ def _experts(path: Path, dataset: Dataset, evaluation: Evaluation, shown: dict[s
             grid(dataset).reshape(-1),
             curves,
         )
-    elif field.shape == (2,):
+    elif is_plane(dataset):
         scatter_picture(
             path, numbers(dataset, "x"), expert_N, [shown[f"{e}/samples"] for e in experts if f"{e}/samples" in shown]
         )

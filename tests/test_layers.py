@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("rules",),
     ("dispatch",),
     ("mixtures",),
-    ("engines", "evidence"),
+    ("engines", "evidence", "density"),
     ("checkpoint", "metrics", "evaluate", "pictures"),
     ("trainer", "gallery", "entrant"),
     ("scoring", "removal", "chronicle"),
