@@ -56,7 +56,7 @@ def test_ties_go_to_the_lowest_expert() -> None:
     assert winners(scores).tolist() == [0, 1, 0, 0]
     assert winners(np.zeros((0, 3))).tolist() == []
     assert winners(np.array([[0.0, np.inf]])).tolist() == [1]
-    with pytest.raises(ValueError, match="^the score of expert 2 is not a number for some samples: lower"):
+    with pytest.raises(ValueError, match=r"^the score of expert 2 is not a number for some samples: lower"):
         winners(np.array([[0.0, 1.0, np.nan]]))
 
 
