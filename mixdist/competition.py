@@ -242,7 +242,9 @@ class Competition:
         with self.chronicle.timed("scoring_s"):
             verdict = self.scoring.verdict(self.entrants, self.homes, at.round, None if old is None else old.expert_N)
         self.log_z_E = verdict.log_z_E
-        expert_N = old.expert_N.astype(np.int64) if rules.score.keeps and old is not None else verdict.expert_N
+        expert_N = verdict.expert_N
+        if rules.score.keeps and old is not None:
+            expert_N, verdict = old.expert_N.astype(np.int64), verdict._replace(objective=verdict.objective_before)
         table = replace(Assignment.of(expert_N, self.num_experts, self.data), round=at.round)
         hungry = [] if rules.starved == "none" else self._starved(table)
         if rules.starved == "reseed" and hungry and at.round < rules.rounds:

@@ -104,17 +104,9 @@ def test_the_longest_goes_first() -> None:
 def test_a_round_in_words() -> None:
     record = {"round": 3, "counts": [5, 0], "changed": 0.25, "objective": -1.5, "objective_rose": True}
     line = in_words({**record, "starved": [1], "starved_rule": "freeze"})
-    assert (
-        line == "round 3: 5 0 rows, 25.00% moved, objective -1.5000 (it rose); expert 1 is starved and does not train"
-    )
-    first = {
-        **record,
-        "changed": None,
-        "objective": None,
-        "objective_rose": False,
-        "starved": [],
-        "starved_rule": "none",
-    }
-    assert in_words(first) == "round 3: 5 0 rows"
+    told = "round 3: 5 0 rows, 25.00% moved, objective -1.5000 (it rose); expert 1 is starved and does not train"
+    assert line == told
+    first = {**record, "changed": None, "objective": None, "objective_rose": False, "starved": []}
+    assert in_words({**first, "starved_rule": "none"}) == "round 3: 5 0 rows"
     again = in_words({**first, "starved": [0], "starved_rule": "reseed"})
     assert again == "round 3: 5 0 rows; expert 0 is starved and starts anew with the samples modelled worst"
