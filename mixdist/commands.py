@@ -126,15 +126,11 @@ def _load(config: Config, session: Session, checkpoint: Path) -> None:
             raise ValueError(
                 f"checkpoint {checkpoint} was made with {key} {about.get(key)}, here is {here[key]}: {remedy}"
             )
-    mixture, state = session.mixture, read_state(checkpoint)
+    mixture = session.mixture
+    mixture.take_state(read_state(checkpoint))
     if isinstance(mixture, HardMixture):
         judges = build_judges(config, session.train.spec, mixture.bank.ids)
-        if not state["share"]:
-            raise ValueError(
-                f"checkpoint {checkpoint} is from before the first round: there is no mixture yet; train on"
-            )
         mixture.receive(mixture.bank.owned(), {e: j.to(session.mesh.device) for e, j in judges.items()})
-    mixture.take_state(state)
     for owned in mixture.owned():
         load_module(checkpoint, owned)
 

@@ -129,6 +129,11 @@ class Competition:
         return self.position.phase + 1 < len(self.phases)
 
     @property
+    def scored(self) -> bool:
+        """Whether samples have been scored: there is a mixture from then on."""
+        return self.position.round > (self.rules.start != "all")
+
+    @property
     def total_steps(self) -> int:
         """Epochs and scorings of the whole run."""
         pretrain = sum(phase.epochs for phase in self.phases[:-1])
@@ -336,7 +341,7 @@ class Competition:
             "entrants": told,
             "table": None if self.table is None else self.table.describe(),
             "log_z": self.log_z_E.tolist(),
-            "share": [] if self.table is None else self.table.share_E.tolist(),
+            "share": self.table.share_E.tolist() if self.table is not None and self.scored else [],
             "objective": self.objective,
         }
         files = {} if self.table is None else {TABLE: self.table.to_bytes()}

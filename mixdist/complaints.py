@@ -57,7 +57,8 @@ class _Place(NamedTuple):
         before, after = message[:position], message[position:]
         first, *rest = [*re.findall(r'Parser key "([^"]+)"', before), ""]
         key = first + "".join(f".init_args.{name}" for name in rest if name)
-        key = key.replace("pretrain.init_args.", "pretrain.")  # its elements are sections, not classes
+        for section in ("pretrain", "competition"):  # one is a list of sections, one may be left out: no classes
+            key = key.replace(f"{section}.init_args.", f"{section}.")
         # A factory's class stands behind the complaint, any other class before it.
         path = re.findall(r"given class_path '([^']+)'|(expects a function or a callable class)", before)
         if path and path[-1][1]:
@@ -66,8 +67,12 @@ class _Place(NamedTuple):
 
     def inner(self, name: str) -> str:
         """Give the key of an argument of this place's class."""
-        section = self.class_path is None or self.class_path.endswith(".Phase")
-        return f"{self.key}.{name}" if section else f"{self.key}.init_args.{name}"
+        return f"{self.key}.{name}" if _is_section(self.class_path) else f"{self.key}.init_args.{name}"
+
+
+def _is_section(class_path: str | None) -> bool:
+    """Say whether what the parser calls a class is a section of a config."""
+    return class_path is None or class_path.endswith((".Phase", ".Rules"))
 
 
 Teller = Callable[[re.Match[str], _Place, ArgumentParser], str]
@@ -80,7 +85,7 @@ def _unknown_option(found: re.Match[str], place: _Place, parser: ArgumentParser)
         if kind is not None and find(place.class_path) is kind.base:
             return f"{place.key} has init_args ({name}) but no class_path: {choose(place.key)}"
         taken = _init_args(place.class_path)
-        owner = place.key if place.class_path.endswith(".Phase") else place.class_path
+        owner = place.key if _is_section(place.class_path) else place.class_path
         return f"unknown config key {place.inner(name)}: {_instead(name, taken)}{owner} takes {_listed(taken)}"
     group = found.groupdict().get("group")
     if group:
@@ -162,6 +167,14 @@ def _wrong_kind(found: re.Match[str], place: _Place, parser: ArgumentParser) -> 
     return f"{place.key} ({found['path']}) must be a subclass of {found['base']}: {choose(place.key)}"
 
 
+def _abstract(found: re.Match[str], place: _Place, parser: ArgumentParser) -> str:
+    return f"{place.key} ({found['path']}) is the base class of what can stand there: {choose(place.key)}"
+
+
+def _no_python(found: re.Match[str], place: _Place, parser: ArgumentParser) -> str:
+    return f"{found['file']} line {found['line']}, imported for {place.key}, is not Python ({found['what']}): mend it"
+
+
 def _no_spec(found: re.Match[str], place: _Place, parser: ArgumentParser) -> str:
     value = found["value"].partition(". Got value: ")[0]
     with suppress(ValueError, SyntaxError):
@@ -184,6 +197,8 @@ _COMPLAINTS: tuple[tuple[str, Teller], ...] = (
     (r"No module named (?P<path>'[^']+')", _no_class),
     (r"Problem importing '(?P<path>[^']+)'", _no_class),
     (r"Expected '(?P<path>[^']+)' to be a subclass of <class '(?P<base>\w+)'>", _wrong_kind),
+    (r"- (?P<what>[^\n]*) \((?P<file>\S+\.py), line (?P<line>\d+)\)", _no_python),
+    (r"Expected an instantiatable class, but (?P<path>\S+) is abstract", _abstract),
     (r"Import path (?P<path>\S+) does not correspond to a subclass of (?P<base>\w+)", _wrong_kind),
     (r"Dict must include a class_path and optionally init_args, but got (?P<value>.*)", _no_spec),
     (r"Expected an import path or a subclass spec, but got (?P<value>.*)", _no_spec),
@@ -289,7 +304,9 @@ def _init_args(class_path: str) -> list[str]:
         parameters = list(inspect.signature(find(class_path)).parameters.values())
     except (ValueError, TypeError):
         return []
-    handed_in = () if class_path.endswith(".Phase") else ("spec", "num_experts", "params", "optimizer")
+    made = find(class_path)
+    nothing = _is_section(class_path) or (inspect.isclass(made) and issubclass(made, Score))
+    handed_in = () if nothing else ("spec", "num_experts", "params", "optimizer")
     if any(p.kind == p.VAR_KEYWORD for p in parameters):
         # What **options hand on to a base class only the parser knows.
         return ArgumentParser().add_class_arguments(find(class_path), fail_untyped=False, skip=set(handed_in))

@@ -5,9 +5,11 @@ Shape letters: R rows of a batch on this rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from mixdist.data.loader import share
 from mixdist.discriminators import Discriminator, discriminator_loss
 from mixdist.engines import SoloEngine
-from mixdist.experts import Compute, Expert, ExpertBank
+from mixdist.experts import Compute, Expert, ExpertBank, Noise
 from mixdist.mesh import Mesh
 from mixdist.mixtures import Owned
 from mixdist.noise import Draw, Moment, Purpose
@@ -26,6 +28,9 @@ from mixdist.wire import Wire
 
 MakeExpert = Callable[[int, int], Expert]
 """Makes an expert by its number, with the initial weights of a round, on its device."""
+
+NUMBERS_AT_ONCE = 1 << 15
+"""Of noise, drawn ahead for one expert: a quarter of a MB at most, and some MB while they are drawn."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +109,13 @@ class Entrant:
         Raises:
             NotFinite: a loss or a gradient is not finite.
         """
-        total, num_rows, fields, shape = 0.0, 0, self.expert.fields, self.expert.noise_shape
-        for places_R, size in batches:
-            values = self.ring.values({name: column[places_R] for name, column in rows.items()}, fields)
+        total, num_rows, fields, batches = 0.0, 0, self.expert.fields, list(batches)
+        noises = self._noise(rows["id"], [places_R for places_R, _ in batches], phase)
+        for (places_R, size), noise in zip(batches, noises, strict=True):
+            # index_select takes a tenth of the time of indexing for rows of bytes.
+            stored = {name: rows[name].index_select(0, places_R) for name in ("id", *fields)}
+            values = self.ring.values(stored, fields)
             self.expert.anneal(self.engine.steps)
-            draw = Moment(self.ring.seed, phase, self.engine.steps).draw(Purpose.POSTERIOR)
-            noise = None if shape is None else partial(_normal, draw, shape, self.ring.dtype)
             self.engine.zero_grad()
             grads_R1 = torch.full((len(places_R), 1), 1 / size, dtype=self.ring.dtype, device=places_R.device)
             losses_R1 = self.bank.backward(values, noise, None, partial(torch.clone, grads_R1))
@@ -118,6 +124,31 @@ class Entrant:
         self.engine.end_epoch()
         self.rows += num_rows
         self.loss = total / num_rows if num_rows else None
+
+    def _noise(self, ids_N: Tensor, batches: Sequence[Tensor], phase: int) -> Iterator[Noise | None]:
+        """Give each batch's noise; that of several batches is drawn at once, which changes none of its numbers.
+
+        A draw of a few rows costs nearly as much as one of a thousand: 0.13 ms, a twentieth of a small expert's step.
+
+        Args:
+            ids_N: of the stored rows.
+            batches: for each batch its places there; the first is the engine's next step.
+            phase: number of the phase.
+        """
+        shape, step = self.expert.noise_shape, self.engine.steps
+        if shape is None:
+            yield from repeat(None, len(batches))
+            return
+        draw = Moment(self.ring.seed, phase).draw(Purpose.POSTERIOR)
+        together = max(1, NUMBERS_AT_ONCE // math.prod(shape) // max([1, *map(len, batches)]))
+        for first in range(0, len(batches), together):
+            some = batches[first : first + together]
+            sizes = torch.tensor([len(places) for places in some], device=ids_N.device)
+            steps = torch.arange(step + first, step + first + len(some), device=ids_N.device)
+            steps_R, ids_R = steps.repeat_interleave(sizes), ids_N[torch.cat(list(some))]
+            eps = draw.normal(ids_R, [self.number], shape, self.ring.dtype, steps_R)
+            for part in eps.split([len(places) for places in some], dim=1):
+                yield Drawn(part.clone())  # memory of its own, aligned as any other
 
     def meet(self, round: int) -> None:
         """Get a discriminator for a round: a new one, or the one of the round before."""
@@ -215,8 +246,19 @@ class Entrant:
             self.judge_engine.go_to(steps[2])
 
 
-def _normal(draw: Draw, shape: tuple[int, ...], dtype: torch.dtype, ids: Tensor, experts: Sequence[int]) -> Tensor:
-    return draw.normal(ids, experts, shape, dtype)
+class Drawn:
+    """Noise of a batch that was drawn before, handed out in order where a micro-batch asks for its own.
+
+    Args:
+        eps_1R: of one expert and all rows.
+    """
+
+    def __init__(self, eps_1R: Tensor) -> None:
+        self.eps_1R, self.given = eps_1R, 0
+
+    def __call__(self, ids: Tensor, experts: Sequence[int]) -> Tensor:
+        first, self.given = self.given, self.given + len(ids)
+        return self.eps_1R[:, first : self.given]
 
 
 def _under(prefix: str, found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from mixdist.evaluate import EVALUATION_PHASE
 from mixdist.experts import Expert
 from mixdist.gates import Gate
 from mixdist.mesh import Launch, Mesh, Placement
-from mixdist.mixtures import Owned, Referee
+from mixdist.mixtures import Owned, Referee, read_shares
 from mixdist.noise import Draw, Moment, Purpose
 from mixdist.parsing import RESOLVED, read_config
 from mixdist.routing import responsible
@@ -162,10 +162,10 @@ class Model:
 def _referee(config: Config, spec: Spec, experts: dict[int, Expert], path: Path) -> Referee:
     """Make what decides in a hard mixture, of a checkpoint."""
     assert config.competition is not None
+    log_z_E, _ = read_shares(read_state(path))
     judges = build_judges(config, spec, experts)
     for e, judge in judges.items():
         load_module(path, Owned(f"discriminator {e}", judge, e))
-    log_z_E = torch.tensor(read_state(path)["log_z"], dtype=torch.float64)
     at = Moment(config.seed, phase=EVALUATION_PHASE)
     return Referee(experts, judges, config.competition.score, log_z_E, at, DTYPES[config.dtype])
 

@@ -136,7 +136,12 @@ class Draw:
     step: int = 0
 
     def normal(
-        self, ids_R: Tensor, experts: Sequence[int], shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+        self,
+        ids_R: Tensor,
+        experts: Sequence[int],
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+        steps_R: Tensor | None = None,
     ) -> Tensor:
         """Standard normal numbers by Box and Muller: sqrt(-2 log u) cos(2 pi v) and sqrt(-2 log u) sin(2 pi v).
 
@@ -147,6 +152,7 @@ class Draw:
             experts: global expert numbers.
             shape: of what one expert draws for one row.
             dtype: of the result.
+            steps_R: int64, a step for each row, in place of the draw's own: the rows of many steps at once.
 
         Returns:
             A tensor (E, R, *shape) on the device of the ids.
@@ -154,7 +160,7 @@ class Draw:
         Raises:
             ValueError: if the seed is not from 0 to 2**64 - 1.
         """
-        words = self._words(ids_R, experts, shape)
+        words = self._words(ids_R, experts, shape, steps_R)
         radius = _unit(torch.stack(words[0::2], -1)).log_().mul_(-2.0).sqrt_()
         angle = _unit(torch.stack(words[1::2], -1)).mul_(2.0 * math.pi)
         numbers = torch.stack((angle.cos().mul_(radius), angle.sin_().mul_(radius)), -1)
@@ -183,14 +189,16 @@ class Draw:
         limits = torch.finfo(dtype)
         return _rows(numbers.flatten(2), shape, dtype).clamp_(limits.tiny, 1.0 - limits.eps / 2)
 
-    def _words(self, ids_R: Tensor, experts: Sequence[int], shape: tuple[int, ...]) -> Words:
+    def _words(
+        self, ids_R: Tensor, experts: Sequence[int], shape: tuple[int, ...], steps_R: Tensor | None = None
+    ) -> Words:
         """Philox words, each (E, R, blocks)."""
         assert (ids_R.dtype, ids_R.ndim) == (torch.int64, 1), f"ids are {ids_R.dtype} {tuple(ids_R.shape)}"
         device = ids_R.device
         keys = [derive(self.seed, self.purpose, self.phase, expert) for expert in experts]
         key = torch.tensor(keys, dtype=torch.int64, device=device).reshape(-1, 2, 1, 1)
         block = torch.arange(-(-math.prod(shape) // 4), device=device)
-        step = torch.tensor(self.step & _MASK, device=device)
+        step = torch.tensor(self.step & _MASK, device=device) if steps_R is None else (steps_R & _MASK)[:, None]
         return philox((block, (ids_R & _MASK)[:, None], _high(ids_R)[:, None], step), (key[:, 0], key[:, 1]))
 
 

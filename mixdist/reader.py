@@ -44,7 +44,7 @@ class OwnReader:
     def fetch(self, wanted: Wanted, fields: Sequence[str]) -> Batch:
         index = wanted(self.mesh.rank)
         rows = self.dataset.rows
-        return {name: rows[name][index].to(self.mesh.device) for name in ("id", *fields)}
+        return {name: rows[name].index_select(0, index).to(self.mesh.device) for name in ("id", *fields)}
 
 
 class WireReader:

@@ -94,6 +94,25 @@ def test_a_dispatch_sends_a_fraction_of_the_token_style(pool: Callable[[int], Po
     assert skew == "0" or told["top-1"]["token_dropped"] > 0.1
 
 
+def test_a_round_by_mixdist_and_by_hand_learns_alike_and_sends_each_row_once(pool: Callable[[int], Pool]) -> None:
+    words = ["--turns", "1", "--warm-up", "0", "--experts", "4", "--rows", "403", "--epochs", "2", "--batch", "20"]
+    told = pool(2).run(f"{__name__}:measure", "hard", [*words, "--judge-batches", "2"], 2)[0]
+    counts, rivals = told["counts"], told["rivals"]
+    assert sum(counts) == 403
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] / counts[-1] == pytest.approx(10, rel=0.05)
+    assert list(rivals) == ["hand", "read", "wire"]
+    # Same weights, same splits: only noise and order differ.
+    losses = [rival["first_loss"] for rival in rivals.values()]
+    assert max(losses) - min(losses) < 0.01 * min(losses), losses
+    assert rivals["read"]["sent_bytes"] == 0
+    assert rivals["wire"]["sent_bytes"] > 0
+    assert rivals["wire"]["sent_over_least"] == pytest.approx(792 / 784)  # ids of 8 bytes go with rows of 784
+    for name in ("read", "wire"):
+        assert sorted(e for experts in rivals[name]["homes"] for e in experts) == [0, 1, 2, 3]
+        assert set(rivals[name]["over_hand"]) == set(rivals[name]["scoring_s"]) == SPREAD
+
+
 def test_scaling_sweeps_writes_rows_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

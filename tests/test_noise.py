@@ -107,6 +107,21 @@ def test_a_row_is_drawn_the_same_in_any_company(kind: str, dtype: torch.dtype) -
     assert torch.equal(longer[:, :, :6], whole.flatten(2))
 
 
+def test_rows_of_many_steps_are_drawn_as_step_by_step() -> None:
+    steps = (5, 6, 2**32 + 1)
+    sizes = (3, 100, 7)
+    together = DRAW.normal(
+        torch.cat([IDS[:n] for n in sizes]),
+        [0, 3],
+        (10,),
+        steps_R=torch.tensor(steps).repeat_interleave(torch.tensor(sizes)),
+    )
+    alone = [
+        Draw(7, Purpose.POSTERIOR, 1, step).normal(IDS[:n], [0, 3], (10,)) for step, n in zip(steps, sizes, strict=True)
+    ]
+    assert torch.equal(together, torch.cat(alone, dim=1))
+
+
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
 def test_empty_and_scalar_shapes(kind: str) -> None:
     draw = getattr(DRAW, kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -71,23 +72,26 @@ class SoloEngine:
             grads = [flat[a:b].view_as(g) for (a, b), g in zip(pairwise(places), grads, strict=True)]
         for parameter, grad in zip(self.parameters, grads, strict=True):
             parameter.grad = grad
-        norm = torch.stack(torch._foreach_norm(grads)).double().norm()
-        if not (loss.isfinite() & norm.isfinite()).item():
-            what = "loss" if not loss.isfinite().item() else "gradient"
+        norms = torch._foreach_norm(grads)
+        loss_now, *finite = torch.stack([loss[0], *norms]).tolist()
+        if not all(map(math.isfinite, (loss_now, *finite))):
+            what = "gradient" if math.isfinite(loss_now) else "loss"
             raise NotFinite(
                 f"the {what} of {self.name} is not finite in its step {self.steps + 1}: no parameter of it was "
                 f"changed; lower the learning rate, set clip_norm, or look at its rows"
             )
-        if self.clip_norm is not None and norm.item() > self.clip_norm:
-            torch._foreach_mul_(grads, self.clip_norm / norm.item())
+        if self.clip_norm is not None:
+            norm = torch.stack(norms).double().norm().item()
+            if norm > self.clip_norm:
+                torch._foreach_mul_(grads, self.clip_norm / norm)
         self.optimizer.step()
         self.steps += 1
-        return loss.item()
+        return float(loss_now)
 
     def end_epoch(self) -> None:
         """Step the schedule: by epochs, so that modules with few and many samples are in step."""
         if self.schedule is not None:
-            self.schedule.step()
+            fast_forward(self.schedule, 1)  # also where a module without samples took no step, of which torch warns
         self.epochs += 1
 
     def go_to(self, steps: int, epochs: int = 0) -> None:

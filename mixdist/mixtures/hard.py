@@ -61,9 +61,7 @@ class HardMixture(Ensemble):
         return self.parts.owned() + [Owned(f"discriminator {e}", judge, e) for e, judge in self.judges.items()]
 
     def take_state(self, state: Mapping[str, Any]) -> None:
-        like = self.log_z_E
-        self.log_z_E = torch.tensor(state["log_z"], dtype=like.dtype, device=like.device)
-        self.share_E = torch.tensor(state["share"], dtype=like.dtype, device=like.device)
+        self.log_z_E, self.share_E = (tensor.to(self.log_z_E.device) for tensor in read_shares(state))
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -80,6 +78,18 @@ class HardMixture(Ensemble):
     def shares(self, dataset: Dataset, batch_size: int, at: Moment) -> Tensor:
         """alpha, of the training set, whatever data set is asked about."""
         return self.share_E
+
+
+def read_shares(state: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Give log Z and alpha, (E,) float64 each, from a checkpoint's state.
+
+    Raises:
+        ValueError: nothing had been scored.
+    """
+    if not state["share"]:
+        raise ValueError("the newest checkpoint is from before the first scores: there is no mixture yet; train on")
+    log_z_E, share_E = (torch.tensor(state[name], dtype=torch.float64) for name in ("log_z", "share"))
+    return log_z_E, share_E
 
 
 class Referee(Gate):

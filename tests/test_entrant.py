@@ -1,0 +1,130 @@
+"""One expert that trains by itself, and moves: as the engine of soft mixtures trains it, with all that is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixdist.engines import NativeEngine, SoloEngine
+from mixdist.engines.state import read_optimizer, write_optimizer
+from mixdist.entrant import Entrant
+from mixdist.mixtures import Parts
+from mixdist.noise import Moment, Purpose
+from mixdist.removal import move_entrants
+from mixdist.terms import Outcome
+from mixdist.wire import Wire
+from tests.contest import Contest, make_phase, make_ring
+from tests.parity import SEED, data, mesh_of
+from tests.pool import Pool
+
+
+def trained(case: Contest, wire: Wire, number: int = 2, epochs: int = 2, ranks: int = 1) -> Entrant:
+    """An expert and its discriminator that have trained for some epochs of 45 rows in batches of 16."""
+    ring = make_ring(case, mesh_of(4, ranks, ranks), wire)
+    entrant = Entrant(number, ring, make_phase(case, 1))
+    places = [(part, len(part)) for part in torch.arange(45).split(16)]
+    for _ in range(epochs):
+        entrant.train(data().rows, places, 1)
+    entrant.meet(1)
+    entrant.challenge(data().rows, places, 1)
+    return entrant
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "clipped"])
+def test_alone_is_as_with_the_engine_of_mixtures(optimizer: str) -> None:
+    case, mesh = Contest(optimizer=optimizer, expert="gaussian"), mesh_of(1, 1, 1)
+    entrant, phase = trained(case, Wire(mesh.device)), make_phase(case, 1)
+    ring = entrant.ring
+    expert = ring.make_expert(2, 0)
+    engine = NativeEngine(
+        Parts({}, {2: expert}), mesh, Wire(mesh.device), phase.optimizer, phase.schedule, clip_norm=phase.clip_norm
+    )
+    norms = []
+    for step in range(6):
+        ids = torch.arange(45).split(16)[step % 3]
+        rows = ring.values({n: column[ids] for n, column in data().rows.items()}, expert.fields)
+        engine.zero_grad()
+        expert.anneal(step)
+        assert expert.noise_shape is not None
+        eps = Moment(SEED, 1, step).draw(Purpose.POSTERIOR).normal(rows["id"], [2], expert.noise_shape, torch.float64)
+        loss = expert(rows, eps[0]).loss_R.sum() / len(ids)
+        loss.backward()
+        nothing = torch.zeros(1, dtype=torch.float64)
+        outcome = Outcome(loss.detach().reshape(1), {}, *[nothing] * 7)
+        norms.append(engine.step(outcome, step).grad_norm)
+    for (name, mine), theirs in zip(entrant.expert.named_parameters(), expert.parameters(), strict=True):
+        assert (mine - theirs).abs().max() <= 1e-14 * theirs.abs().max(), name
+    assert optimizer == "adam" or max(norms) > 0.5  # it was clipped
+
+
+def test_an_unused_parameter_gets_a_zero_gradient() -> None:
+    module = torch.nn.ParameterDict({"a": torch.ones(2), "b": torch.ones(2)}).double()
+    engine = SoloEngine("m", module, None, Wire(torch.device("cpu")), lambda p: torch.optim.Adam(p, 0.1))
+    for use in ("a", "b"):
+        engine.zero_grad()
+        module[use].sum().backward()
+        engine.step(torch.zeros(1))
+    state = engine.state()
+    assert state["a.step"] == state["b.step"] == 2
+    assert module["a"].tolist() != [1.0, 1.0]
+
+
+def test_what_an_optimiser_remembers_comes_back() -> None:
+    entrant = trained(Contest(), Wire(torch.device("cpu")))
+    optimizer = entrant.engine.optimizer
+    slots = list(entrant.engine._slots())
+    kept = {name: tensor.clone() for name, tensor in read_optimizer(optimizer, slots).items()}
+    assert len(kept) == 3 * len(slots)
+    fresh = torch.optim.Adam([slot.tensor for slot in slots], 1e-2)
+    write_optimizer(fresh, slots, kept)
+    for name, tensor in read_optimizer(fresh, slots).items():
+        assert torch.equal(tensor, kept[name])
+        assert tensor.data_ptr() != kept[name].data_ptr()
+
+
+def there_and_back(ranks: int, optimizer: str) -> dict[str, Tensor]:
+    """Train, let all experts move to the last rank or the next ones, and home; report what is here before and after."""
+    case, mesh = Contest(optimizer=optimizer), mesh_of(4, ranks, ranks)
+    wire = Wire(mesh.device)
+    entrants = {e: trained(case, wire, e, 1 + e % 2, ranks) for e in mesh.experts}
+    report = {f"before {e} {n}": t for e, entrant in entrants.items() for n, t in entrant.tensors().items()}
+    made: list[int] = []
+
+    def make(e: int) -> Entrant:
+        made.append(e)
+        return Entrant(e, make_ring(case, mesh, wire), make_phase(case, 1))
+
+    home = [list(mesh.placement.experts_of(member)) for member in range(ranks)]
+    around, crowd = [home[-1], *home[:-1]], [[] for _ in range(ranks - 1)] + [[0, 1, 2, 3]]
+    for homes in (around, crowd, home):
+        entrants = move_entrants(entrants, homes, mesh, wire, make, 1)
+        assert list(entrants) == homes[mesh.member]
+    assert made or ranks == 1
+    # Each goes on from there: what an optimiser and a schedule remember counts.
+    places = [(part, len(part)) for part in torch.arange(45).split(16)]
+    after = {f"after {e} {n}": t for e, entrant in entrants.items() for n, t in entrant.tensors().items()}
+    for entrant in entrants.values():
+        entrant.train(data().rows, places, 1)
+        entrant.challenge(data().rows, places, 1)
+    return report | after | {f"on {e} {n}": t for e, x in entrants.items() for n, t in x.tensors().items()}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "clipped"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_there_and_back_nothing_is_lost(pool: Callable[[int], Pool], ranks: int, optimizer: str) -> None:
+    found = {n: t for r in pool(ranks).run("tests.test_entrant:there_and_back", ranks, optimizer) for n, t in r.items()}
+    for e in range(4):
+        stayed = trained(Contest(optimizer=optimizer), Wire(torch.device("cpu")), e, 1 + e % 2)
+        names = [name.removeprefix(f"before {e} ") for name in found if name.startswith(f"before {e} ")]
+        assert {name.partition("/")[0] for name in names} == {"steps", "expert", "discriminator"}
+        for name, tensor in stayed.tensors().items():
+            assert torch.equal(found[f"before {e} {name}"], tensor), name
+            assert torch.equal(found[f"after {e} {name}"], tensor), name
+        places = [(part, len(part)) for part in torch.arange(45).split(16)]
+        stayed.train(data().rows, places, 1)
+        stayed.challenge(data().rows, places, 1)
+        for name, tensor in stayed.tensors().items():
+            assert torch.equal(found[f"on {e} {name}"], tensor), name
