@@ -56,6 +56,8 @@ def evaluate_run(words: Sequence[str]) -> None:
     options = parse(parser, [*(["--config", str(run / RESOLVED)] if run else []), *words])
     if options.num_samples < 1:
         raise ValueError(f"--num_samples ({options.num_samples}) must be 1 or more: give 100 for a usual estimate")
+    if options.rows is not None and options.rows < 1:
+        raise ValueError(f"--rows ({options.rows}) must be 1 or more: leave it out for all rows")
     config = make_config(parser, options)
     if not values_of(words, "--mesh.ep_size"):  # the layout is this command's, not the one that trained
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, ep_size=None))
@@ -80,6 +82,7 @@ def evaluate_parser() -> ArgumentParser:
     )
     parser.add_argument("run", type=str, help="the run's directory")
     parser.add_argument("--split", type=Literal["test", "train"], default="test", help="the rows: test or train")
+    parser.add_argument("--rows", type=int | None, help="take the first so many rows of the split; unset, all")
     parser.add_argument("--num_samples", type=int, default=100, help="importance samples for each row and expert")
     parser.add_argument(
         "--kde", type=int, default=0, help="samples of the mixture for a kernel density on them, as 10000; 0 for none"
@@ -140,6 +143,7 @@ def _evaluate(config: Config, session: Session, options: Namespace, checkpoint: 
         error = f"{path} cannot be written: make {run} writable"
     agree(gather_json(error, session.mesh.world)[0], session.mesh.world)
     dataset = session.test if options.split == "test" else session.train
+    dataset = dataset if options.rows is None else dataset.first(options.rows)
     batches = -(-len(dataset) // config.test_batch_size)
     with Progress(batches, 0, rank0 and sys.stderr.isatty()) as bar:
         evaluation = evaluate(

@@ -132,7 +132,7 @@ def kernel_density(
     Args:
         mixture: its experts draw.
         share_E: alpha, the weights of the mixture as a density.
-        dataset: the rows reported; those of the training set that choose the bandwidth are left out where it is that.
+        dataset: the rows reported; those that choose the bandwidth are left out.
         train: the training rows.
         at: names the draws.
         num_samples: S.
@@ -144,9 +144,7 @@ def kernel_density(
     counts_E = apportioned(share_E, num_samples)
     samples = samples_of(mixture, counts_E, at, observed=True)
     held_out = permutation(at.seed, at.phase, 0, len(train))[: min(HELD_OUT, max(1, len(train) // 10))]
-    reported = torch.arange(len(dataset))
-    if dataset is train:
-        reported = reported[~torch.isin(reported, held_out)]
+    reported = torch.isin(dataset.rows["id"], train.rows["id"][held_out]).logical_not().nonzero()[:, 0]
     told, error = None, None
     if mesh.rank == 0:
         try:

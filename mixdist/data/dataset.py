@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,6 +75,12 @@ class Dataset:
     def take(self, index: Tensor) -> Batch:
         """The rows at the positions ``index`` (int64), as stored."""
         return {name: column[index] for name, column in self.rows.items()}
+
+    def first(self, num_rows: int) -> Dataset:
+        """The first rows, in the data set's order; all of them where there are no more."""
+        rows = {name: column[:num_rows] for name, column in self.rows.items()}
+        known = self.log_density_N
+        return replace(self, rows=rows, log_density_N=None if known is None else known[:num_rows])
 
     def _check(self, name: str, field: Field) -> None:
         column = self.rows[name]

@@ -1,0 +1,193 @@
+"""What the tables of kvaes.py are made of: problems, models, and how much each model may learn."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mixdist.config import Config
+from mixdist.parsing import config_parser, make_config, parse
+from mixdist.terms import Spec
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RATE, EPOCHS, PERIOD = "--train.optimizer.init_args.lr", "--train.epochs", "--train.schedule.init_args.T_max"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row of a table, or a row for each seed.
+
+    Args:
+        name: of its configs, kvaes_NAME_*.yaml.
+        title: in the table.
+        key: of the widths in a config.
+        numbers: the N of the single VAEs.
+        base: what stands before N in the list of widths; None for two layers of N.
+        seeds: of the runs.
+    """
+
+    name: str
+    title: str
+    key: str
+    numbers: tuple[int, ...]
+    base: tuple[int, ...] | None = None
+    seeds: tuple[int, ...] = (0,)
+
+    def widths(self, number: int) -> list[int]:
+        """The layers of VAE-N."""
+        return [number, number] if self.base is None else [*self.base, number]
+
+    def in_proportion(self, width: int) -> list[int]:
+        """The layers of the matched VAE: the mixture's, made wider alike."""
+        return [width, width] if self.base is None else [width * 2**level for level in range(len(self.base) + 1)]
+
+    def columns(self) -> list[str]:
+        """Names of the models."""
+        return ["kVAEs", "bag", *(f"VAE-{number}" for number in self.numbers), "matched"]
+
+
+HIDDEN, CHANNELS = "--expert.init_args.hidden", "--expert.init_args.channels"
+PROBLEMS = {
+    problem.name: problem
+    for problem in (
+        Problem("3modes", "3 modes", HIDDEN, (50, 150), seeds=(0, 1, 2)),
+        Problem("5modes", "5 modes", HIDDEN, (50, 150)),
+        Problem("9modes", "9 modes", HIDDEN, (50, 150)),
+        Problem("mnist", "MNIST", CHANNELS, (64, 512, 1024), base=(8, 16, 32)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run.
+
+    Args:
+        name: of its folder.
+        problem: name of the row.
+        column: name of the model.
+        seed: of the run.
+        words: for ``mixdist train``.
+        config: sha256 of the config file.
+        parameters: of all VAEs of the model.
+        gradients: sample-gradients, as planned.
+        rate: learning rate, the largest where it is scheduled.
+    """
+
+    name: str
+    problem: str
+    column: str
+    seed: int
+    words: list[str]
+    config: str
+    parameters: int
+    gradients: int
+    rate: float
+
+
+def read(words: Sequence[str]) -> Config:
+    """Read a config as ``mixdist train`` does."""
+    parser = config_parser()
+    return make_config(parser, parse(parser, list(words)))
+
+
+def sample_gradients(config: Config, num_rows: int, rounds: int | None = None) -> int:
+    """Rows that experts learn from in a competition, each as often as it is in a batch of an expert.
+
+    (P e + T E) N, with P = K where all experts pretrain on all rows, else 1; e epochs of pretraining, T rounds of E
+    epochs, N rows.
+
+    Args:
+        config: of the competition.
+        num_rows: N.
+        rounds: T; None for all that the rules allow.
+    """
+    rules = config.competition
+    assert rules is not None
+    each = config.num_experts if rules.start == "all" else 1
+    pretrain = each * sum(phase.epochs for phase in config.pretrain)
+    return (pretrain + (rules.rounds if rounds is None else rounds) * config.train.epochs) * num_rows
+
+
+def num_parameters(config: Config, spec: Spec) -> int:
+    """Parameters of all experts together."""
+    return config.num_experts * sum(p.numel() for p in config.expert(spec).parameters())
+
+
+def learning_rate(config: Config) -> float:
+    """The optimiser's own learning rate in the main phase."""
+    rate: float = config.train.optimizer([torch.nn.Parameter(torch.zeros(1))]).defaults["lr"]
+    return rate
+
+
+def matching(wanted: int, count: Callable[[int], int], most: int = 4096) -> int:
+    """Give the width from 1 to ``most`` whose count, which grows with it, is nearest to ``wanted``."""
+    low, high = 1, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) <= wanted else (low, middle)
+    return min((low, high), key=lambda width: (abs(count(width) - wanted), width))
+
+
+def plan(problem: Problem, options: argparse.Namespace) -> list[Cell]:
+    """List a problem's runs.
+
+    Raises:
+        ValueError: a baseline would have fewer sample-gradients than the mixture, or another batch size.
+    """
+    more = [*(["--data.init_args.root", str(options.data_root)] if problem.name == "mnist" else []), *options.more]
+    files = {kind: CONFIGS / f"kvaes_{problem.name}_{kind}.yaml" for kind in ("small", "bag", "vae")}
+    mixture = read(["--config", str(files["small"]), *more])
+    train, _ = mixture.data.load()
+
+    def count(width: int) -> int:
+        words = ["--config", str(files["vae"]), problem.key, json.dumps(problem.in_proportion(width)), *more]
+        return num_parameters(read(words), train.spec)
+
+    layers = {f"VAE-{number}": problem.widths(number) for number in problem.numbers}
+    layers["matched"] = problem.in_proportion(matching(num_parameters(mixture, train.spec), count))
+    cells = []
+    for column in problem.columns():
+        kind = {"kVAEs": "small", "bag": "bag"}.get(column, "vae")
+        own = [problem.key, json.dumps(layers[column])] if column in layers else []
+        words = ["--config", str(files[kind]), *own, *more]
+        config = read(words)
+        about = num_parameters(config, train.spec), sample_gradients(config, len(train)), learning_rate(config)
+        _check_fair(files[kind], config, mixture, len(train))
+        digest = hashlib.sha256(files[kind].read_bytes()).hexdigest()
+        for seed in problem.seeds:
+            name = f"{problem.name}-{column}-{seed}"
+            cells.append(Cell(name, problem.name, column, seed, [*words, "--seed", str(seed)], digest, *about))
+    return cells
+
+
+def _check_fair(path: Path, config: Config, mixture: Config, num_rows: int) -> None:
+    got, wanted = (sample_gradients(one, num_rows) for one in (config, mixture))
+    if got < wanted:
+        raise ValueError(
+            f"{path.name} has {got} sample-gradients, the mixture {wanted}: give {-(-wanted // num_rows)} epochs in all"
+        )
+    if config.train.batch_size != mixture.train.batch_size:
+        raise ValueError(
+            f"{path.name} has batch_size {config.train.batch_size}, the mixture {mixture.train.batch_size}: set it so"
+        )
+
+
+def tuning(cells: Sequence[Cell], share: float, rates: Sequence[str]) -> list[Cell]:
+    """Give each baseline, first seed alone, with each learning rate and a share of its epochs."""
+    found = []
+    for cell in cells:
+        if cell.column == "kVAEs" or cell.seed != 0:
+            continue
+        epochs = max(1, round(share * read(cell.words).train.epochs))
+        for rate in rates:
+            words = [*cell.words, RATE, rate, EPOCHS, str(epochs), PERIOD, str(epochs)]
+            about = cell.config, cell.parameters, max(1, round(share * cell.gradients)), float(rate)
+            found.append(Cell(f"tune-{cell.name}-{rate}", cell.problem, cell.column, 0, words, *about))
+    return found
