@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixdist.assignment import Assignment, load_balanced, reseeded, starved
+from mixdist.assignment import Assignment, reseeded, starved
 from mixdist.checkpoint import (
     CheckpointStore,
     check_optimizer,
@@ -27,22 +27,19 @@ from mixdist.checkpoint import (
 )
 from mixdist.chronicle import Chronicle
 from mixdist.data import Dataset
-from mixdist.data.loader import share
 from mixdist.engines import NotFinite
 from mixdist.entrant import Entrant, Ring
 from mixdist.mixtures import HardMixture, Owned
 from mixdist.noise import permutation
 from mixdist.phases import Phase
-from mixdist.reader import OwnReader, WireReader
-from mixdist.removal import move_entrants
+from mixdist.reader import OwnReader, WireReader, bring
+from mixdist.removal import better_homes, move_entrants
 from mixdist.rules import Rules
 from mixdist.scoring import Scoring, Verdict
 from mixdist.terms import Batch
 from mixdist.wire import Agreed, gather_json
 
 TABLE = "assignment.npy"
-MOVES_A_SECOND = 1e8
-"""Bytes of experts taken to move in a second: what a placement must save to be worth it."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +98,9 @@ class Competition:
                 f"num_experts ({self.num_experts}) must be at most the number of training samples ({len(dataset)}) "
                 f"for samples to be shared out: lower it"
             )
+        for number, phase in enumerate(self.phases):
+            epochs = phase.epochs if number + 1 < len(self.phases) else rules.rounds * phase.epochs
+            phase.try_schedule("train" if number + 1 == len(self.phases) else f"pretrain[{number}]", epochs, "epochs")
         self.table = table
         if rules.start == "split":
             self.table = Assignment.uniform(len(dataset), self.num_experts, self.data, ring.seed)
@@ -204,25 +204,13 @@ class Competition:
 
     def _rows(self) -> tuple[Batch, dict[int, list[tuple[Tensor, int]]]]:
         """Bring this rank the rows of an epoch; give them, and for each expert its batches' places and sizes."""
-        placement, mesh = self.mesh.placement, self.mesh
         batches = lru_cache(maxsize=None)(self._batches)
 
-        def part(batch: Tensor, rank: int) -> Tensor:
-            mine = share(len(batch), placement.replica_of(rank), placement.num_replicas)
-            return batch[mine.start : mine.stop]
+        def wanted(member: int) -> list[Tensor]:
+            return [batch for e in self.homes[member] for batch in batches(e)]
 
-        def wanted(rank: int) -> Tensor:
-            parts = [part(batch, rank) for e in self.homes[placement.member_of(rank)] for batch in batches(e)]
-            return torch.cat(parts).unique() if parts else torch.zeros(0, dtype=torch.int64)
-
-        wanted = lru_cache(maxsize=None)(wanted)
-        rows, index = self.reader.fetch(wanted, self.fields), wanted(mesh.rank)
-
-        def places(e: int) -> list[tuple[Tensor, int]]:
-            own = [(torch.searchsorted(index, part(batch, mesh.rank)), len(batch)) for batch in batches(e)]
-            return [(place.to(mesh.device), size) for place, size in own]
-
-        return rows, {e: places(e) for e in self.entrants}
+        rows, place = bring(self.reader, self.mesh, wanted, self.fields)
+        return rows, {e: [(place(batch), len(batch)) for batch in batches(e)] for e in self.entrants}
 
     def _batches(self, e: int) -> list[Tensor]:
         """An expert's batches of this epoch: positions in the data set, in its own order."""
@@ -254,7 +242,9 @@ class Competition:
         with self.chronicle.timed("scoring_s"):
             verdict = self.scoring.verdict(self.entrants, self.homes, at.round, None if old is None else old.expert_N)
         self.log_z_E = verdict.log_z_E
-        expert_N = old.expert_N.astype(np.int64) if rules.score.keeps and old is not None else verdict.expert_N
+        expert_N = verdict.expert_N
+        if rules.score.keeps and old is not None:
+            expert_N, verdict = old.expert_N.astype(np.int64), verdict._replace(objective=verdict.objective_before)
         table = replace(Assignment.of(expert_N, self.num_experts, self.data), round=at.round)
         hungry = [] if rules.starved == "none" else self._starved(table)
         if rules.starved == "reseed" and hungry and at.round < rules.rounds:
@@ -304,17 +294,10 @@ class Competition:
 
     def _place(self) -> None:
         """Move experts to where they are trained soonest, if that takes less time than it saves."""
-        pace = self.chronicle.seconds_a_row  # the same on every rank, as are the sizes
-        if self.rules.placement == "fixed" or len(self.homes) == 1 or self.table is None or not pace:
-            return
-        load_E = self.phase.epochs * np.maximum(self.table.counts_E, 1e-6)
-        homes = load_balanced(load_E, len(self.homes))
-        now, then = (max(sum(load_E[e] for e in experts) for experts in h) for h in (self.homes, homes))
-        sizes = {e: entrant.num_bytes for e, entrant in self.entrants.items()}
-        stays = {e for p, experts in enumerate(homes) for e in experts if e in self.homes[p]}
-        leaving = sum(int(n) for e, n in sizes.items() if e not in stays)
-        if (now - then) * pace > sum(gather_json(leaving, self.mesh.ep_group)) / MOVES_A_SECOND:
-            self._rehome(homes)
+        pace = self.chronicle.seconds_a_row  # the same on every rank
+        if self.rules.placement == "load" and len(self.homes) > 1 and self.table is not None and pace:
+            load_E = self.phase.epochs * pace * np.maximum(self.table.counts_E, 1e-6)
+            self._rehome(better_homes(self.entrants, self.homes, load_E, self.mesh))
 
     def _rehome(self, homes: list[list[int]]) -> None:
         if homes == self.homes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -45,6 +47,28 @@ class Phase:
     optimizer: Callable[[Iterable[Tensor]], Optimizer] = field(default_factory=_adam)  # type: ignore[assignment]
     schedule: Callable[[Optimizer], LRScheduler] | None = None
     clip_norm: float | None = None
+
+    def try_schedule(self, key: str, times: int, unit: str) -> None:
+        """Run the schedule to its end on one number: one that is too short fails before anything is trained.
+
+        Args:
+            key: of the phase in a config.
+            times: how often the schedule will step.
+            unit: what it steps by.
+
+        Raises:
+            ValueError: it cannot step so often.
+        """
+        if self.schedule is None:
+            return
+        schedule = self.schedule(self.optimizer([torch.nn.Parameter(torch.zeros(1))]))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # no step of the optimiser lies between
+                for _ in range(times):
+                    schedule.step()
+        except ValueError as error:
+            raise ValueError(f"{key}.schedule cannot run for the {times} {unit} of its phase: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Positions are places in the data set, ascending. Both readers give the same rows
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import torch
@@ -95,3 +96,32 @@ class WireReader:
         held = self.held[rank]
         first, last = torch.searchsorted(index, torch.tensor([held.start, held.stop])).tolist()
         return index[first:last]
+
+
+def bring(
+    reader: Reader, mesh: Mesh, batches: Callable[[int], Sequence[Tensor]], fields: Sequence[str]
+) -> tuple[Batch, Callable[[Tensor], Tensor]]:
+    """Bring each rank the rows of batches of positions, of which every replica takes its part; every rank calls it.
+
+    Args:
+        reader: brings rows, each once to a rank.
+        mesh: this rank's place.
+        batches: gives those that are for a member of the EP group; every rank can tell for every member.
+        fields: to be brought.
+
+    Returns:
+        this rank's rows, and what tells for a batch the places of this replica's part among them.
+    """
+    placement = mesh.placement
+
+    def part(batch: Tensor, rank: int) -> Tensor:
+        mine = share(len(batch), placement.replica_of(rank), placement.num_replicas)
+        return batch[mine.start : mine.stop]
+
+    def wanted(rank: int) -> Tensor:
+        parts = [part(batch, rank) for batch in batches(placement.member_of(rank))]
+        return torch.cat(parts).unique() if parts else torch.zeros(0, dtype=torch.int64)
+
+    wanted = lru_cache(maxsize=None)(wanted)
+    rows, index = reader.fetch(wanted, fields), wanted(mesh.rank)
+    return rows, lambda batch: torch.searchsorted(index, part(batch, mesh.rank)).to(mesh.device)

@@ -4,14 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor
 
+from mixdist.assignment import load_balanced
 from mixdist.collectives import move
 from mixdist.entrant import Entrant
 from mixdist.mesh import Mesh
 from mixdist.wire import Wire, gather_json
+
+MOVES_A_SECOND = 1e8
+"""Bytes of experts taken to move in a second: what a placement must save to be worth it."""
+
+
+def better_homes(
+    entrants: Mapping[int, Entrant], homes: Sequence[Sequence[int]], load_E: NDArray[np.float64], mesh: Mesh
+) -> list[list[int]]:
+    """Give each member's experts for a round: by load, the longest first, if moving takes less time than it saves.
+
+    Args:
+        entrants: this rank's experts.
+        homes: each member's experts until now.
+        load_E: seconds that each expert takes in the round, the same on every rank.
+        mesh: this rank's place.
+    """
+    balanced = load_balanced(load_E, len(homes))
+    now, then = (max(sum(load_E[e] for e in experts) for experts in each) for each in (homes, balanced))
+    stays = {e for old, new in zip(homes, balanced, strict=True) for e in set(old) & set(new)}
+    leaving = sum(entrant.num_bytes for e, entrant in entrants.items() if e not in stays)
+    moved = sum(gather_json(leaving, mesh.ep_group))  # replicas have the same to move, so all decide alike
+    return balanced if now - then > moved / MOVES_A_SECOND else [list(experts) for experts in homes]
 
 
 def move_entrants(

@@ -24,7 +24,7 @@ from mixdist.collectives import move
 from mixdist.data.loader import share
 from mixdist.entrant import Entrant, Ring
 from mixdist.noise import Moment, Purpose, permutation
-from mixdist.reader import Reader
+from mixdist.reader import Reader, bring
 from mixdist.scores import Score
 from mixdist.wire import Agreed, gather_json
 
@@ -100,7 +100,8 @@ class Scoring:
         for first in range(0, num_batches, together):
             numbers = range(first, min(first + together, num_batches))
             batches = [self._batch(round * num_batches + n, an_epoch, judging.batch_size) for n in numbers]
-            rows, places = self._fetch(batches)
+            rows, place = bring(self.reader, self.mesh, partial(_same, batches), self.fields)
+            places = [(place(batch), len(batch)) for batch in batches]
             for entrant in entrants.values():
                 attempt(partial(entrant.challenge, rows, places, round))
 
@@ -110,19 +111,6 @@ class Scoring:
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, permutation(self.ring.seed, 0, epoch, self.num_samples, purpose=Purpose.RIVAL)
         return self._order[1][place * batch_size : (place + 1) * batch_size]
-
-    def _fetch(self, batches: Sequence[Tensor]) -> tuple[dict[str, Tensor], list[tuple[Tensor, int]]]:
-        """Bring this replica's rows of some batches; give them, and for each batch its places and whole size."""
-        placement = self.mesh.placement
-
-        def wanted(rank: int) -> Tensor:
-            replica = placement.replica_of(rank)
-            parts = [share(len(b), replica, placement.num_replicas) for b in batches]
-            return torch.cat([b[p.start : p.stop] for b, p in zip(batches, parts, strict=True)]).unique()
-
-        rows, index = self.reader.fetch(wanted, self.fields), wanted(self.mesh.rank)
-        places = [torch.searchsorted(index, b[self.ring.mine(len(b))]).to(self.mesh.device) for b in batches]
-        return rows, [(place, len(b)) for place, b in zip(places, batches, strict=True)]
 
     @torch.no_grad()
     def verdict(
@@ -210,3 +198,7 @@ class Scoring:
         shapes = [(len(part),) for part in parts]
         arrived = move(sent, own, self.mesh.member, shapes, self.ring.wire.all_gather, self.mesh.ep_group)
         return torch.cat(arrived).cpu().numpy()
+
+
+def _same(batches: Sequence[Tensor], member: int) -> Sequence[Tensor]:
+    return batches

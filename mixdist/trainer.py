@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -80,8 +79,9 @@ class Trainer:
         self.saved = -1
         self._set_clock()
         self.engine = self._enter(0)
-        for number in range(len(self.phases)):
-            self._try_schedule(number)
+        for number, phase in enumerate(self.phases):
+            key = "train" if number + 1 == len(self.phases) else f"pretrain[{number}]"
+            phase.try_schedule(key, phase.epochs * -(-len(dataset) // phase.batch_size), "steps")
 
     @property
     def phase(self) -> Phase:
@@ -173,22 +173,6 @@ class Trainer:
         if not engine.trained:
             raise ValueError(f"phase {number} trains {phase.trains}, which has no parameters: set trains to both")
         return engine
-
-    def _try_schedule(self, number: int) -> None:
-        """Run a phase's schedule to its end on one number: a schedule that is too short fails now."""
-        phase = self.phases[number]
-        if phase.schedule is None:
-            return
-        optimizer = phase.optimizer([torch.nn.Parameter(torch.zeros(1))])
-        schedule, steps = phase.schedule(optimizer), phase.epochs * -(-len(self.dataset) // phase.batch_size)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # no step of the optimiser lies between
-                for _ in range(steps):
-                    schedule.step()
-        except ValueError as error:
-            key = "train" if number + 1 == len(self.phases) else f"pretrain[{number}]"
-            raise ValueError(f"{key}.schedule cannot run for the {steps} steps of its phase: {error}") from None
 
     def _loader(self) -> Loader:
         if self._cached is None:

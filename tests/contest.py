@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixdist import competition as competition_module
+from mixdist import removal as removal_module
 from mixdist.assignment import Assignment
 from mixdist.competition import Competition
 from mixdist.discriminators import ConvDiscriminator, Discriminator, MLPDiscriminator
@@ -175,11 +175,11 @@ def run(case: Contest) -> dict[str, Any]:
         report(table, record)
 
     made.scoring.verdict, made.chronicle.round = judge, note  # type: ignore[method-assign]
-    kept, competition_module.MOVES_A_SECOND = competition_module.MOVES_A_SECOND, math.inf
+    kept, removal_module.MOVES_A_SECOND = removal_module.MOVES_A_SECOND, math.inf
     try:
         made.fit()
     finally:
-        competition_module.MOVES_A_SECOND = kept
+        removal_module.MOVES_A_SECOND = kept
     assert list(made.entrants) == list(mesh.experts) == made.mixture.bank.ids
     return {
         "tables": tables,

@@ -56,7 +56,7 @@ def test_ties_go_to_the_lowest_expert() -> None:
     assert winners(scores).tolist() == [0, 1, 0, 0]
     assert winners(np.zeros((0, 3))).tolist() == []
     assert winners(np.array([[0.0, np.inf]])).tolist() == [1]
-    with pytest.raises(ValueError, match="^the score of expert 2 is not a number for some samples: lower"):
+    with pytest.raises(ValueError, match=r"^the score of expert 2 is not a number for some samples: lower"):
         winners(np.array([[0.0, 1.0, np.nan]]))
 
 
@@ -104,17 +104,9 @@ def test_the_longest_goes_first() -> None:
 def test_a_round_in_words() -> None:
     record = {"round": 3, "counts": [5, 0], "changed": 0.25, "objective": -1.5, "objective_rose": True}
     line = in_words({**record, "starved": [1], "starved_rule": "freeze"})
-    assert (
-        line == "round 3: 5 0 rows, 25.00% moved, objective -1.5000 (it rose); expert 1 is starved and does not train"
-    )
-    first = {
-        **record,
-        "changed": None,
-        "objective": None,
-        "objective_rose": False,
-        "starved": [],
-        "starved_rule": "none",
-    }
-    assert in_words(first) == "round 3: 5 0 rows"
+    told = "round 3: 5 0 rows, 25.00% moved, objective -1.5000 (it rose); expert 1 is starved and does not train"
+    assert line == told
+    first = {**record, "changed": None, "objective": None, "objective_rose": False, "starved": []}
+    assert in_words({**first, "starved_rule": "none"}) == "round 3: 5 0 rows"
     again = in_words({**first, "starved": [0], "starved_rule": "reseed"})
     assert again == "round 3: 5 0 rows; expert 0 is starved and starts anew with the samples modelled worst"

@@ -181,6 +181,14 @@ def test_blocks_only_bound_memory(score: str) -> None:
     assert max(differences(whole, pieces).values()) <= TOLERANCE
 
 
+def test_a_fixed_split_is_judged_as_it_is() -> None:
+    report = reference(case_of((1, 1), score="fixed", start="split"))
+    rounds = [record for record in report["records"] if "round" in record]
+    assert [record["changed"] for record in rounds] == [0.0] * 3
+    assert all(record["objective"] == record["objective_trained"] for record in rounds)
+    assert len({tuple(table) for table in report["tables"]}) == 1
+
+
 # Bytes, counted by hand.
 
 

@@ -40,7 +40,7 @@ def test_alone_is_as_with_the_engine_of_mixtures(optimizer: str) -> None:
     ring = entrant.ring
     expert = ring.make_expert(2, 0)
     engine = NativeEngine(
-        Parts({}, {2: expert}), mesh, Wire(mesh.device), phase.optimizer, phase.schedule, clip_norm=phase.clip_norm
+        Parts({}, {0: expert}), mesh, Wire(mesh.device), phase.optimizer, phase.schedule, clip_norm=phase.clip_norm
     )
     norms = []
     for step in range(6):

@@ -19,18 +19,10 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
 
 
-def test_a_data_set_an_expert_a_gate_and_an_objective_of_one_s_own(tmp_path: Path) -> None:
-    for block in blocks("python"):
-        named = re.match(r"# (my_\w+\.py)", block)
-        if named:
-            (tmp_path / named[1]).write_text(block)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["my_data.py", "my_expert.py", "my_gate.py", "my_objective.py"]
-    (config,) = blocks("yaml")
-    (tmp_path / "own.yaml").write_text(config + "log_every: 1\n")
-    words = ["train", "--config", "own.yaml", "--train.epochs", "3", "--out", "run"]
+def train(folder: Path, config: str, *words: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "mixdist", *words],
-        cwd=tmp_path,
+        [sys.executable, "-m", "mixdist", "train", "--config", config, *words],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -38,7 +30,25 @@ def test_a_data_set_an_expert_a_gate_and_an_objective_of_one_s_own(tmp_path: Pat
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "1000 held-out rows: loss" in done.stdout
+    return done.stdout
+
+
+def test_a_data_set_an_expert_a_gate_and_an_objective_of_one_s_own(tmp_path: Path) -> None:
+    for block in blocks("python"):
+        named = re.match(r"# (my_\w+\.py)", block)
+        if named:
+            (tmp_path / named[1]).write_text(block)
+    kinds = ("data", "expert", "gate", "objective", "score")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"my_{kind}.py" for kind in kinds]
+    competition, soft = blocks("yaml")
+    (tmp_path / "own.yaml").write_text(soft + "log_every: 1\n")
+    assert "1000 held-out rows: loss" in train(tmp_path, "own.yaml", "--train.epochs", "3", "--out", "run")
+    hard = "data: {class_path: my_data.Waves}\nexpert: {class_path: mixdist.experts.VAE}\nnum_experts: 3\n"
+    (tmp_path / "hard.yaml").write_text(hard + competition)
+    words = ["--competition.rounds", "2", "--train.epochs", "1", "--out", "hard"]
+    assert "round 2: " in train(tmp_path, "hard.yaml", *words)
+    own = ["--competition.score", "my_score.Reconstruction", *words[:-1], "own"]
+    assert "round 2: " in train(tmp_path, "hard.yaml", *own)
     losses = [record["loss"] for record in read_metrics(tmp_path / "run")]
     assert len(losses) == 30
     assert losses[-1] < losses[0]
