@@ -16,7 +16,8 @@ from mixdist.parsing import config_parser, make_config, parse
 from mixdist.terms import Spec
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-RATE, EPOCHS, PERIOD = "--train.optimizer.init_args.lr", "--train.epochs", "--train.schedule.init_args.T_max"
+RATES = ("--train.optimizer.init_args.lr", "--train.schedule.init_args.max_lr")
+EPOCHS = ("--train.epochs", "--train.schedule.init_args.total_steps")
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,8 @@ def tuning(cells: Sequence[Cell], share: float, rates: Sequence[str]) -> list[Ce
             continue
         epochs = max(1, round(share * read(cell.words).train.epochs))
         for rate in rates:
-            words = [*cell.words, RATE, rate, EPOCHS, str(epochs), PERIOD, str(epochs)]
+            own = [*((key, rate) for key in RATES), *((key, str(epochs)) for key in EPOCHS)]
+            words = [*cell.words, *(word for pair in own for word in pair)]
             about = cell.config, cell.parameters, max(1, round(share * cell.gradients)), float(rate)
             found.append(Cell(f"tune-{cell.name}-{rate}", cell.problem, cell.column, 0, words, *about))
     return found

@@ -29,7 +29,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -78,7 +78,6 @@ def finish(cell: Cell, options: argparse.Namespace, splits: Sequence[str] = ("te
     units = None if protocol["likelihood"] == "bernoulli" else protocol["add_for_stored_units"]
     known = {**about, "done": done(run), "figures": figures, "add_for_stored_units": units, "seconds": seconds}
     told.write_text(json.dumps(known, indent=2))
-    print(f"{cell.name}: {_pair(known, 3)} nats, {seconds['train']:.0f} + {seconds['evaluate']:.0f} s", flush=True)
     return known
 
 
@@ -110,7 +109,7 @@ def run_all(cells: Sequence[Cell], options: argparse.Namespace, splits: Sequence
     with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool:
         futures = [pool.submit(finish, cell, options, splits) for cell in order]
         try:
-            errors = [str(error) for error in (future.exception() for future in futures) if error]
+            errors = [error for error in map(_tell, as_completed(futures)) if error]
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
@@ -118,6 +117,17 @@ def run_all(cells: Sequence[Cell], options: argparse.Namespace, splits: Sequence
         raise ValueError("\n".join(errors))
     by_name = {future.result()["name"]: future.result() for future in futures}
     return [by_name[cell.name] for cell in cells]
+
+
+def _tell(future: Future[dict[str, Any]]) -> str | None:
+    """Print that a cell is done; give what went wrong."""
+    error = future.exception()
+    if error is not None:
+        return str(error)
+    known = future.result()
+    seconds = " + ".join(f"{s:.0f}" for s in known["seconds"].values())
+    print(f"{known['name']}: {_pair(known, 3)} nats, {seconds} s", flush=True)
+    return None
 
 
 def _pair(known: Mapping[str, Any], digits: int, name: str = "log_likelihood_shares", add: float = 0.0) -> str:
@@ -197,9 +207,7 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=positive, default=2, help="cells at once, a process with one thread each")
     parser.add_argument("--data-root", type=Path, default=Path("data/mnist"), help="folder with MNIST's files")
     parser.add_argument("--num-samples", type=positive, default=50, help="importance samples for each row and expert")
-    parser.add_argument(
-        "--rows", type=positive, default=10000, help="most rows of a split that are evaluated: the first"
-    )
+    parser.add_argument("--train-rows", type=positive, default=5000, help="training rows evaluated: the first ones")
     parser.add_argument("--docs", type=Path, help="Markdown file whose tables are replaced")
     parser.add_argument(
         "--tune", type=float, metavar="SHARE", help="search learning rates with this part of the epochs"

@@ -1,0 +1,130 @@
+"""The tables of kVAEs: baselines learn from as much as the mixture; the command makes every cell and keeps it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixdist.parsing import read_config
+from mixdist.terms import Field
+from tests.launch import ROOT
+from tests.test_benchmarks import load
+
+cells, kvaes = load("cells"), load("kvaes")
+MIXTURES = sorted((ROOT / "configs").glob("kvaes_*_small.yaml"))
+QUICK = ["--data.init_args.rows", "120", "--data.init_args.test_rows", "30", "--train.batch_size", "50"]
+QUICK += ["--pretrain", "[]", "--competition.rounds", "1", "--train.epochs", "1"]
+
+
+@pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
+def test_baselines_have_the_mixture_s_data_likelihood_batches_and_sample_gradients(path: Path) -> None:
+    mixture = read_config(path)
+    for kind, num_experts in (("bag", mixture.num_experts), ("vae", 1)):
+        baseline = read_config(Path(str(path).replace("_small", f"_{kind}")))
+        assert vars(baseline.data) == vars(mixture.data)
+        assert baseline.num_experts == num_experts
+        assert baseline.train.batch_size == mixture.train.batch_size
+        assert cells.sample_gradients(baseline, 60000) == cells.sample_gradients(mixture, 60000)
+        assert baseline.competition.score.keeps
+        assert baseline.competition.start == "split"
+
+
+@pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
+def test_baselines_are_the_mixture_s_kind_of_expert(path: Path) -> None:
+    pixels = {"x": Field((1, 28, 28), torch.uint8, scale=1 / 255)}
+    spec = pixels if "mnist" in path.stem else read_config(path).data.load()[0].spec
+    for kind in ("bag", "vae"):
+        other = Path(str(path).replace("_small", f"_{kind}"))
+        one, two = (read_config(config).expert(spec) for config in (path, other))
+        assert type(one) is type(two)
+        assert one.noise_shape == two.noise_shape
+        for name in ("name", "mean_name", "num_levels", "log_scale"):
+            assert getattr(one.likelihood, name, None) == getattr(two.likelihood, name, None)
+        assert kind == "vae" or [p.shape for p in one.parameters()] == [p.shape for p in two.parameters()]
+
+
+def test_sample_gradients_count_a_row_once_for_each_expert_that_sees_it(tmp_path: Path) -> None:
+    words = ["--config", str(ROOT / "configs" / "kvaes_3modes_small.yaml"), "--pretrain.epochs", "2"]
+    words += ["--competition.rounds", "4", "--train.epochs", "5"]
+    # All 3 experts pretrain on all 100 rows; in rounds each row has one expert.
+    assert cells.sample_gradients(cells.read(words), 100) == (3 * 2 + 4 * 5) * 100
+    assert cells.sample_gradients(cells.read(words), 100, rounds=1) == (3 * 2 + 5) * 100
+    assert cells.sample_gradients(cells.read([*words, "--competition.start", "split"]), 100) == (2 + 4 * 5) * 100
+
+
+@pytest.mark.parametrize(("wanted", "width"), [(0, 1), (100, 10), (109, 10), (112, 11), (10**9, 64)])
+def test_the_matching_width_has_the_nearest_count(wanted: int, width: int) -> None:
+    square: Callable[[int], int] = lambda w: w * w  # noqa: E731
+    assert cells.matching(wanted, square, 64) == width
+
+
+def test_a_matched_vae_has_the_mixture_s_parameters_to_two_per_cent() -> None:
+    options = argparse.Namespace(data_root=Path("none"), more=QUICK[:4])
+    planned = {cell.column: cell for cell in cells.plan(cells.PROBLEMS["9modes"], options)}
+    assert list(planned) == ["kVAEs", "bag", "VAE-50", "VAE-150", "matched"]
+    assert planned["bag"].parameters == planned["kVAEs"].parameters
+    assert abs(planned["matched"].parameters / planned["kVAEs"].parameters - 1) < 0.02
+    assert planned["VAE-50"].parameters < planned["VAE-150"].parameters < planned["matched"].parameters
+    # What the configs tell their readers is what the command takes.
+    width = json.loads(planned["matched"].words[3])
+    told = (ROOT / "configs" / "kvaes_9modes_vae.yaml").read_text()
+    assert str(width).replace(", ", ",") in told
+
+
+def test_a_baseline_that_may_learn_less_is_refused() -> None:
+    options = argparse.Namespace(data_root=Path("none"), more=["--data.init_args.rows", "90", "--train.epochs", "3"])
+    # 2 x 3 + 17 x 3 epochs against 3.
+    with pytest.raises(ValueError, match=r"kvaes_3modes_bag.yaml has 270 .* 5130: give 57 epochs in all"):
+        cells.plan(cells.PROBLEMS["3modes"], options)
+
+
+def test_the_command_makes_every_cell_once_and_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    docs = tmp_path / "docs.md"
+    marks = [f"<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in ("modes", "costs")]
+    docs.write_text("Before.\n" + "between\n".join(marks) + "After.\n")
+    words = f"--out {tmp_path / 'out'} --only 5modes --jobs 1 --num-samples 2 --docs {docs}".split()
+    kvaes.main([*words, "--", *QUICK])
+    assert capsys.readouterr().out.count(" nats, ") == 5
+    told = json.loads((tmp_path / "out" / "kvaes.json").read_text())["cells"]
+    assert [cell["column"] for cell in told] == ["kVAEs", "bag", "VAE-50", "VAE-150", "matched"]
+    assert {cell["done"] for cell in told} == {cell["gradients"] for cell in told} == {120}
+    text = docs.read_text()
+    assert text.startswith("Before.\n<!-- modes -->\n| train / test | exact density |")
+    assert text.endswith("After.\n")
+    assert "old" not in text
+    assert "between" in text
+    line = next(line for line in text.splitlines() if line.startswith("| 5 modes |"))
+    for cell, shown in zip(told, line.split(" | ")[2:], strict=False):
+        of = [cell["figures"][split]["log_likelihood_shares"] for split in ("train", "test")]
+        assert shown == f"{of[0]:.3f} / {of[1]:.3f}"
+    # What is finished is read, not made again; another config under the same name is refused.
+    logs = sorted((tmp_path / "out").glob("*.log"))
+    before = [log.read_text() for log in logs]
+    kvaes.main([*words, "--", *QUICK])
+    assert [log.read_text() for log in logs] == before
+    with pytest.raises(SystemExit, match="is of another config"):
+        kvaes.main([*words, "--", *QUICK, "--train.clip_norm", "1.0"])
+
+
+def test_units_of_stored_rows_move_a_line_by_a_constant() -> None:
+    def known(column: str, value: float) -> dict[str, Any]:
+        figures = {"log_likelihood_shares": value, "exact_log_likelihood": 1.0, "nmi": 0.5}
+        split = {"train": figures, "test": {**figures, "log_likelihood_shares": value - 1}}
+        return {"problem": "9modes", "column": column, "seed": 0, "figures": split, "add_for_stored_units": -7.0}
+
+    problem = cells.PROBLEMS["9modes"]
+    lines = kvaes.likelihoods([problem], [known(c, i) for i, c in enumerate(problem.columns())]).splitlines()
+    assert lines[2].split(" | ")[1:4] == ["1.000 / 1.000", "0.000 / -1.000", "1.000 / 0.000"]
+    assert lines[3].split(" | ")[1:4] == ["-6.000 / -6.000", "-7.000 / -8.000", "-6.000 / -7.000"]
+    assert lines[2].endswith("| 0.500 / 0.500 |")
+
+
+def test_tables_need_their_marks() -> None:
+    with pytest.raises(ValueError, match="<!-- modes --> and <!-- end of modes --> are missing"):
+        kvaes.put("no marks", {"modes": "table"})
