@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mixdist.assignment import Assignment
-from mixdist.checkpoint import write_file
 from mixdist.entrant import Entrant
+from mixdist.manifest import write_file
 from mixdist.mesh import Mesh
 from mixdist.trainer import Recorder, peak_memory
 from mixdist.wire import Wire, agree, gather_json

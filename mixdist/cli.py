@@ -23,7 +23,7 @@ from mixdist.build import (
     follow_launcher,
     keep_large_blocks,
 )
-from mixdist.checkpoint import CheckpointStore, write_file
+from mixdist.checkpoint import CheckpointStore
 from mixdist.commands import evaluate_run, sample, summary
 from mixdist.competition import Competition
 from mixdist.config import Config
@@ -32,6 +32,7 @@ from mixdist.evaluate import evaluate
 from mixdist.evidence import twins
 from mixdist.experts import ExpertBank
 from mixdist.gallery import draw, targets
+from mixdist.manifest import write_file
 from mixdist.mesh import Launch, Mesh
 from mixdist.metrics import MetricsLog, Progress
 from mixdist.mixtures import HardMixture, SoftMixture

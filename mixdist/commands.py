@@ -16,7 +16,7 @@ import numpy as np
 from jsonargparse import ArgumentParser, Namespace
 
 from mixdist.build import Session, build, build_judges, build_mesh, describe
-from mixdist.checkpoint import CheckpointStore, load_module, read_state, write_file
+from mixdist.checkpoint import CheckpointStore, load_module, read_state
 from mixdist.config import Config
 from mixdist.data import Dataset
 from mixdist.density import check_draws, kernel_density, modelled
@@ -24,6 +24,7 @@ from mixdist.ending import agreed, told_once
 from mixdist.evaluate import EVALUATION_PHASE, Evaluation, evaluate, expert_table, stored_units
 from mixdist.gallery import targets
 from mixdist.importance import SAMPLES_AT_ONCE
+from mixdist.manifest import write_file
 from mixdist.metrics import Progress, table
 from mixdist.mixtures import HardMixture
 from mixdist.model import load

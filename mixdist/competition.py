@@ -16,19 +16,12 @@ import torch
 from torch import Tensor
 
 from mixdist.assignment import Assignment, reseeded, starved
-from mixdist.checkpoint import (
-    CheckpointStore,
-    check_optimizer,
-    check_run,
-    file_name,
-    load_module,
-    read_manifest,
-    read_state,
-)
+from mixdist.checkpoint import CheckpointStore, check_optimizer, check_run, load_module, read_state
 from mixdist.chronicle import Chronicle
 from mixdist.data import Dataset
 from mixdist.engines import NotFinite
 from mixdist.entrant import Entrant, Ring
+from mixdist.manifest import file_name, read_manifest
 from mixdist.mixtures import HardMixture, Owned
 from mixdist.noise import permutation
 from mixdist.phases import Phase

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mixdist.checkpoint import LATEST, MANIFEST, STATE, CheckpointStore, load_module, read_state, write_file
+from mixdist.checkpoint import LATEST, STATE, CheckpointStore, load_module, read_state
 from mixdist.engines import NativeEngine
+from mixdist.manifest import MANIFEST, write_file
 from mixdist.mesh import Launch, Mesh, Placement
 from mixdist.mixtures import Owned, Parts
 from mixdist.terms import Outcome
@@ -269,11 +270,11 @@ def test_every_cut_and_every_flipped_byte_is_found(name: str, tmp_path: Path) ->
 
 def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change a manifest as someone would who knows how its checksum is made."""
-    from mixdist.checkpoint import _digest
+    from mixdist.manifest import digest
 
     manifest = json.loads((path / MANIFEST).read_text())
     change(manifest)
-    manifest["sha256"] = _digest(manifest)
+    manifest["sha256"] = digest(manifest)
     write_file(path / MANIFEST, json.dumps(manifest).encode())
 
 

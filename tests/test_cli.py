@@ -17,11 +17,11 @@ import torch
 from sklearn.datasets import load_digits
 
 import mixdist
-from mixdist.checkpoint import MANIFEST
 from mixdist.cli import train_parser
 from mixdist.config import CheckpointConfig, Config, DispatchConfig, MeshConfig
 from mixdist.data import Blobs, Digits
 from mixdist.experts import Compute
+from mixdist.manifest import MANIFEST
 from mixdist.phases import Phase
 from tests.launch import REMOVED, SMALL, Ended, changed, here, torchrun, write_config
 

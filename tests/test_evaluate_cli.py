@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import mixdist
-from mixdist.checkpoint import MANIFEST
 from mixdist.data import Digits
+from mixdist.manifest import MANIFEST
 from tests.launch import SMALL, Ended, changed, here, torchrun, write_config
 from tests.test_cli import idx_folder
 

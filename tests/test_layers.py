@@ -21,7 +21,7 @@ PACKAGE = ROOT / "mixdist"
 # Rooms (files or folders of mixdist/) from the bottom up; rooms on one line stand side by side.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("terms", "version"),
-    ("stats", "kde", "noise", "nets", "pulse"),
+    ("stats", "kde", "noise", "nets", "pulse", "manifest"),
     ("convnets",),
     ("data", "experts", "gates"),
     ("routing", "objectives", "health", "importance", "discriminators", "assignment"),
