@@ -198,7 +198,7 @@ STAGES = {"write": Writing, "fsync": Breaking, "replace": Breaking, "rename": Br
 def break_stage(patch: pytest.MonkeyPatch, stage: str, number: int, error: Callable[[], BaseException]) -> Breaking:
     if stage == "write":
         broken: Breaking = Writing(builtins.open, number, error)
-        patch.setattr("mixdist.checkpoint.open", broken, raising=False)
+        patch.setattr("mixdist.manifest.open", broken, raising=False)
     else:
         broken = STAGES[stage](getattr(os, stage), number, error)
         patch.setattr(os, stage, broken)
