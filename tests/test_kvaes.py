@@ -128,3 +128,17 @@ def test_units_of_stored_rows_move_a_line_by_a_constant() -> None:
 def test_tables_need_their_marks() -> None:
     with pytest.raises(ValueError, match="<!-- modes --> and <!-- end of modes --> are missing"):
         kvaes.put("no marks", {"modes": "table"})
+
+
+def test_tuning_takes_each_baseline_at_each_rate_with_a_share_of_its_epochs() -> None:
+    options = argparse.Namespace(data_root=Path("none"), more=QUICK[:4])
+    planned = cells.plan(cells.PROBLEMS["3modes"], options)
+    found = cells.tuning(planned, 0.5, ["0.001", "0.01"])
+    assert [cell.column for cell in found] == [c for c in ("bag", "VAE-50", "VAE-150", "matched") for _ in range(2)]
+    for cell in found:
+        config = cells.read(cell.words)
+        assert cell.seed == 0
+        assert (cells.learning_rate(config), config.train.epochs) == (cell.rate, 88)
+        schedule = config.train.schedule(config.train.optimizer([torch.nn.Parameter(torch.zeros(1))]))
+        assert schedule.total_steps == 88
+        assert schedule.optimizer.param_groups[0]["max_lr"] == cell.rate
