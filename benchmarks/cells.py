@@ -118,7 +118,9 @@ def sample_gradients(config: Config, num_rows: int, rounds: int | None = None) -
 
 def num_parameters(config: Config, spec: Spec) -> int:
     """Parameters of all experts together."""
-    return config.num_experts * sum(p.numel() for p in config.expert(spec).parameters())
+    with torch.device("meta"):  # shapes without memory: the search for a width looks at very wide ones
+        expert = config.expert(spec)
+    return config.num_experts * sum(p.numel() for p in expert.parameters())
 
 
 def learning_rate(config: Config) -> float:
