@@ -129,9 +129,12 @@ def learning_rate(config: Config) -> float:
     return rate
 
 
-def matching(wanted: int, count: Callable[[int], int], most: int = 4096) -> int:
-    """Give the width from 1 to ``most`` whose count, which grows with it, is nearest to ``wanted``."""
-    low, high = 1, most
+def matching(wanted: int, count: Callable[[int], int]) -> int:
+    """Give the width from 1 whose count, which grows with it, is nearest to ``wanted``."""
+    high = 1
+    while count(high) < wanted:
+        high *= 2
+    low = max(high // 2, 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) <= wanted else (low, middle)
