@@ -70,10 +70,11 @@ class WireReader:
         spec = {name: self.spec[name] for name in fields}
         me, world, device = self.mesh.rank, range(self.mesh.world_size), self.mesh.device
         index, packed = wanted(me), self._packed(tuple(fields))
-        own = packed[self._within(index, me) - self.held[me].start].to(device)
+        own = packed.index_select(0, self._within(index, me) - self.held[me].start).to(device)
         if self.mesh.world is None:
             return unpack(own, spec)
-        parts = [packed[self._within(wanted(rank), me) - self.held[me].start] for rank in world if rank != me]
+        first, others = self.held[me].start, [rank for rank in world if rank != me]
+        parts = [packed.index_select(0, self._within(wanted(rank), me) - first) for rank in others]
         sizes = iter([part.numel() for part in parts])
         width = ID_BYTES + sum(field.num_bytes for field in spec.values())
         sent = [0 if rank == me else next(sizes) for rank in world]
