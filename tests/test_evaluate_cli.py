@@ -107,6 +107,16 @@ def test_another_split_has_a_file_of_its_own(run: Path) -> None:
     assert test["experts"][0]["on_all_rows"]["log_likelihood_error"] is None  # one sample has no deviation
 
 
+def test_the_first_rows_alone_are_evaluated_where_asked(run: Path) -> None:
+    figures = []
+    for num_rows in (1, 2):
+        ended, told = evaluated(run, "--rows", str(num_rows), "--num_samples", "2")
+        assert told["protocol"]["rows"] == sum(expert["rows"] for expert in told["experts"]) == num_rows
+        assert f"\n{num_rows} held-out rows: " in ended.out
+        figures.append(told["figures"]["log_likelihood_shares"])
+    assert figures[0] != figures[1]
+
+
 def test_the_figures_are_the_run_s_own(run: Path) -> None:
     """The command finds the weights, the rows and the noise that the run ended with."""
     ended = here("train", "--resume", str(run))
@@ -156,6 +166,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(run: Path) -> None:
         (["--num_samples", "3"], "evaluate needs a run"),
         (["run", "--num_samples", "0"], "--num_samples (0) must be 1 or more"),
         (["run", "--num_samples", "many"], "num_samples (many) must be a whole number"),
+        (["run", "--rows", "0"], "--rows (0) must be 1 or more: leave it out for all rows"),
         (["run", "--split", "held-out"], "split (held-out) must be test or train"),
         (["run", "--samples", "3"], "--samples"),
         (["run", "--num_experts", "5"], "was made with num_experts 4, here is 5"),
