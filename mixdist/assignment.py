@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -118,10 +118,6 @@ class Assignment:
                 f"take another"
             )
         return Assignment.of(expert_N, num_experts, data, about["round"])
-
-    def next(self, expert_N: NDArray[np.integer[Any]]) -> Assignment:
-        """Give the table after another round."""
-        return replace(Assignment.of(expert_N, self.num_experts, self.data), round=self.round + 1)
 
 
 def winners(scores_NE: NDArray[np.floating[Any]]) -> NDArray[np.int64]:

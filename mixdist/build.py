@@ -26,7 +26,7 @@ from mixdist.mesh import Launch, Mesh, Placement, choose_device
 from mixdist.mixtures import HardMixture, SoftMixture
 from mixdist.noise import Moment, Purpose, weights_seed
 from mixdist.rules import Rules
-from mixdist.scores import Discriminators
+from mixdist.scores import Discriminators, Score
 from mixdist.terms import Field, Spec
 from mixdist.wire import Wire, agree, alike, gather_json
 
@@ -181,7 +181,7 @@ def build_mixture(config: Config, spec: Spec, mesh: Mesh, wire: Wire) -> SoftMix
     bank = ExpertBank(experts, "loop" if config.execution == "auto" else config.execution, config.compute)
     dispatch, dtype = Dispatch(mesh, wire, spec), DTYPES[config.dtype]
     if config.competition is not None:
-        config.competition.score.check(spec, config.num_experts, bank.template)
+        check_score(config, config.competition.score, spec, bank.template)
         return HardMixture(bank, dispatch, spec, dtype, config.competition.score)
     gate = build_gate(config, spec).to(mesh.device)
     check_fields("gate", gate, spec)
@@ -206,8 +206,25 @@ def choose_execution(config: Config, mixture: SoftMixture, train: Dataset) -> No
         bank.stack_up()
 
 
-def check_fields(key: str, module: Gate | Expert, spec: Spec) -> None:
-    """Hold what a gate or expert reads against what the data has.
+def check_score(config: Config, score: Score, spec: Spec, template: Expert) -> None:
+    """Hold a score against data and experts, and make a discriminator: better now than after pretraining.
+
+    Raises:
+        ValueError: it cannot score them; a discriminator cannot be made, or reads another field than experts draw.
+    """
+    score.check(spec, config.num_experts, template)
+    check_fields("competition.score", score, spec)
+    for judge in build_judges(config, spec, [0]).values():
+        drawn = getattr(template, "field", "x")
+        if judge.fields != (drawn,):
+            raise ValueError(
+                f"competition.score.init_args.network ({type(judge).__name__}) reads {', '.join(judge.fields)}, but "
+                f"the samples of {type(template).__name__} are of {drawn}: let both have one field"
+            )
+
+
+def check_fields(key: str, module: Gate | Expert | Score, spec: Spec) -> None:
+    """Hold what a gate, expert or score reads against what the data has.
 
     Raises:
         ValueError: a field is missing.

@@ -67,7 +67,7 @@ class Chronicle:
             "bytes": [meter.wire_bytes, meter.wire_bytes_least, meter.sync_bytes],
             "peak": peak_memory(self.mesh.device),
             "rows": sum(entrant.rows for entrant in entrants.values()),
-            "experts": {e: [entrant.loss, entrant.judge_loss] for e, entrant in entrants.items()},
+            "experts": {e: [entrant.loss, entrant.judge_loss, entrant.loss_rows] for e, entrant in entrants.items()},
         }
         told = gather_json(own, self.mesh.world)
         seconds = {name: max(t["seconds"].get(name, 0.0) for t in told) for name in told[0]["seconds"]}
@@ -76,11 +76,11 @@ class Chronicle:
         if busiest:
             self.seconds_a_row = seconds.get("experts_s", 0.0) / busiest
         names = ("wire_bytes", "wire_bytes_least", "sync_bytes")
-        losses_E, judges_E = zip(*(by_expert[e] for e in sorted(by_expert)), strict=True)
-        known = [loss for loss in losses_E if loss is not None]
+        losses_E, judges_E, rows_E = zip(*(by_expert[e] for e in sorted(by_expert)), strict=True)
+        total = sum(loss * rows for loss, rows in zip(losses_E, rows_E, strict=True) if loss is not None)
         record = {
             **fields,
-            "loss": _finite(sum(known) / len(known)) if known else None,
+            "loss": _finite(total / sum(rows_E)) if sum(rows_E) else None,
             "expert_loss": [_finite(loss) for loss in losses_E],
             "discriminator_loss": [_finite(loss) for loss in judges_E],
             **{name: sum(t["bytes"][i] for t in told) for i, name in enumerate(names)},
@@ -126,10 +126,10 @@ def in_words(record: Mapping[str, Any]) -> str:
     line = f"round {record['round']}: {' '.join(map(str, counts))} rows"
     line += "" if changed is None else f", {changed:.2%} moved"
     line += "" if record["objective"] is None else f", objective {record['objective']:.4f}"
-    line += " (it rose)" if record["objective_rose"] else ""
-    done = {"freeze": "does not train", "reseed": "starts anew with the samples modelled worst"}
+    line += " (it rose in training)" if record["objective_rose"] else ""
+    done = {"none": "", "freeze": " and does not train", "reseed": " and starts anew with the samples modelled worst"}
     for e in hungry:
-        line += f"; expert {e} is starved and {done[record['starved_rule']]}"
+        line += f"; expert {e} is starved{done[record['starved_rule']]}"
     return line
 
 

@@ -86,7 +86,7 @@ def train(words: Sequence[str]) -> None:
     try:
         with told_once(mesh, "look at that rank's own messages, then go on with --resume"):
             session = build(config, mesh)
-            trainer = agreed(lambda: _trainer(config, session), mesh)
+            trainer = agreed(lambda: _trainer(config, session, bool(resumed)), mesh)
             run = _run_directory(parsed, resumed, session)
             held = _hold(run, mesh)
             parsed.execution = session.mixture.bank.execution  # what auto took: the run goes on with it
@@ -180,7 +180,7 @@ def _choose_directory(parsed: Namespace, resumed: Path | None) -> Path:
             number += 1
 
 
-def _trainer(config: Config, session: Session) -> Trainer | Competition:
+def _trainer(config: Config, session: Session, resumed: bool) -> Trainer | Competition:
     """Make the trainer, before the run has a directory: what does not fit leaves nothing behind."""
     phases = [*config.pretrain, config.train]
     if config.competition is not None:
@@ -191,7 +191,7 @@ def _trainer(config: Config, session: Session) -> Trainer | Competition:
             phases,
             config.competition,
             build_ring(config, session),
-            first_table(config, session.train),
+            None if resumed else first_table(config, session.train),  # its checkpoints have the table
             save_every=config.checkpoint.every,
             described=describe(config, session.train),
         )
@@ -225,9 +225,10 @@ def _train(
         log = MetricsLog(run, trainer.position.total if resumed else None)
         bar = Progress(trainer.total_steps, trainer.position.total, sys.stderr.isatty())
         recorders = [log, bar]
+        if isinstance(trainer, Competition):
+            trainer.chronicle.tell = bar.tell
     if isinstance(trainer, Competition):
         trainer.chronicle.recorders, trainer.chronicle.tables = recorders, run / "assignments"
-        trainer.chronicle.tell = print
     else:
         trainer.recorders = recorders
     try:

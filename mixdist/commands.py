@@ -265,8 +265,9 @@ def sample(words: Sequence[str]) -> None:
     """``mixdist sample RUN``: a picture with a row of samples for each expert."""
     parser = plain_parser(
         "mixdist sample",
-        "Draw from the prior of every expert of a run, one row of images each, into a picture; in one process, without "
-        "the data. Example: mixdist sample runs/digits_moe-1 --num_samples 16",
+        "Draw from the prior of every expert of a run into a picture: a row of images each (means of p(x|z)), or "
+        "points in the plane (with the noise of p(x|z)); in one process, without the data. Example: mixdist sample "
+        "runs/digits_moe-1 --num_samples 16",
     )
     parser.add_argument("run", type=str, help="the run's directory")
     parser.add_argument("--out", type=str | None, help="the picture, a PNG file; unset, RUN/images/samples.png")
@@ -276,7 +277,9 @@ def sample(words: Sequence[str]) -> None:
     if not 1 <= options.num_samples <= 1000:
         raise ValueError(f"--num_samples ({options.num_samples}) must be from 1 to 1000")
     model = load(options.run)
-    samples = [model.sample(options.num_samples, e, options.seed).numpy() for e in model.experts]
+    plane = "x" in model.spec and model.spec["x"].shape == (2,)
+    observed = plane and model.experts[0].can("draw")  # a cloud of means in the plane is no density
+    samples = [model.sample(options.num_samples, e, options.seed, observed).numpy() for e in model.experts]
     path = Path(options.out or Path(options.run) / "images" / "samples.png")
     if samples[0].shape[1:] == (2,):
         experts = np.repeat(np.arange(len(samples)), options.num_samples)

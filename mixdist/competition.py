@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixdist.assignment import Assignment, reseeded, starved
+from mixdist.assignment import Assignment, StarvedRule, reseeded, starved
 from mixdist.checkpoint import CheckpointStore, check_optimizer, check_run, load_module, read_state
 from mixdist.chronicle import Chronicle
 from mixdist.data import Dataset
@@ -238,15 +238,18 @@ class Competition:
         expert_N = verdict.expert_N
         if rules.score.keeps and old is not None:
             expert_N, verdict = old.expert_N.astype(np.int64), verdict._replace(objective=verdict.objective_before)
-        table = replace(Assignment.of(expert_N, self.num_experts, self.data), round=at.round)
+        table = Assignment.of(expert_N, self.num_experts, self.data, at.round)
         hungry = [] if rules.starved == "none" else self._starved(table)
-        if rules.starved == "reseed" and hungry and at.round < rules.rounds:
+        rule = rules.starved if at.round < rules.rounds else "none"  # nobody would train on what it gives
+        begins = bool(hungry) and rule == "reseed"
+        if begins:
             table = self._reseed(table, verdict, hungry)
         changed = None if old is None else table.changed(old)
-        stopped = at.round > 0 and changed is not None and changed < rules.stop_below
+        # An expert that begins anew may get the very samples that it had: it is to learn them before the end.
+        stopped = at.round > 0 and not begins and changed is not None and changed < rules.stop_below
         self.table = table
         self.position = replace(at, round=at.round + 1, epoch=0, total=at.total + 1, stopped=stopped)
-        self._report(table, verdict, changed, hungry)
+        self._report(table, verdict, changed, hungry, rule)
         return True
 
     def _reseed(self, table: Assignment, verdict: Verdict, hungry: list[int]) -> Assignment:
@@ -258,9 +261,11 @@ class Competition:
             fresh.judge, fresh.judge_engine = self.entrants[e].judge, self.entrants[e].judge_engine
             self.entrants[e] = fresh
         expert_N = reseeded(table.expert_N.astype(np.int64), verdict.best_N, hungry, self.num_experts)
-        return replace(Assignment.of(expert_N, self.num_experts, self.data), round=table.round)
+        return Assignment.of(expert_N, self.num_experts, self.data, table.round)
 
-    def _report(self, table: Assignment, verdict: Verdict, changed: float | None, hungry: list[int]) -> None:
+    def _report(
+        self, table: Assignment, verdict: Verdict, changed: float | None, hungry: list[int], rule: StarvedRule
+    ) -> None:
         before, last = verdict.objective_before, self.objective
         rose = last is not None and before is not None and before > last + 1e-12 * abs(last)
         self.objective = verdict.objective
@@ -274,7 +279,7 @@ class Competition:
                 "objective_trained": before,
                 "objective_rose": rose,
                 "starved": hungry,
-                "starved_rule": self.rules.starved,
+                "starved_rule": rule,
                 "homes": self.homes,
             }
         )
@@ -308,7 +313,10 @@ class Competition:
         if self.store is None or self.saved == self.position.total:
             return
         self._agree()
-        known = {e: {"steps": entrant.steps, "loss": entrant.loss} for e, entrant in self.entrants.items()}
+        known = {
+            e: {"steps": entrant.steps, "loss": entrant.loss, "loss_rows": entrant.loss_rows}
+            for e, entrant in self.entrants.items()
+        }
         told = {e: one for rank in gather_json(known, self.mesh.world) for e, one in rank.items()}
         state = {
             "position": asdict(self.position),
@@ -367,4 +375,5 @@ class Competition:
                 load_module(path, owned, self)
             entrant.go_to(state["entrants"][str(e)]["steps"])
             entrant.loss = state["entrants"][str(e)]["loss"]
+            entrant.loss_rows = state["entrants"][str(e)]["loss_rows"]
         self.saved = self.position.total

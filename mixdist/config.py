@@ -26,7 +26,9 @@ class MeshConfig:
     Args:
         ep_size: ranks that together hold each expert once; unset, all ranks, or num_experts of them in each replica.
         device: auto takes CUDA (with NCCL) where there is some, else the CPU (with gloo).
-        timeout_s: seconds after which a collective that some rank does not enter ends the run.
+        timeout_s: seconds after which a collective that some rank does not enter ends the run. In a competition ranks
+            meet once a round (delivery: read) or once an epoch (wire): give more than the busiest rank takes beyond
+            the idlest.
     """
 
     ep_size: int | None = None
@@ -83,7 +85,8 @@ class Config:
         train: the main phase.
         mesh: where experts live.
         checkpoint: when to save.
-        log_every: steps between lines of metrics.jsonl.
+        log_every: steps between lines of metrics.jsonl; a competition has one for each epoch of pretraining and each
+            round, whatever is said here.
         test_batch_size: rows of the global batch in evaluation.
     """
 

@@ -88,6 +88,7 @@ class Entrant:
         self.judge_engine: SoloEngine | None = None
         self.rows = 0  # trained on, since somebody asked
         self.loss: float | None = None
+        self.loss_rows = 0  # that ``loss`` is a mean over
         self.judge_loss: float | None = None
         self.enter(phase)
 
@@ -123,7 +124,7 @@ class Entrant:
             num_rows += size
         self.engine.end_epoch()
         self.rows += num_rows
-        self.loss = total / num_rows if num_rows else None
+        self.loss, self.loss_rows = (total / num_rows if num_rows else None), num_rows
 
     def _noise(self, ids_N: Tensor, batches: Sequence[Tensor], phase: int) -> Iterator[Noise | None]:
         """Give each batch's noise; that of several batches is drawn at once, which changes none of its numbers.

@@ -170,6 +170,11 @@ class Progress:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(record["step"] - self._bar.n)
 
+    def tell(self, line: str) -> None:
+        """Print a line on stdout, above the bar where both are on a terminal; at once, whatever stdout is."""
+        self._bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
     def close(self) -> None:
         """Leave the bar as it stands and end its line."""
         self._bar.close()

@@ -150,13 +150,24 @@ class Model:
         return torch.einsum("ne,ne...->n...", self.responsibilities(named), each)
 
     @torch.no_grad()
-    def sample(self, num_samples: int, expert: int, seed: int = 0) -> Tensor:
-        """Draw from an expert's prior and decode: means of p(x|z), (num_samples, *shape of x)."""
+    def sample(self, num_samples: int, expert: int, seed: int = 0, observed: bool = False) -> Tensor:
+        """Draw from an expert's prior and decode: (num_samples, *shape of x).
+
+        Args:
+            num_samples: how many.
+            expert: its number.
+            seed: of the draws; the same numbers of the prior, observed or not.
+            observed: draw from p(x|z), noise and all, as the density has it; otherwise the means of p(x|z).
+        """
         one = self._expert(expert)
-        if one.noise_shape is None or not one.can("sample"):
+        if one.noise_shape is None or not one.can("draw" if observed else "sample"):
             raise ValueError(f"expert {expert} ({type(one).__name__}) has no prior to sample from: use predict")
-        eps = Draw(seed, Purpose.PRIOR).normal(torch.arange(num_samples), [expert], one.noise_shape, self.dtype)
-        return one.sample(eps[0])
+        ids = torch.arange(num_samples)
+        eps = Draw(seed, Purpose.PRIOR).normal(ids, [expert], one.noise_shape, self.dtype)[0]
+        if not observed:
+            return one.sample(eps)
+        shape = self.spec[getattr(one, "field", "x")].shape
+        return one.draw(eps, Draw(seed, Purpose.OBSERVATION).uniform(ids, [expert], shape, self.dtype)[0])
 
 
 def _referee(config: Config, spec: Spec, experts: dict[int, Expert], path: Path) -> Referee:

@@ -19,7 +19,8 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 
 from mixdist.complaints import EXAMPLE, KINDS, choose, explain, find, keys_of, last_part, one_line
 from mixdist.config import Config, check
-from mixdist.phases import Phase
+from mixdist.engines import OptimizerFactory, ScheduleFactory
+from mixdist.scores import Discriminators
 
 RESOLVED = "config.yaml"
 
@@ -91,8 +92,10 @@ def make_config(parser: ArgumentParser, parsed: Namespace) -> Config:
     config = Config(**{name: made[name] for name in Config.__dataclass_fields__})
     check(config)
     for i, phase in enumerate(config.pretrain):
-        _try_out(f"pretrain[{i}]", phase)
-    _try_out("train", config.train)
+        _try_out(f"pretrain[{i}]", phase.optimizer, phase.schedule)
+    _try_out("train", config.train.optimizer, config.train.schedule)
+    if config.competition is not None and isinstance(config.competition.score, Discriminators):
+        _try_out("competition.score.init_args", config.competition.score.optimizer)
     return config
 
 
@@ -180,20 +183,20 @@ def _check_class(key: str, class_path: str) -> None:
         raise ValueError(f"{key} ({class_path}) is the base class of what can stand there: {choose(key)}")
 
 
-def _try_out(name: str, phase: Phase) -> None:
-    """Step a phase's optimiser and schedule once on one number: better now than after the phases before it."""
+def _try_out(name: str, make: OptimizerFactory, schedule: ScheduleFactory | None = None) -> None:
+    """Step an optimiser and a schedule once on one number: better now than after the phases before it."""
     number = torch.nn.Parameter(torch.zeros(1))
     number.grad = torch.zeros(1)
     part, remedy = "optimizer", "choose one that works element by element, such as torch.optim.Adam"
     try:
-        optimizer = phase.optimizer([number])
+        optimizer = make([number])
         with suppress(AssertionError):  # capturable optimisers want CUDA
             optimizer.step()
         part, remedy = "schedule", "choose one that needs no metric, such as torch.optim.lr_scheduler.StepLR"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch would have it made before the step
-            if phase.schedule is not None:
-                phase.schedule(optimizer).step()
+            if schedule is not None:
+                schedule(optimizer).step()
     except (TypeError, ValueError, RuntimeError) as error:
         told = one_line(str(error))
         raise ValueError(f"{name}.{part} cannot be used ({told}): change its init_args, or {remedy}") from None

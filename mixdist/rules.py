@@ -22,7 +22,7 @@ class Rules:
     its epochs are passes over the expert's own samples, its batch size is the expert's own.
 
     Args:
-        rounds: how often.
+        rounds: how many.
         start: pretraining is on all samples, each expert on its own order of them, and the first scores make the first
             split (all); or on a random split, which is the first (split); or on a given table, which is (table).
         table: an assignment's .npy file of another run on the same data, with its .json beside it; for start table.

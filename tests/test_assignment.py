@@ -34,7 +34,7 @@ def test_a_uniform_split_is_random_and_belongs_to_the_seed() -> None:
 
 
 def test_a_table_comes_back() -> None:
-    table = Assignment.uniform(50, 5, "data", 0).next(np.arange(50) % 5)
+    table = Assignment.of(np.arange(50) % 5, 5, "data", round=1)
     about = json.loads(json.dumps(table.describe()))
     again = Assignment.read("t", table.to_bytes(), about, "data", 50, 5)
     assert again.round == 1
@@ -104,9 +104,11 @@ def test_the_longest_goes_first() -> None:
 def test_a_round_in_words() -> None:
     record = {"round": 3, "counts": [5, 0], "changed": 0.25, "objective": -1.5, "objective_rose": True}
     line = in_words({**record, "starved": [1], "starved_rule": "freeze"})
-    told = "round 3: 5 0 rows, 25.00% moved, objective -1.5000 (it rose); expert 1 is starved and does not train"
-    assert line == told
+    told = "round 3: 5 0 rows, 25.00% moved, objective -1.5000 (it rose in training); expert 1 is starved"
+    assert line == f"{told} and does not train"
     first = {**record, "changed": None, "objective": None, "objective_rose": False, "starved": []}
     assert in_words({**first, "starved_rule": "none"}) == "round 3: 5 0 rows"
     again = in_words({**first, "starved": [0], "starved_rule": "reseed"})
     assert again == "round 3: 5 0 rows; expert 0 is starved and starts anew with the samples modelled worst"
+    at_the_end = in_words({**first, "starved": [0], "starved_rule": "none"})
+    assert at_the_end == "round 3: 5 0 rows; expert 0 is starved"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations, product
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from mixdist.data.loader import share
 from mixdist.mesh import Placement
 from mixdist.wire import Wire
-from tests.contest import COUNTS, Contest, make_competition, make_ring, merge, run, skewed, tensors
+from tests.contest import COUNTS, Contest, Keeper, make_competition, make_ring, merge, run, skewed, tensors
 from tests.parity import mesh_of
 from tests.pool import Pool
 from tests.test_parity import covering
@@ -140,6 +141,28 @@ def test_a_starved_expert_waits_or_begins_anew(score: str) -> None:
     assert [left["experts"][f"{e} steps"][0].item() for e in range(4)] == [2 * 3, 2 * 2, 2, 0]
     assert anew["tables"] == left["tables"]  # after the last round nobody would train on a new split
     assert rounds[1]["starved"] == [e for e, count in enumerate(rounds[1]["counts"]) if count < 45 / 4 / 2]
+    assert [record["starved_rule"] for record in rounds] == ["none"] * 3
+
+
+def test_an_expert_that_began_anew_is_trained_before_the_end() -> None:
+    """It may get the very samples that it had, so that nothing moves: the run would end with one that knows nothing."""
+    case = case_of((1, 1), start="table", score="oracle", starved="reseed")
+    made, keeper = make_competition(case, mesh_of(4, 1, 1), Wire(torch.device("cpu"))), Keeper()
+    made.rules, made.chronicle.recorders = replace(made.rules, stop_below=0.01), [keeper]
+    made.fit()
+    rounds = [record for record in keeper.records if "round" in record]
+    assert [record["changed"] == 0 for record in rounds] == [False, True, False]
+    assert [record["starved"] for record in rounds] == [[3]] * 3
+    assert [record["starved_rule"] for record in rounds] == ["reseed", "reseed", "none"]
+
+
+def test_the_loss_is_a_mean_over_rows() -> None:
+    first = reference(case_of((1, 1), start="table", rounds=1))["records"][0]
+    rows, losses = COUNTS[4], first["expert_loss"]
+    assert [loss is None for loss in losses] == [count == 0 for count in rows]
+    assert first["loss"] == pytest.approx(
+        sum(n * loss for n, loss in zip(rows, losses, strict=True) if n) / 45, rel=1e-12
+    )
 
 
 def test_reseeding_gives_new_weights_and_the_worst_samples() -> None:

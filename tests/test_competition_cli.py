@@ -18,7 +18,7 @@ import torch
 import mixdist
 from mixdist.assignment import Assignment
 from mixdist.data import Blobs
-from tests.launch import REMOVED, here, torchrun, write_config
+from tests.launch import REMOVED, ROOT, here, torchrun, write_config
 from tests.test_cli import OWN_DATA, complaint, refused
 from tests.test_competition_resume import config_of
 
@@ -151,6 +151,34 @@ def test_what_cannot_compete_is_refused(changes: dict[str, Any], told: list[str]
     assert all(part in line for part in told), line
 
 
+NETWORK = "competition__score__init_args__network"
+PARABOLAS = {"data": {"class_path": "mixdist.data.Parabolas"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({f"{NETWORK}__class_path": "mixdist.discriminators.ConvDiscriminator", f"{NETWORK}__init_args": {}}, "images"),
+        ({f"{NETWORK}__init_args__hidden": [0]}, "(0)"),
+        (
+            {**PARABOLAS, f"{NETWORK}__init_args__field": "y"},
+            "competition.score.init_args.network (MLPDiscriminator) reads y, but the samples of VAE are of x",
+        ),
+        (
+            {"competition__score__init_args__optimizer": {"class_path": "torch.optim.LBFGS"}},
+            "competition.score.init_args.optimizer cannot be used (",
+        ),
+        ({"competition__score": "weighing.Weighing"}, "competition.score (Weighing) needs the field 'w', but the data"),
+    ],
+    ids=["conv", "width", "field", "optimizer", "score"],
+)
+def test_what_only_scoring_needs_is_tried_before_training(changes: dict[str, Any], told: str, folder: Path) -> None:
+    (folder / "weighing.py").write_text(
+        'from mixdist.scores import Random\n\n\nclass Weighing(Random):\n    fields = ("w",)\n'
+    )
+    assert told in refused_config(pretrain=[{"epochs": 1}], **changes)
+
+
 def test_an_oracle_needs_labels(folder: Path) -> None:
     (folder / "own_rows.py").write_text(OWN_DATA)
     oracle = {"class_path": "mixdist.scores.LabelOracle"}
@@ -225,6 +253,16 @@ def test_a_table_that_does_not_belong_is_refused(damage: Callable[[], Any], told
     write_table(even())
     damage()
     assert told in refused_config(competition__start="table", competition__table="table.npy")
+
+
+def test_a_run_goes_on_without_the_table_that_it_started_from(folder: Path) -> None:
+    path = write_table(even())
+    config = changed(competition__start="table", competition__table="table.npy", competition__rounds=1)
+    assert here("train", "--config", write_config(folder / "c.yaml", config), "--out", "run").code == 0
+    path.unlink()
+    ended = here("train", "--resume", "run", "--competition.rounds", "2")
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.startswith("round 2: ")
 
 
 def test_signed_numbers_are_no_table() -> None:
@@ -335,6 +373,8 @@ def test_a_run_has_its_tables_and_pictures(run: Path) -> None:
         assert np.bincount(table, minlength=4).tolist() == record["counts"]
         assert table.dtype == np.uint8
     assert (run / "images" / "experts.png").exists()
+    explained = (ROOT / "docs" / "architecture.md").read_text().partition("has a line for each epoch of pretraining")[2]
+    assert all(f"`{key}`" in explained for record in records for key in record)
 
 
 def test_a_run_is_loaded_without_its_data(run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,7 +387,9 @@ def test_a_run_is_loaded_without_its_data(run: Path, folder: Path, monkeypatch: 
     responsible = model.responsibilities(train.rows["x"][:9])
     assert responsible.shape == (9, 4)
     assert torch.equal(responsible, torch.nn.functional.one_hot(torch.from_numpy(table[:9]).long(), 4).double())
-    assert model.sample(5, 2).shape == (5, 2)
+    means, drawn = model.sample(5, 2), model.sample(5, 2, observed=True)
+    assert means.shape == drawn.shape == (5, 2)
+    assert (means != drawn).all()
     assert model.reconstruct(train.rows["x"][:9]).shape == (9, 2)
     with pytest.raises(ValueError, match="field 'x' has shape"):
         model.assign(torch.zeros(3, 5))

@@ -173,6 +173,14 @@ def test_progress_is_silent_where_not_shown(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_line_of_its_own_goes_to_stdout(shown: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(total=10, initial=0, shown=shown) as progress:
+        progress.write({"step": 1, "loss": 1.0})
+        progress.tell("round 1: 5 0 rows")
+        assert capsys.readouterr().out == "round 1: 5 0 rows\n"
+
+
 def test_a_table_is_aligned() -> None:
     rows = [["vae", 3, "1,024", "12.5%"], ["moe-vae", 100, "-", "7.0%"]]
     assert table(["system", "experts", "rows/s", "share"], rows) == "\n".join(
