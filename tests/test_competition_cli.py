@@ -159,7 +159,7 @@ PARABOLAS = {"data": {"class_path": "mixdist.data.Parabolas"}}
     ("changes", "told"),
     [
         ({f"{NETWORK}__class_path": "mixdist.discriminators.ConvDiscriminator", f"{NETWORK}__init_args": {}}, "images"),
-        ({f"{NETWORK}__init_args__hidden": [0]}, "(0)"),
+        ({f"{NETWORK}__init_args__hidden": [0]}, "[2, 0, 1]"),
         (
             {**PARABOLAS, f"{NETWORK}__init_args__field": "y"},
             "competition.score.init_args.network (MLPDiscriminator) reads y, but the samples of VAE are of x",
