@@ -138,7 +138,8 @@ def _pair(known: Mapping[str, Any], digits: int, name: str = "log_likelihood_sha
 
 def likelihoods(problems: Sequence[Problem], found: Sequence[Mapping[str, Any]]) -> str:
     """Give the table of likelihoods of problems with the same columns."""
-    columns, lines = problems[0].columns(), []
+    columns, lines, names = problems[0].columns(), [], [problem.name for problem in problems]
+    found = [known for known in found if known["problem"] in names]
     exact = any("exact_log_likelihood" in known["figures"]["test"] for known in found)
     digits = 3 if exact else 2
     for problem in problems:
