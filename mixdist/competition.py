@@ -240,7 +240,9 @@ class Competition:
             expert_N, verdict = old.expert_N.astype(np.int64), verdict._replace(objective=verdict.objective_before)
         table = Assignment.of(expert_N, self.num_experts, self.data, at.round)
         hungry = [] if rules.starved == "none" else self._starved(table)
-        rule = rules.starved if at.round < rules.rounds else "none"  # nobody would train on what it gives
+        rule = rules.starved
+        if rule == "reseed" and at.round >= rules.rounds:
+            rule = "none"  # nobody would train on what it gives
         begins = bool(hungry) and rule == "reseed"
         if begins:
             table = self._reseed(table, verdict, hungry)
