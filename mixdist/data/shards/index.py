@@ -1,0 +1,241 @@
+"""The index of a folder of tar shards: where every member of every sample lies, and what it should be.
+
+Shape letters: N samples, M members of a sample, A attributes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixdist.manifest import write_file
+
+HEAD, SAMPLES = "index.json", "index.npz"
+FORMAT = 1
+ABSENT = -1
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.tar")
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One tar file.
+
+    Args:
+        name: of the file, without a folder.
+        split: train, valid, test or another part of the data set.
+        num_bytes: of the file.
+        sha256: of the file.
+        num_samples: in it.
+        first_id: global id of its first sample.
+    """
+
+    name: str
+    split: str
+    num_bytes: int
+    sha256: str
+    num_samples: int
+    first_id: int
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """What is known of a set of shards; samples are in the order of the shards.
+
+    Args:
+        shards: in order.
+        extensions: of the members of a sample, as ("cls", "jpg"); M.
+        id_N: global ids, int64, ascending within a shard.
+        member_NM2: where each member's bytes begin in its shard and how many there are, int64; -1 where a sample lacks
+            it.
+        crc_NM: zlib.crc32 of each member's bytes, uint32; 0 where a sample lacks it.
+        label_N: class of each sample, int64; None where samples have none.
+        attribute_NA: binary attributes of each sample, uint8 of 0 and 1; None where samples have none.
+        class_names: of the label, or empty.
+        attribute_names: A names, or empty.
+        image: (channels, height, width) where every image is known to have it, else None.
+        source: what the shards were made of and how, for people.
+        base: the https address of the folder of the shards; None where they lie beside the index.
+        made: what ``mixdist prepare`` was asked for, to tell whether an interrupted one goes on; empty for others'
+            shards.
+    """
+
+    shards: tuple[ShardEntry, ...]
+    extensions: tuple[str, ...]
+    id_N: NDArray[np.int64]
+    member_NM2: NDArray[np.int64]
+    crc_NM: NDArray[np.uint32]
+    label_N: NDArray[np.int64] | None = None
+    attribute_NA: NDArray[np.uint8] | None = None
+    class_names: tuple[str, ...] = ()
+    attribute_names: tuple[str, ...] = ()
+    image: tuple[int, int, int] | None = None
+    source: str = ""
+    base: str | None = None
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        num = sum(shard.num_samples for shard in self.shards)
+        assert self.id_N.shape == (num,), f"{self.id_N.shape} ids of {num} samples"
+        assert self.member_NM2.shape == (num, len(self.extensions), 2), self.member_NM2.shape
+        assert self.crc_NM.shape == (num, len(self.extensions)), self.crc_NM.shape
+
+    def __len__(self) -> int:
+        return len(self.id_N)
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """The place of each shard's first sample, and at the end the number of samples."""
+        return np.cumsum([0, *(shard.num_samples for shard in self.shards)], dtype=np.int64)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the parts, in order of appearance."""
+        return tuple(dict.fromkeys(shard.split for shard in self.shards))
+
+    def places(self, split: str) -> NDArray[np.int64]:
+        """The places of the samples of a part, ascending."""
+        starts = self.starts
+        parts = [np.arange(starts[i], starts[i + 1]) for i, shard in enumerate(self.shards) if shard.split == split]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        """Name the content: sha256 over the shards' checksums, samples and labels, wherever they lie."""
+        digest = hashlib.sha256(json.dumps([asdict(shard) for shard in self.shards], sort_keys=True).encode())
+        digest.update(json.dumps([self.extensions, self.class_names, self.attribute_names, self.image]).encode())
+        for array in self._arrays().values():
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        arrays: dict[str, NDArray[Any]] = {"id": self.id_N, "member": self.member_NM2, "crc": self.crc_NM}
+        if self.label_N is not None:
+            arrays["label"] = self.label_N
+        if self.attribute_NA is not None:
+            arrays["attribute"] = self.attribute_NA
+        return arrays
+
+    def write(self, folder: Path) -> None:
+        """Write ``index.npz`` and then ``index.json``, which makes it complete.
+
+        Raises:
+            OSError: they cannot be written; then nothing is left under their names that was not there.
+        """
+        samples = io.BytesIO()
+        np.savez_compressed(samples, allow_pickle=False, **self._arrays())
+        head = {
+            "format": FORMAT,
+            "shards": [asdict(shard) for shard in self.shards],
+            "extensions": self.extensions,
+            "class_names": self.class_names,
+            "attribute_names": self.attribute_names,
+            "image": self.image,
+            "source": self.source,
+            "base": self.base,
+            "made": self.made,
+            "samples_sha256": hashlib.sha256(samples.getvalue()).hexdigest(),
+            "fingerprint": self.fingerprint,
+        }
+        write_file(folder / SAMPLES, samples.getvalue())
+        write_file(folder / HEAD, (json.dumps(head, indent=1) + "\n").encode())
+
+    @staticmethod
+    def parse(name: str, head: bytes, samples: bytes) -> ShardIndex:
+        """Undo ``write``; every name and number is checked.
+
+        Args:
+            name: of the folder or address, for messages.
+            head: the content of ``index.json``.
+            samples: the content of ``index.npz``.
+
+        Raises:
+            ValueError: it is no index, is damaged, of another version, or names files outside its folder.
+        """
+        try:
+            about = json.loads(head)
+            if about["format"] != FORMAT:
+                raise ValueError(f"format {about['format']} is another version's, expected {FORMAT}")
+            if hashlib.sha256(samples).hexdigest() != about["samples_sha256"]:
+                raise ValueError(f"{SAMPLES} differs from its checksum")
+            with np.load(io.BytesIO(samples), allow_pickle=False) as arrays:
+                found = {key: arrays[key] for key in arrays.files}
+            shards = tuple(ShardEntry(**entry) for entry in about["shards"])
+            index = ShardIndex(
+                shards,
+                tuple(about["extensions"]),
+                found["id"],
+                found["member"],
+                found["crc"],
+                found.get("label"),
+                found.get("attribute"),
+                tuple(about["class_names"]),
+                tuple(about["attribute_names"]),
+                None if about["image"] is None else tuple(about["image"]),
+                about["source"],
+                about["base"],
+                about["made"],
+            )
+            wrong = [shard.name for shard in shards if not _SAFE_NAME.fullmatch(shard.name)]
+            if wrong:
+                raise ValueError(f"shard {wrong[0]!r} is no plain name that ends in .tar")
+            if index.fingerprint != about["fingerprint"]:
+                raise ValueError(f"{HEAD} differs from its fingerprint")
+        except (ValueError, KeyError, TypeError, AssertionError, OSError, EOFError) as error:
+            raise ValueError(
+                f"the index of {name} cannot be used ({error}): put back the one that was made with the shards, or "
+                f"make it anew with mixdist index"
+            ) from None
+        return index
+
+    @staticmethod
+    def read(folder: Path) -> ShardIndex:
+        """Read the index in a folder.
+
+        Raises:
+            ValueError: there is none, or it cannot be used.
+        """
+        if not folder.is_dir():
+            raise ValueError(f"{str(folder)!r} is not a folder: name one that mixdist prepare or mixdist index made")
+        try:
+            head, samples = (folder / HEAD).read_bytes(), (folder / SAMPLES).read_bytes()
+        except OSError as error:
+            raise ValueError(
+                f"{str(folder)!r} has no index ({error.filename}: {error.strerror}): make it with mixdist index, or "
+                f"finish mixdist prepare"
+            ) from None
+        return ShardIndex.parse(str(folder), head, samples)
+
+
+def split_of(name: str) -> str:
+    """Tell the split from a shard's name: train, valid or test where it says so, else what precedes the number."""
+    words = re.split(r"[^a-z]+", name.lower())
+    for split, kin in {
+        "train": ("train", "training"),
+        "valid": ("val", "valid", "validation"),
+        "test": ("test",),
+    }.items():
+        if any(word in kin for word in words):
+            return split
+    return re.sub(r"[-_.]*\d*\.tar$", "", name) or "train"
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse names of shards that are no plain names.
+
+    Raises:
+        ValueError: a name has a folder, begins with a dot, or does not end in .tar.
+    """
+    for name in names:
+        if not _SAFE_NAME.fullmatch(name):
+            raise ValueError(
+                f"shard {name!r} must be a plain name of letters, digits, '_', '-' and '.' that ends in .tar: rename it"
+            )
