@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 
 from mixdist.assignment import Assignment
 from mixdist.config import Config
-from mixdist.data import Dataset
+from mixdist.data import Samples
 from mixdist.discriminators import Discriminator
 from mixdist.dispatch import Dispatch
 from mixdist.entrant import Ring
@@ -28,11 +29,12 @@ from mixdist.noise import Moment, Purpose, weights_seed
 from mixdist.rules import Rules
 from mixdist.scores import Discriminators, Score
 from mixdist.terms import Field, Spec
-from mixdist.wire import Wire, agree, alike, gather_json
+from mixdist.wire import Agreed, Wire, agree, alike, gather_json
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 STORED_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 STORED_REALS = (torch.float16, torch.float32, torch.float64)
+SKIPS_TOLD = 20
 T = TypeVar("T")
 
 
@@ -42,9 +44,14 @@ class Session:
 
     mesh: Mesh
     wire: Wire
-    train: Dataset
-    test: Dataset
+    train: Samples
+    test: Samples
     mixture: SoftMixture | HardMixture
+
+    def close(self) -> None:
+        """End what works for the data."""
+        self.train.close()
+        self.test.close()
 
 
 def keep_large_blocks() -> None:
@@ -94,7 +101,7 @@ def build_judges(config: Config, spec: Spec, ids: Iterable[int], round: int = 0)
     return {e: _seeded(lambda: score.network(spec), seed).to(dtype) for e, seed in seeds.items()}
 
 
-def first_table(config: Config, train: Dataset) -> Assignment | None:
+def first_table(config: Config, train: Samples) -> Assignment | None:
     """Read the table that a competition starts from; None where its rules start otherwise.
 
     Raises:
@@ -158,7 +165,7 @@ def build(config: Config, mesh: Mesh) -> Session:
         Agreed: something does not fit; the same message on every rank.
     """
     wire = Wire(mesh.device)
-    made: tuple[Dataset, Dataset, SoftMixture | HardMixture] | None = None
+    made: tuple[Samples, Samples, SoftMixture | HardMixture] | None = None
     error = None
     try:
         train, test = config.data.load()
@@ -168,10 +175,33 @@ def build(config: Config, mesh: Mesh) -> Session:
     agree(error, mesh.world)
     assert made is not None
     train, test, mixture = made
+    train, test = _readable("training", train, mesh), _readable("test", test, mesh)
     alike("the data", [train.fingerprint[:16], test.fingerprint[:16]], mesh.world)
     if config.execution == "auto" and isinstance(mixture, SoftMixture):
         choose_execution(config, mixture, train)
     return Session(mesh, wire, train, test, mixture)
+
+
+def _readable(kind: str, dataset: Samples, mesh: Mesh) -> Samples:
+    """Leave out what cannot be read, where the data is to do so: every rank looks at its share, all take all lists."""
+    told, error = [], None
+    try:
+        told = dataset.unreadable(mesh.rank, mesh.world_size)
+    except (ValueError, OSError) as mistake:
+        error = str(mistake)
+    agree(error, mesh.world)
+    skipped = [(int(sample), str(why)) for part in gather_json(told, mesh.world) for sample, why in part]
+    if not skipped:
+        return dataset
+    if mesh.rank == 0:
+        for _, why in skipped[:SKIPS_TOLD]:
+            print(f"mixdist: skipped: {why}", file=sys.stderr)
+        more = f", the first {SKIPS_TOLD} named above" if len(skipped) > SKIPS_TOLD else ""
+        print(f"mixdist: {len(skipped)} of {len(dataset)} {kind} samples skipped{more}", file=sys.stderr, flush=True)
+    try:
+        return dataset.without([sample for sample, _ in skipped])
+    except ValueError as mistake:
+        raise Agreed(str(mistake)) from None
 
 
 def build_mixture(config: Config, spec: Spec, mesh: Mesh, wire: Wire) -> SoftMixture | HardMixture:
@@ -188,7 +218,7 @@ def build_mixture(config: Config, spec: Spec, mesh: Mesh, wire: Wire) -> SoftMix
     return SoftMixture(gate, bank, dispatch, spec, dtype, config.routing, config.dispatch.one_way)
 
 
-def choose_execution(config: Config, mixture: SoftMixture, train: Dataset) -> None:
+def choose_execution(config: Config, mixture: SoftMixture, train: Samples) -> None:
     """Time a loop and a stack, and go on with the one that is faster on rank 0; every rank calls it.
 
     Rows are as many as an expert sees in a micro-batch of the main phase (the first ones of the training set).
@@ -237,7 +267,7 @@ def check_fields(key: str, module: Gate | Expert | Score, spec: Spec) -> None:
             )
 
 
-def describe(config: Config, dataset: Dataset) -> dict[str, Any]:
+def describe(config: Config, dataset: Samples) -> dict[str, Any]:
     """Say, in JSON, what must be the same for a checkpoint to be resumed; enough to load the model without its data."""
     phases, rules = [*config.pretrain, config.train], config.competition
     return {

@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, Namespace
 from mixdist.build import Session, build, build_judges, build_mesh, describe
 from mixdist.checkpoint import CheckpointStore, load_module, read_state
 from mixdist.config import Config
-from mixdist.data import Dataset
+from mixdist.data import Samples
 from mixdist.density import check_draws, kernel_density, modelled
 from mixdist.ending import agreed, told_once
 from mixdist.evaluate import EVALUATION_PHASE, Evaluation, evaluate, expert_table, stored_units
@@ -178,7 +178,7 @@ def _evaluate(config: Config, session: Session, options: Namespace, checkpoint: 
 
 
 def protocol(
-    config: Config, session: Session, options: Namespace, checkpoint: Path, dataset: Dataset
+    config: Config, session: Session, options: Namespace, checkpoint: Path, dataset: Samples
 ) -> dict[str, Any]:
     """Say, in JSON, how figures were taken: enough to take them again."""
     template = session.mixture.bank.template
@@ -212,7 +212,7 @@ def protocol(
     }
 
 
-def described(evaluation: Evaluation, dataset: Dataset) -> dict[str, Any]:
+def described(evaluation: Evaluation, dataset: Samples) -> dict[str, Any]:
     """Give an evaluation as JSON: figures, a record for each expert, findings, counts of experts against labels."""
     experts = [
         {
@@ -254,7 +254,7 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def summary(evaluation: Evaluation, dataset: Dataset, kind: str = "held-out") -> str:
+def summary(evaluation: Evaluation, dataset: Samples, kind: str = "held-out") -> str:
     """Give the table that ends a run: a line for each expert, then the figures and what is amiss with experts."""
     figures = "   ".join(f"{name} {value:.4f}" for name, value in evaluation.figures.items())
     lines = table(*expert_table(evaluation, dataset))

@@ -5,7 +5,7 @@ Shape letters: N samples, E all experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,21 +18,21 @@ from torch import Tensor
 from mixdist.assignment import Assignment, StarvedRule, reseeded, starved
 from mixdist.checkpoint import CheckpointStore, check_optimizer, check_run, load_module, read_state
 from mixdist.chronicle import Chronicle
-from mixdist.data import Dataset
+from mixdist.data import Epoch, Samples
 from mixdist.engines import NotFinite
 from mixdist.entrant import Entrant, Ring
 from mixdist.manifest import file_name, read_manifest
 from mixdist.mixtures import HardMixture, Owned
-from mixdist.noise import permutation
 from mixdist.phases import Phase
-from mixdist.reader import OwnReader, WireReader, bring
+from mixdist.reader import Brought, OwnReader, WireReader, bring, in_turn
 from mixdist.removal import better_homes, move_entrants
 from mixdist.rules import Rules
 from mixdist.scoring import Scoring, Verdict
-from mixdist.terms import Batch
 from mixdist.wire import Agreed, gather_json
 
 TABLE = "assignment.npy"
+PIECE_BYTES = 1 << 28
+"""Rows that a rank holds at once while its experts train: an epoch's at most."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Competition:
     def __init__(
         self,
         mixture: HardMixture,
-        dataset: Dataset,
+        dataset: Samples,
         phases: Sequence[Phase],
         rules: Rules,
         ring: Ring,
@@ -101,7 +101,7 @@ class Competition:
         self.reader = OwnReader(dataset, self.mesh) if reads else WireReader(dataset, self.mesh, self.wire)
         self.fields = mixture.fields
         self.scoring = Scoring(
-            ring, self.reader, rules.score, len(dataset), rules.block, self.fields, rules.starved == "reseed"
+            ring, self.reader, rules.score, dataset, rules.block, self.fields, rules.starved == "reseed"
         )
         self.homes = [list(self.mesh.placement.experts_of(p)) for p in range(self.mesh.placement.ep_size)]
         self.position = Standing(round=0 if rules.start == "all" else 1)
@@ -164,10 +164,13 @@ class Competition:
         at, pretraining = self.position, self.pretraining
         if not pretraining and at.epoch == 0:
             self._place()
-        rows, places = self._rows()
-        with self.chronicle.timed("experts_s"):
-            for e, entrant in self.entrants.items():
-                self._attempt(partial(entrant.train, rows, places[e], at.phase))
+        for brought, batches in self._pieces():
+            with self.chronicle.timed("experts_s"):
+                for e, entrant in self.entrants.items():
+                    places = [(brought.place(batch), len(batch)) for batch in batches(e)]
+                    self._attempt(partial(entrant.train, brought.rows, places, at.phase))
+        for entrant in self.entrants.values():
+            self._attempt(entrant.end_epoch)
         ended = pretraining and at.epoch + 1 == self.phase.epochs
         at = replace(at, epoch=at.epoch + 1, total=at.total + 1)
         self.position = replace(at, phase=at.phase + 1, epoch=0) if ended else at
@@ -195,29 +198,46 @@ class Competition:
         if told:
             raise Agreed(f"{where}: {told[0]}")
 
-    def _rows(self) -> tuple[Batch, dict[int, list[tuple[Tensor, int]]]]:
-        """Bring this rank the rows of an epoch; give them, and for each expert its batches' places and sizes."""
+    def _pieces(self) -> Iterator[tuple[Brought, Callable[[int], list[Tensor]]]]:
+        """Bring this rank the rows of an epoch, piece by piece, with what gives each expert's batches of the piece.
+
+        A piece is so many batches of every expert as fit into memory: all of them, mostly.
+        """
         batches = lru_cache(maxsize=None)(self._batches)
+        row = sum(self.dataset.spec[name].num_bytes for name in self.fields)
+        fullest = max(map(len, self.homes))
+        several = max(1, PIECE_BYTES // (row * self.phase.batch_size * fullest))
+        pieces = max(1, *(-(-len(batches(e)) // several) for e in range(self.num_experts)))
 
-        def wanted(member: int) -> list[Tensor]:
-            return [batch for e in self.homes[member] for batch in batches(e)]
+        def begin(piece: int) -> Callable[[], tuple[Brought, Callable[[int], list[Tensor]]]]:
+            def some(e: int) -> list[Tensor]:
+                return batches(e)[piece * several : (piece + 1) * several]
 
-        rows, place = bring(self.reader, self.mesh, wanted, self.fields)
-        return rows, {e: [(place(batch), len(batch)) for batch in batches(e)] for e in self.entrants}
+            def wanted(member: int) -> list[Tensor]:
+                return [batch for e in self.homes[member] for batch in some(e)]
+
+            begun = bring(self.reader, self.mesh, wanted, self.fields, self._named())
+            return lambda: (begun(), some)
+
+        return in_turn(partial(begin, piece) for piece in range(pieces))
+
+    def _named(self, expert: int = 0) -> Epoch:
+        """Name this epoch, of an expert or of all."""
+        at = self.position
+        number = at.epoch if self.pretraining else (at.round - 1) * self.phase.epochs + at.epoch
+        return Epoch(self.ring.seed, at.phase, number, expert)
 
     def _batches(self, e: int) -> list[Tensor]:
         """An expert's batches of this epoch: positions in the data set, in its own order."""
-        at, table = self.position, self.table
+        table, batch_size = self.table, self.phase.batch_size
         if self.pretraining and self.rules.start == "all":
-            own, epoch = torch.arange(len(self.dataset)), at.epoch
+            own = torch.arange(len(self.dataset))
         else:
             assert table is not None
             own = table.positions(e)
-            epoch = at.epoch if self.pretraining else (at.round - 1) * self.phase.epochs + at.epoch
             if not self.pretraining and self.rules.starved == "freeze" and e in self._starved(table):
                 return []
-        order = permutation(self.ring.seed, at.phase, epoch, len(own), expert=e)
-        return list(own[order].split(self.phase.batch_size)) if len(own) else []
+        return list(self.dataset.ordered(own, self._named(e), batch_size).split(batch_size)) if len(own) else []
 
     def _starved(self, table: Assignment) -> list[int]:
         return starved(table.counts_E, self.rules.starved_below)

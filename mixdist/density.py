@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load, save
 
-from mixdist.data import Dataset
+from mixdist.data import Samples
 from mixdist.kde import parzen
 from mixdist.mixtures import Ensemble
 from mixdist.noise import Moment, Purpose, permutation
@@ -121,7 +121,7 @@ def modelled(mixture: Ensemble) -> str:
 
 
 def kernel_density(
-    mixture: Ensemble, share_E: np.ndarray, dataset: Dataset, train: Dataset, at: Moment, num_samples: int
+    mixture: Ensemble, share_E: np.ndarray, dataset: Samples, train: Samples, at: Moment, num_samples: int
 ) -> KernelDensity:
     """Draw S samples x ~ sum_e alpha_e p_e(x) and estimate the log density of rows from them; every rank calls it.
 
@@ -144,7 +144,7 @@ def kernel_density(
     counts_E = apportioned(share_E, num_samples)
     samples = samples_of(mixture, counts_E, at, observed=True)
     held_out = permutation(at.seed, at.phase, 0, len(train))[: min(HELD_OUT, max(1, len(train) // 10))]
-    reported = torch.isin(dataset.rows["id"], train.rows["id"][held_out]).logical_not().nonzero()[:, 0]
+    reported = torch.isin(dataset.ids, train.ids[held_out]).logical_not().nonzero()[:, 0]
     told, error = None, None
     if mesh.rank == 0:
         try:
@@ -177,6 +177,6 @@ def check_draws(mixture: Ensemble, num_samples: int) -> None:
         )
 
 
-def _flat(dataset: Dataset, name: str, index: torch.Tensor) -> np.ndarray:
-    values = dataset.spec[name].values(dataset.rows[name][index], torch.float64)
+def _flat(dataset: Samples, name: str, index: torch.Tensor) -> np.ndarray:
+    values = dataset.spec[name].values(dataset.take(index)[name], torch.float64)
     return values.reshape(len(index), -1).numpy()

@@ -89,7 +89,8 @@ class Entrant:
         self.rows = 0  # trained on, since somebody asked
         self.loss: float | None = None
         self.loss_rows = 0  # that ``loss`` is a mean over
-        self.judge_loss: float | None = None
+        self.judge_losses: list[float] = []  # of the round's batches
+        self._total, self._num_rows = 0.0, 0  # of the epoch so far
         self.enter(phase)
 
     def enter(self, phase: Phase) -> None:
@@ -100,7 +101,7 @@ class Entrant:
         )
 
     def train(self, rows: Batch, batches: Iterable[tuple[Tensor, int]], phase: int) -> None:
-        """Train on an epoch's batches; ``loss`` is then its mean over their rows, nats.
+        """Train on batches of an epoch, which goes on until ``end_epoch``.
 
         Args:
             rows: stored rows.
@@ -110,7 +111,7 @@ class Entrant:
         Raises:
             NotFinite: a loss or a gradient is not finite.
         """
-        total, num_rows, fields, batches = 0.0, 0, self.expert.fields, list(batches)
+        fields, batches = self.expert.fields, list(batches)
         noises = self._noise(rows["id"], [places_R for places_R, _ in batches], phase)
         for (places_R, size), noise in zip(batches, noises, strict=True):
             # index_select takes a tenth of the time of indexing for rows of bytes.
@@ -120,9 +121,14 @@ class Entrant:
             self.engine.zero_grad()
             grads_R1 = torch.full((len(places_R), 1), 1 / size, dtype=self.ring.dtype, device=places_R.device)
             losses_R1 = self.bank.backward(values, noise, None, partial(torch.clone, grads_R1))
-            total += self.engine.step(losses_R1.sum() / size) * size
-            num_rows += size
+            self._total += self.engine.step(losses_R1.sum() / size) * size
+            self._num_rows += size
+
+    def end_epoch(self) -> None:
+        """End an epoch; ``loss`` is then the mean over its rows, nats."""
         self.engine.end_epoch()
+        total, num_rows = self._total, self._num_rows
+        self._total, self._num_rows = 0.0, 0
         self.rows += num_rows
         self.loss, self.loss_rows = (total / num_rows if num_rows else None), num_rows
 
@@ -156,6 +162,7 @@ class Entrant:
         ring, judging = self.ring, self.ring.judging
         assert judging is not None
         assert ring.make_judge is not None
+        self.judge_losses = []
         if self.judge is None or judging.fresh:
             self.judge = ring.make_judge(self.number, round if judging.fresh else 0)
             self.judge_engine = SoloEngine(
@@ -163,14 +170,13 @@ class Entrant:
             )
 
     def challenge(self, rows: Batch, batches: Iterable[tuple[Tensor, int]], round: int) -> None:
-        """Train the discriminator, each batch against as many of the expert's samples; mean loss: ``judge_loss``, nats.
+        """Train the discriminator on batches of a round, each against as many of the expert's samples.
 
         Arguments and errors as for ``train``; ``round`` is part of the samples' key, as is the batch's number.
         """
         judge, engine = self.judge, self.judge_engine
         assert judge is not None
         assert engine is not None
-        losses = []
         for places_R, size in batches:
             ids = torch.arange(size, device=places_R.device)[self.ring.mine(size)]
             name = judge.fields[0]
@@ -180,8 +186,12 @@ class Entrant:
             real_R, false_R = discriminator_loss(judge(x), judge(samples))
             loss = (real_R.sum() + false_R.sum()) / size
             loss.backward()
-            losses.append(engine.step(loss))
-        self.judge_loss = sum(losses) / max(len(losses), 1)
+            self.judge_losses.append(engine.step(loss))
+
+    @property
+    def judge_loss(self) -> float | None:
+        """The discriminator's mean loss over the round's batches, nats; None before the first."""
+        return sum(self.judge_losses) / len(self.judge_losses) if self.judge_losses else None
 
     @torch.no_grad()
     def samples(self, ids: Tensor, round: int, step: int) -> Tensor:

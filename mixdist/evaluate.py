@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
-from mixdist.data import Dataset, Loader
+from mixdist.data import Loader, Samples
 from mixdist.dispatch import Dispatch
 from mixdist.evidence import evidence, mixture_log_likelihood, quiet, reconstructed
 from mixdist.health import dead, duplicates, in_words
@@ -66,12 +66,12 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     mixture: Ensemble,
-    dataset: Dataset,
+    dataset: Samples,
     batch_size: int,
     seed: int,
     target: str | None = None,
     num_samples: int | None = None,
-    shares_from: Dataset | None = None,
+    shares_from: Samples | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Evaluate on every row of a data set once; every rank calls it.
@@ -140,7 +140,7 @@ class _Tally:
         field: the field that the experts reconstruct, or None.
     """
 
-    def __init__(self, dispatch: Dispatch, num_experts: int, dataset: Dataset, field: str | None) -> None:
+    def __init__(self, dispatch: Dispatch, num_experts: int, dataset: Samples, field: str | None) -> None:
         self.dispatch, self.dataset, self.num_experts = dispatch, dataset, num_experts
         self.num_values = dispatch.spec[field].num_values if field else 0
         self.sums: dict[str, Tensor] = {}
@@ -249,7 +249,7 @@ class _Tally:
         """Put every rank's (id, expert) pairs into the data set's order."""
         own = torch.cat(self.chosen).numpy().tobytes()
         pairs = np.frombuffer(b"".join(gather_bytes(own, self.dispatch.mesh.world)), dtype=np.int64).reshape(-1, 2)
-        ids = self.dataset.rows["id"].numpy()
+        ids = self.dataset.ids.numpy()
         by_id, order = np.argsort(pairs[:, 0]), np.argsort(ids)
         expert_N = np.empty(len(ids), dtype=np.int64)
         expert_N[order] = pairs[by_id, 1]
@@ -282,7 +282,7 @@ def clustering(counts_EC: np.ndarray) -> dict[str, float]:
     }
 
 
-def expert_table(evaluation: Evaluation, dataset: Dataset) -> tuple[list[str], list[list[Any]]]:
+def expert_table(evaluation: Evaluation, dataset: Samples) -> tuple[list[str], list[list[Any]]]:
     """Give headers and a line for each expert: number, rows, means over them, and the class it took with its share."""
     label, class_names = dataset.label, dataset.class_names
     shown = {"loss": "mean loss"}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load, save
 
-from mixdist.data import Dataset
+from mixdist.data import Samples
 from mixdist.density import apportioned, modelled, samples_of
 from mixdist.evaluate import Evaluation
 from mixdist.metrics import Record, read_metrics
@@ -37,7 +37,7 @@ NUM_WHOLE = 100
 """Samples of the whole mixture, images."""
 
 
-def draw(mixture: Ensemble, dataset: Dataset, evaluation: Evaluation, run: Path, seed: int) -> Path | None:
+def draw(mixture: Ensemble, dataset: Samples, evaluation: Evaluation, run: Path, seed: int) -> Path | None:
     """Draw what the experts learned into ``run/images``; every rank calls it.
 
     Args:
@@ -72,7 +72,7 @@ def draw(mixture: Ensemble, dataset: Dataset, evaluation: Evaluation, run: Path,
     return _experts(images / "experts.png", dataset, evaluation, shown) or main
 
 
-def show(mixture: Ensemble, e: int, dataset: Dataset, positions: list[int]) -> dict[str, np.ndarray]:
+def show(mixture: Ensemble, e: int, dataset: Samples, positions: list[int]) -> dict[str, np.ndarray]:
     """Let an expert of this rank show what it can: reconstructions of rows, or its curve over a grid."""
     expert, device = mixture.bank.owned()[e], mixture.dispatch.mesh.device
     shown: dict[str, torch.Tensor] = {}
@@ -94,26 +94,26 @@ def targets(mixture: Ensemble) -> str | None:
     return getattr(template, "target", None) if template.can("predict") else None
 
 
-def is_curve(dataset: Dataset) -> bool:
+def is_curve(dataset: Samples) -> bool:
     """Say whether the data is one number y for one number x."""
     spec = dataset.spec
     real = [n for n in ("x", "y") if n in spec and spec[n].num_classes is None and spec[n].num_values == 1]
     return len(real) == 2
 
 
-def is_plane(dataset: Dataset) -> bool:
+def is_plane(dataset: Samples) -> bool:
     """Say whether x is a point in the plane."""
     return "x" in dataset.spec and dataset.spec["x"].shape == (2,)
 
 
-def is_image(dataset: Dataset) -> bool:
+def is_image(dataset: Samples) -> bool:
     """Say whether x is a grey or coloured image."""
     shape = dataset.spec["x"].shape if "x" in dataset.spec else ()
     return len(shape) == 3 and shape[0] in (1, 3)
 
 
 def samples(
-    mixture: Ensemble, dataset: Dataset, evaluation: Evaluation, seed: int
+    mixture: Ensemble, dataset: Samples, evaluation: Evaluation, seed: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """Draw x from every expert and, where x is an image, from the whole mixture; every rank calls it.
 
@@ -139,13 +139,13 @@ def samples(
     return by_expert, whole[permutation(seed, 0, 0, NUM_WHOLE, purpose=Purpose.PRIOR).numpy()]
 
 
-def grid(dataset: Dataset, num_points: int = 200) -> np.ndarray:
+def grid(dataset: Samples, num_points: int = 200) -> np.ndarray:
     """Give evenly spaced x over the range of the data: (G, 1)."""
-    x = dataset.spec["x"].values(dataset.rows["x"], torch.float64)
-    return np.linspace(x.min().item(), x.max().item(), num_points)[:, None]
+    x = numbers(dataset, "x")
+    return np.linspace(x.min(), x.max(), num_points)[:, None]
 
 
-def class_names(dataset: Dataset) -> list[str]:
+def class_names(dataset: Samples) -> list[str]:
     """Name the classes of the label, by number where they have no names."""
     return list(dataset.class_names) or [str(c) for c in range(dataset.num_classes or 0)]
 
@@ -157,7 +157,7 @@ def _records(images: Path, records: list[Record]) -> None:
         rounds_picture(images / "rounds.png", records)
 
 
-def _experts(path: Path, dataset: Dataset, evaluation: Evaluation, shown: dict[str, np.ndarray]) -> Path | None:
+def _experts(path: Path, dataset: Samples, evaluation: Evaluation, shown: dict[str, np.ndarray]) -> Path | None:
     experts = range(len(evaluation.rows_E))
     field = dataset.spec.get("x")
     if field is None:
@@ -184,12 +184,13 @@ def _experts(path: Path, dataset: Dataset, evaluation: Evaluation, shown: dict[s
     return path
 
 
-def numbers(dataset: Dataset, name: str, positions: list[int] | slice = slice(None)) -> np.ndarray:
+def numbers(dataset: Samples, name: str, positions: list[int] | None = None) -> np.ndarray:
     """Give a field's numbers, of some rows or all."""
-    return dataset.spec[name].values(dataset.rows[name][positions], torch.float64).numpy()
+    index = torch.arange(len(dataset)) if positions is None else torch.tensor(positions, dtype=torch.int64)
+    return dataset.spec[name].values(dataset.take(index, fields=(name,))[name], torch.float64).numpy()
 
 
-def _panel(e: int, dataset: Dataset, evaluation: Evaluation, shown: dict[str, np.ndarray]) -> Panel:
+def _panel(e: int, dataset: Samples, evaluation: Evaluation, shown: dict[str, np.ndarray]) -> Panel:
     rows, title = int(evaluation.rows_E[e]), f"expert {e}: "
     if evaluation.counts_EC is not None and rows:
         title += f"mostly {class_names(dataset)[int(evaluation.counts_EC[e].argmax())]}, "

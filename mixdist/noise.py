@@ -44,6 +44,8 @@ class Purpose(IntEnum):
     OBSERVATION = 9  # x given z, where samples are drawn with it
     DISCRIMINATOR = 10  # initial weights of a discriminator
     CHANCE = 11  # assignments by chance: the first split, random scores
+    BLOCKS = 12  # the order of blocks of neighbouring samples in an epoch
+    AUGMENT = 13  # flips and shifts of a row in an epoch
 
 
 def philox(counter: Words, key: tuple[Tensor | int, Tensor | int]) -> Words:
@@ -240,15 +242,22 @@ def permutation(
     Raises:
         ValueError: if the seed is not from 0 to 2**64 - 1.
     """
+    return torch.sort(hashes(seed, phase, epoch, torch.arange(size), expert, purpose), stable=True).indices
+
+
+def hashes(
+    seed: int, phase: int, epoch: int, ids_N: Tensor, expert: int = 0, purpose: Purpose = Purpose.ORDER
+) -> Tensor:
+    """A keyed 64-bit hash of each id, int64 (N,); arguments and errors as for ``permutation``."""
     key = derive(seed, purpose, phase, expert)
     zero, epoch_word = torch.tensor(0), torch.tensor(epoch & _MASK)
-    hashes = torch.empty(size, dtype=torch.int64)
+    found = torch.empty(len(ids_N), dtype=torch.int64)
     # In pieces, because the temporary words of a hundred million ids would not fit beside them.
-    for start in range(0, size, _CHUNK):
-        ids = torch.arange(start, min(start + _CHUNK, size))
+    for start in range(0, len(ids_N), _CHUNK):
+        ids = ids_N[start : start + _CHUNK]
         low, high, _, _ = philox((zero, ids & _MASK, _high(ids), epoch_word), key)
-        hashes[start : start + _CHUNK] = low | high << 32
-    return torch.sort(hashes, stable=True).indices
+        found[start : start + _CHUNK] = low | high << 32
+    return found
 
 
 def _high(ids: Tensor) -> Tensor:

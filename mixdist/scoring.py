@@ -21,11 +21,12 @@ from torch import Tensor
 
 from mixdist.assignment import winners
 from mixdist.collectives import move
-from mixdist.data.loader import share
+from mixdist.data import Epoch, Samples, share
 from mixdist.entrant import Entrant, Ring
-from mixdist.noise import Moment, Purpose, permutation
-from mixdist.reader import Reader, bring
+from mixdist.noise import Moment, Purpose
+from mixdist.reader import Brought, Reader, bring, in_turn
 from mixdist.scores import Score
+from mixdist.terms import Batch
 from mixdist.wire import Agreed, gather_json
 
 SCORING_PHASE = 2**30
@@ -58,7 +59,7 @@ class Scoring:
         ring: what entrants share.
         reader: brings rows.
         score: how experts are compared.
-        num_samples: N.
+        dataset: the N samples.
         block: rows scored at once.
         fields: that experts, discriminators and score read.
         needs_best: whether every rank learns the winning scores.
@@ -69,13 +70,14 @@ class Scoring:
         ring: Ring,
         reader: Reader,
         score: Score,
-        num_samples: int,
+        dataset: Samples,
         block: int,
         fields: Sequence[str],
         needs_best: bool = False,
     ) -> None:
         self.ring, self.mesh, self.reader, self.score = ring, ring.mesh, reader, score
-        self.num_samples, self.block, self.fields, self.needs_best = num_samples, block, fields, needs_best
+        self.dataset, self.num_samples = dataset, len(dataset)
+        self.block, self.fields, self.needs_best = block, fields, needs_best
         self._order: tuple[int, Tensor] | None = None
 
     def challenge(
@@ -97,19 +99,31 @@ class Scoring:
         for entrant in entrants.values():
             entrant.meet(round)
         together = max(1, self.block // judging.batch_size)
-        for first in range(0, num_batches, together):
-            numbers = range(first, min(first + together, num_batches))
-            batches = [self._batch(round * num_batches + n, an_epoch, judging.batch_size) for n in numbers]
-            rows, place = bring(self.reader, self.mesh, partial(_same, batches), self.fields)
-            places = [(place(batch), len(batch)) for batch in batches]
+
+        def begin(first: int) -> Callable[[], tuple[Brought, list[Tensor]]]:
+            numbers = [round * num_batches + n for n in range(first, min(first + together, num_batches))]
+            batches = [self._batch(number, an_epoch, judging.batch_size) for number in numbers]
+            # Those of two passes over the data are augmented as in the first of them.
+            begun = bring(
+                self.reader, self.mesh, partial(_same, batches), self.fields, self._epoch(numbers[0] // an_epoch)
+            )
+            return lambda: (begun(), batches)
+
+        for brought, batches in in_turn(partial(begin, first) for first in range(0, num_batches, together)):
+            places = [(brought.place(batch), len(batch)) for batch in batches]
             for entrant in entrants.values():
-                attempt(partial(entrant.challenge, rows, places, round))
+                attempt(partial(entrant.challenge, brought.rows, places, round))
+
+    def _epoch(self, number: int) -> Epoch:
+        """Name a pass of discriminators over the data; passes are numbered through all rounds."""
+        return Epoch(self.ring.seed, 0, number, purpose=Purpose.RIVAL)
 
     def _batch(self, number: int, an_epoch: int, batch_size: int) -> Tensor:
         """Positions of a discriminator's batch; batches are numbered through all rounds."""
         epoch, place = divmod(number, an_epoch)
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, permutation(self.ring.seed, 0, epoch, self.num_samples, purpose=Purpose.RIVAL)
+            everything = torch.arange(self.num_samples)
+            self._order = epoch, self.dataset.ordered(everything, self._epoch(epoch), batch_size)
         return self._order[1][place * batch_size : (place + 1) * batch_size]
 
     @torch.no_grad()
@@ -145,14 +159,18 @@ class Scoring:
         """Score all samples by this rank's experts, (N, e), before normalisation."""
         replicas, at = self.mesh.placement.num_replicas, Moment(self.ring.seed, SCORING_PHASE + round)
         columns_Ne = torch.zeros(self.num_samples, len(entrants), dtype=self.ring.dtype, device=self.mesh.device)
-        for first in range(0, self.num_samples, self.block * replicas):
+        fields = self.fields
 
-            def wanted(rank: int, first: int = first) -> Tensor:
+        def begin(first: int) -> Callable[[], tuple[Batch, Tensor]]:
+            def wanted(rank: int) -> Tensor:
                 start = first + self.mesh.placement.replica_of(rank) * self.block
                 return torch.arange(min(start, self.num_samples), min(start + self.block, self.num_samples))
 
-            index = wanted(self.mesh.rank)
-            rows = self.ring.values(self.reader.fetch(wanted, self.fields), self.fields)
+            begun = self.reader.start(wanted, fields)
+            return lambda: (begun(), wanted(self.mesh.rank))
+
+        for stored, index in in_turn(partial(begin, n) for n in range(0, self.num_samples, self.block * replicas)):
+            rows = self.ring.values(stored, fields)
             for place, (e, entrant) in enumerate(entrants.items() if len(index) else ()):
                 column = self.score.column(e, entrant.expert, entrant.judge, rows, at, self.ring.dtype)
                 columns_Ne[index[0] : index[0] + len(index), place] = column

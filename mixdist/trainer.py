@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from mixdist.checkpoint import CheckpointStore, check_optimizer, check_run, load_module, read_state
-from mixdist.data import Dataset, Loader, Shard
+from mixdist.data import Loader, Samples, Shard
 from mixdist.engines import NativeEngine, NotFinite, Totals
 from mixdist.health import dead
 from mixdist.mesh import Mesh
@@ -55,7 +55,7 @@ class Trainer:
     def __init__(
         self,
         mixture: Mixture,
-        dataset: Dataset,
+        dataset: Samples,
         phases: Sequence[Phase],
         seed: int,
         mesh: Mesh,
@@ -176,8 +176,17 @@ class Trainer:
 
     def _loader(self) -> Loader:
         if self._cached is None:
-            mesh, number = self.mesh, self.position.phase
-            self._cached = Loader(self.dataset, self.phase.batch_size, self.seed, number, mesh.rank, mesh.world_size)
+            mesh, phase = self.mesh, self.phase
+            self._cached = Loader(
+                self.dataset,
+                phase.batch_size,
+                self.seed,
+                self.position.phase,
+                mesh.rank,
+                mesh.world_size,
+                epochs=phase.epochs,
+                pin=mesh.device.type == "cuda",
+            )
         return self._cached
 
     def _step(self, loader: Loader) -> None:

@@ -28,6 +28,7 @@ def trained(case: Contest, wire: Wire, number: int = 2, epochs: int = 2, ranks: 
     places = [(part, len(part)) for part in torch.arange(45).split(16)]
     for _ in range(epochs):
         entrant.train(data().rows, places, 1)
+        entrant.end_epoch()
     entrant.meet(1)
     entrant.challenge(data().rows, places, 1)
     return entrant
@@ -109,6 +110,7 @@ def there_and_back(ranks: int, optimizer: str) -> dict[str, Tensor]:
     after = {f"after {e} {n}": t for e, entrant in entrants.items() for n, t in entrant.tensors().items()}
     for entrant in entrants.values():
         entrant.train(data().rows, places, 1)
+        entrant.end_epoch()
         entrant.challenge(data().rows, places, 1)
     return report | after | {f"on {e} {n}": t for e, x in entrants.items() for n, t in x.tensors().items()}
 
@@ -126,6 +128,7 @@ def test_there_and_back_nothing_is_lost(pool: Callable[[int], Pool], ranks: int,
             assert torch.equal(found[f"after {e} {name}"], tensor), name
         places = [(part, len(part)) for part in torch.arange(45).split(16)]
         stayed.train(data().rows, places, 1)
+        stayed.end_epoch()
         stayed.challenge(data().rows, places, 1)
         for name, tensor in stayed.tensors().items():
             assert torch.equal(found[f"on {e} {name}"], tensor), name

@@ -77,6 +77,8 @@ def test_purposes_keep_their_numbers() -> None:
         "OBSERVATION": 9,
         "DISCRIMINATOR": 10,
         "CHANCE": 11,
+        "BLOCKS": 12,
+        "AUGMENT": 13,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from mixdist.data.loader import share
-from mixdist.reader import OwnReader, WireReader
+from mixdist.reader import OwnReader, WireReader, in_turn
 from mixdist.wire import Wire
 from tests.parity import NUM_ROWS, data, mesh_of
 from tests.pool import Pool
@@ -30,9 +31,9 @@ def fetch(ranks: int, case: int) -> tuple[bool, int, int]:
     """Fetch by both readers on this rank: whether rows are equal and right; bytes sent, and the least."""
     mesh = mesh_of(4, ranks, ranks)
     wire, fields = Wire(mesh.device), FIELDS[case % 3]
-    read = OwnReader(data(), mesh).fetch(lambda rank: wanted_of(case, rank), fields)
+    read = OwnReader(data(), mesh).start(lambda rank: wanted_of(case, rank), fields)()
     assert wire.meter.wire_bytes == 0
-    sent = WireReader(data(), mesh, wire).fetch(lambda rank: wanted_of(case, rank), fields)
+    sent = WireReader(data(), mesh, wire).start(lambda rank: wanted_of(case, rank), fields)()
     right = data().take(wanted_of(case, mesh.rank))
     same = read.keys() == sent.keys() == {"id", *fields}
     same &= all(torch.equal(read[n], right[n]) and torch.equal(sent[n], right[n]) for n in ("id", *fields))
@@ -52,6 +53,14 @@ def test_both_ways_bring_the_same_rows(pool: Callable[[int], Pool], ranks: int) 
             assert sent == least == rows * (WIDTHS[case % 3] + 8)
 
 
-def test_a_rank_holds_its_share_only() -> None:
-    mesh = mesh_of(4, 1, 1)
-    assert len(WireReader(data(), mesh, Wire(mesh.device)).rows["id"]) == NUM_ROWS
+def test_what_is_in_turn_is_begun_before_the_one_before_is_given_away() -> None:
+    told: list[str] = []
+
+    def begin(n: int) -> Callable[[], int]:
+        told.append(f"begin {n}")
+        return lambda: told.append(f"end {n}") or n
+
+    for n in in_turn(partial(begin, n) for n in range(3)):
+        told.append(f"use {n}")
+    assert told == ["begin 0", "begin 1", "end 0", "use 0", "begin 2", "end 1", "use 1", "end 2", "use 2"]
+    assert list(in_turn([])) == []

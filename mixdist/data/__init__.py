@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from mixdist.data.bananas import Bananas
 from mixdist.data.cifar import Cifar10
-from mixdist.data.dataset import Dataset, Source
+from mixdist.data.dataset import Dataset, Samples, Source
 from mixdist.data.digits import Digits
 from mixdist.data.idx import Idx
 from mixdist.data.loader import Loader, Shard, share
+from mixdist.data.order import Epoch
 from mixdist.data.synthetic import Blobs, Parabolas
 
-__all__ = ["Bananas", "Blobs", "Cifar10", "Dataset", "Digits", "Idx", "Loader", "Parabolas", "Shard", "Source", "share"]
+__all__ = [
+    "Bananas",
+    "Blobs",
+    "Cifar10",
+    "Dataset",
+    "Digits",
+    "Epoch",
+    "Idx",
+    "Loader",
+    "Parabolas",
+    "Samples",
+    "Shard",
+    "Source",
+    "share",
+]

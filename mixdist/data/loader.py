@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mixdist.data.dataset import Dataset
-from mixdist.noise import permutation
+from mixdist.data.dataset import Samples
+from mixdist.data.order import Epoch
 from mixdist.terms import Batch
 
 
@@ -78,16 +79,19 @@ class Shard:
 class Loader:
     """Random access to the global batches of a data set, of which every rank takes its share.
 
-    The order is a function of (seed, phase, epoch) alone. A last, smaller batch is used like any other.
+    The order is a function of (seed, phase, epoch) alone, whatever the ranks and workers. A last, smaller batch is used
+    like any other. Where samples have to be brought from somewhere, the batches that follow are started in time.
 
     Args:
-        dataset: the data set, whole on every rank.
+        dataset: the data set; every rank can reach all of it.
         batch_size: rows of the global batch.
         seed: the run's seed.
         phase: the trainer's phase.
         rank: this rank.
         world_size: number of ranks.
-        ordered: keeps the data set's own order, as for evaluation.
+        ordered: keeps the data set's own order and its samples as they are, as for evaluation.
+        epochs: how many there will be: nothing is started beyond them.
+        pin: put rows into memory that a CUDA device copies from while it computes.
 
     Raises:
         ValueError: if ``batch_size`` is less than 1.
@@ -95,21 +99,25 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Samples,
         batch_size: int,
         seed: int,
         phase: int = 0,
         rank: int = 0,
         world_size: int = 1,
         ordered: bool = False,
+        epochs: int = 1,
+        pin: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size ({batch_size}) must be at least 1: it counts the rows of all ranks together.")
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
         self.dataset, self.batch_size, self.seed, self.phase = dataset, batch_size, seed, phase
         self.rank, self.world_size, self.ordered = rank, world_size, ordered
-        self._epoch: int | None = None
-        self._order = torch.arange(len(dataset))
+        self.epochs, self.pin = epochs, pin
+        self._all = torch.arange(len(dataset))
+        self._orders: dict[int, Tensor] = {}
+        self._started: dict[tuple[int, int], Callable[[], Batch]] = {}
 
     @property
     def num_batches(self) -> int:
@@ -124,16 +132,33 @@ class Loader:
             index: the batch within the epoch, from 0 to ``num_batches`` - 1.
 
         Raises:
-            ValueError: if the seed is not from 0 to 2**64 - 1.
+            ValueError: if the seed is not from 0 to 2**64 - 1, or a sample cannot be read.
         """
         assert 0 <= index < self.num_batches, f"batch {index} of {self.num_batches}"
-        positions = self._positions(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
-        mine = share(len(positions), self.rank, self.world_size)
-        counts = tuple(len(share(len(positions), rank, self.world_size)) for rank in range(self.world_size))
-        return Shard(self.dataset.take(positions[mine.start : mine.stop]), counts)
+        number = epoch * self.num_batches + index
+        wanted = [divmod(n, self.num_batches) for n in range(number, number + 1 + self.dataset.ahead)]
+        wanted = wanted[:1] + [place for place in wanted[1:] if place[0] < self.epochs]
+        self._started = {place: self._started.get(place) or self._start(*place) for place in wanted}
+        rows = self._started.pop((epoch, index))()
+        if self.pin:
+            rows = {name: column.pin_memory() for name, column in rows.items()}
+        positions = self._positions(epoch, index)
+        return Shard(rows, tuple(len(share(len(positions), r, self.world_size)) for r in range(self.world_size)))
 
-    def _positions(self, epoch: int) -> Tensor:
-        if not self.ordered and epoch != self._epoch:
-            self._order = permutation(self.seed, self.phase, epoch, len(self.dataset))
-            self._epoch = epoch
-        return self._order
+    def _start(self, epoch: int, index: int) -> Callable[[], Batch]:
+        positions = self._positions(epoch, index)
+        mine = share(len(positions), self.rank, self.world_size)
+        at = None if self.ordered else Epoch(self.seed, self.phase, epoch)
+        return self.dataset.start(positions[mine.start : mine.stop], at)
+
+    def _positions(self, epoch: int, index: int) -> Tensor:
+        """The positions of a global batch."""
+        if self.ordered:
+            order = self._all
+        else:
+            if epoch not in self._orders:
+                before = {e: kept for e, kept in self._orders.items() if e == epoch - 1}
+                order = self.dataset.ordered(self._all, Epoch(self.seed, self.phase, epoch), self.batch_size)
+                self._orders = {**before, epoch: order}
+            order = self._orders[epoch]
+        return order[index * self.batch_size : (index + 1) * self.batch_size]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixdist.data import Dataset, Shard
+from mixdist.data import Samples, Shard
 from mixdist.dispatch import Dispatch
 from mixdist.experts import ExpertBank, Noise
 from mixdist.mixtures.mixture import Owned, Parts
@@ -65,7 +65,7 @@ class Ensemble(ABC):
         """Give the log weights of all experts for each of this rank's rows outside training, (B, E)."""
 
     @abstractmethod
-    def shares(self, dataset: Dataset, batch_size: int, at: Moment) -> Tensor:
+    def shares(self, dataset: Samples, batch_size: int, at: Moment) -> Tensor:
         """Give each expert's part of a data set, (E,) float64: the weights of the mixture as a density of x."""
 
     @property

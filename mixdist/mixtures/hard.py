@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixdist.data import Dataset, Shard
+from mixdist.data import Samples, Shard
 from mixdist.discriminators import Discriminator
 from mixdist.dispatch import Dispatch
 from mixdist.experts import Expert, ExpertBank
@@ -75,7 +75,7 @@ class HardMixture(Ensemble):
         ]
         return won(self.dispatch.combine(torch.stack(columns, dim=1), route).double() - self.log_z_E)
 
-    def shares(self, dataset: Dataset, batch_size: int, at: Moment) -> Tensor:
+    def shares(self, dataset: Samples, batch_size: int, at: Moment) -> Tensor:
         """alpha, of the training set, whatever data set is asked about."""
         return self.share_E
 

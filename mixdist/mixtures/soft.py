@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from mixdist.data import Dataset, Loader, Shard
+from mixdist.data import Loader, Samples, Shard
 from mixdist.dispatch import Dispatch
 from mixdist.experts import ExpertBank
 from mixdist.gates import Gate
@@ -225,7 +225,7 @@ class SoftMixture(Ensemble):
         return self.log_weights(self.gating(shard.rows, at))
 
     @torch.no_grad()
-    def shares(self, dataset: Dataset, batch_size: int, at: Moment) -> Tensor:
+    def shares(self, dataset: Samples, batch_size: int, at: Moment) -> Tensor:
         """Give the mean responsibility of each expert over a data set, (E,) float64; every rank calls it."""
         mesh = self.dispatch.mesh
         loader = Loader(dataset, batch_size, at.seed, 0, mesh.rank, mesh.world_size, ordered=True)

@@ -1,0 +1,89 @@
+"""Decoding processes of a rank. They hold no state: which of them reads a sample changes nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import signal
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixdist.data.shards.reading import Bad, Reading, Wanted
+
+Read = tuple[NDArray[Any], list[Bad]]
+_MOST, _LEAST = 64, 4
+_reading: Reading | None = None
+
+
+class Pool:
+    """Reads samples, in processes of its own or in this one.
+
+    Args:
+        reading: how.
+        workers: processes; 0 reads here, when samples are waited for.
+    """
+
+    def __init__(self, reading: Reading, workers: int) -> None:
+        self.reading, self.workers = reading, workers
+        self._executor: ProcessPoolExecutor | None = None
+
+    def start(self, wanted: list[Wanted]) -> Callable[[], Read]:
+        """Begin to read samples; what is given waits for them: (n, *shape), and which are bad.
+
+        Raises:
+            OSError: in the call that waits: storage cannot be reached, or a process was ended from outside.
+        """
+        if not self.workers or not wanted:
+            return lambda: self.reading.several(wanted)
+        size = min(_MOST, max(_LEAST, -(-len(wanted) // (2 * self.workers))))
+        parts = [wanted[first : first + size] for first in range(0, len(wanted), size)]
+        executor = self._processes()
+        futures = [executor.submit(_several, part) for part in parts]
+        return lambda: _joined(futures, size)
+
+    def close(self) -> None:
+        """End the processes, whatever they were asked for."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor = None
+
+    def _processes(self) -> ProcessPoolExecutor:
+        if self._executor is None:
+            # Not forked from here: this process has threads that wait for other ranks.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+            self._executor = ProcessPoolExecutor(
+                self.workers, mp_context=context, initializer=_begin, initargs=(self.reading,)
+            )
+        return self._executor
+
+
+def _joined(futures: list[Future[Read]], size: int) -> Read:
+    try:
+        parts = [future.result() for future in futures]
+    except BrokenProcessPool:
+        raise OSError(
+            "a decoding process was ended from outside, mostly for want of memory: lower data.init_args.workers"
+        ) from None
+    bad = [Bad(n * size + one.place, one.reason) for n, (_, some) in enumerate(parts) for one in some]
+    return np.concatenate([arrays for arrays, _ in parts]), bad
+
+
+def _begin(reading: Reading) -> None:
+    """Start a process: it ends with the one that started it, which alone hears of Ctrl-C."""
+    global _reading
+    _reading = reading
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(OSError, AttributeError):  # Linux alone has it; PR_SET_PDEATHSIG is 1
+        ctypes.CDLL("libc.so.6").prctl(1, int(signal.SIGKILL))
+
+
+def _several(wanted: list[Wanted]) -> Read:
+    assert _reading is not None
+    return _reading.several(wanted)
