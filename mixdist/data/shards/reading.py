@@ -75,7 +75,7 @@ class Reading:
             array, remedy = read_npy(data), "store arrays of one shape and type"
         if self.shape is not None and (array.shape != self.shape or array.dtype != self.dtype):
             raise Unreadable(
-                f"it is {array.shape} of {array.dtype}, expected {self.shape} of {self.dtype} as the first one: {remedy}"
+                f"it is {array.shape} of {array.dtype}, expected {self.shape} of {self.dtype} like others: {remedy}"
             )
         return array
 

@@ -1,0 +1,210 @@
+"""Samples that lie in tar shards, as a data set.
+
+Shape letters: N samples of this data set, M all samples of the index, A attributes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mixdist.data.augment import Augment
+from mixdist.data.dataset import Samples
+from mixdist.data.loader import share
+from mixdist.data.order import Epoch, OrderName, shuffled, shuffled_blocks
+from mixdist.data.shards.index import ShardIndex
+from mixdist.data.shards.pool import Pool, Read
+from mixdist.data.shards.reading import Wanted
+from mixdist.terms import Batch, Spec
+
+_SURVEYED_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """What the parts of a data set in shards share.
+
+    Args:
+        index: of the shards.
+        pool: reads their samples.
+        column_M: which member of each sample is its content.
+        order: full, or blocks of neighbours; see :func:`mixdist.data.order.shuffled_blocks`.
+        block: neighbours in a block.
+        window: blocks that are mixed.
+        ahead: batches that are started before they are needed.
+        on_error: raise, or skip samples that cannot be read.
+        max_skipped: the largest part of them that may be skipped.
+    """
+
+    index: ShardIndex
+    pool: Pool
+    column_M: NDArray[np.int64]
+    order: OrderName = "blocks"
+    block: int = 512
+    window: int = 16
+    ahead: int = 2
+    on_error: str = "raise"
+    max_skipped: float = 0.01
+
+    def wanted(self, places: NDArray[np.int64]) -> list[Wanted]:
+        """Say where samples lie, by their places in the index."""
+        columns, shards = self.column_M[places], self.shard_of(places)
+        members, crcs = self.index.member_NM2[places, columns], self.index.crc_NM[places, columns]
+        names = [shard.name for shard in self.index.shards]
+        found = zip(shards.tolist(), members.tolist(), crcs.tolist(), strict=True)
+        return [Wanted(names[shard], offset, size, crc) for shard, (offset, size), crc in found]
+
+    def shard_of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Give the number of the shard of each place."""
+        return np.searchsorted(self.index.starts, places, side="right") - 1
+
+    def described(self, place: int, reason: str) -> str:
+        """Say which sample is bad, and why."""
+        shard, offset, _, _ = self.wanted(np.array([place]))[0]
+        return f"sample {self.index.id_N[place]} in shard {shard} at offset {offset}: {reason}"
+
+
+class ShardSamples(Samples):
+    """Samples in shards, read and decoded when they are asked for.
+
+    Args:
+        shelf: where they are.
+        places: of the samples in the index, ascending, int64 (N,).
+        spec: the fields: "x", and where they are wanted "y" and "attributes".
+        label_N: class of each, as stored; None without "y".
+        attribute_NA: attributes of each; None without them.
+        label: "y", or None.
+        class_names: of the label.
+        attribute_names: A names.
+        augment: what happens to images in training; None for nothing.
+    """
+
+    log_density_N = None
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        places: NDArray[np.int64],
+        spec: Spec,
+        label_N: Tensor | None = None,
+        attribute_NA: Tensor | None = None,
+        label: str | None = None,
+        class_names: tuple[str, ...] = (),
+        attribute_names: tuple[str, ...] = (),
+        augment: Augment | None = None,
+    ) -> None:
+        self.shelf, self.places, self.spec = shelf, places, spec
+        self.label_N, self.attribute_NA, self.label, self.class_names = label_N, attribute_NA, label, class_names
+        self.attribute_names, self.augment = attribute_names, augment
+        self.attribute = "attributes" if attribute_NA is not None else None
+        self._ids = torch.from_numpy(shelf.index.id_N[places])
+
+    @property
+    def ids(self) -> Tensor:
+        return self._ids
+
+    @property
+    def fingerprint(self) -> str:
+        """Name the samples: sha256 over the index, which of its samples these are, and how they are decoded."""
+        digest = hashlib.sha256(self.shelf.index.fingerprint.encode())
+        how = replace(self.shelf.pool.reading, storage=None)  # type: ignore[arg-type]
+        digest.update(f"{how} {self.label} {self.class_names}".encode())
+        digest.update(self.places.tobytes())
+        return digest.hexdigest()
+
+    def start(
+        self, index: Tensor, epoch: Epoch | None = None, fields: Sequence[str] | None = None
+    ) -> Callable[[], Batch]:
+        names = self.spec if fields is None else fields
+        places = self.places[index.numpy()]
+        begun = self.shelf.pool.start(self.shelf.wanted(places)) if "x" in names else None
+        return partial(self._finish, index, places, begun, names, epoch)
+
+    def _finish(
+        self,
+        index: Tensor,
+        places: NDArray[np.int64],
+        begun: Callable[[], Read] | None,
+        names: Sequence[str] | Spec,
+        epoch: Epoch | None,
+    ) -> Batch:
+        rows = {"id": self._ids[index]}
+        if begun is not None:
+            arrays, bad = begun()
+            if bad:
+                raise ValueError(
+                    f"{self.shelf.described(int(places[bad[0].place]), bad[0].reason)}: find all with mixdist verify "
+                    f"--decode and mend them, or leave such samples out with data.init_args.on_error skip"
+                )
+            rows["x"] = torch.from_numpy(arrays)
+            if epoch is not None and self.augment is not None:
+                rows["x"] = self.augment(rows["x"], rows["id"], epoch)
+        for name, column in {"y": self.label_N, "attributes": self.attribute_NA}.items():
+            if name in names and column is not None:
+                rows[name] = column.index_select(0, index)
+        return rows
+
+    def first(self, num_rows: int) -> ShardSamples:
+        return self._of(np.arange(min(num_rows, len(self))))
+
+    def _of(self, kept: NDArray[np.int64]) -> ShardSamples:
+        index = torch.from_numpy(kept)
+        return ShardSamples(
+            self.shelf,
+            self.places[kept],
+            self.spec,
+            None if self.label_N is None else self.label_N[index],
+            None if self.attribute_NA is None else self.attribute_NA[index],
+            self.label,
+            self.class_names,
+            self.attribute_names,
+            self.augment,
+        )
+
+    def ordered(self, positions: Tensor, epoch: Epoch, batch_size: int) -> Tensor:
+        if self.shelf.order == "full":
+            return shuffled(positions, epoch)
+        return shuffled_blocks(positions, epoch, self.shelf.block, self.shelf.window, batch_size)
+
+    @property
+    def in_memory(self) -> bool:
+        return False
+
+    @property
+    def ahead(self) -> int:
+        return self.shelf.ahead if self.shelf.pool.workers else 0
+
+    def unreadable(self, rank: int, world_size: int) -> list[tuple[int, str]]:
+        """Name the samples in a rank's share that cannot be read: each is read and decoded once.
+
+        Known before the first step, the samples that are left out are the same on any layout, and no batch is short.
+        """
+        if self.shelf.on_error == "raise":
+            return []
+        own = self.places[share(len(self), rank, world_size)]
+        found = []
+        for first in range(0, len(own), _SURVEYED_AT_ONCE):
+            part = own[first : first + _SURVEYED_AT_ONCE]
+            _, bad = self.shelf.pool.start(self.shelf.wanted(part))()
+            for place, reason in ((int(part[one.place]), one.reason) for one in bad):
+                found.append((int(self.shelf.index.id_N[place]), self.shelf.described(place, reason)))
+        return found
+
+    def without(self, ids: Sequence[int]) -> ShardSamples:
+        if len(ids) > self.shelf.max_skipped * len(self):
+            raise ValueError(
+                f"{len(ids)} of {len(self)} samples cannot be read, more than data.init_args.max_skipped "
+                f"({self.shelf.max_skipped:g}) of them: see mixdist verify --decode, mend them, or raise it"
+            )
+        return self._of(np.flatnonzero(~np.isin(self._ids.numpy(), np.asarray(ids))))
+
+    def close(self) -> None:
+        self.shelf.pool.close()
+        self.shelf.pool.reading.storage.close()
