@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -86,11 +87,12 @@ def train(words: Sequence[str]) -> None:
     try:
         with told_once(mesh, "look at that rank's own messages, then go on with --resume"):
             session = build(config, mesh)
-            trainer = agreed(lambda: _trainer(config, session, bool(resumed)), mesh)
-            run = _run_directory(parsed, resumed, session)
-            held = _hold(run, mesh)
-            parsed.execution = session.mixture.bank.execution  # what auto took: the run goes on with it
-            _train(config, session, trainer, run, dump(parser, parsed), bool(resumed))
+            with closing(session):
+                trainer = agreed(lambda: _trainer(config, session, bool(resumed)), mesh)
+                run = _run_directory(parsed, resumed, session)
+                held = _hold(run, mesh)
+                parsed.execution = session.mixture.bank.execution  # what auto took: the run goes on with it
+                _train(config, session, trainer, run, dump(parser, parsed), bool(resumed))
     finally:
         if held is not None:
             held.close()

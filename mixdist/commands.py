@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -65,10 +66,11 @@ def evaluate_run(words: Sequence[str]) -> None:
     mesh = build_mesh(config)
     with told_once(mesh, "look at that rank's own messages, then start the evaluation again"):
         session = build(config, mesh)
-        check_draws(session.mixture, options.kde)
-        assert run is not None
-        checkpoint = _restore(config, session, run)
-        _evaluate(config, session, options, checkpoint, run)
+        with closing(session):
+            check_draws(session.mixture, options.kde)
+            assert run is not None
+            checkpoint = _restore(config, session, run)
+            _evaluate(config, session, options, checkpoint, run)
 
 
 def evaluate_parser() -> ArgumentParser:

@@ -140,8 +140,8 @@ class ShardSamples(Samples):
             arrays, bad = begun()
             if bad:
                 raise ValueError(
-                    f"{self.shelf.described(int(places[bad[0].place]), bad[0].reason)}: find all with mixdist verify "
-                    f"--decode and mend them, or leave such samples out with data.init_args.on_error skip"
+                    f"{self.shelf.described(int(places[bad[0].place]), bad[0].reason)}; mixdist verify --decode finds "
+                    f"all such samples, data.init_args.on_error skip leaves them out"
                 )
             rows["x"] = torch.from_numpy(arrays)
             if epoch is not None and self.augment is not None:

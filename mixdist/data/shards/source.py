@@ -160,7 +160,7 @@ class Shards(Source):
                     f"holdout to the part of the training samples to hold out, such as 0.1"
                 )
             # The top 53 bits of a hash are a number from -1/2 to 1/2, whatever the run's seed.
-            chance = hashes(0, 0, 0, torch.from_numpy(index.id_N[train]), purpose=Purpose.DATA).double() / 2**64 + 0.5
+            chance = hashes(0, 0, 0, torch.from_numpy(index.id_N[train]), purpose=Purpose.DATA).double() / 2.0**64 + 0.5
             held = (chance < self.holdout).numpy()
             train, test = train[~held], train[held]
         if not len(test) or not len(train):
