@@ -8,6 +8,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+_LARGE = 1 << 24
+
 
 class Descriptors:
     """Files opened for reading; the one used least recently is closed for the next.
@@ -37,6 +39,8 @@ class Descriptors:
                 descriptor = self._add(path)
             else:
                 self._open.move_to_end(path)
+            if size > _LARGE:  # memory follows the file and not its claims
+                size = max(0, min(size, os.fstat(descriptor).st_size - offset))
             data = os.pread(descriptor, size, offset)
             while len(data) < size:  # a read of more than 2 GiB, or from a file system that gives less at once
                 more = os.pread(descriptor, size - len(data), offset + len(data))

@@ -56,11 +56,12 @@ class LocalStorage:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._stem = os.path.join(folder, "")
         self._files = Descriptors(MAX_OPEN)
 
     def read(self, shard: str, offset: int, size: int, crc: int) -> bytes:
         """See :meth:`Storage.read`."""
-        path = os.path.join(self.folder, shard)
+        path = self._stem + shard
         try:
             data = self._files.read(path, offset, size)
         except FileNotFoundError:

@@ -1,0 +1,160 @@
+"""A web server of a folder on the loopback address, in a process of its own, that can be killed and can misbehave.
+
+It gives ranges. ``moods.json`` beside the folder's files lists how it misbehaves: {"do": what, "times": how often,
+"value": more of it}, the first that has times left. ``log.txt`` has a line for each request.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+MOODS, LOG = "moods.json", "log.txt"
+START_S = 20.0
+
+
+class RangeServer:
+    """Start it, kill it, start it again on the same port.
+
+    Args:
+        folder: whose files it gives.
+        control: a folder for its moods and its log.
+    """
+
+    def __init__(self, folder: Path, control: Path) -> None:
+        self._folder, self._control, self.port = folder, control, 0
+        self._child: subprocess.Popen[bytes] | None = None
+        self.be()
+        (control / LOG).write_text("")
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = [sys.executable, "-I", __file__, str(self._folder), str(self._control), str(self.port)]
+        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._child.stdout is not None
+        ready, _, _ = select.select([self._child.stdout], [], [], START_S)
+        assert ready, f"the server did not start in {START_S} s"
+        self.port = int(self._child.stdout.readline())
+
+    def kill(self) -> None:
+        """End it at once, in the middle of whatever it does."""
+        if self._child is not None:
+            child, self._child = self._child, None
+            child.kill()
+            child.wait(10)
+            for stream in (child.stdin, child.stdout):
+                assert stream is not None
+                stream.close()
+
+    def be(self, *moods: dict[str, Any]) -> None:
+        aside = self._control / "moods.aside"
+        aside.write_text(json.dumps(moods))
+        os.replace(aside, self._control / MOODS)
+
+    @property
+    def requests(self) -> list[str]:
+        return (self._control / LOG).read_text().splitlines()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    folder: Path
+    control: Path
+    lock = threading.Lock()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def mood(self) -> dict[str, Any]:
+        """Note the request, and take the next mood."""
+        with self.lock:
+            with open(self.control / LOG, "a") as log:
+                log.write(f"{self.path} {self.headers.get('Range')}\n")
+            moods = json.loads((self.control / MOODS).read_text())
+            for mood in moods:
+                if mood.get("times", 1) > 0:
+                    mood["times"] = mood.get("times", 1) - 1
+                    (self.control / MOODS).write_text(json.dumps(moods))
+                    return mood
+        return {"do": "well"}
+
+    def do_GET(self) -> None:
+        mood = self.mood()
+        what, value = mood["do"], mood.get("value")
+        if what == "wait":
+            time.sleep(value)
+        if what == "hang up":
+            self.close_connection = True
+            return
+        if what in ("error", "redirect"):
+            self.send_response(302 if what == "redirect" else value)
+            if what == "redirect":
+                self.send_header("Location", value.replace("{path}", self.path))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        path = self.folder / self.path.lstrip("/")
+        if not path.is_file():
+            self.send_error(404)
+            return
+        self.give(path.read_bytes(), what, value)
+
+    def give(self, data: bytes, what: str, value: Any) -> None:
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        body, total = data, len(data)
+        if asked and what != "ignore ranges":
+            first, last = int(asked[1]), min(int(asked[2]), total - 1)
+            if first >= total:
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{total}")
+                self.end_headers()
+                return
+            if what == "another range":
+                first, last = first + 1, last + 1
+            body = data[first : last + 1]
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{total}")
+        else:
+            self.send_response(200)
+        if what == "wrong bytes":
+            body = bytes(byte ^ 0x55 for byte in body)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if what == "cut":
+            body = body[:value]
+        if what == "trickle":
+            for byte in body:
+                self.wfile.write(bytes([byte]))
+                time.sleep(value)
+        self.wfile.write(body)
+        if what == "cut":
+            self.close_connection = True
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_: Any) -> None:  # clients that hang up
+        pass
+
+
+def _serve(folder: str, control: str, port: str) -> None:
+    _Handler.folder, _Handler.control = Path(folder), Path(control)
+    server = _Server(("127.0.0.1", int(port)), _Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(server.server_address[1], flush=True)
+    sys.stdin.buffer.read()  # ends when whoever started it has ended
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])
