@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from mixdist.mesh import Launch, Mesh, Placement
 from tests.launch import ROOT
 from tests.pool import Pool
+from tests.tars import make_shards
 
 BENCHMARKS = ROOT / "benchmarks"
 SPREAD = {"median", "min", "max"}
@@ -156,3 +158,20 @@ def test_execution_says_what_auto_takes(capsys: pytest.CaptureFixture[str]) -> N
     told = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert told["auto"] in ("loop", "stacked")
     assert told["auto_over_better"] >= 1
+
+
+def test_both_pipelines_read_all_samples_of_shards(tmp_path: Path) -> None:
+    make_shards(tmp_path)
+    words = [str(tmp_path), "--workers", "1", "--batch", "10", "--turns", "1", "--epochs", "2"]
+    # In a process of its own: webdataset leaves files open, of which Python would warn here.
+    command = [sys.executable, str(BENCHMARKS / "data.py"), *words]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout.splitlines()[-1])
+    assert told["samples"] == 44
+    assert set(told["rates"]) == {f"{what} {name}" for what in ("decoded", "raw") for name in ("mixdist", "webdataset")}
+    assert min(rate["min"] for rate in told["rates"].values()) > 0
+    assert len(told["held_bytes"]) == 2
+    assert told["scan_imagenet_s"] == pytest.approx(1.281167 * told["scan_us"])
