@@ -1,0 +1,373 @@
+"""From tar shards that anyone wrote to their index: each is read once, front to back, and every doubt is refused.
+
+Shape letters: N samples, M members of a sample, A attributes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixdist.data.shards.index import ABSENT, ShardEntry, ShardIndex, check_names
+from mixdist.data.shards.tar import AGAIN, PIECE, Member, Stream, Tar
+
+EXTENSIONS = ("cls", "jpeg", "jpg", "json", "npy", "png", "txt", "webp")
+_COLUMN = {extension: column for column, extension in enumerate(EXTENSIONS)}
+_CLS, _JSON = _COLUMN["cls"], _COLUMN["json"]
+_PICKLES = ("pkl", "pickle", "pyd", "pt", "pth")
+_CLASS = re.compile(rb"\s*([0-9]{1,9})\s*")
+_RENAME = "rename it and make the shard again"
+
+Attributes = tuple[tuple[str, ...], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """What one shard holds.
+
+    Args:
+        name: of the file.
+        num_bytes: of the file.
+        sha256: of the file.
+        keys: N names of samples, in order: the members' names up to the first dot after the folder.
+        extensions: of the members, in small letters, sorted; M.
+        member_NM2: where each member's bytes begin in the tar and how many there are, int64; -1 where it is absent.
+        crc_NM: zlib.crc32 of each member's bytes, uint32; 0 where it is absent.
+        label_N: classes from ``cls``, int64; None unless every sample has one.
+        attributes: A names and uint8 (N, A) of 0 and 1, from ``json``; None unless every sample has the same names.
+        left_out: a line for each of labels and attributes that only some samples have.
+    """
+
+    name: str
+    num_bytes: int
+    sha256: str
+    keys: list[str]
+    extensions: tuple[str, ...]
+    member_NM2: NDArray[np.int64]
+    crc_NM: NDArray[np.uint32]
+    label_N: NDArray[np.int64] | None = None
+    attributes: Attributes | None = None
+    left_out: tuple[str, ...] = ()
+
+
+def scan(path: Path) -> Scan:
+    """Read a tar file once; see :func:`scan_stream`.
+
+    Raises:
+        ValueError: it is no plain file, cannot be read, or is refused.
+    """
+    if not path.is_file():  # opening a fifo would wait for ever
+        raise ValueError(f"shard {str(path)!r} is no file: put it back, or leave it out")
+    try:
+        with path.open("rb", buffering=0) as file:
+            return scan_stream(file, path.name)
+    except OSError as error:
+        raise ValueError(f"shard {str(path)!r} cannot be read ({error.strerror}): {AGAIN}") from None
+
+
+def scan_stream(stream: Stream, name: str) -> Scan:
+    """Read a tar from any stream once, front to back, in pieces of 1 MiB.
+
+    Args:
+        stream: gives the shard's bytes.
+        name: of the shard.
+
+    Raises:
+        ValueError: the tar is damaged, cut, or holds anything but plain files; a name is unsafe, has more than one
+            dot, no extension or one that is not in ``EXTENSIONS``; a sample's members do not follow each other; a
+            ``cls`` is no whole number; there is no sample.
+        OSError: the stream fails.
+    """
+    tar = Tar(stream, name)
+    samples = _Samples(tar)
+    while (member := tar.member()) is not None:
+        samples.add(member, *tar.payload(member))
+    if not samples.keys:
+        tar.refuse(0, "the archive has no sample", "leave it out")
+    return samples.scan()
+
+
+class _Samples:
+    """The samples found so far; numbers are kept in flat arrays, a member each."""
+
+    def __init__(self, tar: Tar) -> None:
+        self.tar = tar
+        self.keys: list[str] = []
+        self._seen: set[str] = set()
+        self._key = ""
+        self._columns = 0  # of the sample that is being read, a bit each
+        self._sample, self._column, self._crc = array("q"), array("B"), array("I")
+        self._offset, self._size = array("q"), array("q")
+        self._labels, self._attributes = array("q"), _Attributes()
+
+    def add(self, member: Member, crc: int, data: bytes) -> None:
+        """Take a member.
+
+        Raises:
+            ValueError: it belongs to no sample.
+        """
+        key, column = self._place(member)
+        if key != self._key:
+            if key in self._seen:
+                what = f"key {key!r} of {member.name!r} comes again after other samples (a duplicate, or interleaved)"
+                remedy = "put a sample's members one after the other under a key of its own"
+                self.tar.refuse(member.header, what, remedy)
+            self._seen.add(key)
+            self.keys.append(key)
+            self._key, self._columns = key, 0
+        if self._columns >> column & 1:
+            what = f"sample {key!r} has a second {EXTENSIONS[column]!r} ({member.name!r})"
+            self.tar.refuse(member.header, what, "give every sample a key of its own")
+        self._columns |= 1 << column
+        self._sample.append(len(self.keys) - 1)
+        self._column.append(column)
+        self._offset.append(member.offset)
+        self._size.append(member.size)
+        self._crc.append(crc)
+        if column == _CLS:
+            self._labels.append(self._label(member, data))
+        elif column == _JSON:
+            self._attributes.add(data if member.size <= PIECE else b"")
+
+    def _place(self, member: Member) -> tuple[str, int]:
+        """A member's key and the column of its extension."""
+        folder, slash, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        column = _COLUMN.get(extension)
+        if column is None:
+            column = _COLUMN.get(extension.lower())
+        if column is None or not stem:
+            self._refuse_name(member, base, stem, extension)
+        return folder + slash + stem, column
+
+    def _refuse_name(self, member: Member, base: str, stem: str, extension: str) -> NoReturn:
+        last = extension.rpartition(".")[2].lower()
+        if last in _PICKLES:
+            what = f"{member.name!r} has the extension {last!r}: pickles are never read"
+            self.tar.refuse(member.header, what, f"leave it out, or store it as {', '.join(EXTENSIONS)}")
+        if not stem:
+            self.tar.refuse(member.header, f"{member.name!r} has no key before its dot", _RENAME)
+        if "." in extension:
+            what = f"{member.name!r} has a dotted key: what follows the first dot would be taken for its extension"
+            self.tar.refuse(member.header, what, "name members KEY.EXTENSION, with one dot")
+        if not extension:
+            self.tar.refuse(member.header, f"{member.name!r} has no extension", _RENAME)
+        what = f"{member.name!r} has the extension {extension!r}, expected {', '.join(EXTENSIONS)}"
+        self.tar.refuse(member.header, what, "leave it out, or store it as one of these")
+
+    def _label(self, member: Member, data: bytes) -> int:
+        match = _CLASS.fullmatch(data) if member.size <= 64 else None
+        if match is None:
+            found = data[:20] if member.size <= PIECE else f"{member.size} bytes"
+            what = f"{member.name!r} holds {found!r}, expected a class as a whole number from 0"
+            self.tar.refuse(member.header, what, "number the classes, or name the member txt")
+        return int(match[1])
+
+    def scan(self) -> Scan:
+        """Put the members of each sample side by side."""
+        num = len(self.keys)
+        sample = np.frombuffer(self._sample, dtype=np.int64)
+        used, column = np.unique(np.frombuffer(self._column, dtype=np.uint8), return_inverse=True)
+        member_NM2 = np.full((num, len(used), 2), ABSENT, dtype=np.int64)
+        member_NM2[sample, column, 0], member_NM2[sample, column, 1] = self._offset, self._size
+        crc_NM = np.zeros((num, len(used)), dtype=np.uint32)
+        crc_NM[sample, column] = self._crc
+        left_out = []
+        if 0 < len(self._labels) < num:
+            left_out.append(f"labels: {len(self._labels)} of {num} samples of shard {self.tar.shard!r} have a cls")
+        attributes = self._attributes.table(num)
+        if attributes is None and self._attributes.some:
+            left_out.append(
+                f"attributes: not every sample of shard {self.tar.shard!r} has the same ones of 0 and 1 in its json"
+            )
+        return Scan(
+            self.tar.shard,
+            self.tar.offset,
+            self.tar.sha256,
+            self.keys,
+            tuple(EXTENSIONS[c] for c in used),
+            member_NM2,
+            crc_NM,
+            np.array(self._labels, dtype=np.int64) if len(self._labels) == num else None,
+            attributes,
+            tuple(left_out),
+        )
+
+
+class _Attributes:
+    """The attributes in the json of one sample after another, as long as all have the same names."""
+
+    def __init__(self) -> None:
+        self.some = False
+        self._names: tuple[str, ...] = ()
+        self._rows, self._num, self._same = bytearray(), 0, True
+
+    def add(self, data: bytes) -> None:
+        """Take a sample's json; what is no object with attributes of 0, 1, true and false is none."""
+        found = _attributes(data) if b'"attributes"' in data else None
+        self.some = self.some or found is not None
+        if found is None or not self._same:
+            self._same = False
+            return
+        names = tuple(found)
+        if not self._num:
+            self._names = names
+        if names != self._names:
+            if set(names) != set(self._names):
+                self._same = False
+                return
+            found = {name: found[name] for name in self._names}
+        self._rows += bytes(found.values())
+        self._num += 1
+
+    def table(self, num: int) -> Attributes | None:
+        """Names and values (N, A), if all ``num`` samples have them."""
+        if not self._same or not self._num or self._num != num:
+            return None
+        return self._names, np.frombuffer(bytes(self._rows), dtype=np.uint8).reshape(num, len(self._names))
+
+
+def _attributes(data: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    found = found.get("attributes") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not found:
+        return None
+    if not all(value is True or value is False or (type(value) is int and 0 <= value <= 1) for value in found.values()):
+        return None
+    return found
+
+
+def assemble(
+    scans: Sequence[Scan],
+    splits: Sequence[str],
+    ids: Sequence[NDArray[np.int64]] | None = None,
+    class_names: Sequence[str] = (),
+    source: str = "",
+    base: str | None = None,
+    image: tuple[int, int, int] | None = None,
+    made: dict[str, Any] | None = None,
+) -> ShardIndex:
+    """Put shards together to an index, in their order.
+
+    Labels are kept if every sample of every shard has one, else left out; so are attributes, which need the same names
+    in every shard. :func:`left_out` says which and why.
+
+    Args:
+        scans: one a shard.
+        splits: of each shard.
+        ids: of each shard's samples, ascending, or None to number on through all shards.
+        class_names: of the labels, or empty.
+        source: see :class:`ShardIndex`, as the following.
+        base: the https address of the shards' folder, or None.
+        image: the shape that all images are known to have.
+        made: what prepare was asked for.
+
+    Raises:
+        ValueError: there is no shard, two have one name, a split has a key twice, a shard's name is no plain name, or
+            a label has no class name.
+    """
+    if not scans:
+        raise ValueError("there is no shard: name a folder that holds files ending in .tar")
+    check_names([one.name for one in scans])
+    _check_keys(scans, splits)
+    starts = np.cumsum([0, *(len(one.keys) for one in scans)])
+    if ids is None:
+        ids = [np.arange(starts[i], starts[i + 1]) for i in range(len(scans))]
+    for one, part in zip(scans, ids, strict=True):
+        assert len(part) == len(one.keys), f"{len(part)} ids of {len(one.keys)} samples in {one.name}"
+        assert np.all(np.diff(part) > 0), f"ids in {one.name} do not ascend"
+    extensions = tuple(sorted({extension for one in scans for extension in one.extensions}))
+    label_N = _labels(scans, class_names)
+    attributes = _same_attributes(scans)
+    return ShardIndex(
+        tuple(
+            ShardEntry(one.name, split, one.num_bytes, one.sha256, len(one.keys), int(part[0]))
+            for one, split, part in zip(scans, splits, ids, strict=True)
+        ),
+        extensions,
+        np.concatenate(ids).astype(np.int64),
+        np.concatenate([_widened(one.member_NM2, one.extensions, extensions, ABSENT) for one in scans]),
+        np.concatenate([_widened(one.crc_NM, one.extensions, extensions, 0) for one in scans]),
+        label_N,
+        None if attributes is None else attributes[1],
+        tuple(class_names) if label_N is not None else (),
+        () if attributes is None else attributes[0],
+        image,
+        source,
+        base,
+        made or {},
+    )
+
+
+def left_out(scans: Sequence[Scan]) -> list[str]:
+    """Say of labels and attributes that some shards have and the index has not, which shard lacks them."""
+    said = {line.partition(":")[0]: line for one in reversed(scans) for line in one.left_out}
+    lacks = [one.name for one in scans if one.label_N is None]
+    if 0 < len(lacks) < len(scans):
+        said.setdefault("labels", f"labels: shard {lacks[0]!r} has none, others have")
+    lacks = [one.name for one in scans if one.attributes is None]
+    if 0 < len(lacks) < len(scans):
+        said.setdefault("attributes", f"attributes: shard {lacks[0]!r} has none, others have")
+    elif not lacks and _same_attributes(scans) is None:
+        said.setdefault("attributes", "attributes: their names differ between shards")
+    return list(said.values())
+
+
+def _check_keys(scans: Sequence[Scan], splits: Sequence[str]) -> None:
+    names: set[str] = set()
+    seen: dict[str, set[str]] = {}
+    for one, split in zip(scans, splits, strict=True):
+        if one.name in names:
+            raise ValueError(f"shard {one.name!r} is there twice: give every shard a name of its own")
+        names.add(one.name)
+        keys = seen.setdefault(split, set())
+        if not keys.isdisjoint(one.keys):
+            twice = next(key for key in one.keys if key in keys)
+            first = next(o.name for o, of in zip(scans, splits, strict=True) if of == split and twice in o.keys)
+            raise ValueError(
+                f"key {twice!r} is in shards {first!r} and {one.name!r} of split {split!r}: "
+                "give every sample a key of its own"
+            )
+        keys.update(one.keys)
+
+
+def _labels(scans: Sequence[Scan], class_names: Sequence[str]) -> NDArray[np.int64] | None:
+    labels = [one.label_N for one in scans if one.label_N is not None]
+    if len(labels) < len(scans):
+        return None
+    label_N = np.concatenate(labels)
+    highest = int(label_N.max())
+    if class_names and highest >= len(class_names):
+        raise ValueError(
+            f"class {highest} is in the shards, but class_names has {len(class_names)} names: give a name for each "
+            f"class from 0 to {highest}"
+        )
+    return label_N
+
+
+def _same_attributes(scans: Sequence[Scan]) -> Attributes | None:
+    found = [one.attributes for one in scans if one.attributes is not None]
+    if len(found) < len(scans) or any(names != found[0][0] for names, _ in found):
+        return None
+    return found[0][0], np.concatenate([values for _, values in found])
+
+
+def _widened(
+    array_NM: NDArray[Any], extensions: tuple[str, ...], all_extensions: tuple[str, ...], absent: int
+) -> NDArray[Any]:
+    """Make room for extensions that this shard has not."""
+    shape = (len(array_NM), len(all_extensions), *array_NM.shape[2:])
+    wide = np.full(shape, absent, dtype=array_NM.dtype)
+    wide[:, [all_extensions.index(extension) for extension in extensions]] = array_NM
+    return wide
