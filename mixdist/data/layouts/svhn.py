@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import io
 
 from mixdist.data.layouts.layout import Arrays, Layout, Missing, Part
 from mixdist.data.layouts.trees import Entry, digest
@@ -81,22 +80,24 @@ def images_of(path: Path) -> int:
     Raises:
         ValueError: it is damaged or foreign.
     """
-    shapes = {name: shape for name, shape, _ in _told(path, io.whosmat)}
+    shapes = {name: shape for name, shape, _ in _told(path, "whosmat")}
     if len(shapes.get("X", ())) != 4:
         raise ValueError(f"{str(path)!r} has no X of 4 dimensions: take SVHN's cropped digits")
     return int(shapes["X"][3])
 
 
 def _read(path: Path, name: str) -> NDArray[Any]:
-    found = _told(path, io.loadmat, variable_names=[name]).get(name)
+    found = _told(path, "loadmat", variable_names=[name]).get(name)
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "uif":
         raise ValueError(f"{str(path)!r} has no numbers {name!r}: take SVHN's cropped digits")
     return found
 
 
-def _told(path: Path, read: Any, **options: Any) -> Any:
+def _told(path: Path, function: str, **options: Any) -> Any:
+    from scipy import io  # slow to import: every worker process would wait for it
+
     try:
-        return read(str(path), **options)
+        return getattr(io, function)(str(path), **options)
     except MemoryError:
         raise
     except Exception as error:  # the library has no error of its own for a file that is damaged
