@@ -28,6 +28,7 @@ from mixdist.checkpoint import CheckpointStore
 from mixdist.commands import evaluate_run, sample, summary
 from mixdist.competition import Competition
 from mixdist.config import Config
+from mixdist.data_commands import prepare
 from mixdist.ending import INTERRUPTED, Alone, agreed, fail, told, told_once
 from mixdist.evaluate import evaluate
 from mixdist.evidence import twins
@@ -47,6 +48,7 @@ commands:
   train     train a mixture of experts, in one process or under torchrun, deepspeed or srun
   evaluate  likelihoods, reconstruction and clustering of a run on held-out rows, on any layout
   sample    draw from every expert of a run into a picture
+  prepare   turn a data set, as it comes, into shards to train from
 
 mixdist COMMAND --help tells each command's options. A first run:
   torchrun --standalone --nproc-per-node 2 -m mixdist train --config configs/digits_moe.yaml"""
@@ -58,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> int:
     keep_large_blocks()
     follow_launcher()
     sys.path.insert(0, os.getcwd())  # classes of one's own are found from the console script as with python -m
-    commands = {"train": train, "evaluate": evaluate_run, "sample": sample}
+    commands = {"train": train, "evaluate": evaluate_run, "sample": sample, "prepare": prepare}
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -70,7 +72,8 @@ def main(words: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return fail(told(error), Launch.read().rank, alone=isinstance(error, Alone))
     except KeyboardInterrupt:
-        remedy = "go on with mixdist train --resume RUN" if words[0] == "train" else "start it again"
+        remedies = {"train": "go on with mixdist train --resume RUN", "prepare": "the same command goes on"}
+        remedy = remedies.get(words[0], "start it again")
         print(f"mixdist: interrupted: {remedy}", file=sys.stderr)
         return INTERRUPTED
 

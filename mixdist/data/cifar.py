@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -11,11 +12,10 @@ from mixdist.data.dataset import Dataset, Source
 from mixdist.terms import Field
 
 NUM_CLASSES = 10
-_SHAPE = (3, 32, 32)
-_RECORD = 1 + 3 * 32 * 32
-_PER_FILE = 10_000
-_TRAIN = tuple(f"data_batch_{n}.bin" for n in range(1, 6))
-_TEST, _NAMES, _FOLDER = "test_batch.bin", "batches.meta.txt", "cifar-10-batches-bin"
+SHAPE = (3, 32, 32)
+PER_FILE = 10_000
+TRAIN = tuple(f"data_batch_{n}.bin" for n in range(1, 6))
+TEST, NAMES, FOLDER = "test_batch.bin", "batches.meta.txt", "cifar-10-batches-bin"
 
 
 class Cifar10(Source):
@@ -48,14 +48,14 @@ class Cifar10(Source):
         root = Path(self.root)
         if not root.is_dir():
             raise ValueError(f"root ({self.root!r}) is not a folder: set it to that of CIFAR-10's binary files.")
-        folder = root / _FOLDER if (root / _FOLDER).is_dir() else root
-        batches = [(n * _PER_FILE, folder / name) for n, name in enumerate(_TRAIN) if (folder / name).exists()]
+        folder = root / FOLDER if (root / FOLDER).is_dir() else root
+        batches = [(n * PER_FILE, folder / name) for n, name in enumerate(TRAIN) if (folder / name).exists()]
         if not batches:
-            raise ValueError(f"{str(folder)!r} has none of the files {_TRAIN[0]!r} to {_TRAIN[-1]!r}: put one there.")
-        if not (folder / _TEST).exists():
-            raise ValueError(f"{str(folder)!r} has no file {_TEST!r}: put it there.")
-        names = _class_names(folder / _NAMES)
-        return self._read(batches, names), self._read([(len(_TRAIN) * _PER_FILE, folder / _TEST)], names)
+            raise ValueError(f"{str(folder)!r} has none of the files {TRAIN[0]!r} to {TRAIN[-1]!r}: put one there.")
+        if not (folder / TEST).exists():
+            raise ValueError(f"{str(folder)!r} has no file {TEST!r}: put it there.")
+        names = read_names(folder / NAMES)
+        return self._read(batches, names), self._read([(len(TRAIN) * PER_FILE, folder / TEST)], names)
 
     def _read(self, files: list[tuple[int, Path]], names: tuple[str, ...]) -> Dataset:
         """One data set of files, each with its first id."""
@@ -64,61 +64,80 @@ class Cifar10(Source):
         for first_id, path in files:
             if left == 0:
                 break
-            read = _records(path)
+            read = read_records(path)
             # A copy, so that the rest of the file does not stay in memory behind a view.
             kept = read if left is None or left >= len(read) else read[:left].clone()
             left = None if left is None else left - len(kept)
             records.append(kept)
             ids.append(torch.arange(first_id, first_id + len(kept)))
         rows = torch.cat(records)
-        labels, images = rows[:, 0].clone(), rows[:, 1:].reshape(-1, *_SHAPE)
+        labels, images = rows[:, 0].clone(), rows[:, 1:].reshape(-1, *SHAPE)
         spec = {
-            "x": Field(_SHAPE, torch.uint8, scale=1 / 255),
+            "x": Field(SHAPE, torch.uint8, scale=1 / 255),
             "y": Field((), torch.uint8, num_classes=NUM_CLASSES),
         }
         return Dataset({"id": torch.cat(ids), "x": images, "y": labels}, spec, "y", names)
 
 
-def _records(path: Path) -> Tensor:
-    """The records of a file, uint8 (N, 3073)."""
+def read_records(
+    path: Path, num_labels: int = 1, num_classes: int = NUM_CLASSES, most: int = PER_FILE, kind: str = "CIFAR-10"
+) -> Tensor:
+    """Read the records of a file, uint8 (N, num_labels + 3072).
+
+    Args:
+        path: of the file.
+        num_labels: bytes of labels in front of an image; the last of them is checked.
+        num_classes: of that label.
+        most: images that the official file has.
+        kind: the name of the data set.
+
+    Raises:
+        ValueError: the file cannot be read, or is empty, truncated, too large or foreign.
+    """
+    length = num_labels + math.prod(SHAPE)
     try:
         with path.open("rb") as stream:
             # One byte beyond the largest file: a foreign one of any size is refused without reading it.
-            body = stream.read(_PER_FILE * _RECORD + 1)
+            body = stream.read(most * length + 1)
     except OSError as error:
         raise ValueError(f"{str(path)!r} cannot be read ({error.strerror}): mend or fetch the file again.") from error
     if not body:
         raise ValueError(f"{str(path)!r} is empty, expected at least one image: fetch the file again.")
-    if len(body) > _PER_FILE * _RECORD:
+    if len(body) > most * length:
         raise ValueError(
-            f"{str(path)!r} has more than {_PER_FILE} images of {_RECORD} bytes: take the binary version of CIFAR-10."
+            f"{str(path)!r} has more than {most} images of {length} bytes: take the binary version of {kind}."
         )
-    if len(body) % _RECORD:
+    if len(body) % length:
         raise ValueError(
-            f"{str(path)!r} is truncated or foreign: {len(body)} bytes are not a multiple of {_RECORD}, an image with "
+            f"{str(path)!r} is truncated or foreign: {len(body)} bytes are not a multiple of {length}, an image with "
             "its label: fetch the file again."
         )
-    records = torch.frombuffer(bytearray(body), dtype=torch.uint8).reshape(-1, _RECORD)
-    wrong = (records[:, 0] >= NUM_CLASSES).nonzero()
+    records = torch.frombuffer(bytearray(body), dtype=torch.uint8).reshape(-1, length)
+    labels = records[:, num_labels - 1]
+    wrong = (labels >= num_classes).nonzero()
     if len(wrong):
         place = int(wrong[0])
         raise ValueError(
-            f"{str(path)!r} has the label {int(records[place, 0])} at image {place}, expected 0 to {NUM_CLASSES - 1}: "
-            "take the binary version of CIFAR-10."
+            f"{str(path)!r} has the label {int(labels[place])} at image {place}, expected 0 to {num_classes - 1}: "
+            f"take the binary version of {kind}."
         )
     return records
 
 
-def _class_names(path: Path) -> tuple[str, ...]:
-    """The names in the file, a line each; none without the file."""
+def read_names(path: Path, num_classes: int = NUM_CLASSES) -> tuple[str, ...]:
+    """Read the names in a file, a line each; none without the file.
+
+    Raises:
+        ValueError: it is no text, or has another number of names.
+    """
     if not path.exists():
         return ()
     try:
         names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as text: fetch the file again, or remove it.") from error
-    if len(names) != NUM_CLASSES:
+    if len(names) != num_classes:
         raise ValueError(
-            f"{str(path)!r} has {len(names)} names, expected {NUM_CLASSES}: fetch the file again, or remove it."
+            f"{str(path)!r} has {len(names)} names, expected {num_classes}: fetch the file again, or remove it."
         )
     return names

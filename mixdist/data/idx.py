@@ -17,8 +17,8 @@ from mixdist.terms import Field
 
 _MAX_BYTES = 2**31
 _PIECE = 1 << 20
-_PREFIXES = ("train", "t10k")
-_IMAGES, _LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
+PREFIXES = ("train", "t10k")
+IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
 
 
 class Idx(Source):
@@ -53,7 +53,7 @@ class Idx(Source):
         root = Path(self.root)
         if not root.is_dir():
             raise ValueError(f"root ({self.root!r}) is not a folder: set it to the folder with MNIST's four files.")
-        (train_x, train_y), (test_x, test_y) = (_read_pair(root, prefix) for prefix in _PREFIXES)
+        (train_x, train_y), (test_x, test_y) = (read_pair(root, prefix) for prefix in PREFIXES)
         if train_x.shape[1:] != test_x.shape[1:]:
             sizes = f"{_size(train_x)} pixels in training and {_size(test_x)} in testing"
             raise ValueError(
@@ -74,27 +74,40 @@ class Idx(Source):
         return Dataset({"id": ids, "x": images.unsqueeze(1), "y": labels}, spec, "y")
 
 
-def _read_pair(root: Path, prefix: str) -> tuple[Tensor, Tensor]:
-    """Images (N, H, W) and labels (N,), uint8."""
-    images = _read_idx(_find(root, f"{prefix}-{_IMAGES}"), num_dims=3)
-    labels = _read_idx(_find(root, f"{prefix}-{_LABELS}"), num_dims=1)
+def read_pair(root: Path, prefix: str) -> tuple[Tensor, Tensor]:
+    """Read the images (N, H, W) and labels (N,) of "train" or "t10k", uint8.
+
+    Raises:
+        ValueError: a file is missing, foreign, damaged or too large, or the two disagree.
+    """
+    images = read_idx(find(root, f"{prefix}-{IMAGES}"), num_dims=3)
+    labels = read_idx(find(root, f"{prefix}-{LABELS}"), num_dims=1)
     if len(images) != len(labels):
         raise ValueError(
-            f"'{prefix}-{_IMAGES}' has {len(images)} images and '{prefix}-{_LABELS}' {len(labels)} labels, "
+            f"'{prefix}-{IMAGES}' has {len(images)} images and '{prefix}-{LABELS}' {len(labels)} labels, "
             f"expected as many: take both from one data set."
         )
     return images, labels
 
 
-def _find(root: Path, name: str) -> Path:
+def find(root: Path, name: str) -> Path:
+    """Find a file, as it is or with ``.gz``.
+
+    Raises:
+        ValueError: there is neither.
+    """
     for path in (root / name, root / f"{name}.gz"):
         if path.is_file():
             return path
     raise ValueError(f"root ({str(root)!r}) has no file {name!r} or '{name}.gz': put one of them there.")
 
 
-def _read_idx(path: Path, num_dims: int) -> Tensor:
-    """The bytes of an idx file in the shape that its header gives."""
+def read_idx(path: Path, num_dims: int) -> Tensor:
+    """Read the bytes of an idx file in the shape that its header gives.
+
+    Raises:
+        ValueError: it is foreign, damaged, or too large.
+    """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             return _read_stream(stream, str(path), num_dims)

@@ -1,0 +1,82 @@
+"""Worker processes that make shards side by side, and end with their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection, get_context, parent_process
+from typing import Any
+
+from mixdist.data.shards.writer import Made, ShardWriter, Task
+
+_here: dict[str, Any] = {}
+"""What a worker process was given when it started."""
+
+
+def make_all(writer: ShardWriter, tasks: Iterable[Task], workers: int) -> Generator[Made, None, None]:
+    """Make shards in any order.
+
+    Args:
+        writer: makes one.
+        tasks: a shard each.
+        workers: processes; with 0 or 1 this process does it.
+
+    Raises:
+        ValueError: a file of the source cannot be read, or a worker process was killed.
+        OSError: a shard cannot be written.
+    """
+    if workers <= 1:
+        yield from map(writer.make, tasks)
+        return
+    context = get_context("spawn")  # torch and Arrow have threads, which a fork would not take along
+    stop = context.Event()
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(writer, stop))
+    try:
+        pending: set[Future[Made]] = set()
+        for task in tasks:
+            pending.add(_submit(pool, task))
+            if len(pending) >= 2 * workers:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+    except BrokenProcessPool:
+        raise ValueError(
+            f"one of {workers} worker processes was killed, perhaps for want of memory: give the same command again "
+            "with fewer --workers: it goes on where it stopped"
+        ) from None
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, task: Task) -> Future[Made]:
+    """Hand over a task. Ctrl-C is this process's affair: workers, which may start here, inherit that it is blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_make, task)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start(writer: ShardWriter, stop: Any) -> None:
+    _here.update(writer=writer, stop=stop)
+    parent = parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """End this process when its parent was killed: nobody would take what it makes, and it would wait for ever."""
+    connection.wait([sentinel])
+    os._exit(1)
+
+
+def _make(task: Task) -> Made:
+    made: Made = _here["writer"].make(task, _here["stop"].is_set)
+    return made

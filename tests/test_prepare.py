@@ -1,0 +1,639 @@
+"""``mixdist prepare``: the same bytes whatever happens, every sample once, and one line for what cannot be."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mixdist.data.layouts import open_layout
+from mixdist.data.layouts.layout import Files
+from mixdist.data.prepare import Prepared, count_reasons, prepare
+from mixdist.data.recipe import Recipe
+from mixdist.data.shards.decode import decode
+from mixdist.data.shards.index import ShardIndex
+from mixdist.data.shards.writer import PREPARING, _Sink
+from tests import sources
+from tests.launch import ROOT, descendants, here
+from tests.sources import MAKERS, Truth, make, picture, put
+
+SETTINGS: dict[str, Any] = {"shard_samples": 2}
+LARGE = picture(0, (1500, 1500))
+
+
+def _prepare(source: Path, out: Path, kind: str = "celeba", **settings: Any) -> Prepared:
+    layout = open_layout(kind, source)
+    recipe = settings.pop("recipe", Recipe(layout.channels))
+    return prepare(kind, layout, recipe, out, **{**SETTINGS, **settings})
+
+
+def _files(out: Path) -> dict[str, str]:
+    """Everything below a folder, by checksum."""
+    paths = (path for path in sorted(out.rglob("*")) if path.is_file())
+    return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def _members(out: Path) -> dict[str, dict[str, bytes]]:
+    """The members of every sample by split and key, as tarfile reads them."""
+    found: dict[str, dict[str, bytes]] = {}
+    for path in sorted(out.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                assert (member.isreg(), member.mtime) == (True, 0)
+                key, _, extension = member.name.partition(".")
+                file = tar.extractfile(member)
+                assert file is not None
+                found.setdefault(f"{path.name.split('-')[0]} {key}", {})[extension] = file.read()
+    return found
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine faces, of which one is damaged and one is too small."""
+    root = tmp_path_factory.mktemp("faces")
+    sources.celeba(root)
+    path = root / "img_align_celeba" / "000004.jpg"
+    path.write_bytes(path.read_bytes()[:-30])
+    put(root / "img_align_celeba" / "000006.jpg", picture(5, (7, 14)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The files of an uninterrupted preparation."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    _prepare(faces, out)
+    return _files(out)
+
+
+# What is written.
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_every_sample_is_written_once_as_it_is(kind: str, tmp_path: Path) -> None:
+    truths = make(kind, tmp_path / "source")
+    prepared = _prepare(tmp_path / "source", tmp_path / "out", kind, shard_samples=3)
+    members = _members(tmp_path / "out")
+    assert list(members) == sorted(f"{truth.split} {truth.id:09d}" for truth in truths)
+    names = open_layout(kind, tmp_path / "source").attribute_names
+    for truth in truths:
+        sample = members[f"{truth.split} {truth.id:09d}"]
+        _check_image(sample, truth)
+        assert sample.get("cls") == (None if truth.label is None else str(truth.label).encode())
+        about = json.loads(sample["json"])
+        assert about.get("attributes", {}) == dict(zip(names, truth.attributes, strict=True))
+        assert about["name"]
+    _check_index(prepared.index, tmp_path / "out", truths, members)
+    assert not prepared.set_aside
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".tar") == [
+        "index.json",
+        "index.npz",
+    ]
+
+
+def _check_image(sample: dict[str, bytes], truth: Truth) -> None:
+    (extension,) = sample.keys() - {"cls", "json"}
+    if not isinstance(truth.raw, bytes):
+        assert extension == "png"
+        np.testing.assert_array_equal(decode(sample["png"], len(truth.raw)), truth.raw)
+        return
+    with Image.open(io.BytesIO(truth.raw)) as image:
+        kind, pixels = image.format, np.asarray(image.convert("RGB"))
+    if kind in ("JPEG", "PNG", "WEBP"):
+        assert extension == {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind]
+        assert sample[extension] == truth.raw
+    else:
+        np.testing.assert_array_equal(decode(sample["png"], 3), pixels.transpose(2, 0, 1))
+
+
+def _check_index(index: ShardIndex, out: Path, truths: list[Truth], members: dict[str, dict[str, bytes]]) -> None:
+    assert index.fingerprint == ShardIndex.read(out).fingerprint
+    assert index.id_N.tolist() == [truth.id for truth in truths]
+    labels = [truth.label for truth in truths]
+    assert (index.label_N is None) == (labels[0] is None)
+    if index.label_N is not None:
+        assert index.label_N.tolist() == labels
+    if index.attribute_NA is not None:
+        assert index.attribute_NA.tolist() == [list(truth.attributes) for truth in truths]
+    else:
+        assert not truths[0].attributes
+    assert index.image == (None if isinstance(truths[0].raw, bytes) else truths[0].raw.shape)
+    for entry, first, last in zip(index.shards, index.starts, index.starts[1:], strict=False):
+        data = (out / entry.name).read_bytes()
+        for n in range(first, last):
+            sample = members[f"{entry.split} {index.id_N[n]:09d}"]
+            for m, extension in enumerate(index.extensions):
+                at, size = index.member_NM2[n, m]
+                assert sample.get(extension) == (None if at < 0 else data[at : at + size])
+
+
+def test_shards_are_of_consecutive_samples(faces: Path, tmp_path: Path) -> None:
+    index = _prepare(faces, tmp_path).index
+    # Ids 0 to 2 are trained on; 1 (000004.jpg) is damaged, 8 (the last of 000003, 6, 9) is well, 7 is too small.
+    assert [(s.name, s.num_samples, s.first_id) for s in index.shards] == [
+        ("train-000000.tar", 1, 0),
+        ("train-000001.tar", 1, 2),
+        ("valid-000000.tar", 2, 3),
+        ("valid-000001.tar", 1, 5),
+        ("test-000000.tar", 1, 6),
+        ("test-000001.tar", 1, 8),
+    ]
+    assert index.splits == ("train", "valid", "test")
+
+
+def test_what_is_set_aside_is_listed_with_its_reason(faces: Path, tmp_path: Path) -> None:
+    prepared = _prepare(faces, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "set_aside.jsonl").read_text().splitlines()]
+    assert lines == [one._asdict() for one in prepared.set_aside]
+    assert [(line["id"], line["name"]) for line in lines] == [(1, "000004.jpg"), (7, "000006.jpg")]
+    assert lines[0]["reason"].startswith("it is truncated or damaged (")
+    assert lines[1]["reason"] == "it has 7 x 14 pixels, fewer than min-side (8)"
+    assert count_reasons(prepared.set_aside) == [
+        ("it is truncated or damaged", 1),
+        ("it has W x H pixels, fewer than min-side", 1),
+    ]
+
+
+def test_a_shard_of_which_all_is_set_aside_is_not_there(tmp_path: Path) -> None:
+    for k in range(6):
+        put(tmp_path / "in" / "a" / f"{k}.jpg", b"" if k in (2, 3) else picture(k))
+    prepared = _prepare(tmp_path / "in", tmp_path / "out", "folder")
+    assert [shard.name for shard in prepared.index.shards] == ["train-000000.tar", "train-000002.tar"]
+    assert prepared.index.id_N.tolist() == [0, 1, 4, 5]
+    before = _files(tmp_path / "out")
+    assert _prepare(tmp_path / "in", tmp_path / "out", "folder").before
+    assert _files(tmp_path / "out") == before
+
+
+def test_with_a_size_the_shape_is_known(faces: Path, tmp_path: Path) -> None:
+    prepared = _prepare(faces, tmp_path, recipe=Recipe(size=8, crop=12))
+    assert prepared.index.image == (3, 8, 8)
+    for sample in _members(tmp_path).values():
+        assert decode(sample["png"], 3).shape == (3, 8, 8)
+    assert prepared.index.source == "celeba by mixdist prepare (channels 3, size 8, crop 12)"
+
+
+@pytest.mark.parametrize("workers", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_any_number_of_workers_makes_the_same_bytes(
+    workers: int, faces: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
+    told: list[tuple[int, int]] = []
+    _prepare(faces, tmp_path / "out", workers=workers, tell=lambda *counts: told.append(counts))
+    assert _files(tmp_path / "out") == whole
+    assert (told[0], told[-1]) == ((0, 9), (9, 9))
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_where_the_source_lies_does_not_matter(faces: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    _prepare(Path(shutil.copytree(faces, tmp_path / "moved")), tmp_path / "out")
+    assert _files(tmp_path / "out") == whole
+
+
+# Ends of all kinds.
+
+
+def _fork(run: Callable[[], object]) -> int:
+    """Run something in a process of its own and give how it ended: 0, or the negative number of a signal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child uses none of them
+        child = os.fork()
+    if not child:
+        try:
+            run()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _killed_at(step: int, run: Callable[[], object]) -> Callable[[], None]:
+    """Run something that is killed at its ``step``-th look at the file system or write into a shard."""
+
+    def killed() -> None:
+        left = [step]
+
+        def watch(event: str, args: Any) -> None:
+            if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "write"):
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        def write(sink: _Sink, data: bytes) -> int:
+            real(sink, data[: len(data) // 2])
+            watch("write", data)
+            return real(sink, data[len(data) // 2 :])
+
+        real = _Sink.write
+        _Sink.write = write  # type: ignore[method-assign]
+        sys.addaudithook(watch)
+        run()
+
+    return killed
+
+
+def _steps(run: Callable[[], object]) -> int:
+    """How many looks at the file system something takes, to within a power of two, by killing it later and later."""
+    step = 1
+    while _fork(_killed_at(step, run)) == -signal.SIGKILL:
+        step *= 2
+    return step
+
+
+def _kill_and_go_on(faces: Path, whole: dict[str, str], out: Path, steps: list[int]) -> None:
+    for step in steps:
+        _fork(_killed_at(step, lambda: _prepare(faces, out)))
+        # What bears a final name is what it will be.
+        there = {name: sha for name, sha in _files(out).items() if "/" not in name and not name.endswith(".partial")}
+        assert there.items() <= whole.items()
+    _prepare(faces, out)
+    assert _files(out) == whole, f"killed at {steps}"
+
+
+def _all_steps(faces: Path, tmp_path: Path) -> int:
+    def run() -> None:
+        shutil.rmtree(tmp_path / "count", ignore_errors=True)
+        _prepare(faces, tmp_path / "count")
+
+    return _steps(run)
+
+
+def test_killed_at_random_steps_and_started_again(faces: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    most = _all_steps(faces, tmp_path)
+    assert most > 30
+    for trial in range(12):
+        steps = random.integers(1, most, random.integers(1, 4)).tolist()
+        _kill_and_go_on(faces, whole, tmp_path / f"{trial}", steps)
+
+
+@pytest.mark.slow
+def test_killed_at_every_step_and_started_again(faces: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    for step in range(1, _all_steps(faces, tmp_path)):
+        _kill_and_go_on(faces, whole, tmp_path / f"{step}", [step])
+
+
+def _until(condition: Callable[[], bool], running: subprocess.Popen[bytes] | None = None) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert running is None or running.poll() is None, "it ended before"
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.01)
+
+
+def _start(faces: Path, out: Path, workers: int) -> subprocess.Popen[bytes]:
+    words = ["prepare", "celeba", str(faces), "--out", str(out), "--shard-samples", "2", "--workers", str(workers)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "mixdist", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _slow_source(root: Path) -> Path:
+    """Faces that take a while each, so that a preparation can be met in the midst of its work."""
+    sources.celeba(root, 30, (20, 14))
+    for path in (root / "img_align_celeba").iterdir():
+        path.write_bytes(LARGE)
+    return root
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    source, out = _slow_source(tmp_path / "source"), tmp_path / "out"
+    started = _start(source, out, workers=2)
+    try:
+        _until(lambda: bool(list(out.glob("*.tar"))), started)
+        workers = descendants(started.pid)
+        assert len(workers) >= 2
+    finally:
+        started.kill()
+    _, err = started.communicate()  # it would wait for workers that live on
+    _until(lambda: not any(map(_alive, workers)))
+    assert len(list(out.glob("*.tar"))) < 15, err
+    for folder in (out, tmp_path / "whole"):
+        _prepare(source, folder)
+    assert _files(out) == _files(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_with_workers(faces: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    began = time.monotonic()
+    assert _start(faces, tmp_path / "first", 2).wait() == 0
+    took = time.monotonic() - began
+    for trial in range(10):
+        for _ in range(2):
+            started = _start(faces, tmp_path / f"{trial}", 2)
+            time.sleep(random.uniform(0.3, 1.1) * took)
+            started.kill()
+            started.communicate()
+        assert _start(faces, tmp_path / f"{trial}", 2).wait() == 0
+        assert _files(tmp_path / f"{trial}") == whole
+
+
+def test_a_shard_that_was_damaged_meanwhile_is_made_again(faces: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    _fork(_killed_at(_all_steps(faces, tmp_path) // 2, lambda: _prepare(faces, tmp_path / "out")))
+    shards = sorted((tmp_path / "out").glob("*.tar"))
+    assert shards
+    body = bytearray(shards[0].read_bytes())
+    body[700] ^= 1
+    shards[0].write_bytes(body)
+    _prepare(faces, tmp_path / "out")
+    assert _files(tmp_path / "out") == whole
+
+
+def test_shards_that_are_there_are_not_made_again(
+    faces: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    real = Files.read
+    monkeypatch.setattr(Files, "read", lambda self, sample: read.append(sample.name) or real(self, sample))
+
+    def stop(done: int, total: int) -> None:
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _prepare(faces, tmp_path / "out", tell=stop)
+    first = list(read)
+    _prepare(faces, tmp_path / "out")
+    assert len(first) < 9
+    assert sorted(read) == [f"{k:06d}.jpg" for k in range(1, 10)]
+    assert _files(tmp_path / "out") == whole
+
+
+def test_a_second_time_changes_nothing(faces: Path, tmp_path: Path) -> None:
+    assert not _prepare(faces, tmp_path).before
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = _prepare(faces, tmp_path, workers=3)
+    assert again.before
+    assert len(again.set_aside) == 2
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_two_at_once(faces: Path, tmp_path: Path) -> None:
+    def second(done: int, total: int) -> None:
+        _error(lambda: _prepare(faces, tmp_path / "out"), "is being prepared by another process")
+
+    _prepare(faces, tmp_path / "out", tell=second)
+
+
+# A full disk.
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Gives a disk of so many kilobytes; called again it gets another size."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def size(kilobytes: int) -> Path:
+        again = "remount," if os.path.ismount(disk) else ""
+        words = ["mount", "-t", "tmpfs", "-o", f"{again}size={kilobytes}k", "tmpfs", str(disk)]
+        ended = subprocess.run(words, capture_output=True, text=True)
+        if ended.returncode:
+            pytest.skip(f"a small disk cannot be mounted here ({ended.stderr.strip()}): not tried on one")
+        return disk
+
+    try:
+        yield size
+    finally:
+        if os.path.ismount(disk):
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_told_in_one_line_and_gone_on_from(
+    faces: Path, whole: dict[str, str], small_disk: Callable[[int], Path]
+) -> None:
+    if not shutil.which("mount"):
+        pytest.skip("there is no mount here: a small disk was not tried")
+    failed = 0
+    for kilobytes in range(8, 200, 12):
+        out = small_disk(kilobytes) / "out"
+        told = ""
+        try:
+            _prepare(faces, out)
+        except ValueError as error:
+            told = str(error)
+            failed += 1
+        assert not told or told.startswith(f"the disk of --out {out} is full (No space left on device): make room")
+        assert "\n" not in told
+        there = {name: sha for name, sha in _files(out).items() if "/" not in name}
+        assert there.items() <= whole.items()
+        assert not list(out.rglob("*.partial"))
+    assert failed > 3
+    assert _files(out) == whole
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_file_that_may_not_grow(workers: int, faces: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    """The same without a disk of its own: the system refuses to write more than 9,000 bytes into a file."""
+    out = tmp_path / "out"
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+        try:
+            _prepare(faces, out, workers=workers)
+        except ValueError as error:
+            told = f"the disk of --out {out} is full ({os.strerror(errno.EFBIG)})"
+            os._exit(7 if str(error).startswith(told) else 8)
+
+    assert _fork(limited) == 7
+    assert not list(out.glob("*.tar"))
+    assert not list(out.rglob("*.partial"))
+    _prepare(faces, out)
+    assert _files(out) == whole
+
+
+# What is refused.
+
+
+def _error(call: Callable[[], object], match: str) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_another_call_does_not_go_on(faces: Path, tmp_path: Path) -> None:
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"recipe": Recipe(size=8)}, "size unset, asked for is 8: give what it was begun with, or name another folder"),
+        ({"recipe": Recipe(encode="jpg")}, "with encode png, asked for is jpg"),
+        ({"recipe": Recipe(min_side=1)}, "with min-side 8, asked for is 1"),
+        ({"shard_samples": 3}, "with shard-samples 2, asked for is 3"),
+    ]
+    _fork(_killed_at(40, lambda: _prepare(faces, tmp_path / "begun")))
+    assert (tmp_path / "begun" / PREPARING).is_dir()
+    _prepare(faces, tmp_path / "finished")
+    for name in ("begun", "finished"):
+        before = _files(tmp_path / name)
+        for settings, match in changes:
+            _error(lambda s=settings, n=name: _prepare(faces, tmp_path / n, **s), f"was begun .*{match}")
+        other = Path(shutil.copytree(faces, tmp_path / f"other {name}"))
+        (other / "img_align_celeba" / "000001.jpg").write_bytes(b"")
+        _error(lambda o=other, n=name: _prepare(o, tmp_path / n), "was begun of files that are not those of the source")
+        _error(lambda n=name: _prepare(faces / "img_align_celeba", tmp_path / n, "folder"), "lies in no folder")
+        assert _files(tmp_path / name) == before
+
+
+def test_folders_of_others_are_left_alone(faces: Path, tmp_path: Path) -> None:
+    put(tmp_path / "full" / "thesis.tex", b"text")
+    _error(lambda: _prepare(faces, tmp_path / "full"), "is not empty, and mixdist prepare did not begin it")
+    _error(lambda: _prepare(faces, tmp_path / "full" / "thesis.tex"), "is no folder")
+    assert _files(tmp_path / "full").keys() == {"thesis.tex"}
+    index = _prepare(faces, tmp_path / "own").index
+    ShardIndex(index.shards, index.extensions, index.id_N, index.member_NM2, index.crc_NM).write(tmp_path / "own")
+    _error(lambda: _prepare(faces, tmp_path / "own"), "holds the index of shards that others made")
+
+
+def test_a_finished_folder_that_lacks_a_shard(faces: Path, tmp_path: Path) -> None:
+    _prepare(faces, tmp_path)
+    (tmp_path / "valid-000000.tar").unlink()
+    _error(lambda: _prepare(faces, tmp_path), "was finished, but valid-000000.tar is missing or cut")
+
+
+def test_a_plan_that_cannot_be_read(faces: Path, tmp_path: Path) -> None:
+    put(tmp_path / PREPARING / "plan.json", b"[]")
+    _error(lambda: _prepare(faces, tmp_path), "was begun with source unknown, asked for is celeba")
+
+
+def test_no_image_that_can_be_used(tmp_path: Path) -> None:
+    for k in range(3):
+        put(tmp_path / "in" / "a" / f"{k}.jpg", b"no image" if k else b"")
+    _error(
+        lambda: _prepare(tmp_path / "in", tmp_path / "out", "folder"),
+        "none of the 3 images can be used: 2 times it is no JPEG, .*; 1 times it is empty",
+    )
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_a_file_that_cannot_be_read_ends_it(faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Files, sample: Any) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Files, "read", broken)
+        _error(
+            lambda: _prepare(faces, tmp_path / "out"),
+            r"image 0 \('000001.jpg'\) cannot be read \(Input/output error\): .* goes on where it stopped",
+        )
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed(tmp_path: Path) -> None:
+    _slow_source(tmp_path / "source")
+    started = _start(tmp_path / "source", tmp_path / "out", workers=2)
+    _until(lambda: bool(list((tmp_path / "out").glob("*.tar"))), started)
+    # The last of its children by number: the first is multiprocessing's own.
+    os.kill(max(descendants(started.pid)), signal.SIGKILL)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == 2
+    assert err.decode().startswith("mixdist: one of 2 worker processes was killed, perhaps for want of memory")
+    assert err.count(b"\n") == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c(tmp_path: Path) -> None:
+    _slow_source(tmp_path / "source")
+    words = ["prepare", "celeba", "source", "--out", "out", "--shard-samples", "2", "--workers", "2"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "mixdist", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    _until(lambda: bool(list((tmp_path / "out").glob("*.tar"))), started)
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal does: the workers get it as well
+    _, err = started.communicate(timeout=60)
+    assert (started.returncode, err) == (130, b"mixdist: interrupted: the same command goes on\n")
+
+
+# The command.
+
+
+def test_the_command_tells_what_it_did(faces: Path, tmp_path: Path) -> None:
+    words = ["prepare", "celeba", str(faces), "--out", str(tmp_path / "out"), "--workers", "0", "--shard-samples", "2"]
+    ended = here(*words)
+    assert (ended.code, ended.err) == (0, "")
+    lines = ended.out.splitlines()
+    assert [line.split(",")[0] for line in lines[:3]] == [
+        "train: 2 samples",
+        "valid: 3 samples",
+        "test: 2 samples",
+    ]
+    assert lines[0].endswith("2 shards")
+    assert lines[3] == f"set aside: 2 images, listed in {tmp_path / 'out' / 'set_aside.jsonl'}"
+    assert lines[4:6] == ["  1: it is truncated or damaged", "  1: it has W x H pixels, fewer than min-side"]
+    assert lines[6] == f"shards: {tmp_path / 'out'}   next: mixdist verify {tmp_path / 'out'}"
+    again = here(*words)
+    assert (again.code, again.err) == (0, "")
+    assert again.out.splitlines() == [f"{tmp_path / 'out'} was finished before; nothing was changed", *lines]
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["celeba", "nowhere", "--out", "out"], "'nowhere' is no folder: name the one that holds the files of celeba"),
+        (["svhn", "faces", "--out", "out"], "has no file 'train_32x32.mat': .*it looks like celeba: try mixdist"),
+        (["folder", "empty", "--out", "out"], "'empty' has no image, expected files that end in .jpg"),
+        (["coco", "faces", "--out", "out"], "source"),
+        (["celeba", "faces"], "prepare needs a folder for the shards: .*--out"),
+        (["celeba", "--out", "out"], "prepare needs FOLDER"),
+        (["celeba", "faces", "--out", "full"], "--out full is not empty"),
+        (["celeba", "faces", "--out", "faces"], "--out faces is not empty"),
+        (["celeba", "faces", "--out", "out", "--size", "0"], r"--size \(0\) must be from 1"),
+        (["celeba", "faces", "--out", "out", "--size", "big"], "size"),
+        (["celeba", "faces", "--out", "out", "--crop", "-3"], r"--crop \(-3\) must be from 1"),
+        (["celeba", "faces", "--out", "out", "--channels", "2"], "channels"),
+        (["celeba", "faces", "--out", "out", "--encode", "gif"], "encode"),
+        (["celeba", "faces", "--out", "out", "--shard-samples", "0"], r"--shard-samples \(0\) must be from 1"),
+        (["celeba", "faces", "--out", "out", "--workers", "-1"], r"--workers \(-1\) must be from 0"),
+        (["celeba", "faces", "--out", "out", "--min-side", "0"], r"--min-side \(0\) must be from 1"),
+        (["celeba", "faces", "--out", "out", "--sizes", "8"], "sizes"),
+        (["cifar10", "cifar", "--out", "out", "--crop", "40"], r"--crop \(40\) is more than the 32 x 32 pixels"),
+    ],
+)
+def test_one_line_says_what_is_wrong(
+    words: list[str], match: str, faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("faces").symlink_to(faces)
+    put(Path("full", "thesis.tex"), b"text")
+    Path("empty").mkdir()
+    sources.cifar10(Path("cifar"))
+    before = sorted(Path().rglob("*"))
+    ended = here("prepare", *words)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1), ended
+    assert ended.err.startswith("mixdist: ")
+    assert re.search(match, ended.err), ended.err
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_help_tells() -> None:
+    ended = here("prepare", "--help")
+    assert ended.code == 0
+    for word in ("--out", "--size", "--crop", "--workers", "set_aside.jsonl", "Example:"):
+        assert word in ended.out
