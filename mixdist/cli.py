@@ -28,6 +28,7 @@ from mixdist.checkpoint import CheckpointStore
 from mixdist.commands import evaluate_run, sample, summary
 from mixdist.competition import Competition
 from mixdist.config import Config
+from mixdist.data_commands import index, verify
 from mixdist.ending import INTERRUPTED, Alone, agreed, fail, told, told_once
 from mixdist.evaluate import evaluate
 from mixdist.evidence import twins
@@ -47,6 +48,8 @@ commands:
   train     train a mixture of experts, in one process or under torchrun, deepspeed or srun
   evaluate  likelihoods, reconstruction and clustering of a run on held-out rows, on any layout
   sample    draw from every expert of a run into a picture
+  index     make the index of tar shards that others wrote
+  verify    hold shards against their index, and name what is damaged
 
 mixdist COMMAND --help tells each command's options. A first run:
   torchrun --standalone --nproc-per-node 2 -m mixdist train --config configs/digits_moe.yaml"""
@@ -58,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
     keep_large_blocks()
     follow_launcher()
     sys.path.insert(0, os.getcwd())  # classes of one's own are found from the console script as with python -m
-    commands = {"train": train, "evaluate": evaluate_run, "sample": sample}
+    commands = {"train": train, "evaluate": evaluate_run, "sample": sample, "index": index, "verify": verify}
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0
