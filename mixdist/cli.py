@@ -39,6 +39,7 @@ from mixdist.mesh import Launch, Mesh
 from mixdist.metrics import MetricsLog, Progress
 from mixdist.mixtures import HardMixture, SoftMixture
 from mixdist.parsing import RESOLVED, config_parser, dump, make_config, parse, values_of
+from mixdist.shard_commands import index, verify
 from mixdist.trainer import Recorder, Trainer
 from mixdist.wire import agree, gather_json
 
@@ -49,6 +50,8 @@ commands:
   evaluate  likelihoods, reconstruction and clustering of a run on held-out rows, on any layout
   sample    draw from every expert of a run into a picture
   prepare   turn a data set, as it comes, into shards to train from
+  index     make the index of tar shards that others wrote
+  verify    hold shards against their index, and name what is damaged
 
 mixdist COMMAND --help tells each command's options. A first run:
   torchrun --standalone --nproc-per-node 2 -m mixdist train --config configs/digits_moe.yaml"""
@@ -60,7 +63,14 @@ def main(words: Sequence[str] | None = None) -> int:
     keep_large_blocks()
     follow_launcher()
     sys.path.insert(0, os.getcwd())  # classes of one's own are found from the console script as with python -m
-    commands = {"train": train, "evaluate": evaluate_run, "sample": sample, "prepare": prepare}
+    commands = {
+        "train": train,
+        "evaluate": evaluate_run,
+        "sample": sample,
+        "prepare": prepare,
+        "index": index,
+        "verify": verify,
+    }
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0

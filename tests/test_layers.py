@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("parsing", "build"),
     ("model",),
     ("ending",),
-    ("commands", "data_commands"),
+    ("commands", "data_commands", "shard_commands"),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -9,8 +9,10 @@ import hashlib
 import io
 import json
 import re
+import zipfile
+import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,14 @@ from mixdist.manifest import write_file
 HEAD, SAMPLES = "index.json", "index.npz"
 FORMAT = 1
 ABSENT = -1
+EXTENSIONS = ("cls", "jpeg", "jpg", "json", "npy", "png", "txt", "webp")
+"""Of members, in small letters: what is read; nothing else is."""
+_BLOCK = 512
+_NOT_OURS = (
+    *(ValueError, KeyError, TypeError, AttributeError, AssertionError, OverflowError, OSError, EOFError),
+    *(RecursionError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error),
+)
+"""What numpy, zipfile and json raise over bytes that are not theirs."""
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.tar")
 
 
@@ -107,6 +117,19 @@ class ShardIndex:
         parts = [np.arange(starts[i], starts[i + 1]) for i, shard in enumerate(self.shards) if shard.split == split]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
+    def part(self, i: int) -> ShardIndex:
+        """The index of shard ``i`` alone."""
+        start, stop = self.starts[i : i + 2]
+        return replace(
+            self,
+            shards=self.shards[i : i + 1],
+            id_N=self.id_N[start:stop],
+            member_NM2=self.member_NM2[start:stop],
+            crc_NM=self.crc_NM[start:stop],
+            label_N=None if self.label_N is None else self.label_N[start:stop],
+            attribute_NA=None if self.attribute_NA is None else self.attribute_NA[start:stop],
+        )
+
     @property
     def fingerprint(self) -> str:
         """Name the content: sha256 over the shards' checksums, samples and labels, wherever they lie."""
@@ -131,7 +154,8 @@ class ShardIndex:
             OSError: they cannot be written; then nothing is left under their names that was not there.
         """
         samples = io.BytesIO()
-        np.savez_compressed(samples, allow_pickle=False, **self._arrays())
+        arrays: dict[str, Any] = {**self._arrays()}
+        np.savez_compressed(samples, **arrays)  # its zip has a fixed date: the same index, the same bytes
         head = {
             "format": FORMAT,
             "shards": [asdict(shard) for shard in self.shards],
@@ -163,14 +187,13 @@ class ShardIndex:
         try:
             about = json.loads(head)
             if about["format"] != FORMAT:
-                raise ValueError(f"format {about['format']} is another version's, expected {FORMAT}")
+                raise ValueError(f"format {about['format']!r} is another version's, expected {FORMAT}")
             if hashlib.sha256(samples).hexdigest() != about["samples_sha256"]:
                 raise ValueError(f"{SAMPLES} differs from its checksum")
             with np.load(io.BytesIO(samples), allow_pickle=False) as arrays:
                 found = {key: arrays[key] for key in arrays.files}
-            shards = tuple(ShardEntry(**entry) for entry in about["shards"])
             index = ShardIndex(
-                shards,
+                tuple(ShardEntry(**entry) for entry in about["shards"]),
                 tuple(about["extensions"]),
                 found["id"],
                 found["member"],
@@ -184,14 +207,13 @@ class ShardIndex:
                 about["base"],
                 about["made"],
             )
-            wrong = [shard.name for shard in shards if not _SAFE_NAME.fullmatch(shard.name)]
-            if wrong:
-                raise ValueError(f"shard {wrong[0]!r} is no plain name that ends in .tar")
+            _check(index)
             if index.fingerprint != about["fingerprint"]:
                 raise ValueError(f"{HEAD} differs from its fingerprint")
-        except (ValueError, KeyError, TypeError, AssertionError, OSError, EOFError) as error:
+        except _NOT_OURS as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(
-                f"the index of {name} cannot be used ({error}): put back the one that was made with the shards, or "
+                f"the index of {name} cannot be used ({reason}): put back the one that was made with the shards, or "
                 f"make it anew with mixdist index"
             ) from None
         return index
@@ -213,6 +235,70 @@ class ShardIndex:
                 f"finish mixdist prepare"
             ) from None
         return ShardIndex.parse(str(folder), head, samples)
+
+
+def _check(index: ShardIndex) -> None:
+    """Hold names and numbers of an index against what they can be.
+
+    Raises:
+        ValueError: one is impossible.
+    """
+    for shard in index.shards:
+        _check_shard(shard)
+    if len({shard.name for shard in index.shards}) < len(index.shards):
+        raise ValueError("a shard is there twice")
+    if not set(index.extensions) <= set(EXTENSIONS) or sorted(set(index.extensions)) != list(index.extensions):
+        raise ValueError(f"extensions {index.extensions} are not some of {', '.join(EXTENSIONS)}, sorted")
+    ShardIndex.__post_init__(index)
+    for name, array in index._arrays().items():
+        if array.dtype != {"crc": np.uint32, "attribute": np.uint8}.get(name, np.int64):
+            raise ValueError(f"{name} has type {array.dtype}")
+    _check_samples(index)
+    _check_members(index)
+    texts = (index.source, *index.class_names, *index.attribute_names, *([] if index.base is None else [index.base]))
+    if not all(isinstance(text, str) for text in texts) or not isinstance(index.made, dict):
+        raise ValueError("a text is none")
+    image = index.image
+    if image is not None and (len(image) != 3 or not all(type(side) is int and side > 0 for side in image)):
+        raise ValueError(f"image {image} is no (channels, height, width)")
+
+
+def _check_shard(shard: ShardEntry) -> None:
+    if not isinstance(shard.name, str) or not _SAFE_NAME.fullmatch(shard.name):
+        raise ValueError(f"shard {shard.name!r} is no plain name that ends in .tar")
+    numbers = (shard.num_bytes, shard.num_samples, shard.first_id)
+    if not all(type(number) is int and 0 <= number < 2**62 for number in numbers) or not shard.num_samples:
+        raise ValueError(f"shard {shard.name!r} has impossible numbers {numbers}")
+    if not isinstance(shard.split, str) or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+        raise ValueError(f"shard {shard.name!r} has no split or sha256")
+
+
+def _check_samples(index: ShardIndex) -> None:
+    num, first_N = len(index), index.starts[:-1]
+    ascends = np.diff(index.id_N) > 0
+    ascends[first_N[1:] - 1] = True  # from shard to shard ids may go back
+    if not ascends.all() or (index.id_N < 0).any() or len(np.unique(index.id_N)) < num:
+        raise ValueError("ids do not ascend within every shard, each from 0 and once")
+    if not np.array_equal(index.id_N[first_N], [shard.first_id for shard in index.shards]):
+        raise ValueError("a shard's first id is another sample's")
+    labels, attributes = index.label_N, index.attribute_NA
+    if labels is not None and (labels.shape != (num,) or (labels < 0).any()):
+        raise ValueError("labels are not one from 0 for each sample")
+    if labels is not None and index.class_names and labels.max() >= len(index.class_names):
+        raise ValueError(f"class {labels.max()} has no name")
+    shape = None if attributes is None else (num, len(index.attribute_names))
+    if attributes is not None and (attributes.shape != shape or (attributes > 1).any()):
+        raise ValueError("attributes are not 0 or 1 for each sample and name")
+
+
+def _check_members(index: ShardIndex) -> None:
+    offset_NM, size_NM = index.member_NM2[..., 0], index.member_NM2[..., 1]
+    absent_NM = offset_NM == ABSENT
+    nums = [shard.num_samples for shard in index.shards]
+    end_N1 = np.repeat([shard.num_bytes for shard in index.shards], nums)[:, None]
+    inside_NM = (offset_NM >= _BLOCK) & (offset_NM % _BLOCK == 0) & (size_NM >= 0) & (size_NM <= end_N1 - offset_NM)
+    if not np.where(absent_NM, (size_NM == ABSENT) & (index.crc_NM == 0), inside_NM).all():
+        raise ValueError("a member lies outside its shard")
 
 
 def split_of(name: str) -> str:

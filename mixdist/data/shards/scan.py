@@ -16,10 +16,9 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from mixdist.data.shards.index import ABSENT, ShardEntry, ShardIndex, check_names
+from mixdist.data.shards.index import ABSENT, EXTENSIONS, ShardEntry, ShardIndex, check_names
 from mixdist.data.shards.tar import AGAIN, PIECE, Member, Stream, Tar
 
-EXTENSIONS = ("cls", "jpeg", "jpg", "json", "npy", "png", "txt", "webp")
 _COLUMN = {extension: column for column, extension in enumerate(EXTENSIONS)}
 _CLS, _JSON = _COLUMN["cls"], _COLUMN["json"]
 _PICKLES = ("pkl", "pickle", "pyd", "pt", "pth")

@@ -62,7 +62,7 @@ class Tar:
         self.shard = shard
         self._stream, self._sha256 = stream, hashlib.sha256()
         self._block, self._at, self._start = b"", 0, 0
-        self._safe_folder = ""
+        self._safe_folder: str | None = None
 
     @property
     def offset(self) -> int:
@@ -219,7 +219,7 @@ class Tar:
         if name.startswith("./"):
             name = name[2:]
         folder, slash, base = name.rpartition("/")
-        if not base or not name.isprintable() or "\\" in name or (":" in name and _SCHEME.match(name)):
+        if base in ("", ".", "..") or not name.isprintable() or "\\" in name or (":" in name and _SCHEME.match(name)):
             self._unsafe(name, place)
         if slash and folder != self._safe_folder:
             self._check_folder(folder, name, place)

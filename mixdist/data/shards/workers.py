@@ -1,0 +1,68 @@
+"""Shards taken side by side by worker processes; what is found comes in order."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from typing import TypeVar
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+_SMALL = 256 << 20
+_MOST = 16
+
+
+def default_workers(num_shards: int, num_bytes: int) -> int:
+    """Give one process a core, at most 16, and none where this one is done before they would have started."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, num_shards, _MOST)
+    return 0 if workers < 2 or num_bytes < _SMALL else workers
+
+
+def in_order(take: Callable[[T], S], items: Sequence[T], workers: int) -> Generator[S, None, None]:
+    """Give ``take(item)`` for each item, in order.
+
+    Args:
+        take: a function of a module, or a partial of one, since processes are told its name.
+        items: what it is given.
+        workers: processes; with 0 or 1 this one does it.
+
+    Raises:
+        ValueError: a process was ended from outside; or what ``take`` raises, of the first item that does.
+    """
+    if workers <= 1:
+        yield from map(take, items)
+        return
+    context = multiprocessing.get_context("forkserver")  # torch has threads, which a fork would not take along
+    context.set_forkserver_preload([getattr(take, "func", take).__module__])
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
+    waiting: deque[Future[S]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(take, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise ValueError(
+            f"one of {workers} worker processes was ended from outside, mostly for want of memory: start again with "
+            "fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin() -> None:
+    """Start a process: it ends with the one that started it, which alone hears of Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(OSError, AttributeError):  # Linux alone has it; PR_SET_PDEATHSIG is 1
+        ctypes.CDLL("libc.so.6").prctl(1, int(signal.SIGKILL))
