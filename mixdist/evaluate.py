@@ -322,12 +322,14 @@ def expert_table(evaluation: Evaluation, dataset: Samples) -> tuple[list[str], l
 def stands_out(evaluation: Evaluation, dataset: Samples, e: int) -> str:
     """Name the attribute whose rate among an expert's rows differs most from that of all rows, with both rates.
 
-    Such as "Blond_Hair 61% (15%)"; empty without rows or attributes.
+    Such as "Blond_Hair 61% (15%)"; empty without rows or attributes, or where no rate differs, as with one expert.
     """
     if evaluation.attribute_EA is None or evaluation.attribute_A is None or not evaluation.rows_E[e]:
         return ""
     rate_A, all_A = evaluation.attribute_EA[e], evaluation.attribute_A
     most = int(np.abs(rate_A - all_A).argmax())
+    if rate_A[most] == all_A[most]:
+        return ""
     return f"{attribute_names(dataset)[most]} {rate_A[most]:.0%} ({all_A[most]:.0%})"
 
 

@@ -161,7 +161,7 @@ def _against_what_is_known(images: Path, dataset: Samples, evaluation: Evaluatio
     if evaluation.counts_EC is not None:
         drawn.append(images / "labels.png")
         contingency_picture(drawn[-1], evaluation.counts_EC, class_names(dataset))
-    if evaluation.attribute_EA is not None:
+    if evaluation.attribute_EA is not None and len(evaluation.rows_E) > 1:
         assert evaluation.attribute_A is not None
         drawn.append(images / "attributes.png")
         names = [name.replace("_", " ") for name in attribute_names(dataset)]
@@ -206,8 +206,8 @@ def _panel(e: int, dataset: Samples, evaluation: Evaluation, shown: dict[str, np
     rows, title = int(evaluation.rows_E[e]), f"expert {e}: "
     if evaluation.counts_EC is not None and rows:
         title += f"mostly {class_names(dataset)[int(evaluation.counts_EC[e].argmax())]}, "
-    elif rows and evaluation.attribute_EA is not None:
-        title += f"{stands_out(evaluation, dataset, e).replace('_', ' ')}, "
+    elif marked := stands_out(evaluation, dataset, e).replace("_", " "):
+        title += f"{marked}, "
     title += f"{rows} rows"
     originals = numbers(dataset, "x", evaluation.first(e))
     samples = shown.get(f"{e}/samples", np.zeros((0, *originals.shape[1:])))

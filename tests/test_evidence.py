@@ -205,6 +205,7 @@ def test_a_table_names_the_attribute_that_stands_out() -> None:
     assert headers[-2:] == ["took label", "attribute (of all rows)"]
     assert [line[-1] for line in lines] == ["Of_2 61% (15%)", "-", "Bright 20% (50%)", "Of_2 50% (15%)"]
     assert stands_out(found, attributed(), 0) == "1 61% (15%)"
+    assert stands_out(found._replace(attribute_EA=np.array([[0.5, 0.15]])), dataset, 0) == ""
     told = described(found, dataset)
     assert (told["attribute"], told["attribute_names"]) == ("marks", ["Bright", "Of_2"])
     np.testing.assert_array_equal(told["attribute_EA"], rate_EA)
