@@ -22,7 +22,7 @@ from mixdist.config import Config
 from mixdist.data import Samples
 from mixdist.density import check_draws, kernel_density, modelled
 from mixdist.ending import agreed, told_once
-from mixdist.evaluate import EVALUATION_PHASE, Evaluation, evaluate, expert_table, stored_units
+from mixdist.evaluate import EVALUATION_PHASE, Evaluation, attribute_names, evaluate, expert_table, stored_units
 from mixdist.gallery import targets
 from mixdist.importance import SAMPLES_AT_ONCE
 from mixdist.manifest import write_file
@@ -215,7 +215,7 @@ def protocol(
 
 
 def described(evaluation: Evaluation, dataset: Samples) -> dict[str, Any]:
-    """Give an evaluation as JSON: figures, a record for each expert, findings, counts of experts against labels."""
+    """Give an evaluation as JSON: figures, a record for each expert, findings, what is known of experts' rows."""
     experts = [
         {
             "expert": e,
@@ -227,7 +227,10 @@ def described(evaluation: Evaluation, dataset: Samples) -> dict[str, Any]:
         }
         for e, rows in enumerate(evaluation.rows_E)
     ]
-    counts = None if evaluation.counts_EC is None else evaluation.counts_EC.tolist()
+    counts, rate_EA, rate_A = (
+        None if array is None else array.tolist()
+        for array in (evaluation.counts_EC, evaluation.attribute_EA, evaluation.attribute_A)
+    )
     return {
         "figures": evaluation.figures,
         "findings": evaluation.findings,
@@ -235,6 +238,10 @@ def described(evaluation: Evaluation, dataset: Samples) -> dict[str, Any]:
         "label": dataset.label,
         "class_names": list(dataset.class_names),
         "counts_EC": counts,
+        "attribute": dataset.attribute,
+        "attribute_names": attribute_names(dataset) if dataset.attribute else [],
+        "attribute_EA": rate_EA,
+        "attribute_A": rate_A,
     }
 
 

@@ -1,6 +1,6 @@
 """What a mixture is worth on held-out rows.
 
-Shape letters: B rows on this rank, N all rows, E experts, C classes.
+Shape letters: B rows on this rank, N all rows, E experts, C classes, A attributes.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class Evaluation(NamedTuple):
         on_all: the same means over all rows.
         findings: a sentence for each dead expert and each pair of duplicates (:mod:`mixdist.health`).
         weight_E: alpha, the mixture's weights as a density; None where no likelihood was asked for.
+        attribute_EA: the part of the rows for which each expert is the most responsible that has each attribute; NaN
+            without rows; None where the data set has no attributes.
+        attribute_A: the part of all rows that has each attribute; None as above.
     """
 
     figures: dict[str, float]
@@ -58,6 +61,8 @@ class Evaluation(NamedTuple):
     on_all: dict[str, np.ndarray]
     findings: list[str]
     weight_E: np.ndarray | None = None
+    attribute_EA: np.ndarray | None = None
+    attribute_A: np.ndarray | None = None
 
     def first(self, expert: int, num_rows: int = 8) -> list[int]:
         """Give the places in the data set of the first rows for which an expert is the most responsible."""
@@ -169,6 +174,10 @@ class _Tally:
         counts_EC = resp_BE.new_zeros(self.num_experts, self.dataset.num_classes or 1)
         counts_EC.index_put_((expert_B, class_B), resp_BE.new_ones(len(expert_B)), accumulate=True)
         self._sum("counts", counts_EC)
+        if self.dataset.attribute:
+            attribute_BA = rows[self.dataset.attribute].to(resp_BE.dtype)
+            counts_EA = attribute_BA.new_zeros(self.num_experts, attribute_BA.shape[1])
+            self._sum("attributes", counts_EA.index_add(0, expert_B, attribute_BA))
         self.chosen.append(torch.stack([rows["id"], expert_B], dim=1).cpu())
 
     def add_quiet(self, scores: Scores, losses_BE: Tensor, squared_BE: Tensor | None) -> None:
@@ -211,6 +220,7 @@ class _Tally:
         counts_EC = sums["counts"].round().astype(np.int64) if self.dataset.label else None
         with np.errstate(invalid="ignore"):
             on_own = {n.removeprefix("own "): s / rows_E for n, s in sums.items() if n.startswith("own ")}
+            attribute_EA = sums["attributes"] / rows_E[:, None] if self.dataset.attribute else None
         on_all = {n.removeprefix("all "): s / num_rows for n, s in sums.items() if n.startswith("all ")}
         variance = float((sums["quiet_squares"] / num_rows - (sums["quiet"] / num_rows) ** 2).mean())
         pairs = duplicates(np.sqrt(sums["difference"] / num_rows), math.sqrt(max(variance, 0.0)))
@@ -224,6 +234,8 @@ class _Tally:
             on_own,
             on_all,
             in_words(share_E, dead(share_E), pairs),
+            attribute_EA=attribute_EA,
+            attribute_A=sums["attributes"].sum(0) / num_rows if self.dataset.attribute else None,
         )
 
     def _figures(self, sums: dict[str, np.ndarray], counts_EC: np.ndarray | None) -> dict[str, float]:
@@ -283,7 +295,11 @@ def clustering(counts_EC: np.ndarray) -> dict[str, float]:
 
 
 def expert_table(evaluation: Evaluation, dataset: Samples) -> tuple[list[str], list[list[Any]]]:
-    """Give headers and a line for each expert: number, rows, means over them, and the class it took with its share."""
+    """Give headers and a line for each expert: number, rows, means over them, and what it took.
+
+    What it took is its most frequent class with the class's share of its rows, and the attribute whose rate differs
+    most from that of all rows, with both rates.
+    """
     label, class_names = dataset.label, dataset.class_names
     shown = {"loss": "mean loss"}
     if "log_likelihood" in evaluation.on_own:
@@ -292,8 +308,32 @@ def expert_table(evaluation: Evaluation, dataset: Samples) -> tuple[list[str], l
     for e, rows in enumerate(evaluation.rows_E):
         line = [e, int(rows), *(f"{evaluation.on_own[name][e]:.4g}" if rows else "-" for name in shown)]
         if evaluation.counts_EC is not None:
-            took = int(evaluation.counts_EC[e].argmax())
-            name = class_names[took] if class_names else str(took)
-            line.append(f"{name} ({evaluation.counts_EC[e, took] / rows:.0%})" if rows else "-")
+            most = int(evaluation.counts_EC[e].argmax())
+            name = class_names[most] if class_names else str(most)
+            line.append(f"{name} ({evaluation.counts_EC[e, most] / rows:.0%})" if rows else "-")
+        if evaluation.attribute_EA is not None:
+            line.append(stands_out(evaluation, dataset, e) or "-")
         lines.append(line)
-    return ["expert", "rows", *shown.values(), *([f"took {label}"] if label else [])], lines
+    took = [f"took {label}"] if label else []
+    took += ["attribute (of all rows)"] if evaluation.attribute_EA is not None else []
+    return ["expert", "rows", *shown.values(), *took], lines
+
+
+def stands_out(evaluation: Evaluation, dataset: Samples, e: int) -> str:
+    """Name the attribute whose rate among an expert's rows differs most from that of all rows, with both rates.
+
+    Such as "Blond_Hair 61% (15%)"; empty without rows or attributes, or where no rate differs, as with one expert.
+    """
+    if evaluation.attribute_EA is None or evaluation.attribute_A is None or not evaluation.rows_E[e]:
+        return ""
+    rate_A, all_A = evaluation.attribute_EA[e], evaluation.attribute_A
+    most = int(np.abs(rate_A - all_A).argmax())
+    if rate_A[most] == all_A[most]:
+        return ""
+    return f"{attribute_names(dataset)[most]} {rate_A[most]:.0%} ({all_A[most]:.0%})"
+
+
+def attribute_names(dataset: Samples) -> list[str]:
+    """Name the attributes, by number where they have no names."""
+    assert dataset.attribute is not None
+    return list(dataset.attribute_names) or [str(a) for a in range(dataset.spec[dataset.attribute].shape[0])]

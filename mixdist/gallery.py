@@ -13,12 +13,13 @@ from safetensors.numpy import load, save
 
 from mixdist.data import Samples
 from mixdist.density import apportioned, modelled, samples_of
-from mixdist.evaluate import Evaluation
+from mixdist.evaluate import Evaluation, attribute_names, stands_out
 from mixdist.metrics import Record, read_metrics
 from mixdist.mixtures import Ensemble, HardMixture
 from mixdist.noise import Moment, Purpose, permutation
 from mixdist.pictures import (
     Panel,
+    attributes_picture,
     contingency_picture,
     curves_picture,
     experts_picture,
@@ -65,11 +66,8 @@ def draw(mixture: Ensemble, dataset: Samples, evaluation: Evaluation, run: Path,
     _records(images, read_metrics(run))
     if whole is not None:
         mixture_picture(images / "mixture.png", to_uint8(whole))
-    main = None
-    if evaluation.counts_EC is not None:
-        main = images / "labels.png"
-        contingency_picture(main, evaluation.counts_EC, class_names(dataset))
-    return _experts(images / "experts.png", dataset, evaluation, shown) or main
+    known = _against_what_is_known(images, dataset, evaluation)
+    return _experts(images / "experts.png", dataset, evaluation, shown) or known
 
 
 def show(mixture: Ensemble, e: int, dataset: Samples, positions: list[int]) -> dict[str, np.ndarray]:
@@ -157,6 +155,20 @@ def _records(images: Path, records: list[Record]) -> None:
         rounds_picture(images / "rounds.png", records)
 
 
+def _against_what_is_known(images: Path, dataset: Samples, evaluation: Evaluation) -> Path | None:
+    """Draw experts against labels and attributes; give the path of the first of the two."""
+    drawn = []
+    if evaluation.counts_EC is not None:
+        drawn.append(images / "labels.png")
+        contingency_picture(drawn[-1], evaluation.counts_EC, class_names(dataset))
+    if evaluation.attribute_EA is not None and len(evaluation.rows_E) > 1:
+        assert evaluation.attribute_A is not None
+        drawn.append(images / "attributes.png")
+        names = [name.replace("_", " ") for name in attribute_names(dataset)]
+        attributes_picture(drawn[-1], evaluation.attribute_EA, evaluation.attribute_A, evaluation.rows_E, names)
+    return drawn[0] if drawn else None
+
+
 def _experts(path: Path, dataset: Samples, evaluation: Evaluation, shown: dict[str, np.ndarray]) -> Path | None:
     experts = range(len(evaluation.rows_E))
     field = dataset.spec.get("x")
@@ -194,6 +206,8 @@ def _panel(e: int, dataset: Samples, evaluation: Evaluation, shown: dict[str, np
     rows, title = int(evaluation.rows_E[e]), f"expert {e}: "
     if evaluation.counts_EC is not None and rows:
         title += f"mostly {class_names(dataset)[int(evaluation.counts_EC[e].argmax())]}, "
+    elif marked := stands_out(evaluation, dataset, e).replace("_", " "):
+        title += f"{marked}, "
     title += f"{rows} rows"
     originals = numbers(dataset, "x", evaluation.first(e))
     samples = shown.get(f"{e}/samples", np.zeros((0, *originals.shape[1:])))

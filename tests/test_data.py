@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -89,6 +90,26 @@ def test_an_empty_dataset_is_refused() -> None:
 def test_rows_that_do_not_fit_their_spec_are_refused(changed: dict[str, Tensor]) -> None:
     (name,) = changed
     _error(lambda: _make(**changed), name)
+
+
+def _with_attributes(attributes: Tensor, *names: str, field: Field | None = None) -> Dataset:
+    rows = {"id": torch.tensor([10, 11, 12]), "marks": attributes}
+    described = field or Field((attributes.shape[1],), torch.uint8)
+    return Dataset(rows, {"marks": described}, attribute="marks", attribute_names=names)
+
+
+def test_attributes_are_bytes_of_0_and_1_with_a_name_each() -> None:
+    marks = torch.tensor([[0, 1], [1, 1], [0, 0]], dtype=torch.uint8)
+    assert _with_attributes(marks).attribute_names == ()
+    assert _with_attributes(marks, "Young", "Male").first(2).attribute_names == ("Young", "Male")
+    _error(lambda: _with_attributes(marks, "Young"), r"attribute_names \(1\) must be 2: name each attribute or none")
+    _error(lambda: _with_attributes(marks * 2), "field 'marks' of sample 10 holds 2, expected 0 or 1: correct")
+    fields = Field((2,), torch.uint8, num_classes=2), Field((), torch.uint8), Field((2,), torch.int64)
+    for field, column in zip(fields, (marks, marks[:, 0], marks.long()), strict=True):
+        _error(partial(_with_attributes, column, field=field), "attribute 'marks' must be a field")
+    rows, spec = {"id": torch.arange(3), "x": torch.zeros(3)}, {"x": Field((), torch.float32)}
+    _error(lambda: Dataset(rows, spec, attribute="marks"), "attribute 'marks' must be a field")
+    _error(lambda: Dataset(rows, spec, attribute_names=("Young",)), r"attribute_names \(1\) must be 0: declare")
 
 
 # Sources

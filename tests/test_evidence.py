@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from mixdist import importance as subject
-from mixdist.data import Loader
-from mixdist.evaluate import EVALUATION_PHASE, Evaluation, evaluate
+from mixdist.commands import described
+from mixdist.data import Dataset, Loader
+from mixdist.evaluate import EVALUATION_PHASE, Evaluation, evaluate, expert_table, stands_out
 from mixdist.evidence import mixture_log_likelihood, twins
 from mixdist.experts import VAE, Expert, ExpertBank
 from mixdist.gates import Uniform
@@ -158,6 +160,58 @@ def judged(case: Case, num_samples: int | None = 25, change: Callable[[SoftMixtu
         change(mixture)
     target = "y" if case.expert == "regressor" else None
     return evaluate(mixture, data(), case.batch_size, SEED, target, num_samples, data())
+
+
+def attributed(*names: str) -> Dataset:
+    """The rows with attributes: bright, and of the label 2."""
+    known = data()
+    marks = torch.stack([known.rows["x"].float().mean((1, 2, 3)) > 128, known.rows["label"] == 2], dim=1)
+    rows = {**known.rows, "marks": marks.to(torch.uint8)}
+    spec = {**known.spec, "marks": Field((2,), torch.uint8)}
+    return replace(known, rows=rows, spec=spec, attribute="marks", attribute_names=names)
+
+
+def rates(case: Case) -> Evaluation:
+    mesh = mesh_of(case.num_experts, case.ranks, case.ep_size)
+    return evaluate(make_mixture(case, mesh, Wire(mesh.device)), attributed(), case.batch_size, SEED)
+
+
+def test_experts_are_held_against_attributes_on_any_layout(pool: Callable[[int], Pool]) -> None:
+    case = Case(ranks=2, ep_size=2, gate="starved", batch_size=13)
+    found = rates(case.reference())
+    marks, expert_N = attributed().rows["marks"].numpy(), found.expert_N
+    assert found.rows_E[1] == 0  # the gate never takes it
+    for e in range(4):
+        wanted = marks[expert_N == e].mean(0) if found.rows_E[e] else [math.nan] * 2
+        np.testing.assert_allclose(found.attribute_EA[e], wanted, rtol=1e-15)
+    np.testing.assert_allclose(found.attribute_A, marks.mean(0), rtol=1e-15)
+    for got in pool(2).run("tests.test_evidence:rates", case):
+        np.testing.assert_array_equal(got.attribute_EA, found.attribute_EA)
+        np.testing.assert_array_equal(got.attribute_A, found.attribute_A)
+
+
+def test_a_table_names_the_attribute_that_stands_out() -> None:
+    found, dataset = rates(Case(gate="starved", batch_size=13)), attributed("Bright", "Of_2")
+    assert found.attribute_A is not None
+    rate_EA = np.array([[0.5, 0.61], [math.nan] * 2, [0.2, 0.0], [0.5, 0.5]])
+    found = found._replace(attribute_EA=rate_EA, attribute_A=np.array([0.5, 0.15]), rows_E=np.array([9, 0, 8, 7]))
+    assert [stands_out(found, dataset, e) for e in range(4)] == [
+        "Of_2 61% (15%)",
+        "",
+        "Bright 20% (50%)",
+        "Of_2 50% (15%)",
+    ]
+    headers, lines = expert_table(found, dataset)
+    assert headers[-2:] == ["took label", "attribute (of all rows)"]
+    assert [line[-1] for line in lines] == ["Of_2 61% (15%)", "-", "Bright 20% (50%)", "Of_2 50% (15%)"]
+    assert stands_out(found, attributed(), 0) == "1 61% (15%)"
+    assert stands_out(found._replace(attribute_EA=np.array([[0.5, 0.15]])), dataset, 0) == ""
+    told = described(found, dataset)
+    assert (told["attribute"], told["attribute_names"]) == ("marks", ["Bright", "Of_2"])
+    np.testing.assert_array_equal(told["attribute_EA"], rate_EA)
+    plain = judged(Case())
+    assert expert_table(plain, data())[0][-1] == "took label"
+    assert described(plain, data())["attribute_EA"] is None
 
 
 def numbers(case: Case) -> dict[str, Any]:

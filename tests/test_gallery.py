@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import mixdist
 from mixdist.data import Bananas, Digits
 from mixdist.evaluate import Evaluation
 from mixdist.gallery import NUM_POINTS, NUM_SAMPLES, NUM_WHOLE, samples
@@ -51,6 +54,78 @@ def test_a_soft_run_has_no_rounds(folder: Path) -> None:
 def test_a_run_in_the_plane_shows_its_rounds_and_no_images(folder: Path) -> None:
     assert here("train", "--config", write_config(folder / "c.yaml", HARD), "--out", "run").code == 0
     assert list(pictures(folder / "run")) == ["experts.png", "labels.png", "rounds.png", "training.png"]
+
+
+FACES = '''
+import torch
+from mixdist.data import Dataset, Source
+from mixdist.gates import Gate
+from mixdist.terms import Field, Gating
+
+
+class ByColour(Gate):
+    """Expert 1 for red, 0 for blue."""
+
+    fields = ("x",)
+
+    def __init__(self, spec, num_experts):
+        super().__init__()
+
+    def forward(self, rows, eps):
+        red = 9 * (rows["x"][:, 0] - rows["x"][:, 2]).mean((1, 2))
+        return Gating(torch.log_softmax(torch.stack([-red, red], dim=1), dim=1))
+
+
+class Faces(Source):
+    """Images in red or blue with the attributes Red and, in half of both, Large."""
+
+    def load(self):
+        return self.part(0, 40), self.part(40, 20)
+
+    def part(self, first, rows):
+        ids = torch.arange(first, first + rows)
+        marks = torch.stack([ids % 2, ids // 2 % 2], dim=1).to(torch.uint8)
+        x = torch.zeros(rows, 3, 64, 64, dtype=torch.uint8)
+        x[marks[:, 0] == 1, 0], x[marks[:, 0] == 0, 2] = 220, 220
+        x[marks[:, 1] == 1, 1, 16:48, 16:48] = 128
+        spec = {"x": Field((3, 64, 64), torch.uint8, scale=1 / 255), "marks": Field((2,), torch.uint8)}
+        rows, names = {"id": ids, "x": x, "marks": marks}, ("Red", "Is_Large")
+        return Dataset(rows, spec, attribute="marks", attribute_names=names)
+'''
+
+
+def test_a_run_on_colour_images_with_attributes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "my_faces.py").write_text(FACES)
+    monkeypatch.syspath_prepend(folder)
+    expert = {"latent": 4, "channels": [4, 4, 4, 4, 4], "likelihood": "logistic"}
+    data, gate = {"class_path": "my_faces.Faces"}, {"class_path": "my_faces.ByColour"}
+    config = changed(data=data, num_experts=2, gate=gate, train__batch_size=10)
+    config["expert"] = {"class_path": "mixdist.experts.ConvVAE", "init_args": expert}
+    ended = here("train", "--config", write_config(folder / "c.yaml", config), "--out", "run")
+    assert (ended.code, ended.err) == (0, ""), ended
+    header, _, *lines = ended.out.splitlines()
+    assert header.endswith("attribute (of all rows)")
+    assert [line.split()[-3:] for line in lines[:2]] == [["Red", "0%", "(50%)"], ["Red", "100%", "(50%)"]]
+    assert list(pictures(folder / "run")) == ["attributes.png", "experts.png", "mixture.png", "training.png"]
+
+    # The originals stand in the picture in their colours, and what experts make of them is of no other size.
+    rows = Image.open(folder / "run/images/experts.png").convert("RGB")
+    colours = {colour: count for count, colour in rows.getcolors(1 << 20)}
+    assert colours[220, 0, 0] > 64 * 32
+    assert colours[0, 0, 220] > 64 * 32
+    assert colours[220, 128, 0] > 32 * 32
+    model = mixdist.load("run")
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 3, 64, 64), dtype=np.uint8))
+    assert model.reconstruct(x).shape == model.sample(5, 1).shape == (5, 3, 64, 64)
+    torch.testing.assert_close(model.reconstruct(x), model.reconstruct(x / 255))
+    assert here("sample", "run", "--num_samples", "17").code == 0
+    with Image.open(folder / "run/images/samples.png") as drawn:
+        assert drawn.size[1] > 4 * 64
+
+    assert here("evaluate", "run", "--num_samples", "2").code == 0
+    told = json.loads((folder / "run/evaluation.json").read_text())
+    assert (told["attribute_names"], told["attribute_A"]) == (["Red", "Is_Large"], [0.5, 0.5])
+    assert told["attribute_EA"] == [[0.0, 0.5], [1.0, 0.5]]
 
 
 def evaluation(share: list[float]) -> Evaluation:

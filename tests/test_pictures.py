@@ -14,6 +14,7 @@ from PIL import Image
 from mixdist.pictures import (
     CELL,
     Panel,
+    attributes_picture,
     contingency_picture,
     curves_picture,
     experts_picture,
@@ -226,6 +227,48 @@ def test_an_expert_without_rows_has_a_row_of_zeros(tmp_path: Path) -> None:
     assert min(sizes_of(tmp_path / "counts.png")) > 100
 
 
+def rates(num_experts: int, num_attributes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    names = [f"attribute {a}" for a in range(num_attributes)]
+    rows_E = RNG.integers(1, 90, num_experts)
+    rate_EA = RNG.uniform(size=(num_experts, num_attributes))
+    return rate_EA, rows_E @ rate_EA / rows_E.sum(), rows_E, names
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 40), (25, 3)])
+def test_rates_of_every_shape_are_drawn(tmp_path: Path, shape: tuple[int, int]) -> None:
+    drawn = rates(*shape)
+    attributes_picture(tmp_path / "a.png", *drawn)
+    attributes_picture(tmp_path / "again.png", *drawn)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    assert min(sizes_of(tmp_path / "a.png")) > 80
+
+
+def test_the_attributes_that_differ_most_are_shown(tmp_path: Path) -> None:
+    rate_EA, rate_A, rows_E, names = rates(3, 30)
+    rate_EA[:, 5:] = rate_A[5:]
+    attributes_picture(tmp_path / "all.png", rate_EA, rate_A, rows_E, names, num_shown=5)
+    attributes_picture(tmp_path / "five.png", rate_EA[:, :5], rate_A[:5], rows_E, names[:5])
+    assert (tmp_path / "all.png").read_bytes() == (tmp_path / "five.png").read_bytes()
+    # A large difference of one row weighs less than a small one of many.
+    rate_EA, rate_A = np.array([[0.5, 0.9], [0.7, 0.5], [0.3, 0.5]]), np.array([0.5, 0.5])
+    attributes_picture(tmp_path / "two.png", rate_EA, rate_A, np.array([1, 50, 50]), names[:2], num_shown=1)
+    attributes_picture(tmp_path / "first.png", rate_EA[:, :1], rate_A[:1], np.array([1, 50, 50]), names[:1])
+    assert (tmp_path / "two.png").read_bytes() == (tmp_path / "first.png").read_bytes()
+
+
+def test_more_is_red_less_is_blue_and_no_rows_is_neither(tmp_path: Path) -> None:
+    rate_EA = np.array([[0.9, 0.1], [0.1, 0.9], [np.nan, np.nan]])
+    attributes_picture(tmp_path / "a.png", rate_EA, np.array([0.5, 0.5]), np.array([5, 5, 0]), NAMES[:2])
+    picture = pixels(tmp_path / "a.png")
+    at = [np.argwhere((picture == colour).all(axis=-1)) for colour in ((103, 0, 31), (5, 48, 97), (0xEC, 0xEF, 0xF1))]
+    (red, blue), middle = ([part.mean(axis=0) for part in at[:2]], at[2].mean(axis=0))
+    assert np.abs(red - blue).max() < 3  # crosswise, both are about the same point
+    assert middle[1] > at[0][:, 1].max()
+    upper = at[0][at[0][:, 0] < red[0]]
+    assert upper[:, 1].max() < red[1]
+    assert min(map(len, at)) > 1000
+
+
 def draw_curves(path: Path, num_rows: int = 50, num_experts: int = 12) -> None:
     x_N = np.linspace(-1, 1, num_rows)
     grid_G = np.linspace(-2, 2, 40)
@@ -257,6 +300,7 @@ DRAWS: dict[str, Draw] = {
     "mixture": lambda path: mixture_picture(path, images(7)),
     "rounds": lambda path: rounds_picture(path, rounds(1, 2, 3)),
     "contingency": lambda path: contingency_picture(path, np.eye(3, dtype=np.int64), NAMES),
+    "attributes": lambda path: attributes_picture(path, *rates(3, 5)),
     "curves": draw_curves,
     "scatter": draw_scatter,
     "training": draw_training,
@@ -315,6 +359,14 @@ BAD: dict[str, tuple[str, Draw]] = {
     "samples": (
         "expert 1",
         lambda path: scatter_picture(path, np.zeros((1, 2)), np.zeros(1), [np.zeros((1, 2))] * 1 + [np.zeros(3)]),
+    ),
+    "no rates": (
+        "one or more",
+        lambda path: attributes_picture(path, np.zeros((0, 2)), np.zeros(2), np.zeros(0), ["a", "b"]),
+    ),
+    "rates": (
+        "does not fit",
+        lambda path: attributes_picture(path, np.zeros((2, 2)), np.zeros(2), np.ones(3), ["a", "b"]),
     ),
     "no images": ("0 images", lambda path: mixture_picture(path, np.zeros((0, 8, 8), np.uint8))),
     "real images": ("float64", lambda path: mixture_picture(path, np.zeros((1, 8, 8)))),

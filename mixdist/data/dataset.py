@@ -19,13 +19,16 @@ class Samples(ABC):
     """The samples of a data set by position, wherever they lie.
 
     ``spec`` says what fields they have, ``label`` which of them is the class, ``class_names`` what its classes are
-    called, and ``log_density_N`` the log density of each where the source knows it.
+    called, ``log_density_N`` the log density of each where the source knows it, ``attribute`` which field holds binary
+    attributes, and ``attribute_names`` what they are called.
     """
 
     spec: Spec
     label: str | None
     class_names: tuple[str, ...]
     log_density_N: Tensor | None
+    attribute: str | None
+    attribute_names: tuple[str, ...]
 
     @property
     @abstractmethod
@@ -110,9 +113,12 @@ class Dataset(Samples):
         class_names: names of its classes, or empty.
         log_density_N: log p of each row's values where the source knows it, float64 (N,), nats. It is knowledge about
             the rows, not part of them: ``take`` and the fingerprint leave it out.
+        attribute: the name of the field (A,), uint8 of 0 and 1, that holds binary attributes, if there is one. No model
+            is trained on it unasked.
+        attribute_names: A names, or empty.
 
     Raises:
-        ValueError: if there are no rows, a number is not finite, or a class is out of range.
+        ValueError: if there are no rows, a number is not finite, a class out of range, or an attribute not 0 or 1.
     """
 
     rows: Batch
@@ -120,6 +126,8 @@ class Dataset(Samples):
     label: str | None = None
     class_names: tuple[str, ...] = ()
     log_density_N: Tensor | None = None
+    attribute: str | None = None
+    attribute_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if "id" not in self.rows or self.rows.keys() != {"id", *self.spec}:
@@ -141,6 +149,7 @@ class Dataset(Samples):
             )
         for name, field in self.spec.items():
             self._check(name, field)
+        self._check_attributes()
         self._check_log_density()
 
     @property
@@ -182,6 +191,19 @@ class Dataset(Samples):
             self._require((classes >= 0) & (classes < field.num_classes), name, expected, remedy)
         elif column.is_floating_point():
             self._require(column.isfinite(), name, "a finite number", "mend or remove this sample")
+
+    def _check_attributes(self) -> None:
+        name, field = self.attribute, self.spec.get(self.attribute or "")
+        if name is not None:
+            if field is None or len(field.shape) != 1 or field.dtype != torch.uint8 or field.num_classes is not None:
+                raise ValueError(
+                    f"attribute {name!r} must be a field (attributes,) of torch.uint8 without num_classes: declare it "
+                    "in the spec"
+                )
+            self._require(self.rows[name] <= 1, name, "0 or 1", "correct the attributes of this sample")
+        if len(self.attribute_names) not in (0, field.shape[0] if field else 0):
+            expected = f"{field.shape[0]}: name each attribute or none" if field else "0: declare attribute as well"
+            raise ValueError(f"attribute_names ({len(self.attribute_names)}) must be {expected}")
 
     def _check_log_density(self) -> None:
         log_p_N = self.log_density_N

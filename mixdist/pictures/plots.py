@@ -1,6 +1,6 @@
 """Plots of a run.
 
-Shape letters: N rows, E experts, C classes, G grid points.
+Shape letters: N rows, E experts, C classes, A attributes, G grid points.
 """
 
 from __future__ import annotations
@@ -63,6 +63,82 @@ def contingency_picture(path: Path, counts_EC: np.ndarray, class_names: Sequence
         textwrap.fill(caption, max(24, round(num_classes * inch * 13))), color=FAINT, fontsize=9, labelpad=8
     )
     save(figure, path)
+
+
+def attributes_picture(
+    path: Path,
+    rate_EA: np.ndarray,
+    rate_A: np.ndarray,
+    rows_E: np.ndarray,
+    names: Sequence[str],
+    num_shown: int = 20,
+) -> None:
+    """Write attributes (down) against experts (across): how much more or less frequent each is among an expert's rows.
+
+    A cell has the difference from the rate of all rows, in percentage points; that rate stands at the right. Shown are
+    the attributes that differ most between experts, in the order of sum_e rows_e (rate_ea - rate_a)^2: an expert with
+    few rows says little.
+
+    Args:
+        path: of the PNG file.
+        rate_EA: the part of each expert's rows that has each attribute; NaN for an expert without rows.
+        rate_A: the part of all rows that has it.
+        rows_E: rows of each expert.
+        names: of the attributes.
+        num_shown: the most attributes that are shown.
+
+    Raises:
+        ValueError: where experts or names are not as many as the rates.
+    """
+    num_experts, num_attributes = len(rows_E), len(names)
+    if not num_experts or not num_attributes or rate_EA.shape != (num_experts, num_attributes):
+        raise ValueError(
+            f"rate_EA {rate_EA.shape} does not fit rows_E ({num_experts}) and names ({num_attributes}): expected "
+            "(experts, attributes), one or more of each; pass all of one evaluation."
+        )
+    more_EA = 100 * (rate_EA - rate_A)
+    order_A = np.argsort(-(np.nan_to_num(more_EA) ** 2 * rows_E[:, None]).sum(0), kind="stable")[:num_shown]
+    inch = min(0.62, 36 / num_experts)
+    figure = Figure(figsize=(num_experts * inch, len(order_A) * 0.3), dpi=150)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    # From 10, so that noise stays pale, to 50, so that an expert with a handful of rows does not pale the others.
+    most = min(50.0, max(10.0, float(np.nanmax(np.abs(more_EA[:, order_A]), initial=0.0))))
+    axes.imshow(more_EA[:, order_A].T, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+    axes.set_facecolor("#eceff1")  # of an expert without rows
+    _differences(axes, more_EA[:, order_A], most, inch)
+    axes.set_yticks(range(len(order_A)), [names[a] for a in order_A], va="center_baseline")
+    for place, a in enumerate(order_A):
+        axes.text(num_experts - 0.35, place, f"{rate_A[a]:.0%}", va="center_baseline", color=FAINT, fontsize=9)
+    axes.text(num_experts - 0.35, -0.66, "all rows", va="center_baseline", color=FAINT, fontsize=9)
+    caption = "percentage points above (red) or below (blue) the rate of all rows, by expert with its rows"
+    axes.set_xlabel(textwrap.fill(caption, max(36, round(num_experts * inch * 13))), color=FAINT, fontsize=9)
+    _head_experts(axes, rows_E, inch)
+    save(figure, path)
+
+
+def _differences(axes: Axes, more_EA: np.ndarray, most: float, inch: float) -> None:
+    """Write each difference into its cell, and part the cells by white lines."""
+    num_experts, num_attributes = more_EA.shape
+    for (expert, a), more in np.ndenumerate(more_EA):
+        colour = FAINT if np.isnan(more) else "white" if abs(more) > 0.65 * most else INK
+        shown = "-" if np.isnan(more) else f"{round(more):+d}" if round(more) else "0"
+        axes.text(expert, a, shown, ha="center", va="center_baseline", color=colour, fontsize=min(9, inch * 22))
+    axes.tick_params(length=0, colors=INK, labelsize=9)
+    axes.spines[:].set_visible(False)
+    axes.hlines(np.arange(1, num_attributes) - 0.5, -0.5, num_experts - 0.5, color="white", linewidth=1.0)
+    axes.vlines(np.arange(1, num_experts) - 0.5, -0.5, num_attributes - 0.5, color="white", linewidth=inch * 4)
+
+
+def _head_experts(axes: Axes, rows_E: np.ndarray, inch: float) -> None:
+    """Name experts above the columns, with their rows and their colours."""
+    size = min(9, inch * 18)
+    heads = [f"expert {e}\n{rows:,} rows" for e, rows in enumerate(rows_E.tolist())]
+    axes.xaxis.tick_top()
+    turned = len(heads) > 1 and inch < 0.9
+    axes.set_xticks(range(len(heads)), heads, rotation=40 if turned else 0, ha="left" if turned else "center")
+    axes.tick_params(axis="x", labelsize=size, pad=10)
+    for e in range(len(heads)):
+        axes.plot([e - 0.46, e + 0.46], [-0.66, -0.66], color=colour_of(e), linewidth=4, clip_on=False, scaley=False)
 
 
 def curves_picture(
