@@ -191,6 +191,23 @@ def test_a_server_that_stays_away_ends_in_one_line(server: RangeServer, members:
     _read_all(remote, members)
 
 
+def test_no_try_begins_after_the_time_that_is_given(server: RangeServer, members: list[Member]) -> None:
+    one = web.Web(server.url, 50, 5.0)
+    server.be({"do": "error", "value": 500, "times": 100})
+    _error(lambda: one.get(members[0].shard, 0, 10, time.monotonic()), "did not come in 1 tries")
+    _error(lambda: one.get(members[0].shard, 0, 10, time.monotonic() + 0.3), r"did not come in \d tries and 0")
+
+
+def test_this_machine_is_reached_past_proxies(
+    server: RangeServer, members: list[Member], cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    _read_all(open_shards(server.url, cache)[1], members)
+
+
 @pytest.mark.parametrize("mood", ["wait", "trickle"])
 def test_nothing_hangs_past_its_bound(server: RangeServer, members: list[Member], cache: Cache, mood: str) -> None:
     remote = open_shards(server.url, _changed(cache, timeout_s=0.2, retries=2))[1]
@@ -368,7 +385,6 @@ def test_a_harmed_block_is_fetched_again(
 def test_the_cache_keeps_its_limit_and_the_newest(server: RangeServer, members: list[Member], cache: Cache) -> None:
     small = _changed(cache, limit_gb=5 * (BLOCK + 20) / 1e9)
     remote = open_shards(server.url, small)[1]
-    often = members[0]
     for _ in range(3):
         for one in members:
             assert remote.read(*one.place) == one.data
@@ -379,15 +395,25 @@ def test_the_cache_keeps_its_limit_and_the_newest(server: RangeServer, members: 
     for one in members[-4:]:
         assert remote.read(*one.place) == one.data
     assert len(server.requests) == before
-    # Use counts, and not age.
-    old = time.time() - 100
-    for i, path in enumerate(_kept(small)):
-        os.utime(path, (old + i, old + i))
-    remote = open_shards(server.url, small)[1]
-    remote.read(*members[-1].place)
-    newest = max(_kept(small), key=lambda path: path.stat().st_mtime)
-    remote.read(*often.place)
-    assert newest in _kept(small)
+
+
+def test_use_counts_and_not_age(tmp_path: Path) -> None:
+    kept, old = Blocks(tmp_path, 5 * (BLOCK + 20), 1.0), time.time() - 100
+    for i, name in enumerate("abcde"):
+        kept.store(name, bytes(BLOCK))
+        os.utime(tmp_path / "blocks" / f"{name}.block", (old + i, old + i))
+    again = Blocks(tmp_path, 5 * (BLOCK + 20), 1.0)
+    assert again.read("a", BLOCK, 0, 10) == bytes(10)
+    again.store("f", bytes(BLOCK))
+    assert {path.stem for path in (tmp_path / "blocks").iterdir()} == {"a", "d", "e", "f"}
+
+
+def test_a_block_is_held_against_its_checksum_when_it_is_opened(tmp_path: Path) -> None:
+    kept = Blocks(tmp_path, 10**6, 1.0)
+    kept.store("a", bytes(BLOCK))
+    _rot(tmp_path / "blocks" / "a.block")
+    assert Blocks(tmp_path, 10**6, 1.0).read("a", BLOCK, 0, 10) is None  # though these ten are right
+    assert kept.read("a", BLOCK, 0, 10) is None
 
 
 def test_writers_that_died_are_counted_and_swept(server: RangeServer, members: list[Member], cache: Cache) -> None:
