@@ -10,6 +10,7 @@ import json
 import os
 import re
 import select
+import ssl
 import subprocess
 import sys
 import threading
@@ -28,26 +29,33 @@ class RangeServer:
     Args:
         folder: whose files it gives.
         control: a folder for its moods and its log.
+        secrets: files of a certificate for localhost and of its key, for https.
     """
 
-    def __init__(self, folder: Path, control: Path) -> None:
-        self._folder, self._control, self.port = folder, control, 0
+    def __init__(self, folder: Path, control: Path, *secrets: Path) -> None:
+        self._folder, self._control, self._secrets, self.port = folder, control, secrets, 0
         self._child: subprocess.Popen[bytes] | None = None
-        self.be()
-        (control / LOG).write_text("")
-        self.start()
+        self.renew()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"https://localhost:{self.port}" if self._secrets else f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
         command = [sys.executable, "-I", __file__, str(self._folder), str(self._control), str(self.port)]
+        command += map(str, self._secrets)
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._child.stdout is not None
         ready, _, _ = select.select([self._child.stdout], [], [], START_S)
         assert ready, f"the server did not start in {START_S} s"
         self.port = int(self._child.stdout.readline())
+
+    def renew(self) -> None:
+        """Begin with a good mood and an empty log."""
+        self.be()
+        (self._control / LOG).write_text("")
+        if self._child is None:
+            self.start()
 
     def kill(self) -> None:
         """End it at once, in the middle of whatever it does."""
@@ -60,13 +68,17 @@ class RangeServer:
                 stream.close()
 
     def be(self, *moods: dict[str, Any]) -> None:
-        aside = self._control / "moods.aside"
-        aside.write_text(json.dumps(moods))
-        os.replace(aside, self._control / MOODS)
+        _write_moods(self._control, list(moods))
 
     @property
     def requests(self) -> list[str]:
         return (self._control / LOG).read_text().splitlines()
+
+
+def _write_moods(control: Path, moods: list[dict[str, Any]]) -> None:
+    aside = control / "moods.aside"  # first, since the server may be killed here too
+    aside.write_text(json.dumps(moods))
+    os.replace(aside, control / MOODS)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -86,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
             for mood in moods:
                 if mood.get("times", 1) > 0:
                     mood["times"] = mood.get("times", 1) - 1
-                    (self.control / MOODS).write_text(json.dumps(moods))
+                    _write_moods(self.control, moods)
                     return mood
         return {"do": "well"}
 
@@ -148,9 +160,13 @@ class _Server(ThreadingHTTPServer):
         pass
 
 
-def _serve(folder: str, control: str, port: str) -> None:
+def _serve(folder: str, control: str, port: str, *secrets: str) -> None:
     _Handler.folder, _Handler.control = Path(folder), Path(control)
     server = _Server(("127.0.0.1", int(port)), _Handler)
+    if secrets:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*secrets)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(server.server_address[1], flush=True)
     sys.stdin.buffer.read()  # ends when whoever started it has ended

@@ -193,9 +193,10 @@ class Web:
             if tries == TOLD_AFTER:
                 _log.warning("mixdist: %s fails (%s): trying again for up to %.0f s", address, why, until - start)
             time.sleep(pause)
+        spent = f"{tries} tries and {time.monotonic() - start:.1f} s"
         raise OSError(
-            f"{address} did not come in {tries} tries and {time.monotonic() - start:.1f} s ({why}): see that the "
-            f"server answers and start again, or raise cache.retries ({self.retries}) or cache.timeout_s ({self.timeout_s:g})"
+            f"{address} did not come in {spent} ({why}): see that the server answers and start again, or raise "
+            f"cache.retries ({self.retries}) or cache.timeout_s ({self.timeout_s:g})"
         )
 
     def _fetch(self, address: str, offset: int, size: int) -> tuple[bytes, int]:

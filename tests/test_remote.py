@@ -1,0 +1,528 @@
+"""Shards at an address: every byte, whatever the server does; and a cache that keeps its limit."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import multiprocessing
+import os
+import pickle
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from multiprocessing.pool import AsyncResult
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mixdist.data.shards import blocks, web
+from mixdist.data.shards.blocks import Blocks
+from mixdist.data.shards.remote import Cache, RemoteStorage
+from mixdist.data.shards.storage import Damage, Storage, open_shards
+from tests import light_reader
+from tests.range_server import RangeServer
+from tests.small_shards import Member, make, rebased
+
+BLOCK = 10_000
+WATCHDOG_S = 60.0
+SIZES = [[100, 0, 9000, 25_000, 3000, 41_000], [1, 12_000, 512], [3000] * 12]
+
+
+def _error(call: Callable[[], object], match: str, kind: type[Exception] = OSError) -> None:
+    with pytest.raises(kind, match=match) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(web, "LONGEST_PAUSE_S", 0.1)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Member]]:
+    folder = tmp_path_factory.mktemp("shards")
+    return folder, make(folder, SIZES)
+
+
+@pytest.fixture
+def members(shards: tuple[Path, list[Member]]) -> list[Member]:
+    return shards[1]
+
+
+@pytest.fixture(scope="module")
+def standing(shards: tuple[Path, list[Member]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RangeServer]:
+    started = RangeServer(shards[0], tmp_path_factory.mktemp("control"))
+    yield started
+    started.kill()
+
+
+@pytest.fixture
+def server(standing: RangeServer) -> RangeServer:
+    standing.renew()
+    return standing
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(str(tmp_path / "cache"), limit_gb=1e-3, block_mb=BLOCK / 1e6, retries=4, timeout_s=5.0)
+
+
+def _changed(cache: Cache, **values: Any) -> Cache:
+    return Cache(**{**cache.__dict__, **values})
+
+
+def _kept(cache: Cache) -> list[Path]:
+    return sorted(Path(cache.folder).glob("blocks/*"))
+
+
+def _size(cache: Cache) -> int:
+    total = 0
+    for path in Path(cache.folder).glob("blocks/*"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:  # removed meanwhile
+            continue
+    return total
+
+
+def _read_all(remote: Storage, members: list[Member]) -> None:
+    for one in members:
+        assert remote.read(*one.place) == one.data, one.place
+
+
+def test_every_member_is_read_and_fetched_once(server: RangeServer, members: list[Member], cache: Cache) -> None:
+    index, remote = open_shards(server.url, cache)
+    assert isinstance(remote, RemoteStorage)
+    assert len(index) == len(members)
+    opened = len(server.requests)
+    for i in np.random.default_rng(0).permutation(np.arange(len(members)).repeat(2)):
+        assert remote.read(*members[i].place) == members[i].data
+    asked = server.requests[opened:]
+    assert len(set(asked)) == len(asked) == len(_kept(cache))
+    # Another process, here another object: everything is there.
+    _read_all(pickle.loads(pickle.dumps(remote)), members)
+    _read_all(open_shards(server.url + "/", cache)[1], members)
+    assert len([line for line in server.requests[opened:] if ".tar" in line]) == len(asked)
+    remote.close()
+    _read_all(remote, members)
+
+
+@pytest.mark.parametrize("block", [1, 997, 3000, 1 << 20])
+def test_blocks_of_any_size(server: RangeServer, cache: Cache, shards: tuple[Path, list[Member]], block: int) -> None:
+    members = [one for one in shards[1] if one.size <= 50 * block]
+    assert members
+    _read_all(open_shards(server.url, _changed(cache, block_mb=block / 1e6, limit_gb=0.01))[1], members)
+
+
+def test_the_index_lies_here_and_the_shards_there(
+    server: RangeServer, shards: tuple[Path, list[Member]], cache: Cache, tmp_path: Path
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("index.json", "index.npz"):
+        shutil.copy(shards[0] / name, here)
+    rebased(here, server.url)
+    index, remote = open_shards(str(here), cache)
+    assert isinstance(remote, RemoteStorage)
+    remote.check(index)
+    _read_all(remote, shards[1])
+
+
+def test_a_shard_that_changed_is_another(cache: Cache, tmp_path: Path) -> None:
+    changing = tmp_path / "changing"
+    control = tmp_path / "control"
+    control.mkdir()
+    first = make(changing, [[5000, 6000]], seed=1)
+    other = RangeServer(changing, control)
+    try:
+        _read_all(open_shards(other.url, cache)[1], first)
+        second = make(changing, [[5000, 6000]], seed=2)
+        assert second[0].data != first[0].data
+        _read_all(open_shards(other.url, cache)[1], second)
+    finally:
+        other.kill()
+
+
+# What may pass.
+
+
+@pytest.mark.parametrize(
+    "mood",
+    [
+        {"do": "error", "value": 500, "times": 3},
+        {"do": "error", "value": 503, "times": 4},
+        {"do": "error", "value": 429, "times": 1},
+        {"do": "hang up", "times": 3},
+        {"do": "cut", "value": 5, "times": 3},
+        {"do": "another range", "times": 2},
+        {"do": "wrong bytes", "times": 1},
+        {"do": "wait", "value": 0.7, "times": 2},
+        {"do": "trickle", "value": 0.05, "times": 1},
+    ],
+    ids=lambda mood: mood["do"],
+)
+def test_what_passes_is_tried_again(server: RangeServer, members: list[Member], cache: Cache, mood: Any) -> None:
+    remote = open_shards(server.url, _changed(cache, timeout_s=0.5))[1]
+    server.be(mood)
+    before = len(server.requests)
+    assert remote.read(*members[2].place) == members[2].data
+    assert len(server.requests) > before + mood["times"]
+    server.be()
+    _read_all(remote, members)
+
+
+def test_a_server_that_stays_away_ends_in_one_line(server: RangeServer, members: list[Member], cache: Cache) -> None:
+    remote = open_shards(server.url, cache)[1]
+    server.kill()
+    start = time.monotonic()
+    away = (
+        rf"{server.url}/{members[0].shard} did not come in 5 tries and .* s \(.*refused\): see that the server answers"
+    )
+    _error(lambda: remote.read(*members[0].place), away)
+    assert time.monotonic() - start < 2.0
+    _error(lambda: open_shards(server.url, cache), "index.json did not come in 5 tries")
+    server.start()
+    _read_all(remote, members)
+
+
+def test_no_try_begins_after_the_time_that_is_given(server: RangeServer, members: list[Member]) -> None:
+    one = web.Web(server.url, 50, 5.0)
+    server.be({"do": "error", "value": 500, "times": 100})
+    _error(lambda: one.get(members[0].shard, 0, 10, time.monotonic()), "did not come in 1 tries")
+    _error(lambda: one.get(members[0].shard, 0, 10, time.monotonic() + 0.3), r"did not come in \d tries and 0")
+
+
+def test_this_machine_is_reached_past_proxies(
+    server: RangeServer, members: list[Member], cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    _read_all(open_shards(server.url, cache)[1], members)
+
+
+@pytest.mark.parametrize("mood", ["wait", "trickle"])
+def test_nothing_hangs_past_its_bound(server: RangeServer, members: list[Member], cache: Cache, mood: str) -> None:
+    remote = open_shards(server.url, _changed(cache, timeout_s=0.2, retries=2))[1]
+    server.be({"do": mood, "value": 10.0 if mood == "wait" else 0.1, "times": 100})
+    start = time.monotonic()
+    _error(lambda: remote.read(*members[2].place), r"did not come in 3 tries and .*cache.timeout_s \(0.2\)")
+    assert time.monotonic() - start < 0.03 + 3 * 2 * 0.2 + 1.0
+
+
+def test_waiting_for_anothers_fetch_has_a_bound(server: RangeServer, members: list[Member], cache: Cache) -> None:
+    remote = open_shards(server.url, _changed(cache, timeout_s=0.2, retries=0))[1]
+    turns = Path(cache.folder) / "turns"
+    turns.mkdir(parents=True)
+    with ExitStack() as stack:
+        for i in range(blocks._NUM_TURNS):  # another process that was stopped in the middle of its fetches
+            fcntl.flock(stack.enter_context(open(turns / f"{i:03d}", "w")), fcntl.LOCK_EX)
+        start = time.monotonic()
+        assert remote.read(*members[0].place) == members[0].data
+        waited = time.monotonic() - start
+        assert 0.15 < waited < 2.0
+        _read_all(remote, members[:1] * 100)  # what is kept waits for nobody
+        assert time.monotonic() - start < waited + 0.15
+
+
+# What does not pass.
+
+
+@pytest.mark.parametrize(
+    ("mood", "kind", "why"),
+    [
+        (
+            {"do": "error", "value": 404},
+            Damage,
+            r"is not there \(404 Not Found\): .*; wanted for 10000 bytes at offset 0",
+        ),
+        ({"do": "error", "value": 403}, OSError, r"is not given to everyone \(403 Forbidden\): make it readable"),
+        ({"do": "error", "value": 400}, OSError, r"is not given \(400 Bad Request\)"),
+        ({"do": "ignore ranges"}, OSError, "came whole .* the server ignores Range; take one that does not"),
+        (
+            {"do": "redirect", "value": "file:///etc/passwd"},
+            OSError,
+            "leads elsewhere, and that address .* fetched from",
+        ),
+        ({"do": "redirect", "value": "http://example.org/x"}, OSError, "leads elsewhere, .* give an https address"),
+        ({"do": "redirect", "value": "https://127.0.0.1/x"}, OSError, "leads from http to another scheme"),
+        ({"do": "redirect", "value": "{path}"}, OSError, "leads on more than 5 times"),
+    ],
+    ids=["404", "403", "400", "ranges", "file", "http", "https", "circle"],
+)
+def test_what_is_final(
+    server: RangeServer, members: list[Member], cache: Cache, mood: dict[str, Any], kind: type[Exception], why: str
+) -> None:
+    remote = open_shards(server.url, cache)[1]
+    before = len(server.requests)
+    server.be({**mood, "times": 6})
+    _error(lambda: remote.read(*members[0].place), f"{server.url}/{members[0].shard} {why}", kind)
+    assert len(server.requests) - before == (6 if mood.get("value") == "{path}" else 1)
+    server.be()
+    _read_all(remote, members)
+
+
+def test_redirects_that_keep_the_scheme_are_followed(server: RangeServer, members: list[Member], cache: Cache) -> None:
+    remote = open_shards(server.url, cache)[1]
+    server.be({"do": "redirect", "value": f"{server.url}{{path}}", "times": 3})
+    _read_all(remote, members)
+
+
+def test_bytes_that_stay_wrong_are_damage(server: RangeServer, members: list[Member], cache: Cache) -> None:
+    remote = open_shards(server.url, cache)[1]
+    server.be({"do": "wrong bytes", "times": 100})
+    before, one = len(server.requests), members[2]
+    wrong = f"{server.url}/{one.shard}' has other bytes than its index says in the 9000 at offset {one.offset}: run"
+    _error(lambda: remote.read(*one.place), wrong, Damage)
+    assert len(server.requests) == before + 4  # two blocks, twice
+
+
+def test_shards_that_do_not_fit_the_index(shards: tuple[Path, list[Member]], cache: Cache, tmp_path: Path) -> None:
+    folder, control = tmp_path / "other", tmp_path / "control"
+    shutil.copytree(shards[0], folder)
+    control.mkdir()
+    one, members = shards[1][0], shards[1]
+    num_bytes = (folder / one.shard).stat().st_size
+    server = RangeServer(folder, control)
+    try:
+        index, remote = open_shards(server.url, cache)
+        remote.check(index)
+        os.truncate(folder / one.shard, 15_000)
+        _error(lambda: remote.read(*one.place), f"has 15000 bytes, but the index says {num_bytes} .*offset 0", Damage)
+        _error(lambda: remote.read(*members[5].place), "has 15000 bytes, but the index says", Damage)
+        has = f"shard '{one.shard}' has 15000 bytes in '{server.url}/', but the index says {num_bytes} bytes: .*verify"
+        _error(lambda: remote.check(index), has, ValueError)
+        (folder / one.shard).unlink()
+        _error(lambda: remote.check(index), f"shard '{one.shard}' is missing in '{server.url}/'", ValueError)
+        _error(lambda: remote.read(*one.place), "is not there", Damage)
+        outside = f"ends 1 bytes too early for the 1000 at offset {num_bytes - 999}"
+        _error(lambda: remote.read(one.shard, num_bytes - 999, 1000, 0), outside, Damage)
+        (folder / "index.npz").write_bytes(b"other")
+        _error(lambda: open_shards(server.url, cache), "index.npz differs from its checksum", ValueError)
+        (folder / "index.npz").unlink()
+        _error(lambda: open_shards(server.url, cache), r"has no index \(.*index.npz is not there", ValueError)
+    finally:
+        server.kill()
+
+
+def test_check_ends_when_the_server_is_away(server: RangeServer, cache: Cache) -> None:
+    index, remote = open_shards(server.url, cache)
+    server.be({"do": "error", "value": 403, "times": 100})
+    _error(lambda: remote.check(index), "is not given to everyone")
+    server.be({"do": "ignore ranges", "times": 100})
+    _error(lambda: remote.check(index), "the server ignores Range")
+    server.kill()
+    _error(lambda: remote.check(index), "did not come in 5 tries")
+
+
+def test_an_https_index_leads_to_no_http(monkeypatch: pytest.MonkeyPatch, shards: tuple[Path, list[Member]]) -> None:
+    folder = shards[0]
+    head = (folder / "index.json").read_bytes().replace(b'"base": null', b'"base": "http://127.0.0.1:80/"')
+    files = {"index.json": head, "index.npz": (folder / "index.npz").read_bytes()}
+    monkeypatch.setattr(web.Web, "whole", lambda self, name, *_: files[name])
+    _error(
+        lambda: open_shards("https://example.org/x", Cache()), "leads to 'http://127.0.0.1:80/', expected", ValueError
+    )
+
+
+def test_https_with_a_certificate(
+    shards: tuple[Path, list[Member]], cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not here to make a certificate")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    words = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, *words]
+    subprocess.run(command, check=True, capture_output=True, timeout=30)
+    server = RangeServer(shards[0], tmp_path, certificate, key)
+    try:
+        _error(lambda: open_shards(server.url, cache), "has a certificate that is not trusted")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        _read_all(open_shards(server.url, cache)[1], shards[1])
+        server.be({"do": "redirect", "value": "http://127.0.0.1/{path}"})
+        _error(lambda: open_shards(server.url, cache), "leads from https to another scheme")
+    finally:
+        server.kill()
+
+
+# The cache.
+
+
+def _unread_disk(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _rot(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [_rot, _unread_disk, Path.unlink, lambda path: os.truncate(path, 3000)])
+def test_a_harmed_block_is_fetched_again(
+    server: RangeServer, members: list[Member], cache: Cache, harm: Callable[[Path], Any]
+) -> None:
+    _read_all(open_shards(server.url, cache)[1], members)
+    kept, before = _kept(cache), len(server.requests)
+    for path in kept:
+        harm(path)
+    fresh = open_shards(server.url, cache)[1]
+    _read_all(fresh, members)
+    assert _kept(cache) == kept
+    assert len([line for line in server.requests[before:] if ".tar" in line]) == len(kept)
+    for path in kept:  # now under the eyes of one that has seen them whole
+        harm(path)
+    _read_all(fresh, members)
+
+
+def test_the_cache_keeps_its_limit_and_the_newest(server: RangeServer, members: list[Member], cache: Cache) -> None:
+    small = _changed(cache, limit_gb=5 * (BLOCK + 20) / 1e9)
+    remote = open_shards(server.url, small)[1]
+    for _ in range(3):
+        for one in members:
+            assert remote.read(*one.place) == one.data
+            assert _size(small) <= small.limit_gb * 1e9
+    assert len(_kept(small)) >= 4
+    # The blocks used last are there.
+    before = len(server.requests)
+    for one in members[-4:]:
+        assert remote.read(*one.place) == one.data
+    assert len(server.requests) == before
+
+
+def test_use_counts_and_not_age(tmp_path: Path) -> None:
+    kept, old = Blocks(tmp_path, 5 * (BLOCK + 20), 1.0), time.time() - 100
+    for i, name in enumerate("abcde"):
+        kept.store(name, bytes(BLOCK))
+        os.utime(tmp_path / "blocks" / f"{name}.block", (old + i, old + i))
+    again = Blocks(tmp_path, 5 * (BLOCK + 20), 1.0)
+    assert again.read("a", BLOCK, 0, 10) == bytes(10)
+    again.store("f", bytes(BLOCK))
+    assert {path.stem for path in (tmp_path / "blocks").iterdir()} == {"a", "d", "e", "f"}
+
+
+def test_a_block_is_held_against_its_checksum_when_it_is_opened(tmp_path: Path) -> None:
+    kept = Blocks(tmp_path, 10**6, 1.0)
+    kept.store("a", bytes(BLOCK))
+    _rot(tmp_path / "blocks" / "a.block")
+    assert Blocks(tmp_path, 10**6, 1.0).read("a", BLOCK, 0, 10) is None  # though these ten are right
+    assert kept.read("a", BLOCK, 0, 10) is None
+
+
+def test_writers_that_died_are_counted_and_swept(server: RangeServer, members: list[Member], cache: Cache) -> None:
+    small = _changed(cache, limit_gb=5 * (BLOCK + 20) / 1e9)
+    remote = open_shards(server.url, small)[1]
+    _read_all(remote, members)
+    dead = Path(small.folder) / "blocks" / "x.block.1-1.partial"
+    dead.write_bytes(bytes(BLOCK))
+    os.utime(dead, (0, 0))
+    (Path(small.folder) / "used").write_text("nonsense")
+    _read_all(remote, members)
+    assert not dead.exists()
+    assert _size(small) <= small.limit_gb * 1e9
+    shutil.rmtree(Path(small.folder))  # somebody makes room
+    _read_all(open_shards(server.url, small)[1], members)
+
+
+def test_a_folder_that_cannot_be_written(server: RangeServer, members: list[Member], cache: Cache) -> None:
+    Path(cache.folder).write_text("a file")
+    remote = open_shards(server.url, cache)[1]
+    _error(lambda: remote.read(*members[0].place), r"cache.folder \('.*'\) cannot keep a block of .*: make room there")
+
+
+def test_a_full_disk(server: RangeServer, members: list[Member], cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = 4 * BLOCK
+
+    def write(self: Blocks, path: str, data: bytes) -> None:
+        if _size(cache) + len(data) > room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        _write(self, path, data)
+
+    _write = Blocks._write
+    monkeypatch.setattr(Blocks, "_write", write)
+    _read_all(open_shards(server.url, cache)[1], members)  # room is made, though the limit is higher
+    room = 0
+    shutil.rmtree(cache.folder)
+    one = open_shards(server.url, cache)[1]
+    _error(
+        lambda: one.read(*members[0].place), "cannot keep a block of 10020 bytes .No space left on device.: make room"
+    )
+    assert not _kept(cache)
+
+
+# Many processes.
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Any]:
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        yield pool
+
+
+def _results(running: list[AsyncResult[list[int]]], meanwhile: Callable[[], object] = lambda: None) -> list[list[int]]:
+    end = time.monotonic() + WATCHDOG_S
+    while not all(one.ready() for one in running):
+        assert time.monotonic() < end, "the readers hang"
+        meanwhile()
+        time.sleep(0.01)
+    return [one.get(1) for one in running]
+
+
+def test_reads_go_on_after_the_server_was_killed(
+    server: RangeServer, members: list[Member], cache: Cache, processes: Any
+) -> None:
+    remote = open_shards(server.url, _changed(cache, retries=8))[1]
+    opened = len(server.requests)
+    server.be({"do": "wait", "value": 0.1, "times": 1000})  # so that it is in the middle of an answer
+    running = [processes.apply_async(light_reader.read_all, (remote, members, seed, 0.1)) for seed in (None, 0, 1)]
+    killed = 0
+
+    def kill_and_start() -> None:
+        nonlocal killed
+        if killed < 2 and len(server.requests) >= opened + 4 * (killed + 1):
+            killed += 1
+            server.kill()
+            time.sleep(0.7)
+            server.start()
+
+    assert _results(running, kill_and_start) == [list(range(len(members)))] * 3
+    assert killed == 2
+    # One machine fetches a block once, but for those that were cut off.
+    assert len(server.requests) - opened <= len(_kept(cache)) + 3 * killed
+
+
+def test_processes_share_a_small_cache(
+    server: RangeServer, members: list[Member], cache: Cache, processes: Any
+) -> None:
+    small = _changed(cache, limit_gb=5 * (BLOCK + 20) / 1e9)
+    remote = open_shards(server.url, small)[1]
+    running = [processes.apply_async(light_reader.read_all, (remote, members * 5, seed)) for seed in (1, 2, 3)]
+    most = 0
+
+    def look() -> None:
+        nonlocal most
+        most = max(most, _size(small))
+
+    assert _results(running, look) == [list(range(5 * len(members)))] * 3
+    assert 3 * BLOCK < most <= small.limit_gb * 1e9 + 3 * (BLOCK + 20)
+
+
+def test_another_process_finds_the_cache_warm(
+    server: RangeServer, members: list[Member], cache: Cache, processes: Any
+) -> None:
+    remote = open_shards(server.url, cache)[1]
+    _read_all(remote, members)
+    before = len(server.requests)
+    assert _results([processes.apply_async(light_reader.read_all, (remote, members, 5))]) == [list(range(len(members)))]
+    assert len(server.requests) == before
+
+
+def test_readers_need_no_torch(processes: Any) -> None:
+    assert not processes.apply(light_reader.has_torch)
