@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from mixdist.metrics import read_metrics
 from tests.launch import here, torchrun, write_config
+from tests.range_server import RangeServer
 from tests.tars import COUNTS, make_index, make_shards, sample_of, write_shard
 from tests.test_cli import refused
 
@@ -195,6 +198,37 @@ def test_evaluate_and_figures_of_a_run_on_shards() -> None:
     assert here("evaluate", "r", "--num_samples", "2").code == 0
     assert json.loads(Path("r/evaluation.json").read_text())["protocol"]["rows"] == 9
     assert Path("r/images/experts.png").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_goes_on_while_its_server_dies_and_comes_back(tmp_path: Path, ranks: int) -> None:
+    (tmp_path / "control").mkdir()
+    server = RangeServer(tmp_path / "shards", tmp_path / "control")
+    told: list[int] = []
+
+    def die_and_come_back() -> None:
+        deadline = time.monotonic() + 60
+        while len(server.requests) < 40 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        server.kill()
+        told.append(len(server.requests))
+        time.sleep(1.5)
+        server.start()
+
+    # The folder of blocks is far smaller than the shards, so the server is needed all the time.
+    cache = {"folder": str(tmp_path / "cache"), "limit_gb": 2e-5, "block_mb": 0.004}
+    data = {"block": 5, "window": 2}
+    config = config_of(SOFT, {**data, "root": server.url, "cache": cache, "workers": ranks - 1})
+    end = threading.Thread(target=die_and_come_back)
+    end.start()
+    try:
+        run(config, "far", ranks)
+    finally:
+        end.join()
+        asked = len(server.requests)
+        server.kill()
+    assert asked > told[0] + 20  # it was needed afterwards
+    same("far", run(config_of(SOFT, data), "near"))
 
 
 @pytest.mark.parametrize(
