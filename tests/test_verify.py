@@ -168,6 +168,7 @@ def test_images_that_cannot_be_decoded(tmp_path: Path, verify: Run, monkeypatch:
         "empty": ("png", b""),
         "bomb": ("png", _png(60_000, 60_000)),
         "large": ("png", _png(8_000, 7_000)),
+        "larger": ("png", _png(10_000, 10_000)),  # Pillow only warns
         "gif": ("png", encoded(image_of(0), "GIF")),
         "webp": ("webp", encoded(image_of(0), "WEBP")),
         "jpeg": ("jpeg", jpeg),
@@ -191,7 +192,8 @@ def test_images_that_cannot_be_decoded(tmp_path: Path, verify: Run, monkeypatch:
         "empty": "it is empty",
         "bomb": "it has more than 50000000 pixels",
         "large": "it has 8000 x 7000 pixels, expected from 1 to 50000000",
-        "gif": "it is no JPEG, PNG, WEBP image",
+        "larger": "it has 10000 x 10000 pixels, expected from 1 to 50000000",
+        "gif": "it is no JPEG, PNG, WEBP image (cannot identify image file)",
     }
     assert len(out) == len(reasons) + 1
     for line, (key, reason) in zip(out, reasons.items(), strict=False):
