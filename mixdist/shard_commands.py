@@ -107,7 +107,8 @@ def verify(words: Sequence[str]) -> None:
     if lines:
         raise ValueError(
             f"{str(folder)!r} is not what its index says ({bad} of {len(parts)} shards, {hurt} samples): fetch or make "
-            "the shards named above again, or, to use them as they are, their index with mixdist index --force"
+            "again what is named above, or the index with mixdist index --force; samples that never were whole are "
+            "passed over with on_error skip"
         )
 
 

@@ -249,7 +249,10 @@ def _check(index: ShardIndex) -> None:
         raise ValueError("a shard is there twice")
     if not set(index.extensions) <= set(EXTENSIONS) or sorted(set(index.extensions)) != list(index.extensions):
         raise ValueError(f"extensions {index.extensions} are not some of {', '.join(EXTENSIONS)}, sorted")
-    ShardIndex.__post_init__(index)
+    shapes = (len(index), len(index.extensions), 2)
+    num = sum(shard.num_samples for shard in index.shards)
+    if index.id_N.shape != (num,) or index.member_NM2.shape != shapes or index.crc_NM.shape != shapes[:2]:
+        raise ValueError(f"{num} samples have ids, members and checksums of other shapes")
     for name, array in index._arrays().items():
         if array.dtype != {"crc": np.uint32, "attribute": np.uint8}.get(name, np.int64):
             raise ValueError(f"{name} has type {array.dtype}")
