@@ -40,7 +40,8 @@ def test_a_data_set_an_expert_a_gate_and_an_objective_of_one_s_own(tmp_path: Pat
             (tmp_path / named[1]).write_text(block)
     kinds = ("data", "expert", "gate", "objective", "score")
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"my_{kind}.py" for kind in kinds]
-    competition, soft = blocks("yaml")
+    competition, shards, soft = blocks("yaml")
+    assert "mixdist.data.Shards" in shards
     (tmp_path / "own.yaml").write_text(soft + "log_every: 1\n")
     assert "1000 held-out rows: loss" in train(tmp_path, "own.yaml", "--train.epochs", "3", "--out", "run")
     hard = "data: {class_path: my_data.Waves}\nexpert: {class_path: mixdist.experts.VAE}\nnum_experts: 3\n"

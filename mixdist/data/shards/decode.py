@@ -6,6 +6,10 @@ Shape letters: C channels, H height, W width.
 from __future__ import annotations
 
 import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -36,7 +40,8 @@ def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     if not data:
         raise Unreadable("it is empty")
     try:
-        image = Image.open(io.BytesIO(data), formats=formats)
+        with quiet():
+            image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError:
         raise Unreadable(f"it has more than {MAX_PIXELS} pixels") from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:
@@ -49,7 +54,8 @@ def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
 
 def is_plain(image: Image.Image, channels: int) -> bool:
     """Whether an image's pixels are those of its file: of the right mode and upright."""
-    return image.mode == _mode(channels) and image.getexif().get(_ORIENTATION, 1) == 1
+    with quiet():
+        return image.mode == _mode(channels) and image.getexif().get(_ORIENTATION, 1) == 1
 
 
 def plain(image: Image.Image, channels: int) -> Image.Image:
@@ -58,21 +64,33 @@ def plain(image: Image.Image, channels: int) -> Image.Image:
     Raises:
         Unreadable: it is truncated or damaged.
     """
-    mode = _mode(channels)
     try:
-        if image.mode != mode or image.getexif().get(_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "P" or image.has_transparency_data:
-                rgba = image.convert("RGBA")
-                image = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-                image.alpha_composite(rgba)
-            if image.mode.startswith("I;16") or image.mode == "I":
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            image = image.convert(mode)
-        image.load()
+        with quiet():
+            return _plain(image, _mode(channels))
     except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
         raise Unreadable(f"it is truncated or damaged ({_one_line(error)})") from None
+
+
+def _plain(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode != mode or image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "P" or image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            image = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+            image.alpha_composite(rgba)
+        if image.mode.startswith("I;16") or image.mode == "I":
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        image = image.convert(mode)
+    image.load()
     return image
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Pass over what Pillow warns of: damaged EXIF data does not matter, and the number of pixels is checked here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def fit(image: Image.Image, size: int | None, crop: int | None) -> Image.Image:
@@ -143,4 +161,5 @@ def _mode(channels: int) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """Put an error into one line, without the address of an object in memory, which differs from run to run."""
+    return re.sub(r" <[^>]* at 0x[0-9a-f]+>", "", " ".join(str(error).split()))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import signal
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mixdist.data.shards.processes import executor
 from mixdist.data.shards.reading import Bad, Reading, Wanted
 
 Read = tuple[NDArray[Any], list[Bad]]
@@ -43,8 +40,8 @@ class Pool:
             return lambda: self.reading.several(wanted)
         size = min(_MOST, max(_LEAST, -(-len(wanted) // (2 * self.workers))))
         parts = [wanted[first : first + size] for first in range(0, len(wanted), size)]
-        executor = self._processes()
-        futures = [executor.submit(_several, part) for part in parts]
+        processes = self._processes()
+        futures = [processes.submit(_several, part) for part in parts]
         return lambda: _joined(futures, size)
 
     def close(self) -> None:
@@ -55,12 +52,7 @@ class Pool:
 
     def _processes(self) -> ProcessPoolExecutor:
         if self._executor is None:
-            # Not forked from here: this process has threads that wait for other ranks.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
-            self._executor = ProcessPoolExecutor(
-                self.workers, mp_context=context, initializer=_begin, initargs=(self.reading,)
-            )
+            self._executor = executor(self.workers, __name__, _begin, self.reading)
         return self._executor
 
 
@@ -76,12 +68,8 @@ def _joined(futures: list[Future[Read]], size: int) -> Read:
 
 
 def _begin(reading: Reading) -> None:
-    """Start a process: it ends with the one that started it, which alone hears of Ctrl-C."""
     global _reading
     _reading = reading
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with suppress(OSError, AttributeError):  # Linux alone has it; PR_SET_PDEATHSIG is 1
-        ctypes.CDLL("libc.so.6").prctl(1, int(signal.SIGKILL))
 
 
 def _several(wanted: list[Wanted]) -> Read:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import os
-import signal
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from typing import TypeVar
+
+from mixdist.data.shards.processes import cores, executor
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -22,8 +19,7 @@ _MOST = 16
 
 def default_workers(num_shards: int, num_bytes: int) -> int:
     """Give one process a core, at most 16, and none where this one is done before they would have started."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, num_shards, _MOST)
+    workers = min(cores(), num_shards, _MOST)
     return 0 if workers < 2 or num_bytes < _SMALL else workers
 
 
@@ -41,9 +37,7 @@ def in_order(take: Callable[[T], S], items: Sequence[T], workers: int) -> Genera
     if workers <= 1:
         yield from map(take, items)
         return
-    context = multiprocessing.get_context("forkserver")  # torch has threads, which a fork would not take along
-    context.set_forkserver_preload([getattr(take, "func", take).__module__])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
+    pool = executor(workers, getattr(take, "func", take).__module__)
     waiting: deque[Future[S]] = deque()
     try:
         for item in items:
@@ -59,10 +53,3 @@ def in_order(take: Callable[[T], S], items: Sequence[T], workers: int) -> Genera
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _begin() -> None:
-    """Start a process: it ends with the one that started it, which alone hears of Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with suppress(OSError, AttributeError):  # Linux alone has it; PR_SET_PDEATHSIG is 1
-        ctypes.CDLL("libc.so.6").prctl(1, int(signal.SIGKILL))
