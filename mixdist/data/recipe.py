@@ -6,21 +6,18 @@ Shape letters: C channels, H height, W width.
 from __future__ import annotations
 
 import io
-import re
-import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from PIL import Image
 
 from mixdist.data.layouts import Raw
-from mixdist.data.shards.decode import FORMATS, Unreadable, fit, is_plain, open_image, plain
+from mixdist.data.shards.decode import DAMAGED, FORMATS, Unreadable, fit, guarded, is_plain, open_image, plain
 
 Encoding = Literal["png", "jpg", "webp"]
 
 SOURCE_FORMATS = (*FORMATS, "BMP", "GIF", "TIFF")
 _KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with others after it
-_ADDRESS = re.compile(r" \(cannot identify image file .*\)")  # it would differ from run to run
 
 
 @dataclass(frozen=True)
@@ -81,17 +78,8 @@ class Recipe:
         Raises:
             Unreadable: it cannot be used; the reason is the same every time.
         """
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of Pillow, about what is looked at here
-                return self._apply(raw)
-        except Unreadable as error:
-            raise Unreadable(_ADDRESS.sub("", str(error))) from None
-        except MemoryError:
-            raise  # it says nothing about the image
-        except Exception as error:
-            # Pillow's plugins fail in many ways on damaged files; one image of a million must not end the others.
-            raise Unreadable(f"it is truncated or damaged ({type(error).__name__})") from None
+        with guarded(DAMAGED):
+            return self._apply(raw)
 
     def _apply(self, raw: Raw) -> tuple[str, bytes]:
         if not isinstance(raw, bytes):

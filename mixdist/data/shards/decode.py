@@ -20,6 +20,7 @@ Decoder = Literal["pillow", "simplejpeg"]
 
 MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "WEBP")
+DAMAGED = "it is truncated or damaged"
 _ORIENTATION = 0x0112
 
 
@@ -39,13 +40,8 @@ def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """
     if not data:
         raise Unreadable("it is empty")
-    try:
-        with quiet():
-            image = Image.open(io.BytesIO(data), formats=formats)
-    except Image.DecompressionBombError:
-        raise Unreadable(f"it has more than {MAX_PIXELS} pixels") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise Unreadable(f"it is no {', '.join(formats)} image ({_one_line(error)})") from None
+    with guarded(f"it is no {', '.join(formats)} image"):
+        image = Image.open(io.BytesIO(data), formats=formats)
     width, height = image.size
     if width * height > MAX_PIXELS or not width * height:
         raise Unreadable(f"it has {width} x {height} pixels, expected from 1 to {MAX_PIXELS}")
@@ -54,7 +50,7 @@ def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
 
 def is_plain(image: Image.Image, channels: int) -> bool:
     """Whether an image's pixels are those of its file: of the right mode and upright."""
-    with quiet():
+    with guarded(DAMAGED):
         return image.mode == _mode(channels) and image.getexif().get(_ORIENTATION, 1) == 1
 
 
@@ -64,11 +60,8 @@ def plain(image: Image.Image, channels: int) -> Image.Image:
     Raises:
         Unreadable: it is truncated or damaged.
     """
-    try:
-        with quiet():
-            return _plain(image, _mode(channels))
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
-        raise Unreadable(f"it is truncated or damaged ({_one_line(error)})") from None
+    with guarded(DAMAGED):
+        return _plain(image, _mode(channels))
 
 
 def _plain(image: Image.Image, mode: str) -> Image.Image:
@@ -86,11 +79,28 @@ def _plain(image: Image.Image, mode: str) -> Image.Image:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Pass over what Pillow warns of: damaged EXIF data does not matter, and the number of pixels is checked here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def guarded(what: str) -> Iterator[None]:
+    """Give one reason for the many ways in which Pillow's plugins fail on damaged files, and pass over its warnings.
+
+    Damaged EXIF data does not matter, and the number of pixels is checked here.
+
+    Args:
+        what: the reason, before Pillow's own words.
+
+    Raises:
+        Unreadable: something failed, but for want of memory, which says nothing of the image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (Unreadable, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise Unreadable(f"it has more than {MAX_PIXELS} pixels") from None
+    except Exception as error:
+        why = _one_line(error)
+        raise Unreadable(f"{what} ({why})" if why else what) from None
 
 
 def fit(image: Image.Image, size: int | None, crop: int | None) -> Image.Image:
@@ -149,10 +159,8 @@ def decode(
 def _decode_jpeg(data: bytes, channels: int) -> Image.Image:
     import simplejpeg  # an extra, imported where it is used
 
-    try:
+    with guarded(DAMAGED):
         array_HWC = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
-    except ValueError as error:
-        raise Unreadable(f"it is truncated or damaged ({_one_line(error)})") from None
     return Image.fromarray(array_HWC if channels == 3 else array_HWC[:, :, 0])
 
 
@@ -161,5 +169,5 @@ def _mode(channels: int) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """Put an error into one line, without the address of an object in memory, which differs from run to run."""
-    return re.sub(r" <[^>]* at 0x[0-9a-f]+>", "", " ".join(str(error).split()))
+    """Put an error into one line, without what says nothing or, as an address in memory, differs from run to run."""
+    return re.sub(r"cannot identify image file.*| <[^>]* at 0x[0-9a-f]+>", "", " ".join(str(error).split()))

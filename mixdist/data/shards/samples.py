@@ -47,8 +47,8 @@ class Shelf:
     pool: Pool
     column_M: NDArray[np.int64]
     order: OrderName = "blocks"
-    block: int = 512
-    window: int = 16
+    block: int = 64
+    window: int = 128
     ahead: int = 2
     on_error: str = "raise"
     max_skipped: float = 0.01
