@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 from mixdist.data import Augment, Epoch, Loader, Shards
 from mixdist.data.order import shuffled_blocks
 from mixdist.data.shards.samples import ShardSamples
+from mixdist.mesh import Placement
 from mixdist.noise import Purpose
+from mixdist.reader import OwnReader, bring
 from tests.tars import COUNTS, SIDE, image_of, make_index, make_shards, sample_of, write_shard
 
 NUM_TRAIN = 44
@@ -245,3 +248,30 @@ def test_orders_of_purposes_differ(folder: Path) -> None:
     samples, everything = Shards(str(folder), workers=0, **BLOCKS).load()[0], torch.arange(NUM_TRAIN)
     orders = [samples.ordered(everything, Epoch(0, purpose=purpose), 4) for purpose in (Purpose.ORDER, Purpose.RIVAL)]
     assert not torch.equal(*orders)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
+def test_owners_read_their_own_samples_whatever_the_skew(by_workers: dict[int, ShardSamples], ranks: int) -> None:
+    expert_N = np.repeat(np.arange(8), [20, 10, 6, 4, 2, 1, 1, 0])  # one has nothing
+    expert_N = np.random.default_rng(0).permutation(expert_N)
+    placement, epoch = Placement.plan(8, ranks), Epoch(3, 1, 2)
+
+    def batches(samples: ShardSamples, e: int) -> list[torch.Tensor]:
+        own = torch.from_numpy(np.flatnonzero(expert_N == e))
+        return list(samples.ordered(own, dataclasses.replace(epoch, expert=e), 4).split(4)) if len(own) else []
+
+    def read(samples: ShardSamples, rank: int) -> dict[int, list[list[int]]]:
+        """Give the ids of the batches of each expert of a rank."""
+        mesh: Any = SimpleNamespace(placement=placement, rank=rank, device=torch.device("cpu"))
+        experts = placement.experts_of(placement.member_of(rank))
+        wanted = {p: [b for e in placement.experts_of(p) for b in batches(samples, e)] for p in range(ranks)}
+        brought = bring(OwnReader(samples, mesh), mesh, wanted.__getitem__, ("x",), epoch)()
+        ids = brought.rows["id"]
+        for sample, x in zip(ids.tolist(), brought.rows["x"], strict=True):
+            assert np.array_equal(x.permute(1, 2, 0).numpy(), image_of(sample))
+        return {e: [ids[brought.place(batch)].tolist() for batch in batches(samples, e)] for e in experts}
+
+    expected = {e: [batch.tolist() for batch in batches(by_workers[0], e)] for e in range(8)}  # here ids are positions
+    assert sorted(n for own in expected.values() for batch in own for n in batch) == list(range(NUM_TRAIN))
+    for samples in by_workers.values():
+        assert {e: own for rank in range(ranks) for e, own in read(samples, rank).items()} == expected
