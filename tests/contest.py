@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from mixdist import removal as removal_module
 from mixdist.assignment import Assignment
 from mixdist.competition import Competition
 from mixdist.discriminators import ConvDiscriminator, Discriminator, MLPDiscriminator
@@ -38,12 +38,13 @@ COUNTS = {4: (28, 14, 3, 0), 5: (20, 13, 9, 3, 0)}
 
 @dataclass(frozen=True)
 class Contest:
-    """What is compared. Layout, delivery and placement must not matter; all else names a problem."""
+    """What is compared. Layout, delivery, placement and pieces must not matter; all else names a problem."""
 
     ranks: int = 1
     ep_size: int = 1
     delivery: str = "read"
     placement: str = "fixed"
+    piece_bytes: int = 1 << 28
     num_experts: int = 4
     start: str = "all"
     starved: str = "none"
@@ -57,7 +58,7 @@ class Contest:
 
     def reference(self) -> Contest:
         """The same problem in one process, by the plainest way."""
-        return replace(self, ranks=1, ep_size=1, delivery="read", placement="fixed")
+        return replace(self, ranks=1, ep_size=1, delivery="read", placement="fixed", piece_bytes=1 << 28)
 
     def __str__(self) -> str:
         return "-".join(str(v) for v in vars(self).values())
@@ -175,11 +176,10 @@ def run(case: Contest) -> dict[str, Any]:
         report(table, record)
 
     made.scoring.verdict, made.chronicle.round = judge, note  # type: ignore[method-assign]
-    kept, removal_module.MOVES_A_SECOND = removal_module.MOVES_A_SECOND, math.inf
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mixdist.removal.MOVES_A_SECOND", math.inf)
+        patch.setattr("mixdist.competition.PIECE_BYTES", case.piece_bytes)
         made.fit()
-    finally:
-        removal_module.MOVES_A_SECOND = kept
     assert list(made.entrants) == list(mesh.experts) == made.mixture.bank.ids
     return {
         "tables": tables,

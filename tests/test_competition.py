@@ -32,6 +32,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "starved": ("none", "freeze", "reseed"),
     "delivery": ("read", "wire"),
     "placement": ("fixed", "load"),
+    "piece_bytes": (1 << 28, 1000),
     "expert": ("bernoulli", "gaussian", "conv"),
     "optimizer": ("adam", "clipped"),
     "batch_size": (10, 3, 100),
