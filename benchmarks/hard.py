@@ -30,25 +30,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rivals import SEED, adam
+from rounds import Rounds, Work, seeded, skewed
 from torch import nn
 from turns import figures, meet, ms, parser_of, plain, positive, ratio, take_turns, tell, write
 
 from mixdist.assignment import Assignment
-from mixdist.competition import Competition, Standing
 from mixdist.data import Dataset
-from mixdist.data.loader import share
-from mixdist.discriminators import Discriminator, MLPDiscriminator
-from mixdist.dispatch import Dispatch
-from mixdist.entrant import Ring
-from mixdist.experts import VAE, Compute, ConvVAE, Expert, ExpertBank
+from mixdist.discriminators import MLPDiscriminator
+from mixdist.experts import VAE, ConvVAE, Expert
 from mixdist.mesh import Mesh
-from mixdist.mixtures import HardMixture
-from mixdist.noise import Purpose, weights_seed
-from mixdist.phases import Phase
-from mixdist.rules import Rules
-from mixdist.scores import Discriminators
+from mixdist.noise import Purpose
 from mixdist.terms import Field, Spec
-from mixdist.wire import Wire, gather_json
+from mixdist.wire import gather_json
 
 WAYS: dict[str, dict[str, Any]] = {
     "read": {"delivery": "read", "placement": "load"},
@@ -92,7 +85,8 @@ def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = gather_json(folder, mesh.world)[0]
         hand = ByHand(dataset, table, options, mesh, Path(path) / "taken")
-        ours = {name: Rounds(WAYS[name], dataset, table, options, mesh) for name in options.ways}
+        work = Work(EXPERTS[options.kind], MLPDiscriminator, options.epochs, options.batch, options.judge_batches)
+        ours = {name: Rounds(WAYS[name], dataset, table, work, mesh) for name in options.ways}
         moved = {name: rounds.settle() for name, rounds in ours.items()}
         runs: dict[str, Callable[[int], None]] = {"hand": hand.run, **{name: one.run for name, one in ours.items()}}
         seconds, cpu = take_turns(runs, options, mesh)
@@ -123,21 +117,6 @@ def make_data(num_rows: int) -> Dataset:
     return Dataset({"id": torch.arange(num_rows), "x": (255 * x).to(torch.uint8)}, {"x": field})
 
 
-def skewed(dataset: Dataset, num_experts: int, skew: float) -> Assignment:
-    """Share the samples out in parts that fall geometrically from expert 0 to the last, in a random order."""
-    weights_E = skew ** -np.linspace(0.0, 1.0, num_experts)
-    bounds_E = np.rint(weights_E.cumsum() / weights_E.sum() * len(dataset)).astype(int)
-    expert_N = np.searchsorted(bounds_E, np.arange(len(dataset)), side="right")
-    order_N = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(SEED)).numpy()
-    return Assignment.of(expert_N[order_N], num_experts, dataset.fingerprint)
-
-
-def make_expert(options: argparse.Namespace, spec: Spec, number: int, round: int = 0) -> Expert:
-    """Make one, with the weights that belong to its number."""
-    torch.manual_seed(weights_seed(SEED, Purpose.WEIGHTS, number, round))
-    return EXPERTS[options.kind](spec)
-
-
 class ByHand:
     """The splits trained by a plain loop, as jobs that the ranks take, longest first.
 
@@ -154,11 +133,11 @@ class ByHand:
     def __init__(
         self, dataset: Dataset, table: Assignment, options: argparse.Namespace, mesh: Mesh, path: Path
     ) -> None:
-        self.options, self.world, ids = options, mesh.world, range(options.experts)
+        self.options, self.world, ids, make = options, mesh.world, range(options.experts), EXPERTS[options.kind]
         self.store = dist.FileStore(str(path), mesh.world_size)
         self.jobs = np.argsort(-table.counts_E, kind="stable").tolist()
         self.splits = [dataset.rows["x"][table.positions(e)].to(mesh.device) for e in ids]
-        self.experts = [make_expert(options, dataset.spec, e).to(mesh.device) for e in ids]
+        self.experts = [seeded(make, dataset.spec, Purpose.WEIGHTS, e).to(mesh.device) for e in ids]
         self.optimizers = [adam(expert.parameters()) for expert in self.experts]
         self.rounds = 0
         self.losses: dict[int, float] = {}
@@ -193,90 +172,6 @@ class ByHand:
         """Mean over the experts of the loss in the last epoch of the first round; every rank calls it."""
         losses = [loss for told in gather_json(self.losses, self.world) for loss in told.values()]
         return sum(losses) / len(losses)
-
-
-class Rounds(Competition):
-    """A competition whose table stays: each round's expert epochs begin with the same skewed split.
-
-    Args:
-        way: delivery and placement.
-        dataset: of all samples.
-        table: each sample's expert.
-        options: of the command line.
-        mesh: the ranks.
-    """
-
-    def __init__(
-        self, way: dict[str, Any], dataset: Dataset, table: Assignment, options: argparse.Namespace, mesh: Mesh
-    ) -> None:
-        spec, wire = dataset.spec, Wire(mesh.device)
-        judging = Discriminators(batches=options.judge_batches, optimizer=adam)
-
-        def make(number: int, round: int) -> Expert:
-            return make_expert(options, spec, number, round).to(mesh.device)
-
-        def judge(number: int, round: int) -> Discriminator:
-            torch.manual_seed(weights_seed(SEED, Purpose.DISCRIMINATOR, number, round))
-            return MLPDiscriminator(spec).to(mesh.device)
-
-        ring = Ring(SEED, spec, torch.float32, mesh, wire, Compute(), make, judge, judging)
-        bank = ExpertBank({e: make(e, 0) for e in mesh.experts})
-        mixture = HardMixture(bank, Dispatch(mesh, wire, spec), spec, torch.float32, judging)
-        phase = Phase(options.epochs, options.batch, optimizer=adam)
-        rules = Rules(2**20, "table", "skewed", judging, **way)
-        super().__init__(mixture, dataset, [phase], rules, ring, table)
-        self.split, self.width = table, spec["x"].num_bytes
-        self.first_loss: float | None = None
-        self.records: list[dict[str, Any]] = []
-        self.chronicle.recorders = [self]  # type: ignore[list-item]
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Take a record, on rank 0."""
-        self.records.append(record)
-
-    def run(self, rounds: int) -> None:
-        """Train the experts for some rounds, on the same split."""
-        for _ in range(rounds):
-            at = self.position
-            self.position = Standing(at.phase, at.round + 1, 0, at.total)
-            while self._trains():
-                self._epoch()
-            self._agree()
-
-    def settle(self) -> dict[str, Any]:
-        """Run two rounds: from the first the pace is known, and experts move before the second."""
-        self.run(1)
-        record = self._record({})
-        self.first_loss = record["loss"]
-        self.run(1)
-        record = self._record({})
-        return {"moving_s": record.get("moving_s", 0.0), "moved_bytes": record["sync_bytes"], "homes": self.homes}
-
-    def traffic(self) -> dict[str, Any]:
-        """Give the bytes that all ranks send in a round's epochs, and the least."""
-        self.chronicle.reset()
-        self.run(1)
-        record, mesh = self._record({}), self.mesh
-        least = 0
-        if self.rules.delivery == "wire":
-            held = [share(len(self.split), rank, mesh.world_size) for rank in range(mesh.world_size)]
-            owned = [np.isin(self.split.expert_N, experts) for experts in self.homes]
-            away = [mine.sum() - mine[held[rank].start : held[rank].stop].sum() for rank, mine in enumerate(owned)]
-            least = int(sum(away)) * self.width * self.phase.epochs
-        sent = record["wire_bytes"] + record["sync_bytes"]
-        return {"sent_bytes": sent, "least_bytes": least, "sent_over_least": sent / least if least else None}
-
-    def judge(self, rounds: int) -> dict[str, Any]:
-        """Give the seconds of a round's discriminators and scores, those of the slowest rank; one more is not timed."""
-        found = []
-        for _ in range(rounds + 1):
-            self.chronicle.reset()
-            self._round()
-            self.table = self.split
-            record = self.records[-1] if self.mesh.rank == 0 else None
-            found.append(gather_json(record, self.mesh.world)[0])
-        names = ("discriminators_s", "scoring_s")
-        return {name: figures([record[name] for record in found[1:]]) for name in names}
 
 
 def show(told: dict[str, Any], table: Assignment, options: argparse.Namespace, mesh: Mesh) -> None:

@@ -1,8 +1,9 @@
-"""Weak and strong scaling of a soft mixture over ranks, and what a model of the wire says of it.
+"""Weak and strong scaling over ranks of a mixture's step, or a competition's round, and what a model of the wire says.
 
     torchrun --standalone --nproc-per-node 2 benchmarks/scaling.py --csv scaling.csv      # one size; appends its rows
     python benchmarks/scaling.py --csv scaling.csv --sweep 1,2,4 --plot scaling.png       # starts torchrun for each
     torchrun --nnodes 4 --nproc-per-node 8 ... benchmarks/scaling.py --csv scaling.csv    # on each node; rank 0 writes
+    python benchmarks/scaling.py --routing hard --csv hard.csv --sweep 1,2,4              # rounds of a competition
 
 strong: ``--experts`` experts and ``--batch`` rows on any number of ranks; efficiency t_1 / (W t_W).
 weak: ``--experts-a-rank`` experts for each rank; ``--batch`` rows where every expert sees every row, and that many for
@@ -10,11 +11,15 @@ each rank where top-2 routing chooses, so that a rank's experts see as many pair
 as top-2 has experts to choose from); efficiency t_1 / t_W.
 Both against the smallest number of ranks that the CSV has for the same mode and problem.
 
-The wire: t = alpha messages + beta bytes is fitted, with alpha and beta not negative, to all-to-alls and all-reduces of
-several sizes, timed in the same run; each time counts relative to itself. An all-to-all of W ranks has W - 1 messages,
-an all-reduce 2 (W - 1), as a ring's; bytes are those that leave a rank. From the messages and bytes of a step the model
-predicts the share of communication; what is measured stands beside it as waiting and transfer, in steps of their own
-with a barrier before each collective.
+hard: a step is the ``--epochs`` epochs of all experts in a round, each on its own samples in batches of ``--batch``.
+The split stays: ``--rows`` samples in all (strong) or for each rank (weak), shared out evenly or, with ``--skew``, in
+parts that fall geometrically, the largest that many times the smallest. Discriminators and scores are timed apart, in
+rounds of their own. All efficiencies are of work a second and rank: a discriminator has ``--judge-batches`` batches; to
+score, every expert sees every sample, so that in weak mode a rank's work grows with the ranks.
+
+The wire's messages and bytes are fitted in the same run (``wire_model.py``). From those of a step the model predicts
+the share of communication; what is measured stands beside it as waiting and transfer, in steps of their own with a
+barrier before each collective.
 """
 
 from __future__ import annotations
@@ -25,44 +30,38 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rivals import SIZES, ExpertParallel, Problem
-from scipy.optimize import nnls
-from torch import Tensor
+from rounds import Rounds, Work, skewed
 from turns import figures, meet, now, parser_of, positive, take_turns, tell, write
+from wire_model import CountingWire, fit_wire
 
+from mixdist.discriminators import ConvDiscriminator
+from mixdist.experts import ConvVAE
 from mixdist.mesh import Launch, Mesh
 from mixdist.routing import TopK
-from mixdist.wire import Group, Pending, Wire, gather_json
+from mixdist.wire import Wire, gather_json
 
-SAME = ("mode", "routing", "size", "image", "experts_key", "batch_key", "device")
+SAME = ("mode", "routing", "size", "image", "experts_key", "batch_key", "device", "round")
 COLUMNS = (
     *("mode", "routing", "size", "image", "device", "experts_key", "batch_key", "ranks", "experts", "batch"),
     *("seconds_median", "seconds_min", "seconds_max", "rows_per_s", "efficiency", "wire_bytes", "sync_bytes"),
-    *("waiting", "transfer", "messages", "alpha", "beta", "fit_residual", "predicted_share"),
+    *("waiting", "transfer", "messages", "alpha", "beta", "fit_residual", "predicted_share", "round"),
+    *(f"{part}_{figure}" for part in ("discriminators", "scoring") for figure in ("s", "efficiency")),
 )
-"""experts_key and batch_key: the options that do not change with the ranks; bytes and messages of a rank and a step."""
+"""experts_key and batch_key: the options that do not change with the ranks; bytes and messages of a rank and a step.
 
-FLOATS = (1, 256, 4096, 32768, 262144)
-REPEATS, TIMED_STEPS = 9, 5
+round: what else a competition's round is, in words; it and the last four are empty for a soft mixture.
+"""
 
+JUDGE = [16, 32]
+"""Channels of a discriminator."""
 
-class CountingWire(Wire):
-    """Counts messages too: a rank's own, of a step."""
-
-    messages = 0
-
-    def _all_to_all(self, flat: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Pending:
-        self.messages += sum(1 for n in sent if n)
-        return super()._all_to_all(flat, sent, received, group)
-
-    def start_all_reduce(self, tensor: Tensor, group: Group) -> Pending:
-        self.messages += 0 if group is None else 2 * (torch.distributed.get_world_size(group) - 1)
-        return super().start_all_reduce(tensor, group)
+TIMED_STEPS = 5
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -78,7 +77,7 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = parser_of(__doc__, turns=7, steps=3)
     parser.add_argument("--modes", nargs="+", choices=["weak", "strong"], default=["weak", "strong"])
-    parser.add_argument("--routing", choices=["soft", "top2"], default="soft")
+    parser.add_argument("--routing", choices=["soft", "top2", "hard"], default="soft")
     parser.add_argument("--size", choices=SIZES, default="small", help="of an expert")
     parser.add_argument("--experts", type=positive, default=4, help="K, strong")
     parser.add_argument("--experts-a-rank", type=positive, default=2, help="weak")
@@ -86,10 +85,20 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--batch", type=positive, default=64, help="rows of the global batch; weak with top2: for each rank"
     )
     parser.add_argument("--image", type=positive, default=64, help="height and width of the images")
+    parser.add_argument("--rows", type=positive, default=4096, help="hard: samples; weak: for each rank")
+    parser.add_argument("--epochs", type=positive, default=1, help="hard: of the experts in a round")
+    parser.add_argument("--skew", type=float, default=1.0, help="hard: the largest share over the smallest")
+    parser.add_argument("--delivery", choices=["read", "wire"], default="read", help="hard: of samples to their owners")
+    parser.add_argument("--judge-batches", type=positive, default=10, help="hard: of each discriminator in a round")
     parser.add_argument("--csv", type=Path, help="appended to")
     parser.add_argument("--plot", type=Path, help="PNG of seconds and efficiency; needs matplotlib")
     parser.add_argument("--sweep", help="numbers of ranks, as 1,2,4: starts torchrun for each on this machine")
     options = parser.parse_args(words)
+    least = max(options.experts, options.experts_a_rank)
+    if options.routing == "hard" and options.rows < least:
+        parser.error(f"--rows {options.rows} must be at least {least}, a sample for each expert: give more")
+    if options.csv and options.csv.exists() and options.csv.read_text().splitlines()[:1] != [",".join(COLUMNS)]:
+        parser.error(f"--csv {options.csv} has not the columns of this version: name another file")
     if options.plot:
         pyplot()  # a missing library is told before anything is measured
     return options
@@ -129,6 +138,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         append(rows, options.csv)
     head = ["mode", "ranks", "experts", "batch", "ms", "rows/s", "efficiency", "waiting", "transfer", "predicted"]
     tell(head, [shown(row) for row in rows], mesh)
+    if options.routing == "hard":
+        tell(["mode", "discriminators, ms", "efficiency", "scoring, ms", "efficiency"], [apart(r) for r in rows], mesh)
     if fit["alpha"] is not None:
         fitted = [f"{1e6 * fit['alpha']:.1f} µs", f"{1e9 * fit['beta']:.3f} ns", f"{100 * fit['residual']:.0f}%"]
         tell(["alpha, a message", "beta, a byte", "median residual"], [fitted], mesh)
@@ -147,25 +158,52 @@ def problem_of(mode: str, options: argparse.Namespace) -> Problem:
     return Problem(options.size, experts, batch, options.image)
 
 
+def soft(problem: Problem, mesh: Mesh, wire: Wire, options: argparse.Namespace) -> ExpertParallel:
+    """Make a soft mixture, dense or by top-2; gradients of the losses are sent ahead, and rows where they may be."""
+    dense = options.routing == "soft"
+    routing = None if dense else TopK(2)
+    return ExpertParallel(problem, problem.data(), mesh, one_way=True, prefetch=dense, routing=routing, wire=wire)
+
+
+def hard(mode: str, problem: Problem, mesh: Mesh, wire: Wire, options: argparse.Namespace) -> Rounds:
+    """Make a competition, and run two rounds: experts are then where they stay."""
+    num_rows = options.rows * (mesh.world_size if mode == "weak" else 1)
+    dataset = replace(problem, batch_size=num_rows, num_batches=1).data()
+    work = Work(
+        lambda spec: ConvVAE(spec, **SIZES[options.size]),
+        lambda spec: ConvDiscriminator(spec, JUDGE),
+        options.epochs,
+        options.batch,
+        options.judge_batches,
+    )
+    way = {"delivery": options.delivery, "placement": "load"}
+    rounds = Rounds(way, dataset, skewed(dataset, problem.num_experts, options.skew), work, mesh, wire)
+    rounds.settle()
+    return rounds
+
+
 def row_of(mode: str, problem: Problem, fit: dict[str, Any], mesh: Mesh, options: argparse.Namespace) -> dict[str, Any]:
     """Measure one mode: a row of the CSV. Every rank calls it."""
     wire = CountingWire(mesh.device)
-    soft = options.routing == "soft"  # whose rows may be sent ahead; both have the gradients sent ahead
-    routing = None if soft else TopK(2)
-    rival = ExpertParallel(problem, problem.data(), mesh, one_way=True, prefetch=soft, routing=routing, wire=wire)
-    seconds = figures(take_turns({"ours": rival.run}, options, mesh)[0]["ours"])
-    shares: dict[str, list[float]] = {"waiting": [], "transfer": []}
-    for _ in range(TIMED_STEPS):
-        wire.messages, begin = 0, now(mesh, barrier=True)
-        rival.step(timed=True)
-        took = now(mesh) - begin
-        shares["waiting"].append(wire.meter.waiting_s / took)
-        shares["transfer"].append(wire.meter.transfer_s / took)
-    own = [wire.meter.wire_bytes, wire.meter.sync_bytes, wire.messages, *map(statistics.median, shares.values())]
-    means = [statistics.mean(values) for values in zip(*gather_json(own, mesh.world), strict=True)]
-    wire_bytes, sync_bytes, messages, waiting, transfer = means
+    if options.routing == "hard":
+        rounds = hard(mode, problem, mesh, wire, options)
+        run, seen = rounds.run, len(rounds.dataset) * options.epochs
+    else:
+        rival = soft(problem, mesh, wire, options)
+        run, seen = rival.run, problem.batch_size
+    seconds = figures(take_turns({"ours": run}, options, mesh)[0]["ours"])
+
+    def timed() -> None:
+        """Do a step with a barrier before each collective."""
+        if options.routing != "hard":
+            rival.step(timed=True)
+            return
+        wire.meter.reset(timed=True)
+        rounds.run(1)
+
+    wired = traffic(timed, wire, mesh)
     alpha, beta = fit["alpha"] or 0.0, fit["beta"] or 0.0
-    predicted = (alpha * messages + beta * (wire_bytes + sync_bytes)) / seconds["median"]
+    num_bytes = wired["wire_bytes"] + wired["sync_bytes"]
     row = {
         "mode": mode,
         "routing": options.routing,
@@ -178,77 +216,50 @@ def row_of(mode: str, problem: Problem, fit: dict[str, Any], mesh: Mesh, options
         "experts": problem.num_experts,
         "batch": problem.batch_size,
         **{f"seconds_{name}": value for name, value in seconds.items()},
-        "rows_per_s": problem.batch_size / seconds["median"],
-        "wire_bytes": wire_bytes,
-        "sync_bytes": sync_bytes,
-        "waiting": waiting,
-        "transfer": transfer,
-        "messages": messages,
+        "rows_per_s": seen / seconds["median"],
+        **wired,
         "alpha": fit["alpha"],
         "beta": fit["beta"],
         "fit_residual": fit["residual"],
-        "predicted_share": predicted,
+        "predicted_share": (alpha * wired["messages"] + beta * num_bytes) / seconds["median"],
+        "round": "",
     }
+    if options.routing == "hard":
+        told = (options.rows, options.epochs, f"{options.skew:g}", options.delivery, options.judge_batches)
+        row["round"] = "{} rows; {} epochs; skew {}; {}; {} batches".format(*told)
+        row |= {name: of["median"] for name, of in rounds.judge(min(options.turns, 7)).items()}
     set_efficiency([row], (read(options.csv) if options.csv else []) if mesh.rank == 0 else [])
     return row
 
 
-def fit_wire(mesh: Mesh) -> dict[str, Any]:
-    """Time collectives of several sizes and fit t = alpha messages + beta bytes; in one process there is no wire."""
-    if mesh.world is None:
-        return {"alpha": None, "beta": None, "residual": None, "points": []}
-    size = mesh.world_size
-    points = []
-    for floats in FLOATS:
-        flat = torch.zeros(size * floats, device=mesh.device)
-        sent = [0 if rank == mesh.rank else floats for rank in range(size)]
-        wire = Wire(mesh.device)
-
-        def to_all(flat: Tensor = flat, sent: list[int] = sent, wire: Wire = wire) -> None:
-            wire.all_to_all(flat[: sum(sent)], sent, sent, mesh.world).wait()
-
-        def reduce(flat: Tensor = flat, wire: Wire = wire) -> None:
-            wire.all_reduce(flat, mesh.world)
-
-        for kind, collective, messages in (("all_to_all", to_all, size - 1), ("all_reduce", reduce, 2 * (size - 1))):
-            seconds = time_of(collective, mesh)
-            num_bytes = 4 * floats * (size - 1) * (1 if kind == "all_to_all" else 2)
-            points.append({"kind": kind, "messages": messages, "bytes": num_bytes, "seconds": seconds})
-    return {**fit(points), "points": points}
-
-
-def time_of(collective: Any, mesh: Mesh) -> float:
-    """Median seconds of a collective, of the slowest rank each time."""
-    seconds = []
-    for repeat in range(REPEATS + 2):
-        begin = now(mesh, barrier=True)
-        collective()
-        slowest = max(gather_json(now(mesh) - begin, mesh.world))
-        if repeat >= 2:
-            seconds.append(slowest)
-    return statistics.median(seconds)
-
-
-def fit(points: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Least squares for t = alpha messages + beta bytes, neither negative; every point relative to its own time.
-
-    Returns:
-        alpha in seconds a message, beta in seconds a byte, and the median of |t - model| / t.
-    """
-    t = torch.tensor([p["seconds"] for p in points], dtype=torch.float64)
-    columns = torch.tensor([[p["messages"], 1e-6 * p["bytes"]] for p in points], dtype=torch.float64) / t[:, None]
-    (alpha, beta), _ = nnls(columns.numpy(), torch.ones(len(points), dtype=torch.float64).numpy())
-    model = columns @ torch.tensor([alpha, beta], dtype=torch.float64)
-    return {"alpha": float(alpha), "beta": float(1e-6 * beta), "residual": (model - 1).abs().median().item()}
+def traffic(step: Callable[[], None], wire: CountingWire, mesh: Mesh) -> dict[str, float]:
+    """Give a step's bytes, messages, and shares of waiting and transfer: means over the ranks, of medians."""
+    shares: dict[str, list[float]] = {"waiting": [], "transfer": []}
+    for _ in range(TIMED_STEPS):
+        wire.messages, begin = 0, now(mesh, barrier=True)
+        step()
+        took = now(mesh) - begin
+        shares["waiting"].append(wire.meter.waiting_s / took)
+        shares["transfer"].append(wire.meter.transfer_s / took)
+    own = [wire.meter.wire_bytes, wire.meter.sync_bytes, wire.messages, *map(statistics.median, shares.values())]
+    means = [statistics.mean(values) for values in zip(*gather_json(own, mesh.world), strict=True)]
+    return dict(zip(("wire_bytes", "sync_bytes", "messages", "waiting", "transfer"), means, strict=True))
 
 
 def set_efficiency(rows: Sequence[dict[str, Any]], earlier: Sequence[dict[str, Any]] = ()) -> None:
-    """Set each row's efficiency against the row of fewest ranks of the same problem."""
+    """Set each row's efficiency against the row of fewest ranks of the same problem: work a second and rank."""
     for row in rows:
         alike = [r for r in (*earlier, *rows) if all(str(r[name]) == str(row[name]) for name in SAME)]
         first = min(alike, key=lambda r: int(r["ranks"]))
-        gain = float(first["seconds_median"]) / row["seconds_median"]
-        row["efficiency"] = gain * (int(first["ranks"]) / row["ranks"] if row["mode"] == "strong" else 1.0)
+        fewer = int(first["ranks"]) / row["ranks"]
+        weak = row["mode"] == "weak"
+        # In weak mode a rank's work stays, but for scoring: its experts see the samples of all ranks.
+        work = {"efficiency": 1.0, "discriminators_efficiency": 1.0, "scoring_efficiency": 1 / fewer}
+        times = {"efficiency": "seconds_median", "discriminators_efficiency": "discriminators_s"}
+        times["scoring_efficiency"] = "scoring_s"
+        for name, time in times.items():
+            if time in row:
+                row[name] = float(first[time]) / row[time] * (work[name] if weak else fewer)
 
 
 def append(rows: Sequence[dict[str, Any]], path: Path | None) -> None:
@@ -278,9 +289,17 @@ def shown(row: dict[str, Any]) -> list[object]:
     return [*(row[name] for name in ("mode", "ranks", "experts", "batch")), *told, *per_cent]
 
 
+def apart(row: dict[str, Any]) -> list[object]:
+    """A row of the table of what is timed apart in a competition."""
+    told: list[object] = [row["mode"]]
+    for part in ("discriminators", "scoring"):
+        told += [f"{1000 * row[f'{part}_s']:.1f}", f"{row[f'{part}_efficiency']:.2f}"]
+    return told
+
+
 def seen_by(row: dict[str, Any]) -> int:
     """Experts that see a row."""
-    return int(row["experts"]) if row["routing"] == "soft" else min(2, int(row["experts"]))
+    return min({"soft": int(row["experts"]), "top2": 2, "hard": 1}[row["routing"]], int(row["experts"]))
 
 
 def pyplot() -> Any:

@@ -140,16 +140,66 @@ def test_scaling_sweeps_writes_rows_and_draws(tmp_path: Path, monkeypatch: pytes
     assert [row["efficiency"] for row in written] == [float(r["efficiency"]) for r in rows[2:]]
 
 
-def test_the_fit_finds_a_wire_that_follows_its_model() -> None:
+def test_scaling_of_rounds_sends_each_row_to_its_owner_once_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = ["--size", "tiny", "--image", "16", "--batch", "16", "--turns", "1", "--steps", "1", "--warm-up", "0"]
+    words += ["--routing", "hard", "--delivery", "wire", "--rows", "64", "--epochs", "2", "--judge-batches", "1"]
     scaling = load("scaling")
+    scaling.main([*words, "--csv", "s.csv"])
+    scaling.main([*words, "--csv", "s.csv", "--sweep", "2"])
+    with (tmp_path / "s.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["mode"], r["ranks"], r["experts"], r["batch"]) for r in rows] == [
+        ("weak", "1", "2", "16"),
+        ("strong", "1", "4", "16"),
+        ("weak", "2", "4", "16"),
+        ("strong", "2", "4", "16"),
+    ]
+    for mode, one, two, rows_read in (("weak", rows[0], rows[2], 128), ("strong", rows[1], rows[3], 64)):
+        assert one["round"] == two["round"]
+        assert float(one["wire_bytes"]) + float(one["sync_bytes"]) == 0
+        away = float(two["wire_bytes"]) * 2 / 2 / (3 * 16 * 16 + 8)  # of both ranks, in an epoch, rows with their ids
+        assert away == int(away)
+        assert 0 < away < rows_read
+        # Experts and discriminators do as much a rank in weak mode, half in strong mode; scores twice and half.
+        for time, name, weak in (
+            ("seconds_median", "efficiency", 1),
+            ("discriminators_s", "discriminators_efficiency", 1),
+            ("scoring_s", "scoring_efficiency", 2),
+        ):
+            work = weak if mode == "weak" else 0.5
+            assert float(one[name]) == 1
+            assert float(two[name]) == pytest.approx(work * float(one[time]) / float(two[time]))
+
+
+def test_scaling_refuses_a_csv_of_other_columns_and_experts_without_samples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scaling, old = load("scaling"), tmp_path / "old.csv"
+    old.write_text("mode,ranks\nweak,1\n")
+    for words, told in (
+        (["--csv", str(old)], "has not the columns of this version"),
+        (["--routing", "hard", "--rows", "3"], "--rows 3 must be at least 4"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            scaling.read_options(words)
+        assert ended.value.code == 2
+        assert told in capsys.readouterr().err
+
+
+def test_the_fit_finds_a_wire_that_follows_its_model() -> None:
+    wire = load("wire_model")
     sizes = [(m, b) for m in (1, 2, 6) for b in (4, 4096, 10**6)]
     points = [{"messages": m, "bytes": b, "seconds": 5e-5 * m + 2e-9 * b} for m, b in sizes]
-    found = scaling.fit(points)
+    found = wire.fit(points)
     assert found["alpha"] == pytest.approx(5e-5)
     assert found["beta"] == pytest.approx(2e-9)
     assert found["residual"] < 1e-9
     free = [{"messages": m, "bytes": b, "seconds": 5e-5 * m / (1 + b)} for m, b in sizes]
-    assert scaling.fit(free)["beta"] == 0  # never negative
+    assert wire.fit(free)["beta"] == 0  # never negative
 
 
 def test_execution_says_what_auto_takes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,159 @@
+"""Rounds of a competition on a split that stays, which the benchmarks of hard assignment time.
+
+Shape letters: N samples, E all experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from rivals import SEED, adam
+from torch import nn
+from turns import figures
+
+from mixdist.assignment import Assignment
+from mixdist.competition import Competition, Standing
+from mixdist.data import Dataset
+from mixdist.data.loader import share
+from mixdist.discriminators import Discriminator
+from mixdist.dispatch import Dispatch
+from mixdist.entrant import Ring
+from mixdist.experts import Compute, Expert, ExpertBank
+from mixdist.mesh import Mesh
+from mixdist.mixtures import HardMixture
+from mixdist.noise import Purpose, weights_seed
+from mixdist.phases import Phase
+from mixdist.rules import Rules
+from mixdist.scores import Discriminators
+from mixdist.terms import Spec
+from mixdist.wire import Wire, gather_json
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a round does.
+
+    Args:
+        expert: makes one for a data set's fields.
+        judge: makes a discriminator.
+        epochs: of the experts.
+        batch: rows of an expert's batch.
+        judge_batches: of each discriminator.
+    """
+
+    expert: Callable[[Spec], Expert]
+    judge: Callable[[Spec], Discriminator]
+    epochs: int
+    batch: int
+    judge_batches: int
+
+
+def seeded(make: Callable[[Spec], M], spec: Spec, purpose: Purpose, number: int, round: int = 0) -> M:
+    """Make a network with the weights that belong to its number and round."""
+    torch.manual_seed(weights_seed(SEED, purpose, number, round))
+    return make(spec)
+
+
+def skewed(dataset: Dataset, num_experts: int, skew: float) -> Assignment:
+    """Share the samples out in parts that fall geometrically from expert 0 to the last, in a random order."""
+    weights_E = skew ** -np.linspace(0.0, 1.0, num_experts)
+    bounds_E = np.rint(weights_E.cumsum() / weights_E.sum() * len(dataset)).astype(int)
+    expert_N = np.searchsorted(bounds_E, np.arange(len(dataset)), side="right")
+    order_N = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(SEED)).numpy()
+    return Assignment.of(expert_N[order_N], num_experts, dataset.fingerprint)
+
+
+class Rounds(Competition):
+    """A competition whose table stays: each round's expert epochs begin with the same skewed split.
+
+    Args:
+        way: delivery and placement.
+        dataset: of all samples.
+        table: each sample's expert.
+        work: of a round.
+        mesh: the ranks.
+        wire: the collectives; unset, a plain one.
+    """
+
+    def __init__(
+        self,
+        way: dict[str, Any],
+        dataset: Dataset,
+        table: Assignment,
+        work: Work,
+        mesh: Mesh,
+        wire: Wire | None = None,
+    ) -> None:
+        spec, wire = dataset.spec, wire or Wire(mesh.device)
+        judging = Discriminators(batches=work.judge_batches, optimizer=adam)
+
+        def make(number: int, round: int) -> Expert:
+            return seeded(work.expert, spec, Purpose.WEIGHTS, number, round).to(mesh.device)
+
+        def judge(number: int, round: int) -> Discriminator:
+            return seeded(work.judge, spec, Purpose.DISCRIMINATOR, number, round).to(mesh.device)
+
+        ring = Ring(SEED, spec, torch.float32, mesh, wire, Compute(), make, judge, judging)
+        bank = ExpertBank({e: make(e, 0) for e in mesh.experts})
+        mixture = HardMixture(bank, Dispatch(mesh, wire, spec), spec, torch.float32, judging)
+        phase = Phase(work.epochs, work.batch, optimizer=adam)
+        rules = Rules(2**20, "table", "skewed", judging, **way)
+        super().__init__(mixture, dataset, [phase], rules, ring, table)
+        self.split, self.width = table, spec["x"].num_bytes
+        self.first_loss: float | None = None
+        self.records: list[dict[str, Any]] = []
+        self.chronicle.recorders = [self]  # type: ignore[list-item]
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Take a record, on rank 0."""
+        self.records.append(record)
+
+    def run(self, rounds: int) -> None:
+        """Train the experts for some rounds, on the same split."""
+        for _ in range(rounds):
+            at = self.position
+            self.position = Standing(at.phase, at.round + 1, 0, at.total)
+            while self._trains():
+                self._epoch()
+            self._agree()
+
+    def settle(self) -> dict[str, Any]:
+        """Run two rounds: from the first the pace is known, and experts move before the second."""
+        self.run(1)
+        record = self._record({})
+        self.first_loss = record["loss"]
+        self.run(1)
+        record = self._record({})
+        return {"moving_s": record.get("moving_s", 0.0), "moved_bytes": record["sync_bytes"], "homes": self.homes}
+
+    def traffic(self) -> dict[str, Any]:
+        """Give the bytes that all ranks send in a round's epochs, and the least."""
+        self.chronicle.reset()
+        self.run(1)
+        record, mesh = self._record({}), self.mesh
+        least = 0
+        if self.rules.delivery == "wire":
+            held = [share(len(self.split), rank, mesh.world_size) for rank in range(mesh.world_size)]
+            owned = [np.isin(self.split.expert_N, experts) for experts in self.homes]
+            away = [mine.sum() - mine[held[rank].start : held[rank].stop].sum() for rank, mine in enumerate(owned)]
+            least = int(sum(away)) * self.width * self.phase.epochs
+        sent = record["wire_bytes"] + record["sync_bytes"]
+        return {"sent_bytes": sent, "least_bytes": least, "sent_over_least": sent / least if least else None}
+
+    def judge(self, rounds: int) -> dict[str, Any]:
+        """Give the seconds of a round's discriminators and scores, those of the slowest rank; one more is not timed."""
+        found = []
+        for _ in range(rounds + 1):
+            self.chronicle.reset()
+            self._round()
+            self.table = self.split
+            record = self.records[-1] if self.mesh.rank == 0 else None
+            found.append(gather_json(record, self.mesh.world)[0])
+        names = ("discriminators_s", "scoring_s")
+        return {name: figures([record[name] for record in found[1:]]) for name in names}
