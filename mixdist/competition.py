@@ -5,9 +5,9 @@ Shape letters: N samples, E all experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,14 @@ from mixdist.entrant import Entrant, Ring
 from mixdist.manifest import file_name, read_manifest
 from mixdist.mixtures import HardMixture, Owned
 from mixdist.phases import Phase
-from mixdist.reader import Brought, OwnReader, WireReader, bring, in_turn
+from mixdist.pieces import Pieces
+from mixdist.reader import OwnReader, WireReader
 from mixdist.removal import better_homes, move_entrants
 from mixdist.rules import Rules
 from mixdist.scoring import Scoring, Verdict
 from mixdist.wire import Agreed, gather_json
 
 TABLE = "assignment.npy"
-PIECE_BYTES = 1 << 28
-"""Rows that a rank holds at once while its experts train: an epoch's at most."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,7 @@ class Competition:
         reads = rules.delivery == "read"
         self.reader = OwnReader(dataset, self.mesh) if reads else WireReader(dataset, self.mesh, self.wire)
         self.fields = mixture.fields
+        self.pieces = Pieces(dataset, self.reader, self.mesh, self.fields)
         self.scoring = Scoring(
             ring, self.reader, rules.score, dataset, rules.block, self.fields, rules.starved == "reseed"
         )
@@ -164,11 +164,10 @@ class Competition:
         at, pretraining = self.position, self.pretraining
         if not pretraining and at.epoch == 0:
             self._place()
-        for brought, batches in self._pieces():
+        for piece in self.pieces.of(self._named(), self.homes, self._own, self.phase.batch_size):
             with self.chronicle.timed("experts_s"):
                 for e, entrant in self.entrants.items():
-                    places = [(brought.place(batch), len(batch)) for batch in batches(e)]
-                    self._attempt(partial(entrant.train, brought.rows, places, at.phase))
+                    self._attempt(partial(entrant.train, piece.brought.rows, piece.places(e), at.phase))
         for entrant in self.entrants.values():
             self._attempt(entrant.end_epoch)
         ended = pretraining and at.epoch + 1 == self.phase.epochs
@@ -198,46 +197,21 @@ class Competition:
         if told:
             raise Agreed(f"{where}: {told[0]}")
 
-    def _pieces(self) -> Iterator[tuple[Brought, Callable[[int], list[Tensor]]]]:
-        """Bring this rank the rows of an epoch, piece by piece, with what gives each expert's batches of the piece.
-
-        A piece is so many batches of every expert as fit into memory: all of them, mostly.
-        """
-        batches = lru_cache(maxsize=None)(self._batches)
-        row = sum(self.dataset.spec[name].num_bytes for name in self.fields)
-        fullest = max(map(len, self.homes))
-        several = max(1, PIECE_BYTES // (row * self.phase.batch_size * fullest))
-        pieces = max(1, *(-(-len(batches(e)) // several) for e in range(self.num_experts)))
-
-        def begin(piece: int) -> Callable[[], tuple[Brought, Callable[[int], list[Tensor]]]]:
-            def some(e: int) -> list[Tensor]:
-                return batches(e)[piece * several : (piece + 1) * several]
-
-            def wanted(member: int) -> list[Tensor]:
-                return [batch for e in self.homes[member] for batch in some(e)]
-
-            begun = bring(self.reader, self.mesh, wanted, self.fields, self._named())
-            return lambda: (begun(), some)
-
-        return in_turn(partial(begin, piece) for piece in range(pieces))
-
-    def _named(self, expert: int = 0) -> Epoch:
-        """Name this epoch, of an expert or of all."""
+    def _named(self) -> Epoch:
+        """Name this epoch."""
         at = self.position
         number = at.epoch if self.pretraining else (at.round - 1) * self.phase.epochs + at.epoch
-        return Epoch(self.ring.seed, at.phase, number, expert)
+        return Epoch(self.ring.seed, at.phase, number)
 
-    def _batches(self, e: int) -> list[Tensor]:
-        """An expert's batches of this epoch: positions in the data set, in its own order."""
-        table, batch_size = self.table, self.phase.batch_size
+    def _own(self, e: int) -> Tensor:
+        """The positions that an expert trains on."""
+        table = self.table
         if self.pretraining and self.rules.start == "all":
-            own = torch.arange(len(self.dataset))
-        else:
-            assert table is not None
-            own = table.positions(e)
-            if not self.pretraining and self.rules.starved == "freeze" and e in self._starved(table):
-                return []
-        return list(self.dataset.ordered(own, self._named(e), batch_size).split(batch_size)) if len(own) else []
+            return torch.arange(len(self.dataset))
+        assert table is not None
+        if not self.pretraining and self.rules.starved == "freeze" and e in self._starved(table):
+            return torch.arange(0)
+        return table.positions(e)
 
     def _starved(self, table: Assignment) -> list[int]:
         return starved(table.counts_E, self.rules.starved_below)

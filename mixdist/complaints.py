@@ -254,7 +254,7 @@ def choose(key: str) -> str:
     known, kind = _known(key), KINDS.get(last_part(key))
     if kind is None:
         return "write class_path: package.module.Class"
-    if len(known) > 6:
+    if len(known) > 8:
         return f"choose one of {kind.module}, such as {kind.module}.{kind.example}"
     return f"choose {_alternatives([*known, f'your own subclass of {kind.base.__name__}'])}"
 

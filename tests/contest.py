@@ -178,7 +178,7 @@ def run(case: Contest) -> dict[str, Any]:
     made.scoring.verdict, made.chronicle.round = judge, note  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mixdist.removal.MOVES_A_SECOND", math.inf)
-        patch.setattr("mixdist.competition.PIECE_BYTES", case.piece_bytes)
+        patch.setattr("mixdist.pieces.PIECE_BYTES", case.piece_bytes)
         made.fit()
     assert list(made.entrants) == list(mesh.experts) == made.mixture.bank.ids
     return {

@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("wire",),
     ("route", "collectives"),
     ("reader",),
-    ("rules",),
+    ("rules", "pieces"),
     ("dispatch",),
     ("mixtures",),
     ("engines", "evidence", "density"),
