@@ -34,6 +34,9 @@ from mixdist.wire import gather_bytes
 NUM_SAMPLES, NUM_POINTS = 8, 300
 """Samples of an expert that are shown: images, points in the plane."""
 
+MOST_CLASSES = 100
+"""With more classes there is no picture of experts against them: it could not be read."""
+
 NUM_WHOLE = 100
 """Samples of the whole mixture, images."""
 
@@ -156,9 +159,9 @@ def _records(images: Path, records: list[Record]) -> None:
 
 
 def _against_what_is_known(images: Path, dataset: Samples, evaluation: Evaluation) -> Path | None:
-    """Draw experts against labels and attributes; give the path of the first of the two."""
+    """Draw experts against labels and attributes; give the path of the first picture, or None without any."""
     drawn = []
-    if evaluation.counts_EC is not None:
+    if evaluation.counts_EC is not None and evaluation.counts_EC.shape[1] <= MOST_CLASSES:
         drawn.append(images / "labels.png")
         contingency_picture(drawn[-1], evaluation.counts_EC, class_names(dataset))
     if evaluation.attribute_EA is not None and len(evaluation.rows_E) > 1:
