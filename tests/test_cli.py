@@ -273,7 +273,10 @@ def test_a_file_that_is_no_config_is_refused(text: bytes, told: str) -> None:
         (["sample", "runs/none"], "runs/none holds no run (config.yaml is missing): name a directory"),
         (["sample", "runs/none", "--num_samples", "0"], "num_samples (0) must be from 1 to 1000"),
         (["sample", "runs/none", "--num_samples", "x"], "num_samples (x) must be a whole number"),
-        (["tarin"], "unknown command 'tarin': expected train, evaluate, sample, prepare, index, verify; see mixdist --help"),
+        (
+            ["tarin"],
+            "unknown command 'tarin': expected train, evaluate, sample, prepare, index, verify; see mixdist --help",
+        ),
     ],
 )
 def test_a_word_that_does_not_fit_is_refused(words: list[str], told: str) -> None:
