@@ -4,7 +4,8 @@
 
 A cell is a run of `mixdist train` and its `mixdist evaluate` on both splits, with one thread; `--jobs` cells at once,
 the longest first. Finished cells are kept in DIR: after an interruption the same command goes on. It writes
-DIR/kvaes.md and DIR/kvaes.json; with `--docs FILE` it puts the tables between FILE's marks.
+DIR/kvaes.md and DIR/kvaes.json; with `--docs FILE` it puts the tables between FILE's marks. `--columns VAE-64,VAE-512`
+runs these models alone and prints their figures instead of the tables, which need every cell.
 
     kVAEs     the mixture: configs/kvaes_*_small.yaml
     bag       as many VAEs, each on a random part of the rows for good: configs/kvaes_*_bag.yaml
@@ -200,11 +201,25 @@ def put(text: str, tables: Mapping[str, str]) -> str:
     return text
 
 
+def only(cells: Sequence[Cell], columns: Sequence[str]) -> list[Cell]:
+    """Give the cells of some models.
+
+    Raises:
+        ValueError: no cell has such a model.
+    """
+    known = list(dict.fromkeys(cell.column for cell in cells))
+    for column in columns:
+        if column not in known:
+            raise ValueError(f"--columns {column} must be some of {','.join(known)}")
+    return [cell for cell in cells if cell.column in columns]
+
+
 def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of runs and tables")
     parser.add_argument("--only", default=",".join(PROBLEMS), help="rows: some of %(default)s")
+    parser.add_argument("--columns", help="models: these alone, and no tables")
     parser.add_argument("--jobs", type=positive, default=2, help="cells at once, a process with one thread each")
     parser.add_argument("--data-root", type=Path, default=Path("data/mnist"), help="folder with MNIST's files")
     parser.add_argument("--num-samples", type=positive, default=50, help="importance samples for each row and expert")
@@ -231,10 +246,15 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         problems = [PROBLEMS[name] for name in options.only.split(",")]
         cells = [cell for problem in problems for cell in plan(problem, options)]
+        if options.columns:
+            cells = only(cells, options.columns.split(","))
         if options.tune:
             print(tuned(run_all(tuning(cells, options.tune, options.rates.split(",")), options, ("train",))))
             return
         found = run_all(cells, options, ("test", "train"))
+        if options.columns:
+            print(costs(found))
+            return
         groups = {
             "modes": [p for p in problems if p.base is None],
             "mnist": [p for p in problems if p.base is not None],

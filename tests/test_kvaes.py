@@ -112,6 +112,23 @@ def test_the_command_makes_every_cell_once_and_its_tables(tmp_path: Path, capsys
         kvaes.main([*words, "--", *QUICK, "--train.clip_norm", "1.0"])
 
 
+def test_some_models_alone_are_run_and_told_without_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_all(chosen: list[Any], options: argparse.Namespace, splits: tuple[str, ...]) -> list[dict[str, Any]]:
+        return [{**vars(cell), "done": cell.gradients, "seconds": {"train": 1.0, "evaluate": 2.0}} for cell in chosen]
+
+    monkeypatch.setattr(kvaes, "run_all", run_all)
+    words = f"--out {tmp_path} --only 5modes --columns VAE-50,matched -- {' '.join(QUICK)}".split()
+    kvaes.main(words)
+    told = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split(" | ")[0] for line in told] == ["| 5modes-VAE-50-0", "| 5modes-matched-0"]
+    assert not list(tmp_path.iterdir())
+    known = [argparse.Namespace(column=column) for column in ("kVAEs", "bag", "VAE-50", "bag")]
+    with pytest.raises(ValueError, match="--columns VAE-64 must be some of kVAEs,bag,VAE-50"):
+        kvaes.only(known, ["bag", "VAE-64"])
+
+
 def test_units_of_stored_rows_move_a_line_by_a_constant() -> None:
     def known(column: str, value: float) -> dict[str, Any]:
         figures = {"log_likelihood_shares": value, "exact_log_likelihood": 1.0, "nmi": 0.5}
