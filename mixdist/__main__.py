@@ -2,6 +2,10 @@
 
 import sys
 
-from mixdist.cli import main
+try:
+    from mixdist.cli import main
 
-sys.exit(main())
+    code = main()
+except KeyboardInterrupt:  # while all that a command needs is still being imported
+    code = 130
+sys.exit(code)

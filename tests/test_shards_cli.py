@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from mixdist.metrics import read_metrics
-from tests.launch import here, torchrun, write_config
+from tests.launch import Started, descendants, here, torchrun, write_config
 from tests.range_server import RangeServer
 from tests.tars import COUNTS, make_index, make_shards, sample_of, write_shard
 from tests.test_cli import refused
@@ -243,6 +246,8 @@ def test_a_run_goes_on_while_its_server_dies_and_comes_back(tmp_path: Path, rank
         ({"augment": {"shift": 8}}, "needs images larger than the shift"),
         ({"augment": {"shift": -1}}, "augment.shift (-1) must be at least 0"),
         ({"workers": -1}, "workers (-1) must be at least 0"),
+        ({"crop": 9}, "crop (9) must be at most the side of the images of 'shards', which are 8 x 8"),
+        ({"channels": 2}, "channels (2) must be 1 for grey or 3 for colour"),
         ({"order": "random"}, "order"),
         ({"max_skipped": 2.0}, "max_skipped (2.0) must be a part from 0 to 1"),
         ({"root": "ftp://example.org/x"}, "ftp"),
@@ -282,3 +287,39 @@ def test_a_run_on_shards_is_loaded_without_them() -> None:
     model = mixdist.load("r")
     images = torch.from_numpy(np.stack([np.zeros((3, 8, 8), dtype=np.uint8)]))
     assert model.assign(images).shape == (1,)
+
+
+def decoders(pid: int) -> list[int]:
+    """Give the decoding processes of a trainer, once there are some."""
+    return [child for child in descendants(pid) if "forkserver" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("victim", ["trainer", "decoder"])
+def test_no_process_is_left_when_one_is_killed(victim: str) -> None:
+    words = ["train", "--config", config_of(SOFT, {"workers": 2}), "--train.epochs", "10000", "--out", "r"]
+    started = Started([sys.executable, "-m", "mixdist", *words], Path.cwd(), {})
+    try:
+        started.until(lambda: any(Path("r/checkpoints").glob("step-*")) and len(decoders(started.process.pid)) >= 3)
+        family = decoders(started.process.pid)
+        os.kill(started.process.pid if victim == "trainer" else max(family), signal.SIGKILL)
+        ended = started.end(60)
+        if victim == "decoder":
+            assert ended.code == 2, ended.err
+            assert ended.err.strip().splitlines()[-1].startswith("mixdist: a decoding process was ended from outside")
+            assert "Traceback" not in ended.err
+        deadline = time.monotonic() + 20
+        while any(map(lives, family)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(map(lives, family))
+    finally:
+        if started.process.poll() is None:
+            started.kill()
+        started.out.close()
+        started.err.close()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections.abc import Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import get_context
 from typing import Any
 
+from mixdist.data.shards.processes import end_with_parent, submit
 from mixdist.data.shards.writer import Made, ShardWriter, Task
 
 _here: dict[str, Any] = {}
@@ -38,7 +36,7 @@ def make_all(writer: ShardWriter, tasks: Iterable[Task], workers: int) -> Genera
     try:
         pending: set[Future[Made]] = set()
         for task in tasks:
-            pending.add(_submit(pool, task))
+            pending.add(submit(pool, _make, task))
             if len(pending) >= 2 * workers:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
@@ -55,26 +53,9 @@ def make_all(writer: ShardWriter, tasks: Iterable[Task], workers: int) -> Genera
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _submit(pool: ProcessPoolExecutor, task: Task) -> Future[Made]:
-    """Hand over a task. Ctrl-C is this process's affair: workers, which may start here, inherit that it is blocked."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return pool.submit(_make, task)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start(writer: ShardWriter, stop: Any) -> None:
     _here.update(writer=writer, stop=stop)
-    parent = parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    """End this process when its parent was killed: nobody would take what it makes, and it would wait for ever."""
-    connection.wait([sentinel])
-    os._exit(1)
+    end_with_parent()
 
 
 def _make(task: Task) -> Made:

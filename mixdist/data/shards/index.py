@@ -229,6 +229,10 @@ class ShardIndex:
             raise ValueError(f"{str(folder)!r} is not a folder: name one that mixdist prepare or mixdist index made")
         try:
             head, samples = (folder / HEAD).read_bytes(), (folder / SAMPLES).read_bytes()
+        except PermissionError as error:
+            raise ValueError(
+                f"the index {error.filename!r} cannot be read ({error.strerror}): make it readable"
+            ) from None
         except OSError as error:
             raise ValueError(
                 f"{str(folder)!r} has no index ({error.filename}: {error.strerror}): make it with mixdist index, or "

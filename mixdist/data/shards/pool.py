@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixdist.data.shards.processes import executor
+from mixdist.data.shards.processes import executor, submit
 from mixdist.data.shards.reading import Bad, Reading, Wanted
 
 Read = tuple[NDArray[Any], list[Bad]]
 _MOST, _LEAST = 64, 4
+BROKEN = "a decoding process was ended from outside, mostly for want of memory: lower data.init_args.workers"
 _reading: Reading | None = None
 
 
@@ -34,14 +35,17 @@ class Pool:
         """Begin to read samples; what is given waits for them: (n, *shape), and which are bad.
 
         Raises:
-            OSError: in the call that waits: storage cannot be reached, or a process was ended from outside.
+            OSError: here or in the call that waits: a process was ended from outside, or storage cannot be reached.
         """
         if not self.workers or not wanted:
             return lambda: self.reading.several(wanted)
         size = min(_MOST, max(_LEAST, -(-len(wanted) // (2 * self.workers))))
         parts = [wanted[first : first + size] for first in range(0, len(wanted), size)]
         processes = self._processes()
-        futures = [processes.submit(_several, part) for part in parts]
+        try:
+            futures = [submit(processes, _several, part) for part in parts]
+        except BrokenProcessPool:
+            raise OSError(BROKEN) from None
         return lambda: _joined(futures, size)
 
     def close(self) -> None:
@@ -60,9 +64,7 @@ def _joined(futures: list[Future[Read]], size: int) -> Read:
     try:
         parts = [future.result() for future in futures]
     except BrokenProcessPool:
-        raise OSError(
-            "a decoding process was ended from outside, mostly for want of memory: lower data.init_args.workers"
-        ) from None
+        raise OSError(BROKEN) from None
     bad = [Bad(n * size + one.place, one.reason) for n, (_, some) in enumerate(parts) for one in some]
     return np.concatenate([arrays for arrays, _ in parts]), bad
 

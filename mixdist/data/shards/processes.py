@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
-from typing import Any
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import connection
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def cores() -> int:
@@ -34,10 +36,33 @@ def executor(workers: int, preload: str, begin: Callable[..., None] | None = Non
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(begin, args))
 
 
+def submit(pool: ProcessPoolExecutor, function: Callable[..., T], *args: Any) -> Future[T]:
+    """Hand work to a pool. Ctrl-C is this process's affair: those that start here inherit that it is blocked.
+
+    Raises:
+        BrokenProcessPool: one of the processes was ended from outside.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(function, *args)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one it works for is gone: nobody would take what it makes, and it would wait."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
+
+
 def _begin(begin: Callable[..., None] | None, args: tuple[Any, ...]) -> None:
-    """Start a process: it ends with the one that started it, which alone hears of Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with suppress(OSError, AttributeError):  # Linux alone has it; PR_SET_PDEATHSIG is 1
-        ctypes.CDLL("libc.so.6").prctl(1, int(signal.SIGKILL))
+    # Not the death signal of the kernel: that of the fork server would come, which lives as long as its children.
+    end_with_parent()
     if begin is not None:
         begin(*args)

@@ -60,7 +60,7 @@ class Shards(Source):
         channels: 3 for colour, 1 for grey; unset, what the index says, or 3.
         label: y, the class; an attribute's name, for its two values; none; or auto: y where there are classes.
         train: the training split, as the index has it.
-        test: the held-out split.
+        test: the held-out split; unset, test, or valid where there is no test.
         holdout: the part of the training split that is held out where there is no held-out split: chosen by id, the
             same in every run.
         limit: takes the first so many samples of both; unset, all.
@@ -85,10 +85,10 @@ class Shards(Source):
         root: str,
         size: int | None = None,
         crop: int | None = None,
-        channels: Literal[1, 3] | None = None,
+        channels: int | None = None,
         label: str = "auto",
         train: str = "train",
-        test: str = "test",
+        test: str | None = None,
         holdout: float = 0.0,
         limit: int | None = None,
         order: OrderName = "blocks",
@@ -106,6 +106,10 @@ class Shards(Source):
         for name, (value, lowest) in {**least, "workers": (workers, 0), "ahead": (ahead, 0)}.items():
             if value is not None and value < lowest:
                 raise ValueError(f"{name} ({value}) must be at least {lowest}: raise {name}.")
+        if channels not in (None, 1, 3):
+            raise ValueError(
+                f"channels ({channels}) must be 1 for grey or 3 for colour: set it to one of them, or leave it out."
+            )
         for name, share, top in (("holdout", holdout, 0.9), ("max_skipped", max_skipped, 1.0)):
             if not 0 <= share <= top:
                 raise ValueError(f"{name} ({share}) must be a part from 0 to {top:g}: mend it.")
@@ -145,18 +149,19 @@ class Shards(Source):
     def _splits(self, index: ShardIndex) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The places of the training and of the held-out samples."""
         has = ", ".join(index.splits)
-        train, test = index.places(self.train), index.places(self.test)
+        name = self.test or next((split for split in ("test", "valid") if split in index.splits), "test")
+        train, test = index.places(self.train), index.places(name)
         if not len(train):
             raise ValueError(f"train ({self.train}) is no split of {self.root!r}, which has {has}: name one of them")
         if len(test) and self.holdout:
             raise ValueError(
-                f"holdout ({self.holdout:g}) is for shards without the split {self.test!r}, and {self.root!r} has it: "
+                f"holdout ({self.holdout:g}) is for shards without the split {name!r}, and {self.root!r} has it: "
                 f"leave holdout out, or test to another name"
             )
         if not len(test):
             if not self.holdout:
                 raise ValueError(
-                    f"test ({self.test}) is no split of {self.root!r}, which has {has}: name one of them, or set "
+                    f"test ({name}) is no split of {self.root!r}, which has {has}: name one of them, or set "
                     f"holdout to the part of the training samples to hold out, such as 0.1"
                 )
             # The top 53 bits of a hash are a number from -1/2 to 1/2, whatever the run's seed.
@@ -177,6 +182,11 @@ class Shards(Source):
         assert channels in (1, 3)
         reading = Reading(storage, content, channels, self.size, self.crop, self.decoder)  # type: ignore[arg-type]
         side = self.size or self.crop
+        if self.crop and index.image and self.crop > min(index.image[1:]):
+            raise ValueError(
+                f"crop ({self.crop}) must be at most the side of the images of {self.root!r}, which are "
+                f"{index.image[1]} x {index.image[2]}: lower it"
+            )
         if content == "image" and (side or index.image):
             return replace(reading, shape=(channels, side, side) if side else (channels, *index.image[1:]))  # type: ignore[index]
         try:

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from mixdist.data.shards.processes import cores, executor
+from mixdist.data.shards.processes import cores, executor, submit
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -41,7 +41,7 @@ def in_order(take: Callable[[T], S], items: Sequence[T], workers: int) -> Genera
     waiting: deque[Future[S]] = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(take, item))
+            waiting.append(submit(pool, take, item))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
