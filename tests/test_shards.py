@@ -275,3 +275,11 @@ def test_owners_read_their_own_samples_whatever_the_skew(by_workers: dict[int, S
     assert sorted(n for own in expected.values() for batch in own for n in batch) == list(range(NUM_TRAIN))
     for samples in by_workers.values():
         assert {e: own for rank in range(ranks) for e, own in read(samples, rank).items()} == expected
+
+
+def test_the_held_out_split_is_test_or_else_valid(tmp_path: Path) -> None:
+    make_shards(tmp_path, {"train-0.tar": 5, "val-0.tar": 3})
+    assert Shards(str(tmp_path), workers=0).load()[1].ids.tolist() == [5, 6, 7]
+    make_shards(tmp_path, {"train-0.tar": 5, "val-0.tar": 3, "test-0.tar": 2})
+    assert Shards(str(tmp_path), workers=0).load()[1].ids.tolist() == [8, 9]
+    assert Shards(str(tmp_path), test="valid", workers=0).load()[1].ids.tolist() == [5, 6, 7]
