@@ -141,9 +141,9 @@ def test_a_run_on_shards_is_that_of_the_rows_in_memory(kind: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("kind", "ranks", "rules"),
     [
-        (SOFT, 2, {}),
         (HARD, 2, {"delivery": "wire"}),
-        (HARD, 3, {"delivery": "read"}),
+        pytest.param(SOFT, 2, {}, marks=pytest.mark.slow),
+        pytest.param(HARD, 3, {"delivery": "read"}, marks=pytest.mark.slow),
         pytest.param(SOFT, 3, {}, marks=pytest.mark.slow),
         pytest.param(HARD, 2, {"delivery": "read"}, marks=pytest.mark.slow),
         pytest.param(HARD, 3, {"delivery": "wire"}, marks=pytest.mark.slow),
@@ -155,7 +155,7 @@ def test_a_run_on_shards_is_the_same_on_any_layout(kind: dict[str, Any], ranks: 
     same(run(config_of(kind, data | {"workers": ranks - 1}, **rules), "many", ranks), "one")
 
 
-@pytest.mark.parametrize("kind", [SOFT, HARD], ids=["soft", "hard"])
+@pytest.mark.parametrize("kind", [SOFT, pytest.param(HARD, marks=pytest.mark.slow)], ids=["soft", "hard"])
 def test_a_run_goes_on_inside_an_epoch_on_another_layout(kind: dict[str, Any]) -> None:
     config = config_of(kind, {"block": 5, "window": 2, "augment": {"flip": True}})
     run(config, "whole")
