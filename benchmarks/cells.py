@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from mixdist.config import Config
-from mixdist.parsing import config_parser, make_config, parse
+from mixdist.options import parse
+from mixdist.parsing import config_parser, make_config
 from mixdist.terms import Spec
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

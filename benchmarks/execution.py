@@ -19,11 +19,11 @@ from collections.abc import Sequence
 import torch
 from turns import positive
 
-from mixdist.build import keep_large_blocks
 from mixdist.engines import NativeEngine
 from mixdist.experts import VAE, Compute, ConvVAE, Expert, ExpertBank, Noise, time_executions
 from mixdist.mesh import Launch, Mesh, Placement
 from mixdist.mixtures import Parts
+from mixdist.process import keep_large_blocks
 from mixdist.terms import Batch, Field
 from mixdist.wire import Wire
 

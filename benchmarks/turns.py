@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mixdist.build import keep_large_blocks
 from mixdist.mesh import Launch, Mesh, Placement, choose_device
 from mixdist.metrics import table
+from mixdist.process import keep_large_blocks
 from mixdist.wire import gather_json
 
 Figures = dict[str, float]

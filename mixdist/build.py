@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,9 +19,10 @@ from mixdist.dispatch import Dispatch
 from mixdist.entrant import Ring
 from mixdist.experts import Expert, ExpertBank, time_executions
 from mixdist.gates import Gate
-from mixdist.mesh import Launch, Mesh, Placement, choose_device
+from mixdist.mesh import Mesh, Placement, choose_device
 from mixdist.mixtures import HardMixture, SoftMixture
 from mixdist.noise import Moment, Purpose, weights_seed
+from mixdist.process import Launch
 from mixdist.rules import Rules
 from mixdist.scores import Discriminators, Score
 from mixdist.terms import Field, Spec
@@ -52,28 +49,6 @@ class Session:
         """End what works for the data."""
         self.train.close()
         self.test.close()
-
-
-def keep_large_blocks() -> None:
-    """Let glibc keep what a step frees: by default it gives large blocks back, and each step pays for fresh pages.
-
-    mallopt's M_MMAP_THRESHOLD is -3 and M_TRIM_THRESHOLD -1. A step of configs/mnist_moe.yaml took 1.4 to 1.5 times as
-    long without this, with the same peak memory.
-    """
-    with suppress(OSError, AttributeError):  # another libc has no such call
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 32 << 20)
-        libc.mallopt(-1, 1 << 30)
-
-
-def follow_launcher() -> None:
-    """Let this process end with the torchrun that started it, which gives each process a session of its own.
-
-    prctl's PR_SET_PDEATHSIG is 1. Nothing happens without torchrun, where a parent may well end first.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        with suppress(OSError, AttributeError):  # Linux alone has it
-            ctypes.CDLL("libc.so.6").prctl(1, int(signal.SIGTERM))
 
 
 def build_gate(config: Config, spec: Spec) -> Gate:

@@ -30,7 +30,8 @@ from mixdist.metrics import Progress, table
 from mixdist.mixtures import HardMixture
 from mixdist.model import load
 from mixdist.noise import Moment, Purpose
-from mixdist.parsing import RESOLVED, config_parser, make_config, parse, plain_parser, values_of
+from mixdist.options import parse, plain_parser, values_of
+from mixdist.parsing import RESOLVED, config_parser, make_config
 from mixdist.pictures import sample_picture, scatter_picture, to_uint8
 from mixdist.version import __version__
 from mixdist.wire import agree, gather_json

@@ -16,23 +16,10 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from mixdist.config import Config
-from mixdist.data import Source
-from mixdist.discriminators import Discriminator
-from mixdist.experts import Expert
-from mixdist.gates import Gate
-from mixdist.objectives import Balance, Objective
-from mixdist.scores import Score
+from mixdist.messages import one_line
 
 EXAMPLE = "configs/digits_moe.yaml"
-
-
-def one_line(text: str) -> str:
-    """Put a message on one line."""
-    return " ".join(text.split())
 
 
 def explain(message: str, parser: ArgumentParser) -> str:
@@ -92,7 +79,8 @@ def _unknown_option(found: re.Match[str], place: _Place, parser: ArgumentParser)
         taken = [k.removeprefix(f"{group}.") for k in keys_of(parser) if k.startswith(f"{group}.")]
         return f"unknown config key {group}.{name}: {_instead(name, taken)}{group} takes {_listed(taken)}"
     near = _instead(name, keys_of(parser))
-    return f"unknown config key {name}: {near}a config takes {_listed([*Config.__dataclass_fields__])}"
+    fields = [*find("mixdist.config.Config").__dataclass_fields__]
+    return f"unknown config key {name}: {near}a config takes {_listed(fields)}"
 
 
 def _unrecognized(found: re.Match[str], place: _Place, parser: ArgumentParser) -> str:
@@ -222,21 +210,28 @@ _PLAIN = {
 
 
 class _Kind(NamedTuple):
-    base: type
+    """What can stand at a key: subclasses of a base class, which is imported only where a complaint is about it."""
+
     module: str
+    base_name: str
     example: str
+
+    @property
+    def base(self) -> type:
+        made: type = getattr(importlib.import_module(self.module), self.base_name)
+        return made
 
 
 KINDS = {
-    "data": _Kind(Source, "mixdist.data", "Digits"),
-    "gate": _Kind(Gate, "mixdist.gates", "Softmax"),
-    "expert": _Kind(Expert, "mixdist.experts", "VAE"),
-    "objective": _Kind(Objective, "mixdist.objectives", "WeightedLoss"),
-    "score": _Kind(Score, "mixdist.scores", "Discriminators"),
-    "network": _Kind(Discriminator, "mixdist.discriminators", "MLPDiscriminator"),
-    "balance": _Kind(Balance, "mixdist.objectives", "VarianceBalance"),
-    "optimizer": _Kind(Optimizer, "torch.optim", "Adam"),
-    "schedule": _Kind(LRScheduler, "torch.optim.lr_scheduler", "StepLR"),
+    "data": _Kind("mixdist.data", "Source", "Digits"),
+    "gate": _Kind("mixdist.gates", "Gate", "Softmax"),
+    "expert": _Kind("mixdist.experts", "Expert", "VAE"),
+    "objective": _Kind("mixdist.objectives", "Objective", "WeightedLoss"),
+    "score": _Kind("mixdist.scores", "Score", "Discriminators"),
+    "network": _Kind("mixdist.discriminators", "Discriminator", "MLPDiscriminator"),
+    "balance": _Kind("mixdist.objectives", "Balance", "VarianceBalance"),
+    "optimizer": _Kind("torch.optim", "Optimizer", "Adam"),
+    "schedule": _Kind("torch.optim.lr_scheduler", "LRScheduler", "StepLR"),
 }
 
 
@@ -245,7 +240,7 @@ def _known(key: str) -> list[str]:
     kind = KINDS.get(last_part(key))
     if kind is None:
         return []
-    members = vars(importlib.import_module(kind.module)).items()
+    members = inspect.getmembers(importlib.import_module(kind.module))
     fitting = [n for n, m in members if inspect.isclass(m) and issubclass(m, kind.base) and m is not kind.base]
     return sorted(f"{kind.module}.{name}" for name in fitting if not name.startswith("_"))
 
@@ -256,7 +251,7 @@ def choose(key: str) -> str:
         return "write class_path: package.module.Class"
     if len(known) > 8:
         return f"choose one of {kind.module}, such as {kind.module}.{kind.example}"
-    return f"choose {_alternatives([*known, f'your own subclass of {kind.base.__name__}'])}"
+    return f"choose {_alternatives([*known, f'your own subclass of {kind.base_name}'])}"
 
 
 def last_part(key: str) -> str:
@@ -305,7 +300,7 @@ def _init_args(class_path: str) -> list[str]:
     except (ValueError, TypeError):
         return []
     made = find(class_path)
-    nothing = _is_section(class_path) or (inspect.isclass(made) and issubclass(made, Score))
+    nothing = _is_section(class_path) or (inspect.isclass(made) and issubclass(made, find("mixdist.scores.Score")))
     handed_in = () if nothing else ("spec", "num_experts", "params", "optimizer")
     if any(p.kind == p.VAR_KEYWORD for p in parameters):
         # What **options hand on to a base class only the parser knows.

@@ -16,7 +16,7 @@ from mixdist.data.layouts import SOURCES, open_layout
 from mixdist.data.prepare import SET_ASIDE, SHARD_SAMPLES, Prepared, count_reasons
 from mixdist.data.prepare import prepare as make_shards
 from mixdist.data.recipe import Encoding, Recipe
-from mixdist.parsing import parse, plain_parser
+from mixdist.options import parse, plain_parser
 
 _MOST_WORKERS = 16
 

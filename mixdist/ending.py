@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
-from mixdist.complaints import one_line
 from mixdist.engines import NotFinite
 from mixdist.mesh import Mesh
+from mixdist.messages import Alone, one_line, told
 from mixdist.wire import Agreed, LostRank, agree
 
 T = TypeVar("T")
-
-USER_ERROR, INTERRUPTED = 2, 130
-LINGER_S = 10.0
-"""Seconds that other ranks wait before they leave with an error, so that rank 0's message is out before a launcher,
-which ends all processes when one fails, ends rank 0."""
-
-
-class Alone(ValueError):
-    """A mistake that this rank met by itself; the others may wait for it in a collective."""
 
 
 @contextmanager
@@ -58,20 +48,6 @@ def _leave(mesh: Mesh, lost: LostRank, remedy: str) -> None:
         limit = f"mesh.timeout_s is {mesh.timeout.total_seconds():g}"
         print(f"mixdist: {who} ({one_line(str(lost))}; {limit}): {remedy}", file=sys.stderr, flush=True)
     os._exit(1)  # groups that lost a member cannot be ended in good order
-
-
-def told(error: Exception) -> str:
-    """Put an error into one line."""
-    return one_line(str(error)) + (": mend it and try again" if isinstance(error, OSError) else "")
-
-
-def fail(message: str, rank: int, alone: bool) -> int:
-    """Tell what all ranks know once, from rank 0, and what one knows alone from that rank."""
-    if rank == 0 or alone:
-        print(f"mixdist: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(LINGER_S)
-    return USER_ERROR
 
 
 def agreed(make: Callable[[], T], mesh: Mesh) -> T:

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
 from mixdist.data import Loader, Samples
@@ -283,6 +281,10 @@ def clustering(counts_EC: np.ndarray) -> dict[str, float]:
     rows of their expert's most frequent class; nmi: mutual information over the arithmetic mean of the entropies; ari:
     adjusted Rand index.
     """
+    # Heavy, and needed by rank 0 at the end of a run alone.
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
     experts, classes = linear_sum_assignment(counts_EC, maximize=True)
     e, c = np.nonzero(counts_EC)
     by_expert, by_class = (np.repeat(index, counts_EC[e, c]) for index in (e, c))

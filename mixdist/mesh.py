@@ -7,7 +7,6 @@ group is a block of neighbouring ranks, so that it fits inside a node and replic
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from mixdist.process import Launch
 from mixdist.pulse import Pulse
 
 
@@ -85,29 +85,6 @@ class Placement:
     def replica_ranks(self, member: int) -> list[int]:
         """World ranks that hold the same experts."""
         return list(range(member, self.world_size, self.ep_size))
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Who this process is among those started together; read from the environment."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-
-    @staticmethod
-    def read(env: Mapping[str, str] = os.environ) -> Launch:
-        """Read what torchrun and the deepspeed launcher set, else what srun sets, else one process."""
-        if "RANK" in env and "WORLD_SIZE" in env:
-            rank, world_size, local = env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", env["RANK"])
-            local_size = env.get("LOCAL_WORLD_SIZE", "1")
-        elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # unset in a batch script outside srun
-            rank, world_size, local = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"], env["SLURM_LOCALID"]
-            local_size = env.get("SLURM_NTASKS_PER_NODE", "1")
-        else:
-            return Launch()
-        return Launch(int(rank), int(world_size), int(local), max(int(local_size), int(local) + 1))
 
 
 def choose_device(name: str, launch: Launch) -> torch.device:

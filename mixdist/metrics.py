@@ -14,7 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FILE_NAME = "metrics.jsonl"
@@ -41,6 +40,8 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, resume_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # heavy, and needed by rank 0 alone
+
         path = Path(directory) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         if resume_step is not None:

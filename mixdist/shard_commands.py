@@ -19,7 +19,7 @@ from mixdist.data.shards.stream import WebStream, expand
 from mixdist.data.shards.verify import Verdict, examine, missing
 from mixdist.data.shards.web import Missing, Web
 from mixdist.data.shards.workers import default_workers, in_order
-from mixdist.parsing import parse, plain_parser
+from mixdist.options import parse, plain_parser
 
 T = TypeVar("T")
 

@@ -8,6 +8,8 @@ import gzip
 import os
 import socket
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,12 @@ import torch
 from sklearn.datasets import load_digits
 
 import mixdist
-from mixdist.cli import train_parser
 from mixdist.config import CheckpointConfig, Config, DispatchConfig, MeshConfig
 from mixdist.data import Blobs, Digits
 from mixdist.experts import Compute
 from mixdist.manifest import MANIFEST
 from mixdist.phases import Phase
+from mixdist.train_command import train_parser
 from tests.launch import REMOVED, SMALL, Ended, changed, here, torchrun, write_config
 
 
@@ -410,6 +412,16 @@ def test_a_mistake_on_one_rank_is_told_once_by_rank_0(folder: Path) -> None:
 
 
 # Help.
+
+
+@pytest.mark.parametrize(
+    "module", ["cli", "data_commands", "shard_commands", "data.shards.pool", "data.shards.workers"]
+)
+def test_what_needs_no_torch_does_not_import_it(module: str) -> None:
+    heavy = "torch", "scipy", "sklearn", "matplotlib"
+    asked = f"import sys, mixdist.{module}; print(*sorted({set(heavy)} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
 
 
 def test_every_key_is_in_the_help() -> None:

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "mixdist"
 # Rooms (files or folders of mixdist/) from the bottom up; rooms on one line stand side by side.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("terms", "version"),
-    ("stats", "kde", "noise", "nets", "pulse", "manifest"),
+    ("stats", "kde", "noise", "nets", "pulse", "manifest", "messages", "process"),
     ("convnets",),
     ("data", "experts", "gates"),
     ("routing", "objectives", "health", "importance", "discriminators", "assignment"),
@@ -40,10 +40,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("competition",),
     ("config",),
     ("complaints",),
+    ("options",),
     ("parsing", "build"),
     ("model",),
     ("ending",),
     ("commands", "data_commands", "shard_commands"),
+    ("train_command",),
     ("cli",),
     ("__init__", "__main__"),
 )

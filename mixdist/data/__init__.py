@@ -1,18 +1,42 @@
-"""Where rows come from and which rank reads them."""
+"""Where rows come from and which rank reads them.
+
+Names are imported when they are first used: processes that prepare, check or decode shards need no torch.
+"""
 
 from __future__ import annotations
 
-from mixdist.data.augment import Augment
-from mixdist.data.bananas import Bananas
-from mixdist.data.cifar import Cifar10
-from mixdist.data.dataset import Dataset, Samples, Source
-from mixdist.data.digits import Digits
-from mixdist.data.idx import Idx
-from mixdist.data.loader import Loader, Shard, share
-from mixdist.data.order import Epoch
-from mixdist.data.shards.source import Shards
-from mixdist.data.synthetic import Blobs, Parabolas
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from mixdist.data.augment import Augment
+    from mixdist.data.bananas import Bananas
+    from mixdist.data.cifar import Cifar10
+    from mixdist.data.dataset import Dataset, Samples, Source
+    from mixdist.data.digits import Digits
+    from mixdist.data.idx import Idx
+    from mixdist.data.loader import Loader, Shard, share
+    from mixdist.data.order import Epoch
+    from mixdist.data.shards.source import Shards
+    from mixdist.data.synthetic import Blobs, Parabolas
+
+_HOMES = {
+    "Augment": "augment",
+    "Bananas": "bananas",
+    "Blobs": "synthetic",
+    "Cifar10": "cifar",
+    "Dataset": "dataset",
+    "Digits": "digits",
+    "Epoch": "order",
+    "Idx": "idx",
+    "Loader": "loader",
+    "Parabolas": "synthetic",
+    "Samples": "dataset",
+    "Shard": "loader",
+    "Shards": "shards.source",
+    "Source": "dataset",
+    "share": "loader",
+}
 __all__ = [
     "Augment",
     "Bananas",
@@ -30,3 +54,14 @@ __all__ = [
     "Source",
     "share",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return made
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

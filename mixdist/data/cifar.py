@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mixdist.data.dataset import Dataset, Source
+from mixdist.data.layouts.cifar import (
+    FOLDER,
+    NAMES,
+    NUM_CLASSES,
+    PER_FILE,
+    SHAPE,
+    TEST,
+    TRAIN,
+    read_names,
+    read_records,
+)
 from mixdist.terms import Field
-
-NUM_CLASSES = 10
-SHAPE = (3, 32, 32)
-PER_FILE = 10_000
-TRAIN = tuple(f"data_batch_{n}.bin" for n in range(1, 6))
-TEST, NAMES, FOLDER = "test_batch.bin", "batches.meta.txt", "cifar-10-batches-bin"
 
 
 class Cifar10(Source):
@@ -64,7 +67,7 @@ class Cifar10(Source):
         for first_id, path in files:
             if left == 0:
                 break
-            read = read_records(path)
+            read = torch.from_numpy(read_records(path))
             # A copy, so that the rest of the file does not stay in memory behind a view.
             kept = read if left is None or left >= len(read) else read[:left].clone()
             left = None if left is None else left - len(kept)
@@ -77,67 +80,3 @@ class Cifar10(Source):
             "y": Field((), torch.uint8, num_classes=NUM_CLASSES),
         }
         return Dataset({"id": torch.cat(ids), "x": images, "y": labels}, spec, "y", names)
-
-
-def read_records(
-    path: Path, num_labels: int = 1, num_classes: int = NUM_CLASSES, most: int = PER_FILE, kind: str = "CIFAR-10"
-) -> Tensor:
-    """Read the records of a file, uint8 (N, num_labels + 3072).
-
-    Args:
-        path: of the file.
-        num_labels: bytes of labels in front of an image; the last of them is checked.
-        num_classes: of that label.
-        most: images that the official file has.
-        kind: the name of the data set.
-
-    Raises:
-        ValueError: the file cannot be read, or is empty, truncated, too large or foreign.
-    """
-    length = num_labels + math.prod(SHAPE)
-    try:
-        with path.open("rb") as stream:
-            # One byte beyond the largest file: a foreign one of any size is refused without reading it.
-            body = stream.read(most * length + 1)
-    except OSError as error:
-        raise ValueError(f"{str(path)!r} cannot be read ({error.strerror}): mend or fetch the file again.") from error
-    if not body:
-        raise ValueError(f"{str(path)!r} is empty, expected at least one image: fetch the file again.")
-    if len(body) > most * length:
-        raise ValueError(
-            f"{str(path)!r} has more than {most} images of {length} bytes: take the binary version of {kind}."
-        )
-    if len(body) % length:
-        raise ValueError(
-            f"{str(path)!r} is truncated or foreign: {len(body)} bytes are not a multiple of {length}, an image with "
-            "its label: fetch the file again."
-        )
-    records = torch.frombuffer(bytearray(body), dtype=torch.uint8).reshape(-1, length)
-    labels = records[:, num_labels - 1]
-    wrong = (labels >= num_classes).nonzero()
-    if len(wrong):
-        place = int(wrong[0])
-        raise ValueError(
-            f"{str(path)!r} has the label {int(labels[place])} at image {place}, expected 0 to {num_classes - 1}: "
-            f"take the binary version of {kind}."
-        )
-    return records
-
-
-def read_names(path: Path, num_classes: int = NUM_CLASSES) -> tuple[str, ...]:
-    """Read the names in a file, a line each; none without the file.
-
-    Raises:
-        ValueError: it is no text, or has another number of names.
-    """
-    if not path.exists():
-        return ()
-    try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read as text: fetch the file again, or remove it.") from error
-    if len(names) != num_classes:
-        raise ValueError(
-            f"{str(path)!r} has {len(names)} names, expected {num_classes}: fetch the file again, or remove it."
-        )
-    return names

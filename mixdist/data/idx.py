@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import math
-import struct
-import zlib
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from mixdist.data.dataset import Dataset, Source
+from mixdist.data.layouts.idx import PREFIXES, read_pair
 from mixdist.terms import Field
-
-_MAX_BYTES = 2**31
-_PIECE = 1 << 20
-PREFIXES = ("train", "t10k")
-IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
 
 
 class Idx(Source):
@@ -53,7 +44,7 @@ class Idx(Source):
         root = Path(self.root)
         if not root.is_dir():
             raise ValueError(f"root ({self.root!r}) is not a folder: set it to the folder with MNIST's four files.")
-        (train_x, train_y), (test_x, test_y) = (read_pair(root, prefix) for prefix in PREFIXES)
+        (train_x, train_y), (test_x, test_y) = (map(torch.from_numpy, read_pair(root, prefix)) for prefix in PREFIXES)
         if train_x.shape[1:] != test_x.shape[1:]:
             sizes = f"{_size(train_x)} pixels in training and {_size(test_x)} in testing"
             raise ValueError(
@@ -74,88 +65,5 @@ class Idx(Source):
         return Dataset({"id": ids, "x": images.unsqueeze(1), "y": labels}, spec, "y")
 
 
-def read_pair(root: Path, prefix: str) -> tuple[Tensor, Tensor]:
-    """Read the images (N, H, W) and labels (N,) of "train" or "t10k", uint8.
-
-    Raises:
-        ValueError: a file is missing, foreign, damaged or too large, or the two disagree.
-    """
-    images = read_idx(find(root, f"{prefix}-{IMAGES}"), num_dims=3)
-    labels = read_idx(find(root, f"{prefix}-{LABELS}"), num_dims=1)
-    if len(images) != len(labels):
-        raise ValueError(
-            f"'{prefix}-{IMAGES}' has {len(images)} images and '{prefix}-{LABELS}' {len(labels)} labels, "
-            f"expected as many: take both from one data set."
-        )
-    return images, labels
-
-
-def find(root: Path, name: str) -> Path:
-    """Find a file, as it is or with ``.gz``.
-
-    Raises:
-        ValueError: there is neither.
-    """
-    for path in (root / name, root / f"{name}.gz"):
-        if path.is_file():
-            return path
-    raise ValueError(f"root ({str(root)!r}) has no file {name!r} or '{name}.gz': put one of them there.")
-
-
-def read_idx(path: Path, num_dims: int) -> Tensor:
-    """Read the bytes of an idx file in the shape that its header gives.
-
-    Raises:
-        ValueError: it is foreign, damaged, or too large.
-    """
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            return _read_stream(stream, str(path), num_dims)
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{str(path)!r} cannot be read ({_one_line(error)}): fetch the file again.") from error
-
-
-def _read_stream(stream: BinaryIO | gzip.GzipFile, path: str, num_dims: int) -> Tensor:
-    magic, expected = stream.read(4), bytes((0, 0, 0x08, num_dims))
-    if magic != expected:
-        found = f"0x{magic.hex()}" if magic else "nothing"
-        kind = "images" if num_dims == 3 else "labels"
-        raise ValueError(
-            f"{path!r} begins with {found}, expected 0x{expected.hex()} for {kind} in idx format: fetch the file again."
-        )
-    header = stream.read(4 * num_dims)
-    if len(header) < 4 * num_dims:
-        raise ValueError(_truncated(path, 4 + 4 * num_dims, 4 + len(header)))
-    dims = struct.unpack(f">{num_dims}I", header)
-    size = math.prod(dims)
-    if not 0 < size <= _MAX_BYTES:
-        raise ValueError(
-            f"{path!r} claims {' x '.join(map(str, dims))} = {size} bytes, expected from 1 to {_MAX_BYTES}: "
-            "fetch the file again, or split the data set."
-        )
-    body = _read_at_most(stream, size + 1)
-    if len(body) < size:
-        raise ValueError(_truncated(path, 4 + 4 * num_dims + size, 4 + 4 * num_dims + len(body)))
-    if len(body) > size:
-        raise ValueError(f"{path!r} goes on after the {size} bytes that its header claims: fetch the file again.")
-    return torch.frombuffer(body, dtype=torch.uint8).reshape(dims)
-
-
-def _read_at_most(stream: BinaryIO | gzip.GzipFile, size: int) -> bytearray:
-    """Up to ``size`` bytes, in pieces: a header may claim far more than the file has."""
-    body = bytearray()
-    while len(body) < size and (piece := stream.read(min(_PIECE, size - len(body)))):
-        body += piece
-    return body
-
-
-def _truncated(path: str, expected: int, found: int) -> str:
-    return f"{path!r} is truncated: expected {expected} bytes, found {found}: fetch the file again."
-
-
 def _size(images: Tensor) -> str:
     return "x".join(str(length) for length in images.shape[1:])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

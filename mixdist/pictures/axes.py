@@ -1,19 +1,21 @@
-"""Figures and axes as all plots have them."""
+"""Figures and axes as all plots have them. matplotlib is imported where a figure is made: rank 0 alone needs it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from mixdist.pictures.style import FAINT, INK, PALE, aside_of
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def new_figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+def new_figure(width: float, height: float, constrained: bool = True) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=150, layout="constrained" if constrained else None)
 
 
 def styled(axes: Axes, x_label: str, y_label: str, title: str = "") -> Axes:
@@ -47,6 +49,8 @@ def add_legend(axes: Axes) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     with aside_of(path) as aside:
         # Without the software's version in it the same data gives the same bytes.
         FigureCanvasAgg(figure).print_figure(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -214,5 +213,7 @@ def _check_images(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -
 
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    import matplotlib  # heavy, and needed where a picture is drawn alone
+
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)

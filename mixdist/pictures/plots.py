@@ -8,14 +8,15 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from mixdist.pictures.axes import add_legend, new_figure, save, styled
 from mixdist.pictures.style import FAINT, INK, MARKERS, PALE, PALETTE, colour_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def contingency_picture(path: Path, counts_EC: np.ndarray, class_names: Sequence[str]) -> None:
@@ -39,7 +40,7 @@ def contingency_picture(path: Path, counts_EC: np.ndarray, class_names: Sequence
     num_experts, num_classes = counts_EC.shape
     share_EC = counts_EC / np.maximum(counts_EC.sum(axis=1, keepdims=True), 1)
     inch = min(0.62, 36 / max(num_experts, num_classes))
-    figure = Figure(figsize=(num_classes * inch, num_experts * inch), dpi=150)
+    figure = new_figure(num_classes * inch, num_experts * inch, constrained=False)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.imshow(share_EC, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     slanted = max(map(len, class_names)) > 5
@@ -99,7 +100,7 @@ def attributes_picture(
     more_EA = 100 * (rate_EA - rate_A)
     order_A = np.argsort(-(np.nan_to_num(more_EA) ** 2 * rows_E[:, None]).sum(0), kind="stable")[:num_shown]
     inch = min(0.62, 36 / num_experts)
-    figure = Figure(figsize=(num_experts * inch, len(order_A) * 0.3), dpi=150)
+    figure = new_figure(num_experts * inch, len(order_A) * 0.3, constrained=False)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     # From 10, so that noise stays pale, to 50, so that an expert with a handful of rows does not pale the others.
     most = min(50.0, max(10.0, float(np.nanmax(np.abs(more_EA[:, order_A]), initial=0.0))))

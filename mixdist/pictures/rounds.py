@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from mixdist.pictures.axes import add_legend, new_figure, save, styled
 from mixdist.pictures.style import INK, PALE, PALETTE, colour_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 RISE = PALETTE[2]
 HATCHES = ("", "////", "....", "xxxx")
@@ -38,6 +39,8 @@ def rounds_picture(path: Path, records: Sequence[Record]) -> None:
     Raises:
         ValueError: where no record has a round, or those with one have nothing to draw.
     """
+    from matplotlib.ticker import MaxNLocator
+
     by_round: dict[int, dict[str, Any]] = {}
     for record in records:
         if record.get("round") is not None:

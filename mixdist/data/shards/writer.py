@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from webdataset.writer import TarWriter
-
 from mixdist.data.layouts import Reader, Sample
 from mixdist.data.recipe import Recipe
 from mixdist.data.shards.decode import Unreadable
@@ -105,6 +103,8 @@ class ShardWriter:
             return None
 
     def _write(self, task: Task, stopped: Callable[[], bool]) -> Made:
+        from webdataset.writer import TarWriter  # imports torch: only where a shard is made
+
         # The process in the name: one whose parent was killed may still be at work on the same shard.
         aside = self.out / PREPARING / f"{task.shard}.{os.getpid()}.partial"
         set_aside: list[SetAside] = []
