@@ -113,6 +113,8 @@ def _expected(key: str, value: str, types: Sequence[str]) -> str:
             known += [(word, word) for word in words]
     if not known:
         return f"{key} ({value}) has the wrong type: expected {' or '.join(types)}"
+    if known == [_PLAIN["<class 'NoneType'>"]]:  # what else may stand there is a section, which has no plain type
+        return f"{key} ({value}) must be a section of keys, or null: write them below {last_part(key)}:"
     spelled, examples = zip(*known, strict=True)
     close = difflib.get_close_matches(value, [e for e in examples if e.isalpha() and e != "null"], n=1, cutoff=0.5)
     example = "[{epochs: 1}]" if key == "pretrain" else [*close, *(e for e in examples if e != "null"), "null"][0]

@@ -16,6 +16,7 @@ from mixdist.data.layouts import SOURCES, open_layout
 from mixdist.data.prepare import SET_ASIDE, SHARD_SAMPLES, Prepared, count_reasons
 from mixdist.data.prepare import prepare as make_shards
 from mixdist.data.recipe import Encoding, Recipe
+from mixdist.messages import counted
 from mixdist.options import parse, plain_parser
 
 _MOST_WORKERS = 16
@@ -106,7 +107,7 @@ def _summary(prepared: Prepared, out: Path, passed_over: int) -> str:
     for split in index.splits:
         shards = [shard for shard in index.shards if shard.split == split]
         samples, size = sum(shard.num_samples for shard in shards), sum(shard.num_bytes for shard in shards)
-        lines.append(f"{split}: {samples} samples, {size / 1e6:.1f} MB, {len(shards)} shards")
+        lines.append(f"{split}: {counted(samples, 'sample')}, {size / 1e6:.1f} MB, {counted(len(shards), 'shard')}")
     if prepared.set_aside:
         lines.append(f"set aside: {len(prepared.set_aside)} images, listed in {out / SET_ASIDE}")
         lines += [f"  {number}: {reason}" for reason, number in count_reasons(prepared.set_aside)]

@@ -20,6 +20,11 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def counted(number: int, noun: str) -> str:
+    """Put a number before a noun: 1 shard, 2 shards."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def told(error: Exception) -> str:
     """Put an error into one line."""
     return one_line(str(error)) + (": mend it and try again" if isinstance(error, OSError) else "")

@@ -19,11 +19,12 @@ from mixdist.data.shards.stream import WebStream, expand
 from mixdist.data.shards.verify import Verdict, examine, missing
 from mixdist.data.shards.web import Missing, Web
 from mixdist.data.shards.workers import default_workers, in_order
+from mixdist.messages import counted
 from mixdist.options import parse, plain_parser
 
 T = TypeVar("T")
 
-_RETRIES, _TIMEOUT_S = 8, 30.0
+_RETRIES, _TIMEOUT_S = 5, 30.0
 _LARGEST_NAMES = 16 << 20
 
 
@@ -88,6 +89,10 @@ def verify(words: Sequence[str]) -> None:
     """
     options = parse(verify_parser(), words)
     _check_workers(options.workers)
+    if "://" in options.folder and not Path(options.folder).is_dir():
+        raise ValueError(
+            f"{options.folder!r} is an address: name the folder that mixdist index ADDRESS --out FOLDER made"
+        )
     folder = Path(options.folder)
     known = ShardIndex.read(folder)
     total = sum(shard.num_bytes for shard in known.shards)
@@ -102,13 +107,14 @@ def verify(words: Sequence[str]) -> None:
         bad, hurt, lines = bad + bool(verdict.lines), hurt + verdict.num_hurt, lines + len(verdict.lines)
     for line in strangers:
         print(line)
-    print(f"{len(parts)} shards, {len(known)} samples, {total / 1e6:.1f} MB: {'' if lines else 'all is well'}", end="")
-    print(f"{bad} shards and {hurt} samples are damaged" if lines else "", flush=True)
+    damaged = f"{counted(bad, 'shard')} and {counted(hurt, 'sample')} are damaged" if lines else "all is well"
+    size = f"{total / 1e6:.1f} MB"
+    print(f"{counted(len(parts), 'shard')}, {counted(len(known), 'sample')}, {size}: {damaged}", flush=True)
     if lines:
         raise ValueError(
-            f"{str(folder)!r} is not what its index says ({bad} of {len(parts)} shards, {hurt} samples): fetch or make "
-            "again what is named above, or the index with mixdist index --force; samples that never were whole are "
-            "passed over with on_error skip"
+            f"{str(folder)!r} is not what its index says ({bad} of {counted(len(parts), 'shard')}, "
+            f"{counted(hurt, 'sample')}): fetch or make again what is named above, or the index with mixdist index "
+            "--force; samples that never were whole are passed over with on_error skip"
         )
 
 
@@ -212,7 +218,7 @@ def _summary(made: ShardIndex, scans: Sequence[Scan], out: Path) -> list[str]:
     for split in made.splits:
         shards = [shard for shard in made.shards if shard.split == split]
         samples, size = sum(shard.num_samples for shard in shards), sum(shard.num_bytes for shard in shards)
-        lines.append(f"{split}: {samples} samples, {size / 1e6:.1f} MB, {len(shards)} shards")
+        lines.append(f"{split}: {counted(samples, 'sample')}, {size / 1e6:.1f} MB, {counted(len(shards), 'shard')}")
     classes = "none" if made.label_N is None else f"{int(made.label_N.max()) + 1} classes"
     lines.append(
         f"members: {', '.join(made.extensions)}   labels: {classes}   attributes: {len(made.attribute_names) or 'none'}"

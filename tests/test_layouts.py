@@ -288,8 +288,18 @@ def test_links(tmp_path: Path) -> None:
     (root / "ant" / "again").symlink_to(root)
     _error(lambda: open_layout("folder", root), "is a link to a folder that it lies in")
     (root / "ant" / "again").unlink()
-    (root / "ant" / "2.jpg").symlink_to(root / "nowhere")
-    _error(lambda: open_layout("folder", root), r"2.jpg' is no file, or a link to nothing")
+
+
+def test_what_only_looks_like_an_image_is_set_aside(tmp_path: Path) -> None:
+    put(tmp_path / "ant" / "1.jpg", picture(1))
+    (tmp_path / "ant" / "2.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "ant" / "3.jpg")
+    layout = open_layout("folder", tmp_path)
+    whole, *odd = [one for _, one in _samples(layout)]
+    assert layout.reader.read(whole)
+    for one in odd:
+        with pytest.raises(Unreadable, match="no plain file"):
+            layout.reader.read(one)
 
 
 def test_names_of_any_bytes(tmp_path: Path) -> None:

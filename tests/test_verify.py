@@ -76,9 +76,9 @@ def test_a_flipped_bit_is_found_in_its_sample(folder: Path, verify: Run, extensi
     assert out[1].startswith(
         f"shard '{SECOND}', byte {offset}: {extension} of sample 20 has other bytes than the index"
     )
-    assert out[2].endswith("MB: 1 shards and 1 samples are damaged")
+    assert out[2].endswith("MB: 1 shard and 1 sample are damaged")
     assert len(out) == 3
-    assert "(1 of 4 shards, 1 samples)" in err
+    assert "(1 of 4 shards, 1 sample)" in err
 
 
 def _examined(part: ShardIndex, data: bytes) -> Verdict:
@@ -117,7 +117,7 @@ def test_a_shard_cut_anywhere_is_found(folder: Path, verify: Run) -> None:
 def test_a_missing_an_empty_and_a_strange_shard(folder: Path, verify: Run) -> None:
     whole = (folder / SECOND).read_bytes()
     (folder / SECOND).unlink()
-    line = f"shard '{SECOND}' is missing: its 30 samples, ids 14 to 43, are lost"
+    line = f"shard '{SECOND}' is missing: it has 30 samples, ids 14 to 43"
     assert line in verify(folder)[1]
     assert line in verify(folder, "--workers", 2)[1]
     (folder / SECOND).mkdir()

@@ -5,6 +5,7 @@ Shape letters: N samples of a part, A attributes, C channels, H height, W width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,8 @@ class Files:
 
     def read(self, sample: Sample) -> bytes:
         path = self.folder / sample.name
+        if os.path.lexists(path) and not path.is_file():  # opening a fifo would wait for ever
+            raise Unreadable("it is no plain file, or a link to nothing")
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise Unreadable(f"it has {size} bytes, expected at most {MAX_BYTES}")

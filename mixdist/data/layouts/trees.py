@@ -35,7 +35,7 @@ def images(folder: Path, deep: bool = True) -> tuple[list[Entry], int]:
         The images in the order of their paths, and the number of other files.
 
     Raises:
-        ValueError: a link leads nowhere, or a folder lies within itself by a link.
+        ValueError: a folder lies within itself by a link.
         OSError: a folder cannot be read.
     """
     found: list[Entry] = []
@@ -60,10 +60,8 @@ def _list(folder: Path, prefix: str, deep: bool, above: tuple[str, ...], found: 
                 others += _list(folder, f"{path}/", deep, (*above, real), found)
             elif not entry.name.lower().endswith(EXTENSIONS):
                 others += 1
-            elif entry.is_file():
-                found.append(Entry(path, entry.stat().st_size))
-            else:
-                raise ValueError(f"{entry.path!r} is no file, or a link to nothing: mend or remove it")
+            else:  # what only looks like an image, as a link to nothing does, is set aside when it is read
+                found.append(Entry(path, entry.stat().st_size if entry.is_file() else 0))
     return others
 
 

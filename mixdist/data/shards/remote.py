@@ -166,4 +166,5 @@ def read_index(address: str, cache: Cache) -> ShardIndex:
 
 
 def _web(base: str, cache: Cache) -> Web:
-    return Web(base, cache.retries, cache.timeout_s)
+    settings = f"cache.retries ({cache.retries}) or cache.timeout_s ({cache.timeout_s:g})"
+    return Web(base, cache.retries, cache.timeout_s, settings)

@@ -27,7 +27,7 @@ class Verdict(NamedTuple):
 def missing(part: ShardIndex, why: str) -> Verdict:
     """Give the verdict on a shard that cannot be read."""
     (shard,) = part.shards
-    line = f"shard {shard.name!r} {why}: its {len(part)} samples, ids {part.id_N[0]} to {part.id_N[-1]}, are lost"
+    line = f"shard {shard.name!r} {why}: it has {len(part)} samples, ids {part.id_N[0]} to {part.id_N[-1]}"
     return Verdict([line], len(part))
 
 

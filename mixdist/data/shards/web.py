@@ -87,14 +87,16 @@ class Web:
         base: address of the folder.
         retries: tries after the first.
         timeout_s: seconds in which a server must answer, and in which what was asked for must have come.
+        settings: names what a user can raise where all tries failed; empty where nothing can be set.
 
     Raises:
         ValueError: the address is not fetched from.
     """
 
-    def __init__(self, base: str, retries: int, timeout_s: float) -> None:
+    def __init__(self, base: str, retries: int, timeout_s: float, settings: str = "") -> None:
         check_address(base)
         self.base, self.retries, self.timeout_s = base.rstrip("/") + "/", retries, timeout_s
+        self.settings = settings
         self._answered = False
         self._opener: OpenerDirector | None = None
 
@@ -194,10 +196,10 @@ class Web:
                 _log.warning("mixdist: %s fails (%s): trying again for up to %.0f s", address, why, until - start)
             time.sleep(pause)
         spent = f"{tries} tries and {time.monotonic() - start:.1f} s"
-        raise OSError(
-            f"{address} did not come in {spent} ({why}): see that the server answers and start again, or raise "
-            f"cache.retries ({self.retries}) or cache.timeout_s ({self.timeout_s:g})"
+        remedy = "see that the server answers and start again" + (
+            f", or raise {self.settings}" if self.settings else ""
         )
+        raise OSError(f"{address} did not come in {spent} ({why}): {remedy}")
 
     def _fetch(self, address: str, offset: int, size: int) -> tuple[bytes, int]:
         end = time.monotonic() + self.timeout_s
