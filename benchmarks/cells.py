@@ -32,6 +32,8 @@ class Problem:
         numbers: the N of the single VAEs.
         base: what stands before N in the list of widths; None for two layers of N.
         seeds: of the runs.
+        num_samples: importance samples for each row and expert.
+        train_rows: rows of the training set that are evaluated: the first ones.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Problem:
     numbers: tuple[int, ...]
     base: tuple[int, ...] | None = None
     seeds: tuple[int, ...] = (0,)
+    num_samples: int = 50
+    train_rows: int = 5000
 
     def widths(self, number: int) -> list[int]:
         """The layers of VAE-N."""
@@ -61,7 +65,7 @@ PROBLEMS = {
         Problem("3modes", "3 modes", HIDDEN, (50, 150), seeds=(0, 1, 2)),
         Problem("5modes", "5 modes", HIDDEN, (50, 150)),
         Problem("9modes", "9 modes", HIDDEN, (50, 150)),
-        Problem("mnist", "MNIST", CHANNELS, (64, 512, 1024), base=(8, 16, 32)),
+        Problem("mnist", "MNIST", CHANNELS, (64, 512, 1024), base=(8, 16, 32), num_samples=10, train_rows=1000),
     )
 }
 

@@ -52,7 +52,9 @@ def finish(cell: Cell, options: argparse.Namespace, splits: Sequence[str] = ("te
     """
     folder: Path = options.out
     told, run = folder / f"{cell.name}.json", folder / cell.name
-    about = {**asdict(cell), "train_rows": options.train_rows, "num_samples": options.num_samples}
+    problem = PROBLEMS[cell.problem]
+    num_samples, train_rows = options.num_samples or problem.num_samples, options.train_rows or problem.train_rows
+    about = {**asdict(cell), "train_rows": train_rows, "num_samples": num_samples}
     if told.exists():
         known: dict[str, Any] = json.loads(told.read_text())
         if {name: known[name] for name in about} != about:
@@ -70,8 +72,8 @@ def finish(cell: Cell, options: argparse.Namespace, splits: Sequence[str] = ("te
     trained = time.monotonic()
     figures, protocol = {}, {}
     for split in splits:
-        words = ["--split", split, "--num_samples", str(options.num_samples)]
-        words += ["--rows", str(options.train_rows)] if split == "train" else []
+        words = ["--split", split, "--num_samples", str(num_samples)]
+        words += ["--rows", str(train_rows)] if split == "train" else []
         command(["evaluate", str(run), *words], folder / f"{cell.name}.log")
         written = json.loads((run / ("evaluation.json" if split == "test" else f"evaluation-{split}.json")).read_text())
         figures[split], protocol = written["figures"], written["protocol"]
@@ -222,8 +224,8 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--columns", help="models: these alone, and no tables")
     parser.add_argument("--jobs", type=positive, default=2, help="cells at once, a process with one thread each")
     parser.add_argument("--data-root", type=Path, default=Path("data/mnist"), help="folder with MNIST's files")
-    parser.add_argument("--num-samples", type=positive, default=50, help="importance samples for each row and expert")
-    parser.add_argument("--train-rows", type=positive, default=5000, help="training rows evaluated: the first ones")
+    parser.add_argument("--num-samples", type=positive, help="importance samples; unset, 50, for digits 10")
+    parser.add_argument("--train-rows", type=positive, help="training rows evaluated; unset, 5000, of digits 1000")
     parser.add_argument("--docs", type=Path, help="Markdown file whose tables are replaced")
     parser.add_argument(
         "--tune", type=float, metavar="SHARE", help="search learning rates with this part of the epochs"
