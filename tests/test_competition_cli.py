@@ -18,7 +18,7 @@ import torch
 import mixdist
 from mixdist.assignment import Assignment
 from mixdist.data import Blobs
-from tests.launch import REMOVED, ROOT, here, torchrun, write_config
+from tests.launch import REMOVED, ROOT, here, together, write_config
 from tests.test_cli import OWN_DATA, complaint, refused
 from tests.test_competition_resume import config_of
 
@@ -322,7 +322,7 @@ def test_one_rank_that_is_not_finite_ends_all(sick: str, folder: Path) -> None:
     changes: dict[str, Any] = {"competition__delivery": "wire", "mesh": {"timeout_s": 60.0}, "competition__block": 40}
     changes |= ILL if sick == "expert" else {"competition__score__init_args__network": JUDGE}
     config = write_config(folder / "c.yaml", changed(**changes))
-    ended = torchrun("train", "--config", config, "--out", "run", ranks=2, folder=folder)
+    ended = together("train", "--config", config, "--out", "run", ranks=2, folder=folder)
     assert ended.code == 1  # torchrun's own
     told = [line for line in ended.err.splitlines() if line.startswith("mixdist: ")]
     where = "round 1" if sick == "expert" else "round 0"
@@ -413,7 +413,7 @@ def test_a_run_is_evaluated_and_sampled(run: Path) -> None:
 def test_evaluation_is_the_same_on_two_ranks(run: Path) -> None:
     assert here("evaluate", str(run), "--num_samples", "20").code == 0
     one = json.loads((run / "evaluation.json").read_text())
-    ended = torchrun("evaluate", "run", "--num_samples", "20", ranks=2, folder=run.parent)
+    ended = together("evaluate", "run", "--num_samples", "20", ranks=2, folder=run.parent)
     assert ended.code == 0, ended.err
     two = json.loads((run / "evaluation.json").read_text())
     assert two["counts_EC"] == one["counts_EC"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixdist.competition import TABLE
 from mixdist.metrics import read_metrics
-from tests.launch import here, start, torchrun, write_config
+from tests.launch import here, start, together, write_config
 
 # Two epochs of pretraining, the first scoring, then rounds of two epochs and a scoring.
 LAST = 2 + 1 + 3 * 3
@@ -192,7 +192,7 @@ def test_other_layouts_take_over_inside_a_round(
     ranks: int, words: list[str], killed: Path, whole: Path, folder: Path
 ) -> None:
     run = Path(shutil.copytree(killed, killed.with_name(f"again-{ranks}")))
-    ended = torchrun("train", "--resume", run.name, *words, ranks=ranks, folder=folder)
+    ended = together("train", "--resume", run.name, *words, ranks=ranks, folder=folder)
     assert ended.code == 0, ended.err
     assert_close(run, whole)
 

@@ -15,7 +15,7 @@ from mixdist.build import Session, build, build_mesh
 from mixdist.density import apportioned, samples_of
 from mixdist.noise import Moment
 from mixdist.parsing import read_config
-from tests.launch import SMALL, here, torchrun, write_config
+from tests.launch import SMALL, here, together, write_config
 
 OPTIMIZER = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.005}}
 HARD: dict[str, Any] = {
@@ -103,7 +103,7 @@ def test_a_sample_depends_on_its_number_and_expert_alone(tmp_path: Path) -> None
 def test_two_ranks_and_one_process_give_the_same(run: Path, tmp_path: Path) -> None:
     one = evaluated("--num_samples", "5", "--kde", "501")
     (run / "evaluation.json").unlink()
-    ended = torchrun("evaluate", "run", "--num_samples", "5", "--kde", "501", ranks=2, folder=tmp_path)
+    ended = together("evaluate", "run", "--num_samples", "5", "--kde", "501", ranks=2, folder=tmp_path)
     assert ended.code == 0, ended
     two = json.loads((run / "evaluation.json").read_text())
     assert two["figures"] == pytest.approx(one["figures"], rel=1e-5)

@@ -13,7 +13,7 @@ import pytest
 import mixdist
 from mixdist.data import Digits
 from mixdist.manifest import MANIFEST
-from tests.launch import SMALL, Ended, changed, here, torchrun, write_config
+from tests.launch import SMALL, Ended, changed, here, together, write_config
 from tests.test_cli import idx_folder
 
 
@@ -73,7 +73,7 @@ def evaluated(run: Path, *words: str, name: str = "evaluation.json") -> tuple[En
 def test_one_process_and_two_ranks_agree_and_say_how(run: Path, folder: Path) -> None:
     ended, one = evaluated(run, "--num_samples", "30")
     (run / "evaluation.json").unlink()
-    two_ranks = torchrun("evaluate", "--num_samples", "30", "run", ranks=2, folder=folder)
+    two_ranks = together("evaluate", "--num_samples", "30", "run", ranks=2, folder=folder)
     assert two_ranks.code == 0, two_ranks
     same(json.loads((run / "evaluation.json").read_text()), one)
     assert not list(run.glob("*.partial"))
@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_refused(words: list[str], told: str, run: Path) ->
 
 
 def test_a_mistake_is_told_once_by_rank_0(run: Path, folder: Path) -> None:
-    ended = torchrun("evaluate", "run", "--num_experts", "5", ranks=2, folder=folder)
+    ended = together("evaluate", "run", "--num_experts", "5", ranks=2, folder=folder)
     assert ended.code == 1  # torchrun's own
     assert ended.err.count("mixdist: ") == 1
     assert "was made with num_experts 4, here is 5" in ended.err

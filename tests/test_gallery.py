@@ -14,7 +14,7 @@ import mixdist
 from mixdist.data import Bananas, Digits
 from mixdist.evaluate import Evaluation
 from mixdist.gallery import NUM_POINTS, NUM_SAMPLES, NUM_WHOLE, samples
-from tests.launch import changed, here, torchrun, write_config
+from tests.launch import changed, here, together, write_config
 from tests.test_density import HARD, session_of
 
 
@@ -38,7 +38,7 @@ def test_a_hard_run_on_images_shows_rounds_labels_and_the_mixture_on_any_layout(
     assert list(one) == ["experts.png", "labels.png", "mixture.png", "rounds.png", "training.png"]
     for name in one:
         (folder / "run" / "images" / name).unlink()
-    ended = torchrun("train", "--resume", "run", ranks=2, folder=folder)  # nothing is left to train
+    ended = together("train", "--resume", "run", ranks=2, folder=folder)  # nothing is left to train
     assert ended.code == 0, ended
     two = pictures(folder / "run")
     assert list(two) == list(one)

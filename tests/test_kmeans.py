@@ -16,7 +16,7 @@ from mixdist.build import build_experts
 from mixdist.data import Digits
 from mixdist.metrics import read_metrics
 from mixdist.parsing import read_config
-from tests.launch import ROOT, here, torchrun, write_config
+from tests.launch import ROOT, here, together, write_config
 
 OWN = '''
 """A centroid that starts near a digit, drawn as initial weights are."""
@@ -59,7 +59,7 @@ def test_rounds_are_the_iterations_of_lloyd(ranks: int, tmp_path: Path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "near_digits.py").write_text(OWN)
     words = ["train", "--config", write_config(tmp_path / "c.yaml", CONFIG), "--out", "run"]
-    ended = here(*words) if ranks == 1 else torchrun(*words, ranks=ranks, folder=tmp_path)
+    ended = here(*words) if ranks == 1 else together(*words, ranks=ranks, folder=tmp_path)
     assert ended.code == 0, ended.err
     digits = Digits().load()[0]
     x = digits.spec["x"].values(digits.rows["x"], torch.float64).flatten(1).numpy()

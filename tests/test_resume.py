@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mixdist.metrics import read_metrics
-from tests.launch import changed, here, start, torchrun, write_config
+from tests.launch import changed, here, start, together, write_config
 
 NUM_STEPS, SAVED, LOGGED = 39, 10, 12  # of a run: one epoch; when it was killed: the newest checkpoint, the last step
 TIMES = ("rows_per_s", "waiting_s", "transfer_s", "peak_memory_bytes")
@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
     """A run of two ranks that nothing interrupts."""
-    ended = torchrun("train", "--config", config_of(folder), "--out", "whole", ranks=2, folder=folder)
+    ended = together("train", "--config", config_of(folder), "--out", "whole", ranks=2, folder=folder)
     assert ended.code == 0, ended.err
     return folder / "whole"
 
@@ -104,7 +104,7 @@ def test_the_same_layout_goes_on_bit_for_bit(killed: Path, whole: Path, folder: 
     run = copy_of(killed, "again-2")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')  # torn by the kill
-    ended = torchrun("train", "--resume", run.name, ranks=2, folder=folder)
+    ended = together("train", "--resume", run.name, ranks=2, folder=folder)
     assert ended.code == 0, ended.err
     assert records(run) == records(whole)
     mine, theirs = weights(run), weights(whole)
@@ -128,7 +128,7 @@ def test_one_process_takes_over_from_two(
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_other_layouts_take_over(ranks: int, killed: Path, whole: Path, folder: Path) -> None:
     run = copy_of(killed, f"again-{ranks}")
-    ended = torchrun("train", "--resume", run.name, ranks=ranks, folder=folder)
+    ended = together("train", "--resume", run.name, ranks=ranks, folder=folder)
     assert ended.code == 0, ended.err
     assert_close(run, whole)
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from mixdist.metrics import read_metrics
-from tests.launch import Started, descendants, here, torchrun, write_config
+from tests.launch import Started, descendants, here, together, write_config
 from tests.range_server import RangeServer
 from tests.tars import COUNTS, make_index, make_shards, sample_of, write_shard
 from tests.test_cli import refused
@@ -107,7 +107,7 @@ def config_of(kind: dict[str, Any], data: dict[str, Any] | None, **rules: Any) -
 
 def run(config: str, out: str, ranks: int = 1) -> str:
     words = ("train", "--config", config, "--out", out)
-    ended = here(*words) if ranks == 1 else torchrun(*words, ranks=ranks, folder=Path.cwd())
+    ended = here(*words) if ranks == 1 else together(*words, ranks=ranks, folder=Path.cwd())
     assert ended.code == 0, ended.err
     return out
 
@@ -163,7 +163,7 @@ def test_a_run_goes_on_inside_an_epoch_on_another_layout(kind: dict[str, Any]) -
     checkpoints = sorted(Path("cut/checkpoints").glob("step-*"))
     for newer in checkpoints[3:]:
         shutil.rmtree(newer)
-    ended = torchrun("train", "--resume", "cut", ranks=2, folder=Path.cwd())
+    ended = together("train", "--resume", "cut", ranks=2, folder=Path.cwd())
     assert ended.code == 0, ended.err
     same("cut", "whole")
 
@@ -188,7 +188,7 @@ def test_samples_that_cannot_be_read_are_left_out_alike() -> None:
 
 def test_a_sample_that_cannot_be_read_ends_every_rank() -> None:
     damage()
-    ended = torchrun("train", "--config", config_of(SOFT, {}), "--out", "r", ranks=2, folder=Path.cwd())
+    ended = together("train", "--config", config_of(SOFT, {}), "--out", "r", ranks=2, folder=Path.cwd())
     assert ended.code == 1
     lines = [line for line in ended.err.splitlines() if line.startswith("mixdist:")]
     assert len(lines) == 1
