@@ -84,6 +84,7 @@ def test_a_baseline_that_may_learn_less_is_refused() -> None:
         cells.plan(cells.PROBLEMS["3modes"], options)
 
 
+@pytest.mark.slow
 def test_the_command_makes_every_cell_once_and_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     docs = tmp_path / "docs.md"
     marks = [f"<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in ("modes", "costs")]

@@ -17,6 +17,7 @@ from tests.launch import start as start_torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "digits_moe.yaml"
+SLOW = pytest.mark.slow
 TIMEOUT_S = 15
 
 
@@ -39,7 +40,11 @@ def start(rank: int, port: str, out: Path) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize(("sent", "lost"), [(signal.SIGKILL, 1), (signal.SIGKILL, 2), (signal.SIGSTOP, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("sent", "lost"),
+    [(signal.SIGKILL, 1), pytest.param(signal.SIGKILL, 2, marks=SLOW), pytest.param(signal.SIGSTOP, 1, marks=SLOW)],
+    ids=str,
+)
 def test_a_lost_rank_is_named_and_nobody_waits_for_it(tmp_path: Path, sent: signal.Signals, lost: int) -> None:
     port, metrics = free_port(), tmp_path / "run" / "metrics.jsonl"
     ranks = [start(rank, port, tmp_path / "run") for rank in range(3)]

@@ -125,7 +125,7 @@ def test_one_process_takes_over_from_two(
     assert [r["wire_bytes"] for r in read_metrics(run)][SAVED:] == [0] * (NUM_STEPS - SAVED)
 
 
-@pytest.mark.parametrize("ranks", [3, 4])
+@pytest.mark.parametrize("ranks", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_other_layouts_take_over(ranks: int, killed: Path, whole: Path, folder: Path) -> None:
     run = copy_of(killed, f"again-{ranks}")
     ended = together("train", "--resume", run.name, ranks=ranks, folder=folder)
