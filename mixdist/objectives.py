@@ -152,13 +152,38 @@ class WeightedLoss(Objective):
 
 
 class MixtureLikelihood(Objective):
-    """-log sum_e r_ne exp(-l_ne) - w H(r_n), nats: the likelihood form (seed document 001, section 4), where w = 0.
+    """-T log sum_e r_ne exp(-l_ne / T) - w H(r_n), nats: with T = 1 the likelihood form (seed document 001, section 4).
 
-    It is then a negative log-likelihood (or a bound on it) where the experts' losses are.
+    With w = 0 as well it is a negative log-likelihood (or a bound on it) where the experts' losses are. A larger T lets
+    experts share rows: expert e learns from row n with weight r_ne exp(-l_ne / T) / sum_f r_nf exp(-l_nf / T), the
+    tempered posterior of deterministic annealing (Ueda and Nakano 1998, eq. 9), and L goes to the weighted loss as T
+    grows. Losses of images differ by hundreds of nats between experts, so that with T = 1 a row has one expert alone.
+
+    Args:
+        balance: as every objective's.
+        entropy_bonus: as every objective's.
+        entropy_steps: as every objective's.
+        temperature: T, nats.
+
+    Raises:
+        ValueError: a temperature that is not finite and above 0.
     """
 
+    def __init__(
+        self,
+        balance: Balance | None = None,
+        entropy_bonus: float = 0.0,
+        entropy_steps: int = 0,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(balance, entropy_bonus, entropy_steps)
+        if not (math.isfinite(temperature) and temperature > 0):
+            told = f"MixtureLikelihood's temperature ({temperature})"
+            raise ValueError(f"{told} must be above 0: give 1 for the likelihood")
+        self.temperature = temperature
+
     def expert_rows(self, log_resp_BE: Tensor, losses_BE: Tensor) -> Tensor:
-        return -torch.logsumexp(log_resp_BE - losses_BE, dim=-1)
+        return -self.temperature * torch.logsumexp(log_resp_BE - losses_BE / self.temperature, dim=-1)
 
 
 class Information(Objective):

@@ -161,6 +161,8 @@ COMPUTE = {"whole": Compute(), "pieces": Compute(micro_batch=2), "recompute": Co
 
 def make_objective(case: Case) -> Objective:
     balances: dict[str, Balance | None] = {"none": None, "variance": VarianceBalance(0.1), "kl": KLBalance(2.0, 10)}
+    if case.objective == "tempered":
+        return MixtureLikelihood(balances[case.balance], temperature=3.0)
     if case.objective == "sharpened":
         return WeightedLoss(balances[case.balance], entropy_bonus=-0.3, entropy_steps=12)
     kind = {"weighted": WeightedLoss, "mixture": MixtureLikelihood}[case.objective]

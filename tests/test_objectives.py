@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -22,7 +23,7 @@ from mixdist.objectives import (
     WeightedLoss,
 )
 
-OBJECTIVES = [WeightedLoss(), MixtureLikelihood()]
+OBJECTIVES = [WeightedLoss(), MixtureLikelihood(), MixtureLikelihood(temperature=3.0)]
 BALANCES = [VarianceBalance(0.3), KLBalance(0.7)]
 by_name = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 balance_by_name = pytest.mark.parametrize("balance", BALANCES, ids=lambda b: type(b).__name__)
@@ -82,6 +83,26 @@ def test_gradient_by_the_losses_is_the_posterior_responsibility() -> None:
     _close(gradient, joint / joint.sum(1, keepdims=True))
     (gradient,) = torch.autograd.grad(WeightedLoss().rows(log_resp, losses).sum(), losses)
     _close(gradient, log_resp.detach().exp())
+
+
+def test_a_temperature_shares_rows_among_experts() -> None:
+    log_resp, losses = _inputs(rows=1000)
+    for temperature in (0.5, 1.0, 4.0):
+        tempered = MixtureLikelihood(temperature=temperature)
+        rows = tempered.rows(log_resp, losses)
+        _close(rows, temperature * MixtureLikelihood().rows(log_resp, losses / temperature))
+        (gradient,) = torch.autograd.grad(rows.sum(), losses, retain_graph=True)
+        joint = np.exp(log_resp.detach().numpy() - losses.detach().numpy() / temperature)
+        _close(gradient, joint / joint.sum(1, keepdims=True))
+    of = [MixtureLikelihood(temperature=t).rows(log_resp, losses) for t in (1.0, 10.0, 1e7)]
+    assert (of[0] < of[1]).all()
+    torch.testing.assert_close(of[2], WeightedLoss().rows(log_resp, losses), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
+def test_a_temperature_is_above_0(temperature: float) -> None:
+    with pytest.raises(ValueError, match=r"MixtureLikelihood's temperature .* must be above 0"):
+        MixtureLikelihood(temperature=temperature)
 
 
 def test_mixture_likelihood_lies_between_the_least_and_the_weighted_loss() -> None:
@@ -196,7 +217,8 @@ def test_objectives_carry_their_balance(objective: Objective) -> None:
 @pytest.mark.parametrize("bonus", [0.7, -0.4])
 def test_the_entropy_is_a_term_of_its_own(objective: Objective, bonus: float) -> None:
     log_resp, losses = _inputs()
-    with_bonus = type(objective)(entropy_bonus=bonus)
+    with_bonus = copy.copy(objective)
+    with_bonus.entropy_bonus = with_bonus.entropy_weight = bonus
     expected = scipy.stats.entropy(log_resp.detach().exp().numpy(), axis=1)
     _close((objective.rows(log_resp, losses) - with_bonus.rows(log_resp, losses)).detach(), bonus * expected)
     _close(with_bonus.expert_rows(log_resp, losses), objective.rows(log_resp, losses))

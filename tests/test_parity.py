@@ -22,7 +22,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "num_experts": (4, 5),
     "execution": ("loop", "stacked"),
     "accumulate": (1, 3),
-    "objective": ("weighted", "mixture", "sharpened"),
+    "objective": ("weighted", "mixture", "tempered", "sharpened"),
     "balance": ("none", "variance", "kl"),
     "routing": ("dense", "top1", "top2", "top3", "top1-tight", "top2-tight", "top3-tight", "top2-raw"),
     "way": ("back", "ahead"),
@@ -38,7 +38,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
 
 def possible(row: dict[str, Any]) -> bool:
     """Say whether options go together."""
-    ahead_of_what = row.get("way") == "ahead" and row.get("objective") == "mixture"  # not linear in the losses
+    ahead_of_what = row.get("way") == "ahead" and row.get("objective") in ("mixture", "tempered")  # not linear
     no_stack = row.get("execution") == "stacked" and row.get("expert") == "conv"
     nothing_learns = row.get("trains") == "gate" and row.get("gate") in ("oracle", "uniform")
     return not (ahead_of_what or no_stack or nothing_learns)
