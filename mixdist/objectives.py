@@ -156,7 +156,7 @@ class MixtureLikelihood(Objective):
 
     With w = 0 as well it is a negative log-likelihood (or a bound on it) where the experts' losses are. A larger T lets
     experts share rows: expert e learns from row n with weight r_ne exp(-l_ne / T) / sum_f r_nf exp(-l_nf / T), the
-    tempered posterior of deterministic annealing (Ueda and Nakano 1998, eq. 9), and L goes to the weighted loss as T
+    tempered posterior of deterministic annealing (Ueda and Nakano 1998), and L goes to the weighted loss as T
     grows. Losses of images differ by hundreds of nats between experts, so that with T = 1 a row has one expert alone.
 
     Args:
