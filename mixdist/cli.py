@@ -52,5 +52,6 @@ def main(words: Sequence[str] | None = None) -> int:
         return fail(told(error), Launch.read().rank, alone=isinstance(error, Alone))
     except KeyboardInterrupt as interrupt:
         remedy = str(interrupt) or ("the same command goes on" if words[0] == "prepare" else "start it again")
-        print(f"mixdist: interrupted: {remedy}", file=sys.stderr)
+        if Launch.read().rank == 0:
+            print(f"mixdist: interrupted: {remedy}", file=sys.stderr)
         return INTERRUPTED

@@ -54,7 +54,8 @@ def train(words: Sequence[str]) -> None:
                 try:
                     _train(config, session, trainer, run, dump(parser, parsed), bool(resumed))
                 except KeyboardInterrupt:
-                    raise KeyboardInterrupt(f"go on with mixdist train --resume {run}") from None
+                    again = f"go on with mixdist train --resume {run}"
+                    raise KeyboardInterrupt(again if _has_checkpoint(run) else _begin_anew(run)) from None
     finally:
         if held is not None:
             held.close()
@@ -122,6 +123,14 @@ def _hold(run: Path, mesh: Mesh) -> IO[str] | None:
     return held
 
 
+def _has_checkpoint(run: Path) -> bool:
+    return any((run / "checkpoints").glob("step-*"))
+
+
+def _begin_anew(run: Path) -> str:
+    return f"it has no checkpoint yet, so remove {run} and start it again"
+
+
 def _choose_directory(parsed: Namespace, resumed: Path | None) -> Path:
     if resumed:
         if parsed.out and Path(parsed.out).resolve() != resumed.resolve():
@@ -130,7 +139,8 @@ def _choose_directory(parsed: Namespace, resumed: Path | None) -> Path:
     if parsed.out:
         run = Path(parsed.out)
         if any((run / name).exists() for name in (RESOLVED, "checkpoints", "metrics.jsonl")):
-            raise ValueError(f"--out {run} holds a run already: go on with --resume {run}, or name another directory")
+            again = f"go on with --resume {run}" if _has_checkpoint(run) else _begin_anew(run)
+            raise ValueError(f"--out {run} holds a run already: {again}, or name another directory")
         run.mkdir(parents=True, exist_ok=True)
         return run
     stem = Path(str(parsed.config[-1])).stem if parsed.config else "run"

@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import gzip
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -136,6 +137,8 @@ def test_an_unknown_key_is_refused_at_any_depth(changes: dict[str, Any], told: l
         ({"data__init_args__test_fraction": "some"}, ["data.init_args.test_fraction (some) must be a number"]),
         ({"data": [1]}, ["data ([1]) must have class_path", "choose mixdist.data.Bananas, mixdist.data.Blobs"]),
         ({"pretrain": {"epochs": 2}}, ["pretrain ({'epochs': 2}) must be a list: write pretrain: [{epochs: 1}]"]),
+        ({"expert__init_args__beta": None}, ["expert.init_args.beta (null) must have a value: leave it out"]),
+        ({"gate__init_args__hidden": None}, ["gate.init_args.hidden (null) must have a value"]),
         ({"pretrain": [{"epochs": "two"}]}, ["pretrain.epochs (two) must be a whole number"]),
     ],
 )
@@ -560,6 +563,10 @@ def test_a_run_is_not_written_over(folder: Path) -> None:
     run = trained(folder)
     line = refused("train", "--config", "c.yaml", "--out", "run")
     assert line == "--out run holds a run already: go on with --resume run, or name another directory"
+    shutil.copytree(run, run.with_name("begun"), ignore=shutil.ignore_patterns("step-*"))
+    line = refused("train", "--config", "c.yaml", "--out", "begun")
+    told = "it has no checkpoint yet, so remove begun and start it again, or name another directory"
+    assert line == f"--out begun holds a run already: {told}"
     line = refused("train", "--resume", "run", "--out", "other")
     assert line == "--out other differs from --resume run: a run goes on in its own directory"
     for path in run.glob("checkpoints/step-*/*"):
