@@ -224,7 +224,7 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--columns", help="models: these alone, and no tables")
     parser.add_argument("--jobs", type=positive, default=2, help="cells at once, a process with one thread each")
     parser.add_argument("--data-root", type=Path, default=Path("data/mnist"), help="folder with MNIST's files")
-    parser.add_argument("--num-samples", type=positive, help="importance samples; unset, 50, for digits 10")
+    parser.add_argument("--num-samples", type=positive, help="importance samples; unset, 50, of digits 10")
     parser.add_argument("--train-rows", type=positive, help="training rows evaluated; unset, 5000, of digits 1000")
     parser.add_argument("--docs", type=Path, help="Markdown file whose tables are replaced")
     parser.add_argument(

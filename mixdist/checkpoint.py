@@ -55,6 +55,11 @@ def directory_name(step: int) -> str:
     return f"step-{step:09d}"
 
 
+def checkpoints_in(root: Path) -> list[Path]:
+    """List the complete checkpoints in a folder, the newest first; none where there is no folder."""
+    return sorted((p for p in root.glob("step-*") if p.name.removeprefix("step-").isdigit()), reverse=True)
+
+
 def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -173,7 +178,7 @@ class CheckpointStore:
 
     def found(self) -> list[Path]:
         """The checkpoints under their final names, newest first."""
-        return sorted((p for p in self.root.glob("step-*") if p.name.removeprefix("step-").isdigit()), reverse=True)
+        return checkpoints_in(self.root)
 
     def choose(self) -> tuple[Path, list[str]]:
         """Give the newest good checkpoint and a sentence for each damaged one passed over; every rank calls it.

@@ -281,7 +281,7 @@ def clustering(counts_EC: np.ndarray) -> dict[str, float]:
     rows of their expert's most frequent class; nmi: mutual information over the arithmetic mean of the entropies; ari:
     adjusted Rand index.
     """
-    # Heavy, and needed by rank 0 at the end of a run alone.
+    # Heavy, and needed at the end of a run alone.
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 

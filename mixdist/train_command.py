@@ -15,7 +15,7 @@ from typing import IO
 from jsonargparse import ArgumentParser, Namespace
 
 from mixdist.build import Session, build, build_mesh, build_ring, describe, first_table
-from mixdist.checkpoint import CheckpointStore
+from mixdist.checkpoint import CheckpointStore, checkpoints_in
 from mixdist.commands import summary
 from mixdist.competition import Competition
 from mixdist.config import Config
@@ -54,8 +54,7 @@ def train(words: Sequence[str]) -> None:
                 try:
                     _train(config, session, trainer, run, dump(parser, parsed), bool(resumed))
                 except KeyboardInterrupt:
-                    again = f"go on with mixdist train --resume {run}"
-                    raise KeyboardInterrupt(again if _has_checkpoint(run) else _begin_anew(run)) from None
+                    raise KeyboardInterrupt(_remedy(run, "mixdist train --resume")) from None
     finally:
         if held is not None:
             held.close()
@@ -123,11 +122,10 @@ def _hold(run: Path, mesh: Mesh) -> IO[str] | None:
     return held
 
 
-def _has_checkpoint(run: Path) -> bool:
-    return any((run / "checkpoints").glob("step-*"))
-
-
-def _begin_anew(run: Path) -> str:
+def _remedy(run: Path, go_on: str) -> str:
+    """Say how a run that has ended goes on: from its checkpoint, or anew."""
+    if checkpoints_in(run / "checkpoints"):
+        return f"go on with {go_on} {run}"
     return f"it has no checkpoint yet, so remove {run} and start it again"
 
 
@@ -139,7 +137,7 @@ def _choose_directory(parsed: Namespace, resumed: Path | None) -> Path:
     if parsed.out:
         run = Path(parsed.out)
         if any((run / name).exists() for name in (RESOLVED, "checkpoints", "metrics.jsonl")):
-            again = f"go on with --resume {run}" if _has_checkpoint(run) else _begin_anew(run)
+            again = _remedy(run, "--resume")
             raise ValueError(f"--out {run} holds a run already: {again}, or name another directory")
         run.mkdir(parents=True, exist_ok=True)
         return run

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mixdist.data.layouts.layout import Arrays, Layout, Missing, Part
 from mixdist.data.layouts.trees import Entry, digest
+from mixdist.messages import one_line
 
 Bytes = NDArray[np.uint8]
 
@@ -106,7 +107,7 @@ def read_idx(path: Path, num_dims: int) -> Bytes:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             return _read_stream(stream, str(path), num_dims)
     except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{str(path)!r} cannot be read ({_one_line(error)}): fetch the file again.") from error
+        raise ValueError(f"{str(path)!r} cannot be read ({one_line(str(error))}): fetch the file again.") from error
 
 
 def _read_stream(stream: BinaryIO | gzip.GzipFile, path: str, num_dims: int) -> Bytes:
@@ -145,7 +146,3 @@ def _read_at_most(stream: BinaryIO | gzip.GzipFile, size: int) -> bytearray:
 
 def _truncated(path: str, expected: int, found: int) -> str:
     return f"{path!r} is truncated: expected {expected} bytes, found {found}: fetch the file again."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
