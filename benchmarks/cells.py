@@ -49,10 +49,6 @@ class Problem:
         """The layers of VAE-N."""
         return [number, number] if self.base is None else [*self.base, number]
 
-    def in_proportion(self, width: int) -> list[int]:
-        """The layers of the matched VAE: the mixture's, made wider alike."""
-        return [width, width] if self.base is None else [width * 2**level for level in range(len(self.base) + 1)]
-
     def columns(self) -> list[str]:
         """Names of the models."""
         return ["kVAEs", "bag", *(f"VAE-{number}" for number in self.numbers), "matched"]
@@ -65,7 +61,7 @@ PROBLEMS = {
         Problem("3modes", "3 modes", HIDDEN, (50, 150), seeds=(0, 1, 2)),
         Problem("5modes", "5 modes", HIDDEN, (50, 150)),
         Problem("9modes", "9 modes", HIDDEN, (50, 150)),
-        Problem("mnist", "MNIST", CHANNELS, (64, 512, 1024), base=(8, 16, 32), num_samples=10, train_rows=1000),
+        Problem("mnist", "MNIST", CHANNELS, (64, 512, 1024), base=(8, 16, 32), num_samples=5, train_rows=1000),
     )
 }
 
@@ -158,11 +154,11 @@ def plan(problem: Problem, options: argparse.Namespace) -> list[Cell]:
     train, _ = mixture.data.load()
 
     def count(width: int) -> int:
-        words = ["--config", str(files["vae"]), problem.key, json.dumps(problem.in_proportion(width)), *more]
+        words = ["--config", str(files["vae"]), problem.key, json.dumps(problem.widths(width)), *more]
         return num_parameters(read(words), train.spec)
 
     layers = {f"VAE-{number}": problem.widths(number) for number in problem.numbers}
-    layers["matched"] = problem.in_proportion(matching(num_parameters(mixture, train.spec), count))
+    layers["matched"] = problem.widths(matching(num_parameters(mixture, train.spec), count))
     cells = []
     for column in problem.columns():
         kind = {"kVAEs": "small", "bag": "bag"}.get(column, "vae")

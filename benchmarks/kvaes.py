@@ -11,7 +11,7 @@ runs these models alone and prints their figures instead of the tables, which ne
     bag       as many VAEs, each on a random part of the rows for good: configs/kvaes_*_bag.yaml
     VAE-N     one VAE on all rows: configs/kvaes_*_vae.yaml; N is the width of both hidden layers, or the filters of the
               last convolutional layer
-    matched   one VAE with as many parameters as all VAEs of the mixture together
+    matched   VAE-N with the N that gives it as many parameters as all VAEs of the mixture together have
 
 Every baseline has the mixture's likelihood, latent dimensions and batch size, and as many sample-gradients (a row in a
 batch of an expert counts once): else the command refuses. `--tune SHARE` prints, instead of the tables, training
@@ -42,6 +42,7 @@ from turns import positive
 
 from mixdist.cli import main as mixdist
 from mixdist.metrics import table
+from mixdist.process import end_with_parent
 
 
 def finish(cell: Cell, options: argparse.Namespace, splits: Sequence[str] = ("test", "train")) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def run_all(cells: Sequence[Cell], options: argparse.Namespace, splits: Sequence
     order = sorted(cells, key=lambda cell: -cell.gradients * cell.parameters)
     # Workers import torch once and run cell after cell: a start takes seconds, and there are some ninety commands.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(options.jobs, context, begin) as pool:
         futures = [pool.submit(finish, cell, options, splits) for cell in order]
         try:
             errors = [error for error in map(_tell, as_completed(futures)) if error]
@@ -120,6 +121,12 @@ def run_all(cells: Sequence[Cell], options: argparse.Namespace, splits: Sequence
         raise ValueError("\n".join(errors))
     by_name = {future.result()["name"]: future.result() for future in futures}
     return [by_name[cell.name] for cell in cells]
+
+
+def begin() -> None:
+    """Make a worker ready: one thread, and no life of its own."""
+    torch.set_num_threads(1)
+    end_with_parent()
 
 
 def _tell(future: Future[dict[str, Any]]) -> str | None:
@@ -224,7 +231,7 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--columns", help="models: these alone, and no tables")
     parser.add_argument("--jobs", type=positive, default=2, help="cells at once, a process with one thread each")
     parser.add_argument("--data-root", type=Path, default=Path("data/mnist"), help="folder with MNIST's files")
-    parser.add_argument("--num-samples", type=positive, help="importance samples; unset, 50, of digits 10")
+    parser.add_argument("--num-samples", type=positive, help="importance samples; unset, 50, of digits 5")
     parser.add_argument("--train-rows", type=positive, help="training rows evaluated; unset, 5000, of digits 1000")
     parser.add_argument("--docs", type=Path, help="Markdown file whose tables are replaced")
     parser.add_argument(

@@ -10,6 +10,8 @@ term, fused Adam, float32. The rivals take turns in the same processes:
                      and slow down whoever follows, more so where the machine is not ours alone
     ddp              DistributedDataParallel over gate and all experts, a share of the batch on each rank; gradients are
                      views of its buckets, the graph is static, its all-reduces run under the backward pass
+    apart            every rank as many experts on as many rows as in mixdist, and no word between ranks: what would be
+                     left if dispatch cost nothing, and how much ranks with equal work differ by themselves
     expert-parallel  mixdist's SoftMixture and NativeEngine, plain; then with its switches
 
 The balance term of the process rivals and of DDP is over the rows at hand, as their users write it; mixdist's is over
@@ -20,13 +22,15 @@ CPU time is summed over ranks, waiting left out: what a step costs, also where o
 Bytes: of the experts' parameters and of the optimiser's state held by a rank (mean over ranks); sent by a rank in a
 step (mean over ranks; a reduction of n bytes over W ranks counts 2 (W - 1) / W n, for DDP computed from its
 gradients). Waiting (for the last rank) and transfer are shares of separate steps of mixdist in which a barrier stands
-before each collective: such steps cannot overlap anything, so prefetch shows as if it did not help.
+before each collective: such steps cannot overlap anything, so prefetch shows as if it did not help. Of "apart",
+waiting is the mean over ranks of what each would wait for the slowest at the end of a step: the machine's part.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rivals import SIZES, ExpertParallel, Problem, Replicated, Rival, num_bytes, on_rank_0
@@ -44,6 +48,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "one_way+prefetch+micro_batch": {"one_way": True, "prefetch": True, "micro_batch": 32},
 }
 OURS = "expert-parallel "
+PEERS = ["process", "process+", "ddp", "apart"]
 
 
 def main() -> None:
@@ -60,9 +65,10 @@ def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     rivals = make(problem, mesh, options)
     seconds, cpu = take_turns(runs(rivals, mesh), options, mesh)
     by_rival = {
-        name: describe(name, rival, seconds[name], cpu[name], problem, mesh) | traffic(rival, mesh, options.timed_steps)
-        for name, rival in rivals.items()
+        name: describe(name, rival, seconds[name], cpu[name], problem, mesh) for name, rival in rivals.items()
     }
+    for name, found in traffic(rivals, mesh, options.timed_steps).items():
+        by_rival[name].update(found)
     ratios = compare(seconds, cpu, by_rival)
     show(by_rival, ratios, mesh)
     return {"rivals": by_rival, **ratios}
@@ -76,9 +82,9 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, default=64, help="rows of the global batch")
     parser.add_argument("--image", type=positive, default=64, help="height and width of the images")
     parser.add_argument("--balance", type=float, default=1.0, help="weight of the KL balance term; 0 for none")
-    parser.add_argument("--timed-steps", type=int, default=7, help="of mixdist, with barriers: waiting and transfer")
+    parser.add_argument("--timed-steps", type=int, default=15, help="with barriers: waiting and transfer")
     parser.add_argument("--switches", nargs="*", choices=SWITCHES, default=list(SWITCHES), help="of mixdist")
-    parser.add_argument("--peers", nargs="*", choices=["process", "process+", "ddp"], default=["process", "ddp"])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=["process", "ddp", "apart"])
     return parser.parse_args(words)
 
 
@@ -93,6 +99,10 @@ def make(problem: Problem, mesh: Mesh, options: argparse.Namespace) -> dict[str,
     for name in options.peers:
         if name == "ddp":
             made[name] = Replicated(problem, dataset, mesh, mesh.device)
+        elif name == "apart":
+            rows = problem.batch_size // mesh.placement.num_replicas
+            own = replace(problem, num_experts=len(mesh.experts), batch_size=rows)
+            made[name] = Replicated(own, dataset, None, mesh.device)
         else:
             made[name] = None if mesh.rank else Replicated(problem, dataset, None, mesh.device)
     for name in options.switches:
@@ -133,22 +143,26 @@ def describe(
     return told
 
 
-def traffic(rival: Rival | None, mesh: Mesh, timed_steps: int) -> dict[str, Any]:
-    """Give, of mixdist, bytes of a step, and the shares of waiting and transfer in steps with barriers."""
-    if not isinstance(rival, ExpertParallel):
-        return {}
-    shares: dict[str, list[float]] = {"waiting": [], "transfer": [], "together": []}
-    meter = rival.wire.meter
+def traffic(rivals: dict[str, Rival | None], mesh: Mesh, timed_steps: int) -> dict[str, dict[str, Any]]:
+    """Give the shares of waiting and transfer in separate steps, in which the rivals take turns; and bytes of a step."""
+    told: dict[str, dict[str, Any]] = {}
+    shares: dict[str, dict[str, list[float]]] = {}
     for _ in range(timed_steps):
-        begin = now(mesh, barrier=True)
-        rival.step(timed=True)
-        took = now(mesh) - begin
-        waiting, transfer = (mean(gather_json(s / took, mesh.world)) for s in (meter.waiting_s, meter.transfer_s))
-        for key, share in (("waiting", waiting), ("transfer", transfer), ("together", waiting + transfer)):
-            shares[key].append(share)
-    names = ("wire_bytes", "wire_bytes_least", "sync_bytes")
-    counted = {name: mean(gather_json(getattr(meter, name), mesh.world)) for name in names}
-    return {**counted, **{name: figures(values) for name, values in shares.items()}}
+        for name, rival in rivals.items():
+            if rival is None or not (isinstance(rival, ExpertParallel) or name == "apart"):
+                continue
+            begin = now(mesh, barrier=True)
+            rival.step(timed=True)
+            all_took = gather_json(now(mesh) - begin, mesh.world)
+            seconds = {"waiting": mean([max(all_took) - took for took in all_took]), "transfer": 0.0}
+            if isinstance(rival, ExpertParallel):
+                meter = rival.wire.meter
+                seconds = {key: mean(gather_json(getattr(meter, key + "_s"), mesh.world)) for key in seconds}
+                counts = ("wire_bytes", "wire_bytes_least", "sync_bytes")
+                told[name] = {key: mean(gather_json(getattr(meter, key), mesh.world)) for key in counts}
+            for key, value in (seconds | {"together": sum(seconds.values())}).items():
+                shares.setdefault(name, {}).setdefault(key, []).append(value / max(all_took))
+    return {name: told.get(name, {}) | {key: figures(of) for key, of in own.items()} for name, own in shares.items()}
 
 
 def compare(seconds: dict[str, list[float]], cpu: dict[str, list[float]], by_rival: dict[str, Any]) -> dict[str, Any]:

@@ -48,8 +48,16 @@ def keep_large_blocks() -> None:
 def follow_launcher() -> None:
     """Let this process end with the torchrun that started it, which gives each process a session of its own.
 
-    prctl's PR_SET_PDEATHSIG is 1. Nothing happens without torchrun, where a parent may well end first.
+    Nothing happens without torchrun, where a parent may well end first.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        with suppress(OSError, AttributeError):  # Linux alone has it
-            ctypes.CDLL("libc.so.6").prctl(1, int(signal.SIGTERM))
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Have this process sent SIGTERM when the one that started it ends, however that ends.
+
+    prctl's PR_SET_PDEATHSIG is 1.
+    """
+    with suppress(OSError, AttributeError):  # Linux alone has it
+        ctypes.CDLL("libc.so.6").prctl(1, int(signal.SIGTERM))

@@ -65,9 +65,11 @@ def test_a_step_holds_half_of_what_ddp_holds_and_sends_the_least(pool: Callable[
     told = pool(2).run(f"{__name__}:measure", "step", words, 2)[0]
     rivals = told["rivals"]
     ours = [f"expert-parallel {name}" for name in switches]
-    assert list(rivals) == ["process", "ddp", *ours]
+    assert list(rivals) == ["process", "ddp", "apart", *ours]
     assert told["held_over_ddp"] <= 0.55
     assert rivals["process"]["expert_bytes"] == rivals["ddp"]["expert_bytes"] == 2 * rivals[ours[0]]["expert_bytes"]
+    assert rivals["apart"]["expert_bytes"] == rivals[ours[0]]["expert_bytes"]
+    assert 0 <= rivals["apart"]["waiting"]["median"] < 1
     for name in ours:
         # 32 rows of 12,288 bytes with their ids; 32 losses one way and 32 numbers the other.
         assert rivals[name]["wire_bytes"] == rivals[name]["wire_bytes_least"] == 32 * (12288 + 8) + 2 * 32 * 4

@@ -159,6 +159,8 @@ class ExpertBank(nn.Module):
                 _differentiate(losses, grads_RE[places, i])
                 kept.append((places, i, losses.detach()))
         assert grads_RE is not None
+        if grads_RE.shape[1] == 1 and isinstance(kept[0][0], slice) and len(kept) == 1:
+            return kept[0][2][:, None]  # one expert that trains by itself: a small one's time goes by its calls
         losses_RE = torch.zeros_like(grads_RE)
         for places, i, losses in kept:
             losses_RE[places, i] = losses
