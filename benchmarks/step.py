@@ -64,9 +64,7 @@ def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     problem = Problem(options.size, options.experts, options.batch, options.image, options.balance)
     rivals = make(problem, mesh, options)
     seconds, cpu = take_turns(runs(rivals, mesh), options, mesh)
-    by_rival = {
-        name: describe(name, rival, seconds[name], cpu[name], problem, mesh) for name, rival in rivals.items()
-    }
+    by_rival = {name: describe(name, rival, seconds[name], cpu[name], problem, mesh) for name, rival in rivals.items()}
     for name, found in traffic(rivals, mesh, options.timed_steps).items():
         by_rival[name].update(found)
     ratios = compare(seconds, cpu, by_rival)
@@ -144,7 +142,7 @@ def describe(
 
 
 def traffic(rivals: dict[str, Rival | None], mesh: Mesh, timed_steps: int) -> dict[str, dict[str, Any]]:
-    """Give the shares of waiting and transfer in separate steps, in which the rivals take turns; and bytes of a step."""
+    """Give shares of waiting and transfer, in separate steps in which the rivals take turns; and bytes of a step."""
     told: dict[str, dict[str, Any]] = {}
     shares: dict[str, dict[str, list[float]]] = {}
     for _ in range(timed_steps):

@@ -161,7 +161,8 @@ class Model:
         """
         one = self._expert(expert)
         if one.noise_shape is None or not one.can("draw" if observed else "sample"):
-            raise ValueError(f"expert {expert} ({type(one).__name__}) has no prior to sample from: use predict")
+            name = type(one).__name__
+            raise ValueError(f"expert {expert} ({name}) has no prior to sample from: use predict of mixdist.load(RUN)")
         ids = torch.arange(num_samples)
         eps = Draw(seed, Purpose.PRIOR).normal(ids, [expert], one.noise_shape, self.dtype)[0]
         if not observed:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
-from mixdist.complaints import EXAMPLE, KINDS, explain, keys_of, last_part
+from mixdist.complaints import EXAMPLE, KINDS, choose, explain, find, keys_of, last_part
 from mixdist.messages import one_line
 
 
@@ -50,6 +50,7 @@ def parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
     """
     for path in values_of(words, "--config"):
         _check_yaml(path, parser)
+    _check_help(words)
     with explained(parser, ArgumentError, TypeError, AttributeError, ImportError):
         parsed: Namespace = parser.parse_args(list(words))
     return parsed
@@ -80,10 +81,27 @@ def explained(parser: ArgumentParser, *errors: type[Exception]) -> Iterator[None
     except ValueError as error:
         text = one_line(str(error))
         within = re.search(r"Errors: - (.*?) - Expected a <class 'NoneType'>", text)
+        untyped = re.search(r"Parameter '(\w+)' from '(.*?)\.__init__' does not specify a type", text)
+        if untyped:
+            text = f"{untyped[2]} has an argument without a type, {untyped[1]}: write one, as in num_experts: int"
         raise ValueError(within[1] if within else text) from None
 
 
 # Before the parser: what it would pass over or say badly.
+
+
+def _check_help(words: Sequence[str]) -> None:
+    """Hold ``--KEY.help CLASS`` against the classes that there are; the parser would name no key."""
+    for option in {word.partition("=")[0] for word in words}:
+        key = option.removeprefix("--").removesuffix(".help")
+        kind = KINDS.get(last_part(key))
+        if kind is None or option != f"--{key}.help":
+            continue
+        given = values_of(words, option)
+        if not given:
+            raise ValueError(f"{option} needs a class: {choose(key)}")
+        if not any(find(path) for path in (given[-1], f"{kind.module}.{given[-1]}")):
+            raise ValueError(f"{option} {given[-1]} names no class that can be found: {choose(key)}")
 
 
 def _check_yaml(path: str, parser: ArgumentParser) -> None:

@@ -267,6 +267,8 @@ def test_a_file_that_is_no_config_is_refused(text: bytes, told: str) -> None:
         (["train", "--resume"], "--resume has no value"),
         (["train", "c.yaml"], "unexpected word c.yaml: write --config c.yaml"),
         (["train", "--config", "c.yaml", "--epochs", "3"], "unknown option --epochs: did you mean --train.epochs?"),
+        (["train", "--gate.help"], "--gate.help needs a class: choose mixdist.gates."),
+        (["train", "--gate.help", "Nope"], "--gate.help Nope names no class that can be found: choose mixdist.gates."),
         (["train", "--config", "c.yaml", "--train.epoch", "3"], "option --train.epoch: did you mean --train.epochs?"),
         (["train", "--config", "c.yaml", "--num_exp", "3"], "option --num_exp: did you mean --num_experts?"),
         (["train", "--config", "c.yaml", "--gate.init_args.hiden", "3"], "gate.init_args.hiden: did you mean hidden?"),
@@ -524,6 +526,13 @@ def test_a_run_is_loaded_as_it_ended(own: bool, folder: Path, monkeypatch: pytes
     sampled = here("sample", "run", "--num_samples", "3")
     assert (sampled.code, sampled.out.strip(), sampled.err) == (0, str(Path("run/images/samples.png")), "")
     assert Path("run/images/samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_help_for_a_class_needs_the_types_of_its_arguments(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "untyped_parts.py").write_text(OWN_PARTS)
+    monkeypatch.syspath_prepend(folder)
+    line = refused("train", "--gate.help", "untyped_parts.Noisy")
+    assert "untyped_parts.Noisy has an argument without a type, spec: write one" in line
 
 
 def test_a_picture_that_cannot_be_written_is_told(folder: Path) -> None:
