@@ -94,3 +94,35 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_worker_ends_with_the_process_that_started_it() -> None:
+    worker = "import time; from mixdist.process import end_with_parent as e; e(); print(flush=True); time.sleep(99)"
+    parent = f"""
+import subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", {worker!r}], stdout=subprocess.PIPE)
+worker.stdout.readline()
+print(worker.pid, flush=True)
+worker.wait()
+"""
+    started = subprocess.Popen(
+        [sys.executable, "-c", parent], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+    )
+    assert started.stdout is not None
+    with started.stdout as told:
+        pid = int(told.readline())
+    assert alive(pid)
+    started.kill()
+    started.wait()
+    deadline = time.monotonic() + 10
+    while alive(pid):
+        assert time.monotonic() < deadline, f"the worker {pid} lives on"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Say whether a process runs; one that ended may wait for somebody to ask how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
