@@ -118,11 +118,3 @@ worker.wait()
     while alive(pid):
         assert time.monotonic() < deadline, f"the worker {pid} lives on"
         time.sleep(0.05)
-
-
-def alive(pid: int) -> bool:
-    """Say whether a process runs; one that ended may wait for somebody to ask how."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
