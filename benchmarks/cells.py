@@ -192,9 +192,10 @@ def tuning(cells: Sequence[Cell], share: float, rates: Sequence[str]) -> list[Ce
     for cell in cells:
         if cell.column == "kVAEs" or cell.seed != 0:
             continue
-        epochs = max(1, round(share * read(cell.words).train.epochs))
+        train = read(cell.words).train
+        epochs, keys = max(1, round(share * train.epochs)), slice(2 if train.schedule else 1)
         for rate in rates:
-            own = [*((key, rate) for key in RATES), *((key, str(epochs)) for key in EPOCHS)]
+            own = [*((key, rate) for key in RATES[keys]), *((key, str(epochs)) for key in EPOCHS[keys])]
             words = [*cell.words, *(word for pair in own for word in pair)]
             about = cell.config, cell.parameters, max(1, round(share * cell.gradients)), float(rate)
             found.append(Cell(f"tune-{cell.name}-{rate}", cell.problem, cell.column, 0, words, *about))
