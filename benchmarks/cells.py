@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from mixdist.config import Config
+from mixdist.experts import Expert
 from mixdist.options import parse
 from mixdist.parsing import config_parser, make_config
 from mixdist.terms import Spec
@@ -117,10 +118,11 @@ def sample_gradients(config: Config, num_rows: int, rounds: int | None = None) -
     return (pretrain + (rules.rounds if rounds is None else rounds) * config.train.epochs) * num_rows
 
 
-def num_parameters(config: Config, spec: Spec) -> int:
-    """Parameters of all experts together."""
+def num_parameters(config: Config, spec: Spec, **layers: Sequence[int]) -> int:
+    """Parameters of all experts together, with other ``layers`` than the config's where some are given."""
+    make: Callable[..., Expert] = config.expert
     with torch.device("meta"):  # shapes without memory: the search for a width looks at very wide ones
-        expert = config.expert(spec)
+        expert = make(spec, **layers)
     return config.num_experts * sum(p.numel() for p in expert.parameters())
 
 
@@ -142,6 +144,13 @@ def matching(wanted: int, count: Callable[[int], int]) -> int:
     return min((low, high), key=lambda width: (abs(count(width) - wanted), width))
 
 
+def matched(problem: Problem, mixture: Config, single: Config, spec: Spec) -> list[int]:
+    """The layers of the one VAE with as many parameters as the mixture's VAEs together."""
+    argument = problem.key.rpartition(".")[2]
+    count = lambda width: num_parameters(single, spec, **{argument: problem.widths(width)})  # noqa: E731
+    return problem.widths(matching(num_parameters(mixture, spec), count))
+
+
 def plan(problem: Problem, options: argparse.Namespace) -> list[Cell]:
     """List a problem's runs.
 
@@ -152,13 +161,8 @@ def plan(problem: Problem, options: argparse.Namespace) -> list[Cell]:
     files = {kind: CONFIGS / f"kvaes_{problem.name}_{kind}.yaml" for kind in ("small", "bag", "vae")}
     mixture = read(["--config", str(files["small"]), *more])
     train, _ = mixture.data.load()
-
-    def count(width: int) -> int:
-        words = ["--config", str(files["vae"]), problem.key, json.dumps(problem.widths(width)), *more]
-        return num_parameters(read(words), train.spec)
-
     layers = {f"VAE-{number}": problem.widths(number) for number in problem.numbers}
-    layers["matched"] = problem.widths(matching(num_parameters(mixture, train.spec), count))
+    layers["matched"] = matched(problem, mixture, read(["--config", str(files["vae"]), *more]), train.spec)
     cells = []
     for column in problem.columns():
         kind = {"kVAEs": "small", "bag": "bag"}.get(column, "vae")

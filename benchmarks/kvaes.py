@@ -111,9 +111,9 @@ def run_all(cells: Sequence[Cell], options: argparse.Namespace, splits: Sequence
     # Workers import torch once and run cell after cell: a start takes seconds, and there are some ninety commands.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, context, begin) as pool:
-        futures = [pool.submit(finish, cell, options, splits) for cell in order]
+        futures = {pool.submit(finish, cell, options, splits): cell.name for cell in order}
         try:
-            errors = [error for error in map(_tell, as_completed(futures)) if error]
+            errors = [error for future in as_completed(futures) if (error := _tell(futures[future], future))]
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
@@ -129,14 +129,14 @@ def begin() -> None:
     end_with_parent()
 
 
-def _tell(future: Future[dict[str, Any]]) -> str | None:
+def _tell(name: str, future: Future[dict[str, Any]]) -> str | None:
     """Print that a cell is done; give what went wrong."""
     error = future.exception()
     if error is not None:
-        return str(error)
+        return f"{name}: {error if isinstance(error, ValueError) else repr(error)}"
     known = future.result()
     seconds = " + ".join(f"{s:.0f}" for s in known["seconds"].values())
-    print(f"{known['name']}: {_pair(known, 3)} nats, {seconds} s", flush=True)
+    print(f"{name}: {_pair(known, 3)} nats, {seconds} s", flush=True)
     return None
 
 

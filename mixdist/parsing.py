@@ -123,6 +123,6 @@ def _try_out(name: str, make: OptimizerFactory, schedule: ScheduleFactory | None
             warnings.simplefilter("ignore", UserWarning)  # torch would have it made before the step
             if schedule is not None:
                 schedule(optimizer).step()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
         told = one_line(str(error))
         raise ValueError(f"{name}.{part} cannot be used ({told}): change its init_args, or {remedy}") from None

@@ -218,6 +218,16 @@ def test_a_class_that_cannot_be_is_refused(changes: dict[str, Any], told: list[s
             {"train__schedule": {"class_path": "torch.optim.lr_scheduler.ReduceLROnPlateau"}},
             "train.schedule cannot be used",
         ),
+        (
+            # 10 steps, the first of them of warm-up: torch divides by 1 - 1.
+            {
+                "train__schedule": {
+                    "class_path": "torch.optim.lr_scheduler.OneCycleLR",
+                    "init_args": {"max_lr": 0.1, "total_steps": 10, "pct_start": 0.1},
+                }
+            },
+            "train.schedule cannot be used (float division by zero): change its init_args",
+        ),
         ({"mesh__ep_size": 3}, "with ep_size 3: ep_size must divide the world size"),
         ({"routing": {"k": 0}}, "TopK's k (0) must be at least 1"),
         ({"routing": {"k": 9}}, "routing.k (9) must be at most num_experts"),

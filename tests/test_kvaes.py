@@ -18,6 +18,7 @@ from tests.test_benchmarks import load
 
 cells, kvaes = load("cells"), load("kvaes")
 MIXTURES = sorted((ROOT / "configs").glob("kvaes_*_small.yaml"))
+DIGITS = {"x": Field((1, 28, 28), torch.uint8, scale=1 / 255)}
 QUICK = ["--data.init_args.rows", "120", "--data.init_args.test_rows", "30", "--train.batch_size", "50"]
 QUICK += ["--pretrain", "[]", "--competition.rounds", "1", "--train.epochs", "1"]
 
@@ -37,8 +38,7 @@ def test_baselines_have_the_mixture_s_data_likelihood_batches_and_sample_gradien
 
 @pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
 def test_baselines_are_the_mixture_s_kind_of_expert(path: Path) -> None:
-    pixels = {"x": Field((1, 28, 28), torch.uint8, scale=1 / 255)}
-    spec = pixels if "mnist" in path.stem else read_config(path).data.load()[0].spec
+    spec = DIGITS if "mnist" in path.stem else read_config(path).data.load()[0].spec
     for kind in ("bag", "vae"):
         other = Path(str(path).replace("_small", f"_{kind}"))
         one, two = (read_config(config).expert(spec) for config in (path, other))
@@ -71,10 +71,14 @@ def test_a_matched_vae_has_the_mixture_s_parameters_to_two_per_cent() -> None:
     assert planned["bag"].parameters == planned["kVAEs"].parameters
     assert abs(planned["matched"].parameters / planned["kVAEs"].parameters - 1) < 0.02
     assert planned["VAE-50"].parameters < planned["VAE-150"].parameters < planned["matched"].parameters
-    # What the configs tell their readers is what the command takes.
-    width = json.loads(planned["matched"].words[3])
-    told = (ROOT / "configs" / "kvaes_9modes_vae.yaml").read_text()
-    assert str(width).replace(", ", ",") in told
+
+
+@pytest.mark.parametrize("problem", cells.PROBLEMS.values(), ids=cells.PROBLEMS)
+def test_configs_tell_the_width_that_matches(problem: Any) -> None:
+    mixture, single = (read_config(ROOT / "configs" / f"kvaes_{problem.name}_{kind}.yaml") for kind in ("small", "vae"))
+    spec = DIGITS if problem.name == "mnist" else single.data.load()[0].spec
+    layers = cells.matched(problem, mixture, single, spec)
+    assert str(layers).replace(", ", ",") in (ROOT / "configs" / f"kvaes_{problem.name}_vae.yaml").read_text()
 
 
 def test_a_baseline_that_may_learn_less_is_refused() -> None:
