@@ -22,7 +22,8 @@ CPU time is summed over ranks, waiting left out: what a step costs, also where o
 Bytes: of the experts' parameters and of the optimiser's state held by a rank (mean over ranks); sent by a rank in a
 step (mean over ranks; a reduction of n bytes over W ranks counts 2 (W - 1) / W n, for DDP computed from its
 gradients). Waiting (for the last rank) and transfer are shares of separate steps of mixdist in which a barrier stands
-before each collective: such steps cannot overlap anything, so prefetch shows as if it did not help. Of "apart",
+before each collective: such steps cannot overlap anything, so prefetch shows as if it did not help. "Usual" is both
+together, each collective at its median over steps: what is left without the rare step that holds a rank up. Of "apart",
 waiting is the mean over ranks of what each would wait for the slowest at the end of a step: the machine's part.
 """
 
@@ -31,6 +32,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 from rivals import SIZES, ExpertParallel, Problem, Replicated, Rival, num_bytes, on_rank_0
@@ -145,6 +147,7 @@ def traffic(rivals: dict[str, Rival | None], mesh: Mesh, timed_steps: int) -> di
     """Give shares of waiting and transfer, in separate steps in which the rivals take turns; and bytes of a step."""
     told: dict[str, dict[str, Any]] = {}
     shares: dict[str, dict[str, list[float]]] = {}
+    spells: dict[str, list[list[float]]] = {}
     for _ in range(timed_steps):
         for name, rival in rivals.items():
             if rival is None or not (isinstance(rival, ExpertParallel) or name == "apart"):
@@ -158,9 +161,17 @@ def traffic(rivals: dict[str, Rival | None], mesh: Mesh, timed_steps: int) -> di
                 seconds = {key: mean(gather_json(getattr(meter, key + "_s"), mesh.world)) for key in seconds}
                 counts = ("wire_bytes", "wire_bytes_least", "sync_bytes")
                 told[name] = {key: mean(gather_json(getattr(meter, key), mesh.world)) for key in counts}
+                spells.setdefault(name, []).append(spell_shares(gather_json(meter.spells, mesh.world), max(all_took)))
             for key, value in (seconds | {"together": sum(seconds.values())}).items():
                 shares.setdefault(name, {}).setdefault(key, []).append(value / max(all_took))
+    for name, of in spells.items():
+        told[name]["usual"] = sum(median(spell) for spell in zip(*of, strict=True))
     return {name: told.get(name, {}) | {key: figures(of) for key, of in own.items()} for name, own in shares.items()}
+
+
+def spell_shares(by_rank: Sequence[Sequence[tuple[float, float]]], took: float) -> list[float]:
+    """Waiting and transfer together of each collective of a step, as a share of the step; mean over ranks."""
+    return [mean([sum(spell) for spell in ranks]) / took for ranks in zip(*by_rank, strict=True)]
 
 
 def compare(seconds: dict[str, list[float]], cpu: dict[str, list[float]], by_rival: dict[str, Any]) -> dict[str, Any]:
@@ -189,6 +200,7 @@ def show(by_rival: dict[str, Any], ratios: dict[str, Any], mesh: Mesh) -> None:
         "sync kB",
         "waiting",
         "transfer",
+        "usual",
     ]
     lines = [
         [
@@ -199,6 +211,7 @@ def show(by_rival: dict[str, Any], ratios: dict[str, Any], mesh: Mesh) -> None:
             *(f"{told[key] / 1e6:.2f}" for key in ("expert_bytes", "optimizer_bytes")),
             *(f"{told[key] / 1e3:.1f}" for key in ("wire_bytes", "sync_bytes")),
             *(share(told.get(key)) for key in ("waiting", "transfer")),
+            f"{100 * told['usual']:.1f}%" if "usual" in told else "-",
         ]
         for name, told in by_rival.items()
     ]

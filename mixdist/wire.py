@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,21 +29,30 @@ class Meter:
         wire_bytes: bytes that dispatch sent to other ranks, counted at the collectives.
         wire_bytes_least: the least possible for the same rows and experts, counted from the routing alone.
         sync_bytes: bytes of reductions of what is replicated.
-        waiting_s: seconds until the last rank of a group arrived; measured only while ``timed``.
-        transfer_s: seconds inside collectives after all had arrived; measured only while ``timed``.
+        spells: of each collective, in order, the seconds until the last rank of its group arrived, and those inside it
+            after all had arrived; measured only while ``timed``.
     """
 
     wire_bytes: int = 0
     wire_bytes_least: int = 0
     sync_bytes: int = 0
-    waiting_s: float = 0.0
-    transfer_s: float = 0.0
+    spells: list[tuple[float, float]] = field(default_factory=list)
     timed: bool = False
+
+    @property
+    def waiting_s(self) -> float:
+        """Seconds of waiting for ranks to arrive."""
+        return sum(waiting for waiting, _ in self.spells)
+
+    @property
+    def transfer_s(self) -> float:
+        """Seconds inside collectives after all had arrived."""
+        return sum(transfer for _, transfer in self.spells)
 
     def reset(self, timed: bool = False) -> None:
         """Start a new count; ``timed`` puts a barrier before each collective to tell waiting from transfer."""
         self.wire_bytes = self.wire_bytes_least = self.sync_bytes = 0
-        self.waiting_s = self.transfer_s = 0.0
+        self.spells = []
         self.timed = timed
 
 
@@ -121,8 +130,7 @@ class Wire:
             arrived = self._now()
             pending = Pending(output, held, start())
         pending.wait()
-        self.meter.waiting_s += arrived - begin
-        self.meter.transfer_s += self._now() - arrived
+        self.meter.spells.append((arrived - begin, self._now() - arrived))
         return pending
 
     def _now(self) -> float:

@@ -74,6 +74,8 @@ def test_a_step_holds_half_of_what_ddp_holds_and_sends_the_least(pool: Callable[
         # 32 rows of 12,288 bytes with their ids; 32 losses one way and 32 numbers the other.
         assert rivals[name]["wire_bytes"] == rivals[name]["wire_bytes_least"] == 32 * (12288 + 8) + 2 * 32 * 4
         assert 0 < rivals[name]["waiting"]["median"] + rivals[name]["transfer"]["median"] < 1
+        # Of one step, every collective's median is its own time.
+        assert rivals[name]["usual"] == pytest.approx(rivals[name]["together"]["median"])
         assert set(told["rows_per_s_over"]["ddp"][name]) == SPREAD
     # Same weights, same rows: only their noise differs, and DDP's balance term.
     losses = [rival["first_loss"] for rival in rivals.values()]
