@@ -24,24 +24,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
-import re
+import os
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from cells import PROBLEMS, Cell, Problem, plan, read, sample_gradients, tuning
+from cells import PROBLEMS, Cell, plan, read, sample_gradients, tuning
+from tables import costs, likelihoods, pair, put, shown_seconds, tuned
 from turns import positive
 
+from mixdist.checkpoint import checkpoints_in
 from mixdist.cli import main as mixdist
-from mixdist.metrics import table
 from mixdist.process import end_with_parent
 
 
@@ -57,19 +60,20 @@ def finish(cell: Cell, options: argparse.Namespace, splits: Sequence[str] = ("te
     num_samples, train_rows = options.num_samples or problem.num_samples, options.train_rows or problem.train_rows
     about = {**asdict(cell), "train_rows": train_rows, "num_samples": num_samples}
     if told.exists():
-        known: dict[str, Any] = json.loads(told.read_text())
-        if {name: known[name] for name in about} != about:
+        known = kept(told)
+        if {name: known.get(name) for name in about} != about:
             raise ValueError(
                 f"{told} is of another config or other options: name another --out, or remove it and {run}"
             )
         if "figures" in known:
             return known
-    told.write_text(json.dumps(about))
-    if not (run / "checkpoints").exists():
+    replace_text(told, json.dumps(about))
+    resumed = bool(checkpoints_in(run / "checkpoints"))
+    if not resumed:
         shutil.rmtree(run, ignore_errors=True)
     begin = time.monotonic()
-    again = ["--resume", str(run)] if run.exists() else [*cell.words, "--out", str(run)]
-    command(["train", *again], folder / f"{cell.name}.log")
+    words = ["--resume", str(run)] if resumed else [*cell.words, "--out", str(run)]
+    command(["train", *words], folder / f"{cell.name}.log")
     trained = time.monotonic()
     figures, protocol = {}, {}
     for split in splits:
@@ -78,11 +82,34 @@ def finish(cell: Cell, options: argparse.Namespace, splits: Sequence[str] = ("te
         command(["evaluate", str(run), *words], folder / f"{cell.name}.log")
         written = json.loads((run / ("evaluation.json" if split == "test" else f"evaluation-{split}.json")).read_text())
         figures[split], protocol = written["figures"], written["protocol"]
-    seconds = {"train": trained - begin, "evaluate": time.monotonic() - trained}
+    # Of a cell that was interrupted nobody knows how long it took.
+    seconds = {"train": None if resumed else trained - begin, "evaluate": time.monotonic() - trained}
     units = None if protocol["likelihood"] == "bernoulli" else protocol["add_for_stored_units"]
     known = {**about, "done": done(run), "figures": figures, "add_for_stored_units": units, "seconds": seconds}
-    told.write_text(json.dumps(known, indent=2))
+    replace_text(told, json.dumps(known, indent=2))
     return known
+
+
+def kept(path: Path) -> dict[str, Any]:
+    """Read what is known of a cell.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        known = json.loads(path.read_bytes())
+    except ValueError:
+        known = None
+    if not isinstance(known, dict):
+        raise ValueError(f"{path} is damaged: remove it, and the same command goes on")
+    return known
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is there in whole or, after an interruption, as it was."""
+    aside = path.with_suffix(".partial")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 def done(run: Path) -> int:
@@ -124,9 +151,10 @@ def run_all(cells: Sequence[Cell], options: argparse.Namespace, splits: Sequence
 
 
 def begin() -> None:
-    """Make a worker ready: one thread, and no life of its own."""
+    """Make a worker ready: one thread, no life of its own, and no words on Ctrl-C: the command tells it."""
     torch.set_num_threads(1)
     end_with_parent()
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
 def _tell(name: str, future: Future[dict[str, Any]]) -> str | None:
@@ -135,79 +163,9 @@ def _tell(name: str, future: Future[dict[str, Any]]) -> str | None:
     if error is not None:
         return f"{name}: {error if isinstance(error, ValueError) else repr(error)}"
     known = future.result()
-    seconds = " + ".join(f"{s:.0f}" for s in known["seconds"].values())
-    print(f"{name}: {_pair(known, 3)} nats, {seconds} s", flush=True)
+    seconds = " + ".join(map(shown_seconds, known["seconds"].values()))
+    print(f"{name}: {pair(known, 3)} nats, {seconds} s", flush=True)
     return None
-
-
-def _pair(known: Mapping[str, Any], digits: int, name: str = "log_likelihood_shares", add: float = 0.0) -> str:
-    """Training and test figure."""
-    of = [known["figures"][split][name] + add for split in ("train", "test") if split in known["figures"]]
-    return " / ".join(f"{value:.{digits}f}" for value in of)
-
-
-def likelihoods(problems: Sequence[Problem], found: Sequence[Mapping[str, Any]]) -> str:
-    """Give the table of likelihoods of problems with the same columns."""
-    columns, lines, names = problems[0].columns(), [], [problem.name for problem in problems]
-    found = [known for known in found if known["problem"] in names]
-    exact = any("exact_log_likelihood" in known["figures"]["test"] for known in found)
-    digits = 3 if exact else 2
-    for problem in problems:
-        for seed in problem.seeds:
-            own = {k["column"]: k for k in found if (k["problem"], k["seed"]) == (problem.name, seed)}
-            first, title = own["kVAEs"], problem.title + (f", seed {seed}" if len(problem.seeds) > 1 else "")
-            bar, nmi = "exact_log_likelihood", _pair(first, 3, "nmi")
-            units = [(title, 0.0), ("in units of rows as stored", first["add_for_stored_units"])]
-            for name, add in units:
-                if add is not None:
-                    known = [_pair(first, digits, bar, add)] if exact else []
-                    lines.append([name, *known, *(_pair(own[c], digits, add=add) for c in columns), "" if add else nmi])
-    return markdown(["train / test", *(["exact density"] if exact else []), *columns, "NMI of kVAEs"], lines)
-
-
-def costs(found: Sequence[Mapping[str, Any]]) -> str:
-    """Give the table of what cells took."""
-    lines = []
-    for known in found:
-        counts = [f"{known[name]:,}" for name in ("parameters", "done")]
-        lines.append([known["name"], *counts, f"{known['rate']:g}", *(f"{s:.0f}" for s in known["seconds"].values())])
-    headers = ["cell", "parameters", "sample-gradients", "learning rate", "s of training", "s of evaluation"]
-    return markdown(headers, lines)
-
-
-def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Give a Markdown table."""
-    rows = [headers, ["---"] * len(headers), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def tuned(found: Sequence[Mapping[str, Any]]) -> str:
-    """Give training likelihoods over learning rates, the best of each model marked."""
-    rates = sorted({known["rate"] for known in found})
-    lines = []
-    for name in dict.fromkeys((known["problem"], known["column"]) for known in found):
-        own = {
-            k["rate"]: k["figures"]["train"]["log_likelihood_shares"]
-            for k in found
-            if (k["problem"], k["column"]) == name
-        }
-        best = max(own, key=lambda rate: own[rate])
-        lines.append([*name, *(f"{own[rate]:.3f}{'*' if rate == best else ''}" for rate in rates)])
-    return table(["problem", "model", *(f"{rate:g}" for rate in rates)], lines)
-
-
-def put(text: str, tables: Mapping[str, str]) -> str:
-    """Put tables between their marks, ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
-
-    Raises:
-        ValueError: a mark is missing.
-    """
-    for name, inner in tables.items():
-        between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        if not between.search(text):
-            raise ValueError(f"the marks <!-- {name} --> and <!-- end of {name} --> are missing: add them")
-        text = between.sub(lambda found, inner=inner: f"{found[1]}{inner}\n{found[2]}", text)  # type: ignore[misc]
-    return text
 
 
 def only(cells: Sequence[Cell], columns: Sequence[str]) -> list[Cell]:
@@ -233,11 +191,11 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-root", type=Path, default=Path("data/mnist"), help="folder with MNIST's files")
     parser.add_argument("--num-samples", type=positive, help="importance samples; unset, 50, of digits 5")
     parser.add_argument("--train-rows", type=positive, help="training rows evaluated; unset, 5000, of digits 1000")
-    parser.add_argument("--docs", type=Path, help="Markdown file whose tables are replaced")
+    parser.add_argument("--docs", type=Path, help="Markdown file whose tables are replaced: by the whole ones alone")
     parser.add_argument(
-        "--tune", type=float, metavar="SHARE", help="search learning rates with this part of the epochs"
+        "--tune", type=tuning_share, metavar="SHARE", help="search learning rates with this part of the epochs"
     )
-    parser.add_argument("--rates", default="0.0003,0.001,0.003", help="learning rates of --tune")
+    parser.add_argument("--rates", type=rates, default="0.0003,0.001,0.003", help="learning rates of --tune")
     words = list(sys.argv[1:] if words is None else words)
     cut = words.index("--") if "--" in words else len(words)
     options = parser.parse_args(words[:cut])
@@ -245,23 +203,67 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     for name in options.only.split(","):
         if name not in PROBLEMS:
             parser.error(f"--only {name} must be some of {','.join(PROBLEMS)}")
+    if options.docs:
+        check_docs(parser, options)
     return options
+
+
+def check_docs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse a file that cannot take the tables before an hour is spent on them, and tables that are not whole."""
+    part = options.columns is not None or options.tune or set(options.only.split(",")) != set(PROBLEMS)
+    if part or options.more:
+        parser.error(f"--docs {options.docs} needs all cells: leave out --only, --columns, --tune and all after --")
+    try:
+        put(options.docs.read_text(), dict.fromkeys(("modes", "mnist", "costs"), ""))
+    except (OSError, ValueError) as error:
+        parser.error(f"--docs {options.docs} cannot take the tables: {error}")
+
+
+def tuning_share(text: str) -> float:
+    """Read a part of the epochs, above 0 and at most 1.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    with suppress(ValueError):
+        if 0 < (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} must be above 0 and at most 1, such as 0.3")
+
+
+def rates(text: str) -> list[str]:
+    """Read learning rates, as they were written.
+
+    Raises:
+        argparse.ArgumentTypeError: one is no positive number.
+    """
+    found = list(dict.fromkeys(text.split(",")))
+    with suppress(ValueError):
+        if all(0 < float(rate) < math.inf for rate in found):
+            return found
+    raise argparse.ArgumentTypeError(f"{text!r} must be positive numbers with commas between, such as 0.001,0.003")
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Make the tables, or tune."""
     options = read_options(words)
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {options.out} cannot be made ({error.strerror}): name another folder") from None
     try:
         problems = [PROBLEMS[name] for name in options.only.split(",")]
         cells = [cell for problem in problems for cell in plan(problem, options)]
-        if options.columns:
+        if options.columns is not None:
             cells = only(cells, options.columns.split(","))
         if options.tune:
-            print(tuned(run_all(tuning(cells, options.tune, options.rates.split(",")), options, ("train",))))
+            tries = tuning(cells, options.tune, options.rates)
+            if not tries:
+                raise ValueError(f"--columns {options.columns} leaves nothing to tune: kVAEs are tuned by hand")
+            print(tuned(run_all(tries, options, ("train",))))
             return
         found = run_all(cells, options, ("test", "train"))
-        if options.columns:
+        if options.columns is not None:
             print(costs(found))
             return
         groups = {
@@ -276,6 +278,8 @@ def main(words: Sequence[str] | None = None) -> None:
             options.docs.write_text(put(options.docs.read_text(), tables))
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the same command goes on") from None
 
 
 if __name__ == "__main__":

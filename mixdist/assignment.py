@@ -9,6 +9,7 @@ import hashlib
 import io
 import math
 from dataclasses import dataclass
+from tokenize import TokenError
 from typing import Any, Literal
 
 import numpy as np
@@ -16,10 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mixdist.messages import one_line
 from mixdist.noise import Purpose, permutation
 
 Table = NDArray[np.unsignedinteger[Any]]
 StarvedRule = Literal["none", "freeze", "reseed"]
+_NO_NPY = (ValueError, OSError, EOFError, SyntaxError, TokenError, MemoryError, OverflowError, TypeError)
+"""What numpy raises over damaged files: it reads their header as Python, and takes room for as much as that claims."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,11 +108,14 @@ class Assignment:
                 f"{data[:16]}: take the table of a run on the same data"
             )
         if about.get("num_experts") != num_experts:
-            raise ValueError(f"table {name} has {about.get('num_experts')} experts, but num_experts is {num_experts}")
+            raise ValueError(
+                f"table {name} has {about.get('num_experts')} experts, but num_experts is {num_experts}: set "
+                f"num_experts to that, or take another table"
+            )
         try:
             expert_N = np.lib.format.read_array(io.BytesIO(table), allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"table {name} is no .npy file ({error}): take another") from None
+        except _NO_NPY as error:
+            raise ValueError(f"table {name} is no .npy file ({one_line(str(error))}): take another") from None
         if hashlib.sha256(expert_N.tobytes()).hexdigest() != about.get("sha256"):
             raise ValueError(f"table {name} differs from its checksum: take another, or that of an earlier round")
         fits = expert_N.shape == (num_samples,) and expert_N.dtype.kind == "u"
@@ -124,13 +131,15 @@ def winners(scores_NE: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
     """Give argmax_e of each row (seed document 004, section 4); ties go to the lowest expert.
 
     Raises:
-        ValueError: a score is not a number.
+        ValueError: a score is not a number, or a row has no expert that could have made it.
     """
     bad_E = np.isnan(scores_NE).any(0)
     if bad_E.any():
         expert = int(np.flatnonzero(bad_E)[0])
         raise ValueError(f"the score of expert {expert} is not a number for some samples: lower the learning rates")
     best: NDArray[np.int64] = np.argmax(scores_NE, axis=1)  # numpy promises the first of equal maxima
+    if np.isneginf(np.take_along_axis(scores_NE, best[:, None], axis=1)).any():
+        raise ValueError("every expert's score is minus infinity for some samples: lower the learning rates")
     return best
 
 

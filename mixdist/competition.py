@@ -108,6 +108,7 @@ class Competition:
         self.entrants = {e: Entrant(e, ring, self.phase, expert) for e, expert in mixture.bank.owned().items()}
         self.log_z_E = mixture.log_z_E
         self.objective: float | None = None
+        self.changed: float | None = None
         self.bad: str | None = None
         self.saved = -1
 
@@ -235,15 +236,15 @@ class Competition:
         table = Assignment.of(expert_N, self.num_experts, self.data, at.round)
         hungry = [] if rules.starved == "none" else self._starved(table)
         rule = rules.starved
-        if rule == "reseed" and at.round >= rules.rounds:
-            rule = "none"  # nobody would train on what it gives
+        if rule == "reseed" and (at.round >= rules.rounds or rules.score.keeps):
+            rule = "none"  # nobody would train on what it gives, or the split is for good
         begins = bool(hungry) and rule == "reseed"
         if begins:
             table = self._reseed(table, verdict, hungry)
         changed = None if old is None else table.changed(old)
         # An expert that begins anew may get the very samples that it had: it is to learn them before the end.
         stopped = at.round > 0 and not begins and changed is not None and changed < rules.stop_below
-        self.table = table
+        self.table, self.changed = table, changed
         self.position = replace(at, round=at.round + 1, epoch=0, total=at.total + 1, stopped=stopped)
         self._report(table, verdict, changed, hungry, rule)
         return True
@@ -323,6 +324,7 @@ class Competition:
             "log_z": self.log_z_E.tolist(),
             "share": self.table.share_E.tolist() if self.table is not None and self.scored else [],
             "objective": self.objective,
+            "changed": self.changed,
         }
         files = {} if self.table is None else {TABLE: self.table.to_bytes()}
         owned = [one for entrant in self.entrants.values() for one in entrant.owned()]
@@ -361,10 +363,14 @@ class Competition:
             self.table = Assignment.read(name, table, about, self.data, len(self.dataset), self.num_experts)
         self.log_z_E = torch.tensor(state["log_z"], dtype=torch.float64, device=self.mesh.device)
         self.objective = state["objective"]
+        self.changed = state.get("changed")
+        if self.changed is not None and self.changed >= self.rules.stop_below:
+            self.position = replace(self.position, stopped=False)  # it stopped by a rule that is no longer there
+        for entrant in self.entrants.values():
+            entrant.enter(self.phase)
         check_optimizer(path, state, self._kind())
         judged = read_manifest(path)["files"]
         for e, entrant in self.entrants.items():
-            entrant.enter(self.phase)
             if file_name(f"discriminator {e}", e) in judged:
                 entrant.meet(max(self.position.round - 1, 0))
             for owned in entrant.owned():

@@ -140,7 +140,8 @@ def _no_class(found: re.Match[str], place: _Place, parser: ArgumentParser) -> st
     sought = found["path"].strip("'\" ")
     if "member" in found.groupdict():
         sought = f"{sought}.{found['member']}"
-    path = place.class_path or _given(place) or sought
+    dotless = found[0].startswith("Expected a dot")  # the word itself was refused, nothing was imported
+    path = sought if dotless else place.class_path or _given(place) or sought
     if path != sought and not path.startswith(f"{sought}."):
         return f"{place.key} names {path}, whose import failed ({found[0]}): mend that file, or install what it needs"
     near = _near(last_part(path), _known(place.key))

@@ -5,6 +5,7 @@ Shape letters: E all experts, S samples, H rows that choose the bandwidth, D num
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -149,7 +150,7 @@ def kernel_density(
     if mesh.rank == 0:
         try:
             estimate = parzen(
-                np.concatenate([samples[e].reshape(len(samples[e]), -1) for e in samples]),
+                np.concatenate([drawn.reshape(len(drawn), math.prod(drawn.shape[1:])) for drawn in samples.values()]),
                 *(_flat(rows, name, index) for rows, index in ((train, held_out), (dataset, reported))),
             )
             told = [float(estimate.log_density_N.mean()), estimate.bandwidth, estimate.at_edge]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -123,6 +124,9 @@ def _try_out(name: str, make: OptimizerFactory, schedule: ScheduleFactory | None
             warnings.simplefilter("ignore", UserWarning)  # torch would have it made before the step
             if schedule is not None:
                 schedule(optimizer).step()
+        rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+        if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+            raise ValueError(f"learning rate {rates[0]}")
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
         told = one_line(str(error))
         raise ValueError(f"{name}.{part} cannot be used ({told}): change its init_args, or {remedy}") from None

@@ -68,7 +68,9 @@ class Phase:
                 for _ in range(times):
                     schedule.step()
         except ValueError as error:
-            raise ValueError(f"{key}.schedule cannot run for the {times} {unit} of its phase: {error}") from None
+            raise ValueError(
+                f"{key}.schedule cannot run for the {times} {unit} of its phase ({error}): change its init_args"
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from mixdist.noise import Moment, Purpose
 from mixdist.reader import Brought, Reader, bring, in_turn
 from mixdist.scores import Score
 from mixdist.terms import Batch
-from mixdist.wire import Agreed, gather_json
+from mixdist.wire import Agreed, agree, gather_json
 
 SCORING_PHASE = 2**30
 """With the round added, a phase number that no training phase has: it keys the noise of scores."""
@@ -184,7 +184,12 @@ class Scoring:
         mesh, num = self.mesh, self.num_samples
         parts = [share(num, p, len(homes)) for p in range(len(homes))]
         scores_nE = self._exchange(scores_Ne, homes, parts).cpu().numpy()
-        expert_n = winners(scores_nE)
+        error = None
+        try:
+            expert_n = winners(scores_nE)
+        except ValueError as mistake:
+            error = str(mistake)
+        agree(error, mesh.world)
         best_n = np.take_along_axis(scores_nE, expert_n[:, None], 1)[:, 0].astype(np.float64)
         sums = [-best_n.sum()]
         if table is not None:

@@ -16,7 +16,7 @@ from mixdist.terms import Field
 from tests.launch import ROOT
 from tests.test_benchmarks import load
 
-cells, kvaes = load("cells"), load("kvaes")
+cells, kvaes, tables = load("cells"), load("kvaes"), load("tables")
 MIXTURES = sorted((ROOT / "configs").glob("kvaes_*_small.yaml"))
 DIGITS = {"x": Field((1, 28, 28), torch.uint8, scale=1 / 255)}
 QUICK = ["--data.init_args.rows", "120", "--data.init_args.test_rows", "30", "--train.batch_size", "50"]
@@ -90,20 +90,13 @@ def test_a_baseline_that_may_learn_less_is_refused() -> None:
 
 @pytest.mark.slow
 def test_the_command_makes_every_cell_once_and_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    docs = tmp_path / "docs.md"
-    marks = [f"<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in ("modes", "costs")]
-    docs.write_text("Before.\n" + "between\n".join(marks) + "After.\n")
-    words = f"--out {tmp_path / 'out'} --only 5modes --jobs 1 --num-samples 2 --docs {docs}".split()
+    words = f"--out {tmp_path / 'out'} --only 5modes --jobs 1 --num-samples 2".split()
     kvaes.main([*words, "--", *QUICK])
     assert capsys.readouterr().out.count(" nats, ") == 5
     told = json.loads((tmp_path / "out" / "kvaes.json").read_text())["cells"]
     assert [cell["column"] for cell in told] == ["kVAEs", "bag", "VAE-50", "VAE-150", "matched"]
     assert {cell["done"] for cell in told} == {cell["gradients"] for cell in told} == {120}
-    text = docs.read_text()
-    assert text.startswith("Before.\n<!-- modes -->\n| train / test | exact density |")
-    assert text.endswith("After.\n")
-    assert "old" not in text
-    assert "between" in text
+    text = (tmp_path / "out" / "kvaes.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| 5 modes |"))
     for cell, shown in zip(told, line.split(" | ")[2:], strict=False):
         of = [cell["figures"][split]["log_likelihood_shares"] for split in ("train", "test")]
@@ -141,15 +134,17 @@ def test_units_of_stored_rows_move_a_line_by_a_constant() -> None:
         return {"problem": "9modes", "column": column, "seed": 0, "figures": split, "add_for_stored_units": -7.0}
 
     problem = cells.PROBLEMS["9modes"]
-    lines = kvaes.likelihoods([problem], [known(c, i) for i, c in enumerate(problem.columns())]).splitlines()
+    lines = tables.likelihoods([problem], [known(c, i) for i, c in enumerate(problem.columns())]).splitlines()
     assert lines[2].split(" | ")[1:4] == ["1.000 / 1.000", "0.000 / -1.000", "1.000 / 0.000"]
     assert lines[3].split(" | ")[1:4] == ["-6.000 / -6.000", "-7.000 / -8.000", "-6.000 / -7.000"]
     assert lines[2].endswith("| 0.500 / 0.500 |")
 
 
-def test_tables_need_their_marks() -> None:
+def test_tables_go_between_their_marks_and_need_them() -> None:
+    text = "Before.\n<!-- modes -->\nold\n<!-- end of modes -->\nAfter.\n"
+    assert tables.put(text, {"modes": "new"}) == text.replace("old", "new")
     with pytest.raises(ValueError, match="<!-- modes --> and <!-- end of modes --> are missing"):
-        kvaes.put("no marks", {"modes": "table"})
+        tables.put("no marks", {"modes": "table"})
 
 
 def test_tuning_takes_each_baseline_at_each_rate_with_a_share_of_its_epochs() -> None:
@@ -164,3 +159,59 @@ def test_tuning_takes_each_baseline_at_each_rate_with_a_share_of_its_epochs() ->
         schedule = config.train.schedule(config.train.optimizer([torch.nn.Parameter(torch.zeros(1))]))
         assert schedule.total_steps == 78
         assert schedule.optimizer.param_groups[0]["max_lr"] == cell.rate
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--tune nan", "--tune: 'nan' must be above 0 and at most 1"),
+        ("--tune 0", "'0' must be above 0"),
+        ("--tune 1.5", "'1.5' must be above 0 and at most 1"),
+        ("--tune 0.5 --rates 0.1,nix", "--rates: '0.1,nix' must be positive numbers"),
+        ("--tune 0.5 --rates nan", "'nan' must be positive numbers"),
+        ("--only nix", "--only nix must be some of 3modes,5modes,9modes,mnist"),
+        ("--docs absent.md", "--docs absent.md cannot take the tables: "),
+        ("--docs marks.md", "the marks <!-- modes --> and <!-- end of modes --> are missing"),
+        ("--docs marks.md --only 3modes", "--docs marks.md needs all cells: leave out --only"),
+        ("--docs marks.md -- --seed 1", "--docs marks.md needs all cells"),
+    ],
+)
+def test_options_that_cannot_be_are_told_before_an_hour_is_spent(
+    words: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("marks.md").write_text("no marks")
+    with pytest.raises(SystemExit) as ended:
+        kvaes.main(["--out", "out", *words.split()])
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_rates_given_twice_are_tried_once() -> None:
+    assert kvaes.rates("0.1,0.2,0.1") == ["0.1", "0.2"]
+
+
+@pytest.mark.parametrize("text", ["", '{"name"', "[]", "\0"])
+def test_a_damaged_cell_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "5modes-bag-0.json").write_text(text)
+    with pytest.raises(ValueError, match=r"5modes-bag-0\.json is damaged: remove it"):
+        kvaes.kept(tmp_path / "5modes-bag-0.json")
+
+
+def test_a_cell_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    options = kvaes.read_options(["--out", str(tmp_path), "--num-samples", "2", "--", *QUICK])
+    cell = next(c for c in cells.plan(cells.PROBLEMS["5modes"], options) if c.column == "bag")
+    left = tmp_path / cell.name / "checkpoints" / "step-000000001.partial"
+    left.mkdir(parents=True)
+    known = kvaes.finish(cell, options, ("test",))
+    assert known["seconds"]["train"] > 0
+    assert not left.exists()
+    # Evaluation was interrupted: nobody knows any more how long the cell took.
+    path = tmp_path / f"{cell.name}.json"
+    path.write_text(
+        json.dumps({k: v for k, v in known.items() if k in ("name", "num_samples", *vars(cell), "train_rows")})
+    )
+    again = kvaes.finish(cell, options, ("test",))
+    assert again["figures"] == known["figures"]
+    assert again["seconds"]["train"] is None
