@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rivals import SEED, adam
-from rounds import Rounds, Work, seeded, skewed
+from rounds import Rounds, Work, seeded, shares, skewed
 from torch import nn
 from turns import figures, meet, ms, parser_of, plain, positive, ratio, take_turns, tell, write
 
@@ -75,7 +75,14 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, default=100, help="rows of an expert's batch")
     parser.add_argument("--judge-batches", type=positive, default=40, help="of each discriminator in a round")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["read", "wire"], help="of mixdist")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    if not 1 <= options.skew < np.inf:
+        parser.error(f"--skew {options.skew:g} must be 1 or more: give 10")
+    if shares(options.rows, options.experts, options.skew).min() < 1:
+        parser.error(
+            f"--rows {options.rows} with --skew {options.skew:g} leave one of {options.experts} experts without: give more"
+        )
+    return options
 
 
 def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rivals import SEED, adam
 from torch import nn
 from turns import figures
@@ -60,11 +61,16 @@ def seeded(make: Callable[[Spec], M], spec: Spec, purpose: Purpose, number: int,
     return make(spec)
 
 
+def shares(num_rows: int, num_experts: int, skew: float) -> NDArray[np.int64]:
+    """Samples of each expert, which fall geometrically, the first ``skew`` times the last."""
+    weights_E = skew ** -np.linspace(0.0, 1.0, num_experts)
+    bounds_E = np.rint(weights_E.cumsum() / weights_E.sum() * num_rows).astype(np.int64)
+    return np.diff(bounds_E, prepend=0)
+
+
 def skewed(dataset: Dataset, num_experts: int, skew: float) -> Assignment:
     """Share the samples out in parts that fall geometrically from expert 0 to the last, in a random order."""
-    weights_E = skew ** -np.linspace(0.0, 1.0, num_experts)
-    bounds_E = np.rint(weights_E.cumsum() / weights_E.sum() * len(dataset)).astype(int)
-    expert_N = np.searchsorted(bounds_E, np.arange(len(dataset)), side="right")
+    expert_N = np.repeat(np.arange(num_experts), shares(len(dataset), num_experts, skew))
     order_N = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(SEED)).numpy()
     return Assignment.of(expert_N[order_N], num_experts, dataset.fingerprint)
 

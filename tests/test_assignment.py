@@ -52,12 +52,14 @@ def test_a_table_is_written_complete_with_what_it_is(tmp_path) -> None:
 
 
 def test_ties_go_to_the_lowest_expert() -> None:
-    scores = np.array([[1.0, 1.0, 1.0], [0.0, 2.0, 2.0], [-np.inf, -np.inf, -np.inf], [0.0, -0.0, -1.0]])
-    assert winners(scores).tolist() == [0, 1, 0, 0]
+    scores = np.array([[1.0, 1.0, 1.0], [0.0, 2.0, 2.0], [-np.inf, -np.inf, 3.0], [0.0, -0.0, -1.0]])
+    assert winners(scores).tolist() == [0, 1, 2, 0]
     assert winners(np.zeros((0, 3))).tolist() == []
     assert winners(np.array([[0.0, np.inf]])).tolist() == [1]
     with pytest.raises(ValueError, match=r"^the score of expert 2 is not a number for some samples: lower"):
         winners(np.array([[0.0, 1.0, np.nan]]))
+    with pytest.raises(ValueError, match=r"^every expert's score is minus infinity for some samples: lower"):
+        winners(np.array([[0.0, 1.0], [-np.inf, -np.inf]]))
 
 
 def test_few_is_less_than_a_part_of_an_even_share() -> None:

@@ -226,6 +226,9 @@ def rewrite(table: np.ndarray, pickled: bool = False) -> None:
         (lambda: alter(Path("table.npy"), lambda b: b[:-1] + bytes([b[-1] ^ 1])), "differs from its checksum"),
         (lambda: alter(Path("table.npy"), lambda b: b[:-7]), "is no .npy file ("),
         (lambda: alter(Path("table.npy"), lambda b: b""), "is no .npy file ("),
+        # A header whose brackets never close, and one that claims more rows than any memory has.
+        (lambda: alter(Path("table.npy"), lambda b: b.replace(b")", b"(", 1)), "is no .npy file ("),
+        (lambda: alter(Path("table.npy"), lambda b: b.replace(b"(120,)", b"(9" + b"0" * 14 + b",)", 1)), "is no .npy"),
         (lambda: rewrite(np.array([{}] * 120, dtype=object), pickled=True), "is no .npy file (Object arrays cannot"),
         (lambda: Path("table.npy").write_bytes(zipped()), "is no .npy file ("),
         (lambda: Path("table.json").unlink(), "cannot be read with its .json beside it ("),
@@ -241,6 +244,8 @@ def rewrite(table: np.ndarray, pickled: bool = False) -> None:
         "bit",
         "cut",
         "empty",
+        "brackets",
+        "rows",
         "pickle",
         "zip",
         "alone",
@@ -442,3 +447,38 @@ def test_a_first_split_is_no_mixture_yet(start: str, folder: Path) -> None:
     for step in (2, 3):
         shutil.rmtree(folder / "run" / "checkpoints" / f"step-{step:09d}")
     assert "there is no mixture yet" in complaint(here("evaluate", "run"))
+
+
+SGD: dict[str, Any] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}}
+
+
+def test_pretraining_may_have_another_optimiser_and_a_changed_one_is_told(folder: Path) -> None:
+    config = changed(pretrain=[{"epochs": 1}], train={"epochs": 1, "batch_size": 30, "optimizer": SGD})
+    for words in (["--config", write_config(Path("c.yaml"), config), "--out", "run"], ["--resume", "run"]):
+        assert here("train", *words).code == 0
+    told = refused("train", "--resume", "run", "--train.optimizer", "torch.optim.Adam", "--competition.rounds", "3")
+    assert "was made with the optimiser SGD, the config has Adam: resume with the run's own" in told
+
+
+def test_a_run_that_stopped_goes_on_when_its_rule_is_lowered(folder: Path) -> None:
+    config = write_config(Path("c.yaml"), changed(competition__stop_below=1.0, competition__rounds=4))
+    assert here("train", "--config", config, "--out", "run").code == 0
+    tables = lambda: len(list(Path("run/assignments").glob("*.npy")))  # noqa: E731
+    stopped = tables()
+    assert stopped < 4
+    assert here("train", "--resume", "run").code == 0
+    assert tables() == stopped
+    assert here("train", "--resume", "run", "--competition.stop_below", "0").code == 0
+    assert tables() == stopped + 4 - int(sorted(Path("run/assignments").glob("*.npy"))[stopped - 1].stem[-4:])
+
+
+def test_a_bag_s_split_is_for_good_whoever_starves(folder: Path) -> None:
+    few = np.zeros(120, dtype=np.int64)
+    few[:3] = 1
+    few[3:50] = 2
+    write_table(Assignment.of(few, 3, TRAIN.fingerprint))
+    rules = {"start": "table", "table": "table.npy", "starved": "reseed", "starved_below": 0.5, "rounds": 2}
+    config = changed(competition={**rules, "score": {"class_path": "mixdist.scores.Fixed"}})
+    assert here("train", "--config", write_config(Path("c.yaml"), config), "--out", "run").code == 0
+    last = sorted(Path("run/assignments").glob("*.npy"))
+    assert all(np.array_equal(np.load(path), few) for path in last)
