@@ -79,9 +79,8 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     if not 1 <= options.skew < np.inf:
         parser.error(f"--skew {options.skew:g} must be 1 or more: give 10")
     if shares(options.rows, options.experts, options.skew).min() < 1:
-        parser.error(
-            f"--rows {options.rows} with --skew {options.skew:g} leave one of {options.experts} experts without: give more"
-        )
+        given = f"--rows {options.rows} with --skew {options.skew:g}"
+        parser.error(f"{given} leave one of {options.experts} experts without: give more rows")
     return options
 
 
