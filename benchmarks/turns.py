@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,12 +50,25 @@ def parser_of(description: str | None, turns: int, steps: int) -> argparse.Argum
 
 
 def meet(num_experts: int, options: argparse.Namespace) -> Mesh:
-    """Find this rank's place, as every command does; several EP groups where there are more ranks than experts."""
+    """Find this rank's place, as every command does; several EP groups where there are more ranks than experts.
+
+    Ranks that cannot share the experts, or have no such device, end with code 2; rank 0 says why.
+    """
     torch.set_num_threads(options.threads)
     keep_large_blocks()
     launch = Launch.read()
-    placement = Placement.plan(num_experts, launch.world_size)
-    return Mesh(placement, launch, choose_device(options.device, launch), timeout_s=300.0)
+    try:
+        if launch.world_size > num_experts and launch.world_size % num_experts:
+            raise ValueError(
+                f"{launch.world_size} ranks cannot share {num_experts} experts: start at most {num_experts}, or a "
+                f"multiple of {num_experts}"
+            )
+        placement, device = Placement.plan(num_experts, launch.world_size), choose_device(options.device, launch)
+    except ValueError as error:
+        if launch.rank == 0:
+            print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    return Mesh(placement, launch, device, timeout_s=300.0)
 
 
 def take_turns(

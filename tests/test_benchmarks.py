@@ -119,6 +119,20 @@ def test_a_round_by_mixdist_and_by_hand_learns_alike_and_sends_each_row_once(poo
         assert set(rivals[name]["over_hand"]) == set(rivals[name]["scoring_s"]) == SPREAD
 
 
+@pytest.mark.parametrize(("rank", "told"), [("0", "3 ranks cannot share 2 experts: start at most 2"), ("1", "")])
+def test_ranks_that_cannot_share_the_experts_are_told_once(
+    rank: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    hard = load("hard")
+    with pytest.raises(SystemExit) as ended:
+        hard.meet(2, hard.read_options(["--experts", "2"]))
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(told) if told else not lines
+
+
 def test_scaling_sweeps_writes_rows_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
