@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from cells import PROBLEMS, Cell, plan, read, sample_gradients, tuning
 from tables import costs, likelihoods, pair, put, shown_seconds, tuned
-from turns import positive
+from turns import positive, refuse
 
 from mixdist.checkpoint import checkpoints_in
 from mixdist.cli import main as mixdist
@@ -250,7 +250,7 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SystemExit(f"--out {options.out} cannot be made ({error.strerror}): name another folder") from None
+        refuse(f"--out {options.out} cannot be made ({error.strerror}): name another folder")
     try:
         problems = [PROBLEMS[name] for name in options.only.split(",")]
         cells = [cell for problem in problems for cell in plan(problem, options)]
@@ -277,7 +277,7 @@ def main(words: Sequence[str] | None = None) -> None:
         if options.docs:
             options.docs.write_text(put(options.docs.read_text(), tables))
     except ValueError as error:
-        raise SystemExit(str(error)) from None
+        refuse(error)
     except KeyboardInterrupt:
         raise SystemExit("interrupted: the same command goes on") from None
 

@@ -37,7 +37,7 @@ from typing import Any
 
 from rivals import SIZES, ExpertParallel, Problem
 from rounds import Rounds, Work, skewed
-from turns import figures, meet, now, parser_of, positive, take_turns, tell, write
+from turns import figures, meet, now, parser_of, positive, refuse, take_turns, tell, write
 from wire_model import CountingWire, fit_wire
 
 from mixdist.discriminators import ConvDiscriminator
@@ -307,7 +307,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit("--plot needs matplotlib: install it, or leave --plot out") from None
+        refuse("--plot needs matplotlib: install it, or leave --plot out")
     matplotlib.use("Agg")
     import matplotlib.pyplot
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,12 @@ def parser_of(description: str | None, turns: int, steps: int) -> argparse.Argum
     return parser
 
 
+def refuse(message: object) -> NoReturn:
+    """End with the code of a mistake that the user can mend, and say which."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
 def meet(num_experts: int, options: argparse.Namespace) -> Mesh:
     """Find this rank's place, as every command does; several EP groups where there are more ranks than experts.
 
@@ -65,9 +71,9 @@ def meet(num_experts: int, options: argparse.Namespace) -> Mesh:
             )
         placement, device = Placement.plan(num_experts, launch.world_size), choose_device(options.device, launch)
     except ValueError as error:
-        if launch.rank == 0:
-            print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+        if launch.rank:
+            raise SystemExit(2) from None
+        refuse(error)
     return Mesh(placement, launch, device, timeout_s=300.0)
 
 

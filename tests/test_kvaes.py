@@ -106,8 +106,10 @@ def test_the_command_makes_every_cell_once_and_its_tables(tmp_path: Path, capsys
     before = [log.read_text() for log in logs]
     kvaes.main([*words, "--", *QUICK])
     assert [log.read_text() for log in logs] == before
-    with pytest.raises(SystemExit, match="is of another config"):
+    with pytest.raises(SystemExit) as ended:
         kvaes.main([*words, "--", *QUICK, "--train.clip_norm", "1.0"])
+    assert ended.value.code == 2
+    assert "is of another config" in capsys.readouterr().err
 
 
 def test_some_models_alone_are_run_and_told_without_tables(
