@@ -68,7 +68,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=positive, default=20, help="steps a turn; the first turn warms up")
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
-    keep_large_blocks()  # as every command does
+    keep_large_blocks()  # this and the next as every command does
+    torch.set_flush_denormal(True)
     rows = {"x": torch.rand(options.rows, 1, 28, 28), "id": torch.arange(options.rows)}
     eps = torch.randn(options.experts, options.rows, 10)
 

@@ -61,7 +61,8 @@ def meet(num_experts: int, options: argparse.Namespace) -> Mesh:
     Ranks that cannot share the experts, or have no such device, end with code 2; rank 0 says why.
     """
     torch.set_num_threads(options.threads)
-    keep_large_blocks()
+    keep_large_blocks()  # this and the next as every command does
+    torch.set_flush_denormal(True)
     launch = Launch.read()
     try:
         if launch.world_size > num_experts and launch.world_size % num_experts:

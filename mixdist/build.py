@@ -128,6 +128,8 @@ def build_mesh(config: Config) -> Mesh:
     Raises:
         ValueError: no layout fits, no device is there, or the ranks do not find each other.
     """
+    # Where a gradient stays 0, Adam's mean of it sinks to subnormal numbers, with which some processors are slow.
+    torch.set_flush_denormal(True)
     launch = Launch.read()
     placement = Placement.plan(config.num_experts, launch.world_size, config.mesh.ep_size)
     return Mesh(placement, launch, choose_device(config.mesh.device, launch), config.mesh.timeout_s)

@@ -119,8 +119,8 @@ class Entrant:
             values = self.ring.values(stored, fields)
             self.expert.anneal(self.engine.steps)
             self.engine.zero_grad()
-            grads_R1 = torch.full((len(places_R), 1), 1 / size, dtype=self.ring.dtype, device=places_R.device)
-            losses_R1 = self.bank.backward(values, noise, None, partial(torch.clone, grads_R1))
+            grads = partial(torch.full, (len(places_R), 1), 1 / size, dtype=self.ring.dtype, device=places_R.device)
+            losses_R1 = self.bank.backward(values, noise, None, grads)
             self._total += self.engine.step(losses_R1.sum() / size) * size
             self._num_rows += size
 

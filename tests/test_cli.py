@@ -700,7 +700,8 @@ def test_a_schedule_that_is_too_short_is_refused_before_training(folder: Path) -
     schedule = {"class_path": "torch.optim.lr_scheduler.OneCycleLR", "init_args": {"max_lr": 0.1, "total_steps": 2}}
     config = changed(train={**SMALL["train"], "schedule": schedule})
     line = refused("train", "--config", write_config(folder / "c.yaml", config), "--out", "short")
-    assert line.startswith("train.schedule cannot run for the 3 steps of its phase: ")
+    assert line.startswith("train.schedule cannot run for the 3 steps of its phase (")
+    assert line.endswith("The specified number of total steps is 2): change its init_args")
     assert not (folder / "short").exists()
 
 

@@ -76,10 +76,22 @@ def check(pool: Callable[[int], Pool], case: Contest) -> dict[str, float]:
     found = differences(got, wanted)
     figures = {name: value for name, value in found.items() if name.startswith("record")}
     exact = case.ranks == case.ep_size
+    rounding = TOLERANCE if exact or max(found.values()) <= TOLERANCE else 2 * rounding_of(case)
     for name, value in found.items():
-        limit = 0.0 if exact and name not in figures else TOLERANCE
+        limit = 0.0 if exact and name not in figures else rounding
         assert value <= limit, (name, value)
     return found
+
+
+def rounding_of(case: Contest) -> float:
+    """How far one process is from itself where its batches come in single rows: what rounding alone grows to.
+
+    Replicas cut batches too. On some processors hundreds of steps of Adam make 4e-10 of it; more than 1e-8 would be no
+    rounding.
+    """
+    plain = case.reference()
+    largest = max(differences(merge([run(replace(plain, micro_batch=1))]), reference(plain)).values())
+    return min(max(TOLERANCE, largest), 1e-8)
 
 
 COVERING = [case_of(**row) for row in covering(OPTIONS)]

@@ -1,4 +1,4 @@
-"""Placement as arithmetic, over every small case; launch and device without starting anything."""
+"""Placement as arithmetic, over every small case; launch, device and arithmetic without starting anything."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import re
 import pytest
 import torch
 
+from mixdist.build import build_mesh
+from mixdist.config import Config
+from mixdist.data import Digits
+from mixdist.experts import Centroid
 from mixdist.mesh import Launch, Mesh, Placement, choose_device
 
 LARGEST = 12
@@ -165,3 +169,12 @@ def test_one_process_needs_no_groups() -> None:
     assert mesh.leads
     mesh.close()
     assert not torch.distributed.is_initialized()
+
+
+def test_commands_flush_subnormal_numbers() -> None:
+    can = torch.set_flush_denormal(True)
+    torch.set_flush_denormal(False)
+    tiny = torch.full((64,), 1e-30)
+    assert (tiny * 1e-10).count_nonzero() == 64
+    build_mesh(Config(Digits(), Centroid, num_experts=1)).close()
+    assert (tiny * 1e-10).count_nonzero() == (0 if can else 64)
