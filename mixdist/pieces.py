@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -62,15 +63,17 @@ class Pieces:
             batch_size: of every expert.
         """
 
+        owned = cache(own)
+
         @cache
         def batches(e: int) -> Sequence[Tensor]:
-            positions = own(e)
-            if not len(positions):
+            if not len(owned(e)):
                 return ()
-            return self.dataset.ordered(positions, replace(epoch, expert=e), batch_size).split(batch_size)
+            return self.dataset.ordered(owned(e), replace(epoch, expert=e), batch_size).split(batch_size)
 
         several = max(1, PIECE_BYTES // (self.row_bytes * batch_size * max(map(len, homes))))
-        num_pieces = max(1, *(-(-len(batches(e)) // several) for experts in homes for e in experts))
+        busiest = max(len(owned(e)) for experts in homes for e in experts)
+        num_pieces = max(1, math.ceil(busiest / (several * batch_size)))
 
         def begin(piece: int) -> Callable[[], Piece]:
             def some(e: int) -> Sequence[Tensor]:
