@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from mixdist.config import Config
+from mixdist.config.config import Config
+from mixdist.config.options import parse
+from mixdist.config.parsing import config_parser, make_config
 from mixdist.experts import Expert
-from mixdist.options import parse
-from mixdist.parsing import config_parser, make_config
 from mixdist.terms import Spec
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -30,7 +30,7 @@ from mixdist.data import Loader, Shards
 from mixdist.data.shards.index import ShardIndex
 from mixdist.data.shards.samples import ShardSamples
 from mixdist.data.shards.scan import scan
-from mixdist.metrics import table
+from mixdist.report.metrics import table
 
 IMAGENET = 1_281_167
 IMAGES = "jpg;png;webp;jpeg"

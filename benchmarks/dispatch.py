@@ -31,11 +31,13 @@ import torch
 from torch import Tensor
 from turns import figures, meet, ms, parser_of, plain, positive, ratio, take_turns, tell, write
 
-from mixdist.dispatch import Dispatch
-from mixdist.mesh import Launch, Mesh
-from mixdist.routing import TopK, admitted, demand, lay_out
+from mixdist.mixtures.routing import TopK, admitted, demand, lay_out
+from mixdist.parallel.agreement import gather_json
+from mixdist.parallel.dispatch import Dispatch
+from mixdist.parallel.launch import Launch
+from mixdist.parallel.mesh import Mesh
+from mixdist.parallel.wire import Wire
 from mixdist.terms import Batch, Field
-from mixdist.wire import Wire, gather_json
 
 SEED = 5
 
@@ -212,7 +214,7 @@ def hold(routing: str, ours: Work, token: Work, seconds: dict[str, list[float]])
         "bytes": {"mixdist": sent, "token": padded},
         "ratio": sent / padded if padded else None,
         "ratio_to_kinder": {name: sent / (padded * part) if padded else None for name, part in kinder.items()},
-        "least_bytes_equal": ours.wire.meter.wire_bytes == ours.wire.meter.wire_bytes_least,
+        "least_bytes_equal": ours.wire.meter.wire_bytes == ours.wire.meter.wire_bytes_min,
         "token_dropped": sum(dropped) / len(dropped),
         "seconds": {"mixdist": figures(mine), "token": figures(theirs)},
         "seconds_ratio": ratio(mine, theirs),

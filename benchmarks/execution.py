@@ -19,13 +19,12 @@ from collections.abc import Sequence
 import torch
 from turns import positive
 
-from mixdist.engines import NativeEngine
+from mixdist.engines import Native
 from mixdist.experts import VAE, Compute, ConvVAE, Expert, ExpertBank, Noise, time_executions
-from mixdist.mesh import Launch, Mesh, Placement
-from mixdist.mixtures import Parts
-from mixdist.process import keep_large_blocks
-from mixdist.terms import Batch, Field
-from mixdist.wire import Wire
+from mixdist.parallel.launch import Launch, keep_large_blocks
+from mixdist.parallel.mesh import Mesh, Placement
+from mixdist.parallel.wire import Wire
+from mixdist.terms import Batch, Field, Parts
 
 SPEC = {"x": Field((1, 28, 28), torch.uint8, 1 / 255)}
 
@@ -38,15 +37,15 @@ def make_experts(kind: str, num_experts: int) -> dict[int, Expert]:
     return {e: VAE(SPEC, 10, [128], "sigmoid", "gaussian", 0.5) for e in range(num_experts)}
 
 
-def make(execution: str, kind: str, num_experts: int) -> tuple[ExpertBank, NativeEngine]:
+def make(execution: str, kind: str, num_experts: int) -> tuple[ExpertBank, Native]:
     """Make a bank, and the engine with its optimisers: one for each expert, or one for the stack."""
     bank = ExpertBank(make_experts(kind, num_experts), execution)  # type: ignore[arg-type]
     mesh = Mesh(Placement.plan(num_experts, 1), Launch(), torch.device("cpu"))
     parts = Parts({}, dict(bank.owned()), bank.stack)
-    return bank, NativeEngine(parts, mesh, Wire(mesh.device), lambda p: torch.optim.Adam(p, fused=True))
+    return bank, Native(parts, mesh, Wire(mesh.device), lambda p: torch.optim.Adam(p, fused=True))
 
 
-def step(bank: ExpertBank, engine: NativeEngine, rows: Batch, noise: Noise) -> float:
+def step(bank: ExpertBank, engine: Native, rows: Batch, noise: Noise) -> float:
     """Do one step; give its seconds."""
     begin = time.perf_counter()
     engine.zero_grad()

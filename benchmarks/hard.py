@@ -34,14 +34,14 @@ from rounds import Rounds, Work, seeded, shares, skewed
 from torch import nn
 from turns import figures, meet, ms, parser_of, plain, positive, ratio, take_turns, tell, write
 
-from mixdist.assignment import Assignment
+from mixdist.competition.discriminators import MLPDiscriminator
+from mixdist.competition.table import Assignment
 from mixdist.data import Dataset
-from mixdist.discriminators import MLPDiscriminator
 from mixdist.experts import VAE, ConvVAE, Expert
-from mixdist.mesh import Mesh
 from mixdist.noise import Purpose
+from mixdist.parallel.agreement import gather_json
+from mixdist.parallel.mesh import Mesh
 from mixdist.terms import Field, Spec
-from mixdist.wire import gather_json
 
 WAYS: dict[str, dict[str, Any]] = {
     "read": {"delivery": "read", "placement": "load"},

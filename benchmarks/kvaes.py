@@ -43,9 +43,9 @@ from cells import PROBLEMS, Cell, plan, read, sample_gradients, tuning
 from tables import costs, likelihoods, pair, put, shown_seconds, tuned
 from turns import positive, refuse
 
-from mixdist.checkpoint import checkpoints_in
-from mixdist.cli import main as mixdist
-from mixdist.process import end_with_parent
+from mixdist.cli.main import main as mixdist
+from mixdist.parallel.launch import end_with_parent
+from mixdist.training.checkpoint import checkpoints_in
 
 
 def finish(cell: Cell, options: argparse.Namespace, splits: Sequence[str] = ("test", "train")) -> dict[str, Any]:

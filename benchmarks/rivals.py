@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from mixdist.data import Dataset, Loader, Shard
-from mixdist.dispatch import Dispatch
-from mixdist.engines import NativeEngine
+from mixdist.data import Dataset, Loader, RankBatch
+from mixdist.engines import Native
 from mixdist.experts import Compute, ConvVAE, Expert, ExpertBank
 from mixdist.gates import ConvSoftmax, Gate
-from mixdist.mesh import Mesh
-from mixdist.mixtures import SoftMixture
+from mixdist.mixtures import Soft
+from mixdist.mixtures.objectives import KLBalance, WeightedLoss
+from mixdist.mixtures.routing import TopK
 from mixdist.noise import Moment, Purpose, weights_seed
-from mixdist.objectives import KLBalance, WeightedLoss
-from mixdist.routing import TopK
+from mixdist.parallel.dispatch import Dispatch
+from mixdist.parallel.mesh import Mesh
+from mixdist.parallel.wire import Wire
 from mixdist.terms import Field
-from mixdist.wire import Wire
 
 SEED = 7
 SIZES: dict[str, dict[str, Any]] = {
@@ -103,7 +103,7 @@ class Rival:
         self.number = 0
         self.first_loss: float | None = None
 
-    def take(self) -> Shard:
+    def take(self) -> RankBatch:
         """The next rows."""
         self.number += 1
         return self.loader.batch(*divmod(self.number - 1, self.loader.num_batches)).to(self.device)
@@ -214,10 +214,10 @@ class ExpertParallel(Rival):
             {e: problem.expert(e, dataset).to(mesh.device) for e in mesh.experts}, "loop", Compute(micro_batch)
         )
         dispatch = Dispatch(mesh, self.wire, dataset.spec)
-        self.mixture = SoftMixture(gate, bank, dispatch, dataset.spec, torch.float32, routing, one_way)
-        self.engine = NativeEngine(self.mixture.parts, mesh, self.wire, adam)
+        self.mixture = Soft(gate, bank, dispatch, dataset.spec, torch.float32, routing, one_way)
+        self.engine = Native(self.mixture.parts, mesh, self.wire, adam)
         self.objective = problem.objective()
-        self.upcoming: Shard | None = None
+        self.upcoming: RankBatch | None = None
         self.done = 0
 
     def step(self, timed: bool = False) -> None:

@@ -16,22 +16,23 @@ from rivals import SEED, adam
 from torch import nn
 from turns import figures
 
-from mixdist.assignment import Assignment
-from mixdist.competition import Competition, Standing
+from mixdist.competition.competition import Competition, RoundPosition
+from mixdist.competition.discriminators import Discriminator
+from mixdist.competition.entrant import EntrantContext
+from mixdist.competition.mixture import HardMixture
+from mixdist.competition.rules import Rules
+from mixdist.competition.scores import Discriminators
+from mixdist.competition.table import Assignment
 from mixdist.data import Dataset
 from mixdist.data.loader import share
-from mixdist.discriminators import Discriminator
-from mixdist.dispatch import Dispatch
-from mixdist.entrant import Ring
 from mixdist.experts import Compute, Expert, ExpertBank
-from mixdist.mesh import Mesh
-from mixdist.mixtures import HardMixture
 from mixdist.noise import Purpose, weights_seed
-from mixdist.phases import Phase
-from mixdist.rules import Rules
-from mixdist.scores import Discriminators
+from mixdist.parallel.agreement import gather_json
+from mixdist.parallel.dispatch import Dispatch
+from mixdist.parallel.mesh import Mesh
+from mixdist.parallel.wire import Wire
 from mixdist.terms import Spec
-from mixdist.wire import Wire, gather_json
+from mixdist.training.phases import Phase
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -105,7 +106,7 @@ class Rounds(Competition):
         def judge(number: int, round: int) -> Discriminator:
             return seeded(work.judge, spec, Purpose.DISCRIMINATOR, number, round).to(mesh.device)
 
-        ring = Ring(SEED, spec, torch.float32, mesh, wire, Compute(), make, judge, judging)
+        ring = EntrantContext(SEED, spec, torch.float32, mesh, wire, Compute(), make, judge, judging)
         bank = ExpertBank({e: make(e, 0) for e in mesh.experts})
         mixture = HardMixture(bank, Dispatch(mesh, wire, spec), spec, torch.float32, judging)
         phase = Phase(work.epochs, work.batch, optimizer=adam)
@@ -114,7 +115,7 @@ class Rounds(Competition):
         self.split, self.width = table, spec["x"].num_bytes
         self.first_loss: float | None = None
         self.records: list[dict[str, Any]] = []
-        self.chronicle.recorders = [self]  # type: ignore[list-item]
+        self.history.recorders = [self]  # type: ignore[list-item]
 
     def write(self, record: dict[str, Any]) -> None:
         """Take a record, on rank 0."""
@@ -124,7 +125,7 @@ class Rounds(Competition):
         """Train the experts for some rounds, on the same split."""
         for _ in range(rounds):
             at = self.position
-            self.position = Standing(at.phase, at.round + 1, 0, at.total)
+            self.position = RoundPosition(at.phase, at.round + 1, 0, at.total)
             while self._trains():
                 self._epoch()
             self._agree()
@@ -140,7 +141,7 @@ class Rounds(Competition):
 
     def traffic(self) -> dict[str, Any]:
         """Give the bytes that all ranks send in a round's epochs, and the least."""
-        self.chronicle.reset()
+        self.history.reset()
         self.run(1)
         record, mesh = self._record({}), self.mesh
         least = 0
@@ -156,7 +157,7 @@ class Rounds(Competition):
         """Give the seconds of a round's discriminators and scores, those of the slowest rank; one more is not timed."""
         found = []
         for _ in range(rounds + 1):
-            self.chronicle.reset()
+            self.history.reset()
             self._round()
             self.table = self.split
             record = self.records[-1] if self.mesh.rank == 0 else None

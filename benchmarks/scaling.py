@@ -40,11 +40,13 @@ from rounds import Rounds, Work, skewed
 from turns import figures, meet, now, parser_of, positive, refuse, take_turns, tell, write
 from wire_model import CountingWire, fit_wire
 
-from mixdist.discriminators import ConvDiscriminator
+from mixdist.competition.discriminators import ConvDiscriminator
 from mixdist.experts import ConvVAE
-from mixdist.mesh import Launch, Mesh
-from mixdist.routing import TopK
-from mixdist.wire import Wire, gather_json
+from mixdist.mixtures.routing import TopK
+from mixdist.parallel.agreement import gather_json
+from mixdist.parallel.launch import Launch
+from mixdist.parallel.mesh import Mesh
+from mixdist.parallel.wire import Wire
 
 SAME = ("mode", "routing", "size", "image", "experts_key", "batch_key", "device", "round")
 COLUMNS = (

@@ -12,7 +12,7 @@ term, fused Adam, float32. The rivals take turns in the same processes:
                      views of its buckets, the graph is static, its all-reduces run under the backward pass
     apart            every rank as many experts on as many rows as in mixdist, and no word between ranks: what would be
                      left if dispatch cost nothing, and how much ranks with equal work differ by themselves
-    expert-parallel  mixdist's SoftMixture and NativeEngine, plain; then with its switches
+    expert-parallel  mixdist's Soft and Native, plain; then with its switches
 
 The balance term of the process rivals and of DDP is over the rows at hand, as their users write it; mixdist's is over
 the global batch and costs it a collective. Peers draw noise with torch.randn, mixdist with its row-keyed generator.
@@ -38,8 +38,9 @@ from typing import Any
 from rivals import SIZES, ExpertParallel, Problem, Replicated, Rival, num_bytes, on_rank_0
 from turns import Figures, figures, meet, ms, now, parser_of, plain, positive, ratio, take_turns, tell, write
 
-from mixdist.mesh import Launch, Mesh
-from mixdist.wire import gather_json
+from mixdist.parallel.agreement import gather_json
+from mixdist.parallel.launch import Launch
+from mixdist.parallel.mesh import Mesh
 
 SWITCHES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -134,7 +135,7 @@ def describe(
         "expert_bytes": mean([h["experts"] for h in held]),
         "optimizer_bytes": mean([h["optimizer"] for h in held]),
         "wire_bytes": 0,
-        "wire_bytes_least": 0,
+        "wire_bytes_min": 0,
         "sync_bytes": 0,
     }
     if name == "ddp":
@@ -147,7 +148,7 @@ def traffic(rivals: dict[str, Rival | None], mesh: Mesh, timed_steps: int) -> di
     """Give shares of waiting and transfer, in separate steps in which the rivals take turns; and bytes of a step."""
     told: dict[str, dict[str, Any]] = {}
     shares: dict[str, dict[str, list[float]]] = {}
-    spells: dict[str, list[list[float]]] = {}
+    collective_times: dict[str, list[list[float]]] = {}
     for _ in range(timed_steps):
         for name, rival in rivals.items():
             if rival is None or not (isinstance(rival, ExpertParallel) or name == "apart"):
@@ -159,12 +160,14 @@ def traffic(rivals: dict[str, Rival | None], mesh: Mesh, timed_steps: int) -> di
             if isinstance(rival, ExpertParallel):
                 meter = rival.wire.meter
                 seconds = {key: mean(gather_json(getattr(meter, key + "_s"), mesh.world)) for key in seconds}
-                counts = ("wire_bytes", "wire_bytes_least", "sync_bytes")
+                counts = ("wire_bytes", "wire_bytes_min", "sync_bytes")
                 told[name] = {key: mean(gather_json(getattr(meter, key), mesh.world)) for key in counts}
-                spells.setdefault(name, []).append(spell_shares(gather_json(meter.spells, mesh.world), max(all_took)))
+                collective_times.setdefault(name, []).append(
+                    spell_shares(gather_json(meter.collective_times, mesh.world), max(all_took))
+                )
             for key, value in (seconds | {"together": sum(seconds.values())}).items():
                 shares.setdefault(name, {}).setdefault(key, []).append(value / max(all_took))
-    for name, of in spells.items():
+    for name, of in collective_times.items():
         told[name]["usual"] = sum(median(spell) for spell in zip(*of, strict=True))
     return {name: told.get(name, {}) | {key: figures(of) for key, of in own.items()} for name, own in shares.items()}
 

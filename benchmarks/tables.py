@@ -8,7 +8,7 @@ from typing import Any
 
 from cells import Problem
 
-from mixdist.metrics import table
+from mixdist.report.metrics import table
 
 
 def likelihoods(problems: Sequence[Problem], found: Sequence[Mapping[str, Any]]) -> str:

@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from mixdist.mesh import Launch, Mesh, Placement, choose_device
-from mixdist.metrics import table
-from mixdist.process import keep_large_blocks
-from mixdist.wire import gather_json
+from mixdist.parallel.agreement import gather_json
+from mixdist.parallel.launch import Launch, keep_large_blocks
+from mixdist.parallel.mesh import Mesh, Placement, choose_device
+from mixdist.report.metrics import table
 
 Figures = dict[str, float]
 """Median, least and most of what turns measured."""

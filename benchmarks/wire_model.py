@@ -16,8 +16,9 @@ from scipy.optimize import nnls
 from torch import Tensor
 from turns import now
 
-from mixdist.mesh import Mesh
-from mixdist.wire import Group, Pending, Wire, gather_json
+from mixdist.parallel.agreement import gather_json
+from mixdist.parallel.mesh import Mesh
+from mixdist.parallel.wire import Group, Pending, Wire
 
 FLOATS = (1, 256, 4096, 32768, 262144)
 REPEATS = 9

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import TYPE_CHECKING
-
-from mixdist.version import __version__
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixdist.model import Model
 
-__all__ = ["__version__", "load"]
+__all__ = ["load"]
 
 
 def load(run: str | PathLike[str]) -> Model:
-    """Give the trained mixture of a run's directory, on one process: responsibilities, reconstructions, samples.
+    """Return the trained mixture of a run's directory, on one process: responsibilities, reconstructions, samples.
 
     Raises:
         ValueError: the directory holds no run, or no good checkpoint.
@@ -23,3 +21,11 @@ def load(run: str | PathLike[str]) -> Model:
     from mixdist.model import load as load_model
 
     return load_model(run)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import version
+
+    return version("mixdist")

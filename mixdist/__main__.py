@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from mixdist.cli import main
+    from mixdist.cli.main import main
 
     code = main()
 except KeyboardInterrupt:  # while all that a command needs is still being imported

@@ -11,7 +11,7 @@ LINGER_S = 10.0
 which ends all processes when one fails, ends rank 0."""
 
 
-class Alone(ValueError):
+class SingleRankError(ValueError):
     """A mistake that this rank met by itself; the others may wait for it in a collective."""
 
 
@@ -25,9 +25,9 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def told(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """Put an error into one line."""
-    return one_line(str(error)) + (": mend it and try again" if isinstance(error, OSError) else "")
+    return one_line(str(error)) + (": fix it and try again" if isinstance(error, OSError) else "")
 
 
 def fail(message: str, rank: int, alone: bool) -> int:

@@ -14,18 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixdist.build import DTYPES, build_experts, build_gate, build_judges, read_spec
-from mixdist.checkpoint import CheckpointStore, load_module, read_state
-from mixdist.config import Config
-from mixdist.evaluate import EVALUATION_PHASE
+from mixdist.competition.mixture import HardGate, read_shares
+from mixdist.config.build import DTYPES, build_experts, build_gate, build_judges, read_spec
+from mixdist.config.config import Config
+from mixdist.config.parsing import RESOLVED, read_config
+from mixdist.evaluation.evaluate import EVALUATION_PHASE
 from mixdist.experts import Expert
 from mixdist.gates import Gate
-from mixdist.mesh import Launch, Mesh, Placement
-from mixdist.mixtures import Owned, Referee, read_shares
+from mixdist.mixtures.routing import responsible
 from mixdist.noise import Draw, Moment, Purpose
-from mixdist.parsing import RESOLVED, read_config
-from mixdist.routing import responsible
-from mixdist.terms import Batch, ExpertTerms, Spec
+from mixdist.parallel.launch import Launch
+from mixdist.parallel.mesh import Mesh, Placement
+from mixdist.terms import Batch, ExpertTerms, Owned, Spec
+from mixdist.training.checkpoint import CheckpointStore, load_module, read_state
 
 
 class Model:
@@ -86,7 +87,7 @@ class Model:
 
     @torch.no_grad()
     def responsibilities(self, rows: Tensor | np.ndarray | Batch) -> Tensor:
-        """Give q(e|x), (N, E)."""
+        """Return q(e|x), (N, E)."""
         return self._log_responsibilities(self.rows(rows)).exp()
 
     def _log_responsibilities(self, named: Batch) -> Tensor:
@@ -107,12 +108,12 @@ class Model:
 
     @torch.no_grad()
     def assign(self, rows: Tensor | np.ndarray | Batch) -> Tensor:
-        """Give the number of the most responsible expert of each row, (N,)."""
+        """Return the number of the most responsible expert of each row, (N,)."""
         return responsible(self._log_responsibilities(self.rows(rows)))
 
     @torch.no_grad()
     def terms(self, rows: Tensor | np.ndarray | Batch, expert: int) -> ExpertTerms:
-        """Give an expert's loss, log p(x|z) and KL for each row, nats, with noise keyed by the row's id or place."""
+        """Return an expert's loss, log p(x|z) and KL for each row, nats, with noise keyed by the row's id or place."""
         named, one = self.rows(rows), self._expert(expert)
         self._require(named, one)
         eps = None
@@ -144,7 +145,7 @@ class Model:
 
     @torch.no_grad()
     def predict(self, rows: Tensor | np.ndarray | Batch) -> Tensor:
-        """Give the responsibility-weighted mean of the experts' predictions (supervised mixtures)."""
+        """Return the responsibility-weighted mean of the experts' predictions (supervised mixtures)."""
         named = self.rows(rows)
         each = torch.stack([expert.predict(named) for expert in self.experts.values()], dim=1)
         return torch.einsum("ne,ne...->n...", self.responsibilities(named), each)
@@ -171,7 +172,7 @@ class Model:
         return one.draw(eps, Draw(seed, Purpose.OBSERVATION).uniform(ids, [expert], shape, self.dtype)[0])
 
 
-def _referee(config: Config, spec: Spec, experts: dict[int, Expert], path: Path) -> Referee:
+def _referee(config: Config, spec: Spec, experts: dict[int, Expert], path: Path) -> HardGate:
     """Make what decides in a hard mixture, of a checkpoint."""
     assert config.competition is not None
     log_z_E, _ = read_shares(read_state(path))
@@ -179,7 +180,7 @@ def _referee(config: Config, spec: Spec, experts: dict[int, Expert], path: Path)
     for e, judge in judges.items():
         load_module(path, Owned(f"discriminator {e}", judge, e))
     at = Moment(config.seed, phase=EVALUATION_PHASE)
-    return Referee(experts, judges, config.competition.score, log_z_E, at, DTYPES[config.dtype])
+    return HardGate(experts, judges, config.competition.score, log_z_E, at, DTYPES[config.dtype])
 
 
 def load(run: str | PathLike[str]) -> Model:

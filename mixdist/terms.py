@@ -7,11 +7,11 @@ any field.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
 """Named fields of rows, each with the row axis first; "id" (int64) names the samples."""
@@ -116,3 +116,32 @@ class Outcome(NamedTuple):
     bad_gate: Tensor
     entropy: Tensor
     lost: Tensor
+
+
+class Owned(NamedTuple):
+    """A module with its name in checkpoints and messages, and the expert it is, if it is one."""
+
+    name: str
+    module: nn.Module
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of a mixture on this rank.
+
+    Args:
+        shared: replicated on every rank: the gate, a shared decoder; by name.
+        experts: this rank's experts by global number.
+        stack: where experts run as one stack, the tensors that their parameters are slices of, by the parameter's
+            name; the leading axis is that of ``experts``.
+    """
+
+    shared: dict[str, nn.Module]
+    experts: dict[int, nn.Module] = field(default_factory=dict)
+    stack: dict[str, Tensor] = field(default_factory=dict)
+
+    def owned(self) -> list[Owned]:
+        """All of them, shared ones first, experts in ascending order."""
+        experts = [Owned(f"expert {e}", module, e) for e, module in self.experts.items()]
+        return [Owned(name, module) for name, module in self.shared.items()] + experts

@@ -16,20 +16,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixdist.assignment import Assignment
-from mixdist.competition import Competition
-from mixdist.discriminators import ConvDiscriminator, Discriminator, MLPDiscriminator
-from mixdist.dispatch import Dispatch
-from mixdist.entrant import Ring
+from mixdist.competition.competition import Competition
+from mixdist.competition.discriminators import ConvDiscriminator, Discriminator, MLPDiscriminator
+from mixdist.competition.entrant import EntrantContext
+from mixdist.competition.mixture import HardMixture
+from mixdist.competition.reassign import Verdict
+from mixdist.competition.rules import Rules
+from mixdist.competition.scores import Discriminators, Elbo, Fixed, LabelOracle, Likelihood, Random, Score
+from mixdist.competition.table import Assignment
 from mixdist.experts import Compute, Expert, ExpertBank
-from mixdist.mesh import Mesh
-from mixdist.mixtures import HardMixture
 from mixdist.noise import Purpose, weights_seed
-from mixdist.phases import Phase
-from mixdist.rules import Rules
-from mixdist.scores import Discriminators, Elbo, Fixed, LabelOracle, Likelihood, Random, Score
-from mixdist.scoring import Verdict
-from mixdist.wire import Wire
+from mixdist.parallel.dispatch import Dispatch
+from mixdist.parallel.mesh import Mesh
+from mixdist.parallel.wire import Wire
+from mixdist.training.phases import Phase
 from tests.parity import SEED, Case, data, make_expert, mesh_of
 
 COUNTS = {4: (28, 14, 3, 0), 5: (20, 13, 9, 3, 0)}
@@ -106,7 +106,7 @@ def skewed(num_experts: int) -> Assignment:
     return Assignment.of(mixed_N, num_experts, data().fingerprint)
 
 
-def make_ring(case: Contest, mesh: Mesh, wire: Wire) -> Ring:
+def make_ring(case: Contest, mesh: Mesh, wire: Wire) -> EntrantContext:
     score = make_score(case)
     judging = score if isinstance(score, Discriminators) else None
 
@@ -122,7 +122,9 @@ def make_ring(case: Contest, mesh: Mesh, wire: Wire) -> Ring:
         return seeded(lambda: make_judge(case), Purpose.DISCRIMINATOR, e, round)
 
     compute = Compute(micro_batch=case.micro_batch)
-    return Ring(SEED, data().spec, torch.float64, mesh, wire, compute, expert, judge if judging else None, judging)
+    return EntrantContext(
+        SEED, data().spec, torch.float64, mesh, wire, compute, expert, judge if judging else None, judging
+    )
 
 
 def make_competition(case: Contest, mesh: Mesh, wire: Wire) -> Competition:
@@ -163,9 +165,9 @@ def run(case: Contest) -> dict[str, Any]:
     mesh = mesh_of(case.num_experts, case.ranks, case.ep_size)
     made = make_competition(case, mesh, Wire(mesh.device))
     keeper, verdicts, tables = Keeper(), list[Verdict](), list[list[int]]()
-    made.chronicle.recorders = [keeper]
+    made.history.recorders = [keeper]
     made.scoring.needs_best = True
-    verdict, report = made.scoring.verdict, made.chronicle.round
+    verdict, report = made.scoring.verdict, made.history.round
 
     def judge(*words: Any) -> Verdict:
         verdicts.append(verdict(*words))
@@ -175,10 +177,10 @@ def run(case: Contest) -> dict[str, Any]:
         tables.append(table.expert_N.tolist())
         report(table, record)
 
-    made.scoring.verdict, made.chronicle.round = judge, note  # type: ignore[method-assign]
+    made.scoring.verdict, made.history.round = judge, note  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mixdist.removal.MOVES_A_SECOND", math.inf)
-        patch.setattr("mixdist.pieces.PIECE_BYTES", case.piece_bytes)
+        patch.setattr("mixdist.competition.placement.MOVES_A_SECOND", math.inf)
+        patch.setattr("mixdist.competition.pieces.PIECE_BYTES", case.piece_bytes)
         made.fit()
     assert list(made.entrants) == list(mesh.experts) == made.mixture.bank.ids
     return {

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from mixdist.cli import main
+from mixdist.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 WATCHDOG_S = 120.0
@@ -31,10 +31,8 @@ SMALL: dict[str, Any] = {
         "epochs": 1,
         "batch_size": 500,
         "objective": {
-            "class_path": "mixdist.objectives.WeightedLoss",
-            "init_args": {
-                "balance": {"class_path": "mixdist.objectives.VarianceBalance", "init_args": {"weight": 0.1}}
-            },
+            "class_path": "mixdist.mixtures.WeightedLoss",
+            "init_args": {"balance": {"class_path": "mixdist.mixtures.VarianceBalance", "init_args": {"weight": 0.1}}},
         },
         "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.001}},
     },

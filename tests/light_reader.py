@@ -21,7 +21,7 @@ if "mixdist.data" not in sys.modules:  # the package's own __init__ imports sour
 
 def read_all(remote: Storage, members: list[Member], seed: int | None, pause_s: float | None = None) -> list[int]:
     """Read members in order, or in one of the seed's; give those whose bytes were right, in order."""
-    from mixdist.data.shards import web
+    from mixdist.data.shards import http as web
 
     if pause_s is not None:
         web.FIRST_PAUSE_S = pause_s

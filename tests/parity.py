@@ -15,20 +15,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixdist.data import Dataset, Loader
-from mixdist.dispatch import Dispatch
-from mixdist.engines import NativeEngine
-from mixdist.evaluate import evaluate
+from mixdist.engines import Native
+from mixdist.evaluation.evaluate import evaluate
 from mixdist.experts import VAE, Classifier, Compute, ConvVAE, Expert, ExpertBank, Regressor
-from mixdist.gallery import targets
 from mixdist.gates import Consistent, ConvSoftmax, Gate, LabelOracle, Softmax, Uniform
-from mixdist.mesh import Launch, Mesh, Placement
-from mixdist.mixtures import Mixture, SoftMixture
-from mixdist.nets import MLP
+from mixdist.mixtures import Mixture, Soft
+from mixdist.mixtures.objectives import Balance, KLBalance, MixtureLikelihood, Objective, VarianceBalance, WeightedLoss
+from mixdist.mixtures.routing import TopK
+from mixdist.nets.mlp import MLP
 from mixdist.noise import Draw, Moment, Purpose, weights_seed
-from mixdist.objectives import Balance, KLBalance, MixtureLikelihood, Objective, VarianceBalance, WeightedLoss
-from mixdist.routing import TopK
+from mixdist.parallel.dispatch import Dispatch
+from mixdist.parallel.launch import Launch
+from mixdist.parallel.mesh import Mesh, Placement
+from mixdist.parallel.wire import Wire
+from mixdist.report.gallery import targets
 from mixdist.terms import Batch, Field, Gating, Spec
-from mixdist.wire import Wire
 from tests.two_stage import WIDTH, Component, TwoStage
 
 SEED = 11
@@ -190,14 +191,14 @@ def make_mixture(case: Case, mesh: Mesh, wire: Wire) -> Mixture:
     gate = seeded(make_gate, case, spec, purpose=Purpose.GATE).to(dtype)
     experts = {e: seeded(make_expert, case, spec, number=e).to(dtype) for e in mesh.experts}
     bank = ExpertBank(experts, case.execution, COMPUTE[case.memory])  # type: ignore[arg-type]
-    return SoftMixture(gate, bank, dispatch, spec, dtype, make_routing(case), case.way == "ahead")
+    return Soft(gate, bank, dispatch, spec, dtype, make_routing(case), case.way == "ahead")
 
 
-def make_engine(case: Case, mixture: Mixture, mesh: Mesh, wire: Wire) -> NativeEngine:
+def make_engine(case: Case, mixture: Mixture, mesh: Mesh, wire: Wire) -> Native:
     if case.optimizer == "clipped-sgd":
-        return NativeEngine(mixture.parts, mesh, wire, lambda p: torch.optim.SGD(p, 0.01, momentum=0.9), clip_norm=0.5)
+        return Native(mixture.parts, mesh, wire, lambda p: torch.optim.SGD(p, 0.01, momentum=0.9), clip_norm=0.5)
     if case.optimizer == "scheduled-adamw":
-        return NativeEngine(
+        return Native(
             mixture.parts,
             mesh,
             wire,
@@ -206,7 +207,7 @@ def make_engine(case: Case, mixture: Mixture, mesh: Mesh, wire: Wire) -> NativeE
         )
     # Adam divides by |g| + eps. A gradient that is 0 but for rounding (1e-17: the logit of an expert that no row chose)
     # moves a weight by lr 1e-17 / eps; torch's eps of 1e-8 would make that 1e-11 a step, and no two sums agree on it.
-    return NativeEngine(mixture.parts, mesh, wire, lambda p: torch.optim.Adam(p, 1e-2, eps=1e-5))
+    return Native(mixture.parts, mesh, wire, lambda p: torch.optim.Adam(p, 1e-2, eps=1e-5))
 
 
 def run(case: Case) -> dict[str, Any]:
@@ -232,11 +233,11 @@ def run(case: Case) -> dict[str, Any]:
         outcome = mixture.backward(shard, objective, Moment(SEED, 0, step), case.accumulate, ahead)
         totals = engine.step(outcome, step)
         report["steps"].append(figures(totals.outcome, totals.grad_norm))
-        report["bytes"].append((totals.meter["wire_bytes"], totals.meter["wire_bytes_least"]))
+        report["bytes"].append((totals.meter["wire_bytes"], totals.meter["wire_bytes_min"]))
         if step == 0:
             keep(report, mixture, mesh, "gradient", lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
     keep(report, mixture, mesh, "weight", lambda p: p)
-    if isinstance(mixture, SoftMixture):
+    if isinstance(mixture, Soft):
         judge(report, case, mixture)
     return report
 
@@ -256,7 +257,7 @@ def keep(report: dict[str, Any], mixture: Mixture, mesh: Mesh, kind: str, get: A
             report["speaks" if speaks else "copies"][f"{kind} {owned.name} {name}"] = get(parameter).detach().clone()
 
 
-def judge(report: dict[str, Any], case: Case, mixture: SoftMixture) -> None:
+def judge(report: dict[str, Any], case: Case, mixture: Soft) -> None:
     """Evaluate, and keep how far the gate was from deciding otherwise."""
     evaluation = evaluate(mixture, data(), case.batch_size, SEED, targets(mixture))
     report["decided"] = evaluation.expert_N.tolist()

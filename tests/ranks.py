@@ -11,8 +11,8 @@ import socket
 import sys
 from contextlib import suppress
 
-import mixdist.train_command  # noqa: F401 (what takes seconds to import is here before the fork)
-from mixdist.cli import main
+import mixdist.cli.train  # noqa: F401 (what takes seconds to import is here before the fork)
+from mixdist.cli.main import main
 
 
 def free_port() -> int:

@@ -8,8 +8,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from mixdist.assignment import Assignment, load_balanced, reseeded, starved, winners
-from mixdist.chronicle import in_words, write_table
+from mixdist.competition.history import in_words, write_table
+from mixdist.competition.placement import load_balanced
+from mixdist.competition.table import Assignment, reseeded, starved, winners
 
 
 @pytest.mark.parametrize(("num_samples", "num_experts"), [(1000, 7), (12, 12), (5, 1), (600, 300)])
@@ -74,7 +75,7 @@ def test_the_worst_samples_are_dealt_in_turn() -> None:
     table = reseeded(np.zeros(8, dtype=np.int64), best, [1, 3], 4)
     # Two each: of the four worst, equal ones by place, the first and third go to expert 1.
     assert table.tolist() == [0, 1, 3, 3, 1, 0, 0, 0]
-    # Never more than half of all, however many are hungry.
+    # Never more than half of all, however many are starved_experts.
     assert (reseeded(np.zeros(8, dtype=np.int64), best, [1, 2, 3], 4) > 0).sum() == 4
     assert reseeded(np.zeros(8, dtype=np.int64), best, [1, 2, 3], 4).tolist() == [0, 1, 1, 2, 3, 0, 0, 0]
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mixdist.mesh import Launch, Mesh, Placement
+from mixdist.parallel.launch import Launch
+from mixdist.parallel.mesh import Mesh, Placement
 from tests.launch import ROOT
 from tests.pool import Pool
 from tests.tars import make_shards
@@ -72,7 +73,7 @@ def test_a_step_holds_half_of_what_ddp_holds_and_sends_the_least(pool: Callable[
     assert 0 <= rivals["apart"]["waiting"]["median"] < 1
     for name in ours:
         # 32 rows of 12,288 bytes with their ids; 32 losses one way and 32 numbers the other.
-        assert rivals[name]["wire_bytes"] == rivals[name]["wire_bytes_least"] == 32 * (12288 + 8) + 2 * 32 * 4
+        assert rivals[name]["wire_bytes"] == rivals[name]["wire_bytes_min"] == 32 * (12288 + 8) + 2 * 32 * 4
         assert 0 < rivals[name]["waiting"]["median"] + rivals[name]["transfer"]["median"] < 1
         # Of one step, every collective's median is its own time.
         assert rivals[name]["usual"] == pytest.approx(rivals[name]["together"]["median"])

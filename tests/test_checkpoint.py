@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mixdist.checkpoint import LATEST, STATE, CheckpointStore, load_module, read_state
-from mixdist.engines import NativeEngine
-from mixdist.manifest import MANIFEST, write_file
-from mixdist.mesh import Launch, Mesh, Placement
-from mixdist.mixtures import Owned, Parts
-from mixdist.terms import Outcome
-from mixdist.wire import Wire
+from mixdist.engines import Native
+from mixdist.files import write_file
+from mixdist.parallel.launch import Launch
+from mixdist.parallel.mesh import Mesh, Placement
+from mixdist.parallel.wire import Wire
+from mixdist.terms import Outcome, Owned, Parts
+from mixdist.training.checkpoint import LATEST, STATE, CheckpointStore, load_module, read_state
+from mixdist.training.manifest import MANIFEST
 
 NUM_EXPERTS = 2
 FILES = ["MANIFEST.json", "expert-0000.safetensors", "expert-0001.safetensors", "gate.safetensors", "state.json"]
@@ -49,7 +50,7 @@ class Run:
             module.requires_grad_(True)
         parts = Parts({"gate": modules[0]}, dict(enumerate(modules[1:])))
         self.owned = parts.owned()
-        self.engine = NativeEngine(parts, mesh, Wire(mesh.device), lambda p: torch.optim.Adam(p, lr=0.1))
+        self.engine = Native(parts, mesh, Wire(mesh.device), lambda p: torch.optim.Adam(p, lr=0.1))
 
     def save(self, step: int) -> None:
         """Take an optimiser step and save."""
@@ -198,7 +199,7 @@ STAGES = {"write": Writing, "fsync": Breaking, "replace": Breaking, "rename": Br
 def break_stage(patch: pytest.MonkeyPatch, stage: str, number: int, error: Callable[[], BaseException]) -> Breaking:
     if stage == "write":
         broken: Breaking = Writing(builtins.open, number, error)
-        patch.setattr("mixdist.manifest.open", broken, raising=False)
+        patch.setattr("mixdist.files.open", broken, raising=False)
     else:
         broken = STAGES[stage](getattr(os, stage), number, error)
         patch.setattr(os, stage, broken)
@@ -270,7 +271,7 @@ def test_every_cut_and_every_flipped_byte_is_found(name: str, tmp_path: Path) ->
 
 def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change a manifest as someone would who knows how its checksum is made."""
-    from mixdist.manifest import digest
+    from mixdist.training.manifest import digest
 
     manifest = json.loads((path / MANIFEST).read_text())
     change(manifest)

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import mixdist
-from mixdist.cli import main
+from mixdist.cli.main import main
 from mixdist.data import Digits
 from mixdist.experts import Classifier, ExpertBank
-from mixdist.objectives import MixtureLikelihood
+from mixdist.mixtures.objectives import MixtureLikelihood
 from mixdist.terms import Batch, Field, Spec
 
 SPEC: Spec = {

@@ -20,12 +20,12 @@ import torch
 from sklearn.datasets import load_digits
 
 import mixdist
-from mixdist.config import CheckpointConfig, Config, DispatchConfig, MeshConfig
+from mixdist.cli.train import train_parser
+from mixdist.config.config import CheckpointConfig, Config, DispatchConfig, MeshConfig
 from mixdist.data import Blobs, Digits
 from mixdist.experts import Compute
-from mixdist.manifest import MANIFEST
-from mixdist.phases import Phase
-from mixdist.train_command import train_parser
+from mixdist.training.manifest import MANIFEST
+from mixdist.training.phases import Phase
 from tests.launch import REMOVED, SMALL, Ended, changed, here, torchrun, write_config
 
 
@@ -101,7 +101,7 @@ STEP_LR = "torch.optim.lr_scheduler.StepLR"
         ),
         ({"pretrain": [{"epochs": 1}, {"epoch": 2}]}, ["unknown config key pretrain.epoch:", "did you mean epochs?"]),
         (
-            {"pretrain": [{"objective": {"class_path": "mixdist.objectives.WeightedLoss", "init_args": {"b": 3}}}]},
+            {"pretrain": [{"objective": {"class_path": "mixdist.mixtures.WeightedLoss", "init_args": {"b": 3}}}]},
             ["unknown config key pretrain.objective.init_args.b:", "WeightedLoss takes balance"],
         ),
     ],
@@ -159,8 +159,8 @@ OWN = "a file of your own must lie in the working directory"
         ({"data": "nowhere.Mnist"}, ["data names the class nowhere.Mnist", "choose mixdist.data.Bananas", OWN]),
         ({"train__optimizer__class_path": "torch.optim.Nope"}, ["train.optimizer names", "as torch.optim.Adam", OWN]),
         (
-            {BALANCE + "class_path": "mixdist.objectives.Nope"},
-            ["train.objective.init_args.balance names the class", "choose mixdist.objectives.KLBalance", OWN],
+            {BALANCE + "class_path": "mixdist.mixtures.Nope"},
+            ["train.objective.init_args.balance names the class", "choose mixdist.mixtures.KLBalance", OWN],
         ),
         ({"gate": {"class_path": "broken_import.Mine"}}, ["gate names broken_import.Mine, whose import failed", "nix"]),
         ({"gate": {"class_path": "broken_syntax.Mine"}}, ["broken_syntax.py line 1", "is not Python"]),
@@ -234,7 +234,7 @@ def test_a_class_that_cannot_be_is_refused(changes: dict[str, Any], told: list[s
         ({"routing": {"capacity_factor": -1.0}}, "TopK's capacity_factor (-1.0) must be a positive number"),
         ({"routing": {"k": 2}, "dispatch": {"prefetch": True}}, "dispatch.prefetch (true) needs dense routing"),
         (
-            {"dispatch": {"one_way": True}, "train__objective": {"class_path": "mixdist.objectives.MixtureLikelihood"}},
+            {"dispatch": {"one_way": True}, "train__objective": {"class_path": "mixdist.mixtures.MixtureLikelihood"}},
             "dispatch.one_way (true) needs an objective linear in the experts' losses, and train.objective is",
         ),
         ({"execution": "stacked", "compute": {"recompute": True}}, "compute.recompute (True) needs experts in a loop"),
@@ -394,7 +394,7 @@ def test_a_row_that_is_not_finite_is_named(folder: Path) -> None:
     (folder / "own_rows.py").write_text(OWN_DATA)
     data = {"class_path": "own_rows.Rows", "init_args": {"bad": float("inf")}}
     line = refused_config(changed(data=data))
-    assert line == "field 'x' of sample 7 holds inf, expected a finite number: mend or remove this sample."
+    assert line == "field 'x' of sample 7 holds inf, expected a finite number: fix or remove this sample."
 
 
 def test_a_loss_that_is_not_finite_names_the_expert(folder: Path) -> None:
@@ -429,9 +429,7 @@ def test_a_mistake_on_one_rank_is_told_once_by_rank_0(folder: Path) -> None:
 # Help.
 
 
-@pytest.mark.parametrize(
-    "module", ["cli", "data_commands", "shard_commands", "data.shards.pool", "data.shards.workers"]
-)
+@pytest.mark.parametrize("module", ["cli.main", "cli.prepare", "cli.shards", "data.shards.pool", "data.shards.workers"])
 def test_what_needs_no_torch_does_not_import_it(module: str) -> None:
     heavy = "torch", "scipy", "sklearn", "matplotlib"
     asked = f"import sys, mixdist.{module}; print(*sorted({set(heavy)} & set(sys.modules)))"
@@ -549,7 +547,7 @@ def test_a_picture_that_cannot_be_written_is_told(folder: Path) -> None:
     trained(folder)
     line = refused("sample", "run", "--out", "c.yaml/samples.png")
     assert "Not a directory" in line or "File exists" in line
-    assert line.endswith(": mend it and try again")
+    assert line.endswith(": fix it and try again")
 
 
 def trained(folder: Path, config: Any = SMALL, out: str = "run") -> Path:

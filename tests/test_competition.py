@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from mixdist.data.loader import share
-from mixdist.mesh import Placement
-from mixdist.wire import Wire
+from mixdist.parallel.mesh import Placement
+from mixdist.parallel.wire import Wire
 from tests.contest import COUNTS, Contest, Keeper, make_competition, make_ring, merge, run, skewed, tensors
 from tests.parity import mesh_of
 from tests.pool import Pool
@@ -72,7 +72,7 @@ def check(pool: Callable[[int], Pool], case: Contest) -> dict[str, float]:
     assert got["tables"] == wanted["tables"]
     for mine, theirs in zip(got["records"], wanted["records"], strict=True):
         assert [mine.get(k) for k in DECIDED] == [theirs.get(k) for k in DECIDED]
-        assert mine["wire_bytes"] == mine["wire_bytes_least"]
+        assert mine["wire_bytes"] == mine["wire_bytes_min"]
     found = differences(got, wanted)
     figures = {name: value for name, value in found.items() if name.startswith("record")}
     exact = case.ranks == case.ep_size
@@ -161,7 +161,7 @@ def test_an_expert_that_began_anew_is_trained_before_the_end() -> None:
     """It may get the very samples that it had, so that nothing moves: the run would end with one that knows nothing."""
     case = case_of((1, 1), start="table", score="oracle", starved="reseed")
     made, keeper = make_competition(case, mesh_of(4, 1, 1), Wire(torch.device("cpu"))), Keeper()
-    made.rules, made.chronicle.recorders = replace(made.rules, stop_below=0.01), [keeper]
+    made.rules, made.history.recorders = replace(made.rules, stop_below=0.01), [keeper]
     made.fit()
     rounds = [record for record in keeper.records if "round" in record]
     assert [record["changed"] == 0 for record in rounds] == [False, True, False]
@@ -245,7 +245,7 @@ def test_bytes_are_those_that_must_cross(pool: Callable[[int], Pool], layout: tu
         scored = 45 * (ranks - 1)
         columns = sum((45 - len(share(45, p, ep_size))) * len(placement.experts_of(p)) for p in range(ep_size)) * 8
         assert report["records"][-1]["wire_bytes"] == row * (2 * awake + judged + scored) + columns
-    assert all(record["wire_bytes"] == record["wire_bytes_least"] > 0 for record in report["records"])
+    assert all(record["wire_bytes"] == record["wire_bytes_min"] > 0 for record in report["records"])
 
 
 def test_nothing_crosses_in_epochs_where_ranks_read_for_themselves(pool: Callable[[int], Pool]) -> None:

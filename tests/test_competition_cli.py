@@ -16,16 +16,16 @@ import pytest
 import torch
 
 import mixdist
-from mixdist.assignment import Assignment
+from mixdist.competition.table import Assignment
 from mixdist.data import Blobs
 from tests.launch import REMOVED, ROOT, here, together, write_config
 from tests.test_cli import OWN_DATA, complaint, refused
 from tests.test_competition_resume import config_of
 
 DISCRIMINATORS: dict[str, Any] = {
-    "class_path": "mixdist.scores.Discriminators",
+    "class_path": "mixdist.competition.Discriminators",
     "init_args": {
-        "network": {"class_path": "mixdist.discriminators.MLPDiscriminator", "init_args": {"hidden": [8]}},
+        "network": {"class_path": "mixdist.competition.MLPDiscriminator", "init_args": {"hidden": [8]}},
         "batch_size": 40,
     },
 }
@@ -70,22 +70,22 @@ def refused_config(**changes: Any) -> str:
     return refused("train", "--config", write_config(Path("c.yaml"), changed(**changes)))
 
 
-BALANCED = {"init_args": {"balance": {"class_path": "mixdist.objectives.VarianceBalance"}}}
+BALANCED = {"init_args": {"balance": {"class_path": "mixdist.mixtures.VarianceBalance"}}}
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         (
-            {"train__objective": {"class_path": "mixdist.objectives.MixtureLikelihood"}},
+            {"train__objective": {"class_path": "mixdist.mixtures.MixtureLikelihood"}},
             ["train.objective (MixtureLikelihood) needs all experts' losses of a sample", "leave the objective out"],
         ),
         (
-            {"train__objective": {"class_path": "mixdist.objectives.WeightedLoss", **BALANCED}},
+            {"train__objective": {"class_path": "mixdist.mixtures.WeightedLoss", **BALANCED}},
             ["train.objective (WeightedLoss with balance or entropy) needs all experts'"],
         ),
         (
-            {"pretrain": [{"objective": {"class_path": "mixdist.objectives.MixtureLikelihood"}}]},
+            {"pretrain": [{"objective": {"class_path": "mixdist.mixtures.MixtureLikelihood"}}]},
             ["pretrain[0].objective (MixtureLikelihood) needs all"],
         ),
         ({"gate": {"class_path": "mixdist.gates.Softmax"}}, ["gate is given, but in a competition", "leave gate out"]),
@@ -108,11 +108,11 @@ BALANCED = {"init_args": {"balance": {"class_path": "mixdist.objectives.Variance
         ({"pretrain": [{"epochs": 0}]}, ["pretrain[0].epochs (0) must be above 0"]),
         ({"num_experts": 121}, ["num_experts (121) must be at most the number of training samples (120)"]),
         (
-            {"competition__score": {"class_path": "mixdist.scores.LabelOracle", "init_args": {"field": "label"}}},
+            {"competition__score": {"class_path": "mixdist.competition.LabelOracle", "init_args": {"field": "label"}}},
             ["the score LabelOracle needs the label 'label', but the data has labels ['y']"],
         ),
         (
-            {"competition__score": {"class_path": "mixdist.scores.LabelOracle"}, "num_experts": 2},
+            {"competition__score": {"class_path": "mixdist.competition.LabelOracle"}, "num_experts": 2},
             ["the score LabelOracle has 3 classes for 2 experts: set num_experts to 3"],
         ),
         (
@@ -125,10 +125,13 @@ BALANCED = {"init_args": {"balance": {"class_path": "mixdist.objectives.Variance
         ),
         ({"competition__score__init_args__batches": 0}, ["Discriminators' batches (0) must be at least 1"]),
         (
-            {"competition__score__class_path": "mixdist.scores.Discriminator"},
-            ["(mixdist.scores.Discriminator) must be a subclass of Score"],
+            {"competition__score__class_path": "mixdist.competition.Discriminator"},
+            ["(mixdist.competition.Discriminator) must be a subclass of Score"],
         ),
-        ({"competition__score": {"class_path": "mixdist.scores.Score"}}, ["is the base class of what can stand there"]),
+        (
+            {"competition__score": {"class_path": "mixdist.competition.Score"}},
+            ["is the base class of what can stand there"],
+        ),
         (
             {"expert": REGRESSOR},
             ["Discriminators need experts that draw, and Regressor does not", "take the score Elbo"],
@@ -136,12 +139,12 @@ BALANCED = {"init_args": {"balance": {"class_path": "mixdist.objectives.Variance
         (
             {
                 "expert": {"class_path": "mixdist.experts.Centroid"},
-                "competition__score": {"class_path": "mixdist.scores.Likelihood"},
+                "competition__score": {"class_path": "mixdist.competition.Likelihood"},
             },
             ["the score Likelihood needs importance weights, which Centroid has not: take Elbo"],
         ),
         (
-            {"competition__score": {"class_path": "mixdist.scores.Likelihood", "init_args": {"num_samples": 0}}},
+            {"competition__score": {"class_path": "mixdist.competition.Likelihood", "init_args": {"num_samples": 0}}},
             ["Likelihood's num_samples (0) must be at least 1"],
         ),
     ],
@@ -158,7 +161,7 @@ PARABOLAS = {"data": {"class_path": "mixdist.data.Parabolas"}}
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({f"{NETWORK}__class_path": "mixdist.discriminators.ConvDiscriminator", f"{NETWORK}__init_args": {}}, "images"),
+        ({f"{NETWORK}__class_path": "mixdist.competition.ConvDiscriminator", f"{NETWORK}__init_args": {}}, "images"),
         ({f"{NETWORK}__init_args__hidden": [0]}, "[2, 0, 1]"),
         (
             {**PARABOLAS, f"{NETWORK}__init_args__field": "y"},
@@ -174,14 +177,14 @@ PARABOLAS = {"data": {"class_path": "mixdist.data.Parabolas"}}
 )
 def test_what_only_scoring_needs_is_tried_before_training(changes: dict[str, Any], told: str, folder: Path) -> None:
     (folder / "weighing.py").write_text(
-        'from mixdist.scores import Random\n\n\nclass Weighing(Random):\n    fields = ("w",)\n'
+        'from mixdist.competition.scores import Random\n\n\nclass Weighing(Random):\n    fields = ("w",)\n'
     )
     assert told in refused_config(pretrain=[{"epochs": 1}], **changes)
 
 
 def test_an_oracle_needs_labels(folder: Path) -> None:
     (folder / "own_rows.py").write_text(OWN_DATA)
-    oracle = {"class_path": "mixdist.scores.LabelOracle"}
+    oracle = {"class_path": "mixdist.competition.LabelOracle"}
     line = refused_config(data={"class_path": "own_rows.Rows"}, competition__score=oracle)
     assert line == ("the score LabelOracle needs the label 'y', but the data has no labels: choose another score")
 
@@ -287,7 +290,7 @@ SICK = '''
 import os
 import torch
 from mixdist.experts import VAE
-from mixdist.discriminators import MLPDiscriminator
+from mixdist.competition import MLPDiscriminator
 
 
 class Sick(VAE):
@@ -338,7 +341,7 @@ def test_one_rank_that_is_not_finite_ends_all(sick: str, folder: Path) -> None:
 
 def test_a_score_that_is_no_number_names_the_expert(folder: Path) -> None:
     (folder / "odd.py").write_text(
-        "import torch\nfrom mixdist.scores import Random\n\n\nclass Odd(Random):\n    normalized = True\n\n"
+        "import torch\nfrom mixdist.competition.scores import Random\n\n\nclass Odd(Random):\n    normalized = True\n\n"
         "    def column(self, e, *rest):\n        value = torch.inf if e == 1 else 0.0\n"
         "        return super().column(e, *rest) + value\n"
     )
@@ -433,7 +436,7 @@ def test_a_run_before_its_first_scores_is_no_mixture(command: str, run: Path) ->
             shutil.rmtree(path)
     ended = here(command, str(run))
     assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
-    assert "is from before the first scores: there is no mixture yet; train on" in ended.err
+    assert "is from before the first scores: no mixture yet: continue training" in ended.err
 
 
 @pytest.mark.parametrize("start", ["split", "table"])
@@ -446,7 +449,7 @@ def test_a_first_split_is_no_mixture_yet(start: str, folder: Path) -> None:
     assert here("evaluate", "run", "--num_samples", "2").code == 0  # inside the second round
     for step in (2, 3):
         shutil.rmtree(folder / "run" / "checkpoints" / f"step-{step:09d}")
-    assert "there is no mixture yet" in complaint(here("evaluate", "run"))
+    assert "no mixture yet" in complaint(here("evaluate", "run"))
 
 
 SGD: dict[str, Any] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}}
@@ -478,7 +481,7 @@ def test_a_bag_s_split_is_for_good_whoever_starves(folder: Path) -> None:
     few[3:50] = 2
     write_table(Assignment.of(few, 3, TRAIN.fingerprint))
     rules = {"start": "table", "table": "table.npy", "starved": "reseed", "starved_below": 0.5, "rounds": 2}
-    config = changed(competition={**rules, "score": {"class_path": "mixdist.scores.Fixed"}})
+    config = changed(competition={**rules, "score": {"class_path": "mixdist.competition.Fixed"}})
     assert here("train", "--config", write_config(Path("c.yaml"), config), "--out", "run").code == 0
     last = sorted(Path("run/assignments").glob("*.npy"))
     assert all(np.array_equal(np.load(path), few) for path in last)

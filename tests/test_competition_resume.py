@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mixdist.competition import TABLE
-from mixdist.metrics import read_metrics
+from mixdist.competition.competition import TABLE
+from mixdist.report.metrics import read_metrics
 from tests.launch import here, start, together, write_config
 
 # Two epochs of pretraining, the first scoring, then rounds of two epochs and a scoring.
 LAST = 2 + 1 + 3 * 3
 INSIDE = 7  # after the first epoch of the second round
-OF_A_RUN = ("homes", "peak_memory_bytes", "wire_bytes", "wire_bytes_least", "sync_bytes")
+OF_A_RUN = ("homes", "peak_memory_bytes", "wire_bytes", "wire_bytes_min", "sync_bytes")
 
 OWN = '''
 """A VAE that stops once a checkpoint is there, until it is killed."""
@@ -55,10 +55,10 @@ CONFIG: dict[str, Any] = {
         "starved_below": 0.3,
         "block": 90,
         "score": {
-            "class_path": "mixdist.scores.Discriminators",
+            "class_path": "mixdist.competition.Discriminators",
             "init_args": {
                 "batch_size": 40,
-                "network": {"class_path": "mixdist.discriminators.MLPDiscriminator", "init_args": {"hidden": [8]}},
+                "network": {"class_path": "mixdist.competition.MLPDiscriminator", "init_args": {"hidden": [8]}},
             },
         },
     },
@@ -219,8 +219,8 @@ def test_kept_discriminators_go_on_bit_for_bit(folder: Path) -> None:
 def test_reseeded_experts_go_on_bit_for_bit(folder: Path) -> None:
     config = config_of(folder, starved="reseed", starved_below=0.9, start="split")
     assert here("train", "--config", config, "--out", "reseed").code == 0
-    hungry = [r["starved"] for r in read_metrics(folder / "reseed") if "round" in r]
-    assert hungry[0]
+    starved_experts = [r["starved"] for r in read_metrics(folder / "reseed") if "round" in r]
+    assert starved_experts[0]
     for total in (5, 6):  # at the round's end, and inside the next
         run = until(folder / "reseed", total, f"reseed-{total}")
         assert here("train", "--resume", run.name).code == 0

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from mixdist.config import Config
+from mixdist.competition.scores import Discriminators
+from mixdist.config.config import Config
+from mixdist.config.parsing import read_config
 from mixdist.data import Shards
-from mixdist.parsing import read_config
-from mixdist.scores import Discriminators
 from mixdist.terms import Field, Spec
 from tests.launch import ROOT
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from mixdist.convnets import ConvDecoder, ConvEncoder
 from mixdist.experts import VAE, Compute, ConvVAE, Expert, ExpertBank
 from mixdist.gates import ConvSoftmax, Gate
+from mixdist.nets.conv import ConvDecoder, ConvEncoder
 from mixdist.terms import Batch, Field, Spec
 
 SPEC: Spec = {

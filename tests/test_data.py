@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixdist.data import Blobs, Dataset, Digits, Loader, Parabolas, Shard, Source, share
+from mixdist.data import Blobs, Dataset, Digits, Loader, Parabolas, RankBatch, Source, share
 from mixdist.terms import Batch, Field
 
 WORLDS = (1, 2, 3, 5, 8)
@@ -56,7 +56,7 @@ def test_a_dataset_takes_rows() -> None:
 def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
     x = torch.zeros(3, 2)
     x[1, 1] = value
-    _error(lambda: _make(x=x), f"field 'x' of sample 11 holds {value}, expected a finite number: mend or remove")
+    _error(lambda: _make(x=x), f"field 'x' of sample 11 holds {value}, expected a finite number: fix or remove")
 
 
 def test_classes_out_of_range_are_refused() -> None:
@@ -234,7 +234,7 @@ def test_shares_cover_all_once_and_evenly(count: int, world: int) -> None:
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def _ids(shard: Shard) -> list[int]:
+def _ids(shard: RankBatch) -> list[int]:
     return shard.rows["id"].tolist()
 
 

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import kstest, norm
 
 from mixdist.data import Bananas, Dataset
-from mixdist.data.bananas import Modes
+from mixdist.data.sources.bananas import Modes
 from mixdist.terms import Field
 
 MODES: tuple[Modes, ...] = (3, 5, 9)
@@ -110,8 +110,10 @@ def test_modes_are_apart_and_the_twins_are_close(modes: Modes) -> None:
     apart = torch.cdist(centres, centres)[label[:, None] != label]
     assert apart.min().item() == pytest.approx(50.0, rel=0.02 if modes != 5 else 0.1)
     assert label.unique().tolist() == list(range(modes))
-    twins = torch.cdist(centres, centres)[(label[:, None] == label) & ~torch.eye(len(label), dtype=torch.bool)]
-    assert twins.tolist() == ([pytest.approx(50 / 8)] * 2 if modes == 5 else [])
+    duplicate_pairs = torch.cdist(centres, centres)[
+        (label[:, None] == label) & ~torch.eye(len(label), dtype=torch.bool)
+    ]
+    assert duplicate_pairs.tolist() == ([pytest.approx(50 / 8)] * 2 if modes == 5 else [])
 
 
 @pytest.mark.parametrize("modes", MODES)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixdist.build import Session, build, build_mesh
-from mixdist.density import apportioned, samples_of
+from mixdist.config.build import Session, build, build_mesh
+from mixdist.config.parsing import read_config
+from mixdist.evaluation.density import apportioned, samples_of
 from mixdist.noise import Moment
-from mixdist.parsing import read_config
 from tests.launch import SMALL, here, together, write_config
 
 OPTIMIZER = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.005}}
@@ -25,7 +25,7 @@ HARD: dict[str, Any] = {
         "init_args": {"hidden": [32], "latent": 2, "likelihood": "gaussian", "mean": "identity"},
     },
     "num_experts": 3,
-    "competition": {"rounds": 2, "score": {"class_path": "mixdist.scores.Elbo"}},
+    "competition": {"rounds": 2, "score": {"class_path": "mixdist.competition.Elbo"}},
     "pretrain": [{"epochs": 2, "batch_size": 50, "optimizer": OPTIMIZER}],
     "train": {"epochs": 3, "batch_size": 50, "optimizer": OPTIMIZER},
 }
@@ -123,7 +123,7 @@ def test_the_bar_and_the_bounds_of_a_hard_mixture(run: Path) -> None:
     assert "table of the last round" in protocol["weights_of_shares"]
     assert "log p of the winner" in protocol["weights_of_gate"]
     assert protocol["routing"] == "hard"
-    assert protocol["competition"]["score"]["class_path"] == "mixdist.scores.Elbo"
+    assert protocol["competition"]["score"]["class_path"] == "mixdist.competition.Elbo"
     weights = [expert["weight"] for expert in found["experts"]]
     assert math.fsum(weights) == pytest.approx(1)
     (table,) = sorted((run / "assignments").glob("round-0002.json"))

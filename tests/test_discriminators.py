@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from mixdist.discriminators import ConvDiscriminator, Discriminator, MLPDiscriminator, discriminator_loss
+from mixdist.competition.discriminators import ConvDiscriminator, Discriminator, MLPDiscriminator, discriminator_loss
 from mixdist.terms import Field, Spec
 
 SPEC: Spec = {

@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixdist.dispatch import Dispatch
-from mixdist.mesh import Launch, Mesh, Placement
-from mixdist.route import mask_bytes, pack_mask, unpack_mask
+from mixdist.parallel.agreement import agree, gather_bytes, gather_json
+from mixdist.parallel.dispatch import Dispatch
+from mixdist.parallel.launch import Launch
+from mixdist.parallel.mesh import Mesh, Placement
+from mixdist.parallel.route import mask_bytes, pack_mask, unpack_mask
+from mixdist.parallel.wire import Wire
 from mixdist.terms import Batch, Field
-from mixdist.wire import Wire, agree, gather_bytes, gather_json
 from tests.pool import Pool
 
 LAYOUTS = ((1, 1), (2, 2), (3, 3), (4, 4), (4, 2))
@@ -122,7 +124,7 @@ def some_on_ranks(ranks: int, ep_size: int, density: float) -> dict[str, Any]:
         sides[name] = ((result * y).sum().item(), (x * gradient).sum().item())
     meter = dispatch.wire.meter
     wrong = [name for name, good in found.items() if not good]
-    return {"wrong": wrong, "sides": sides, "sent": meter.wire_bytes, "least": meter.wire_bytes_least}
+    return {"wrong": wrong, "sides": sides, "sent": meter.wire_bytes, "least": meter.wire_bytes_min}
 
 
 def adjoints(ranks: int, ep_size: int) -> dict[str, tuple[float, float]]:
@@ -167,7 +169,7 @@ def traffic(num_rows: int) -> dict[str, Any]:
     return {
         "seen": int(LOOPBACK.read_text()) - before,
         "sent": wire.meter.wire_bytes,
-        "least": wire.meter.wire_bytes_least,
+        "least": wire.meter.wire_bytes_min,
     }
 
 

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mixdist.engines import NativeEngine, NotFinite
+from mixdist.engines import Native, NotFinite
 from mixdist.experts import VAE, Expert, ExpertBank
-from mixdist.mesh import Launch, Mesh, Placement
-from mixdist.mixtures import Parts
 from mixdist.noise import Moment
-from mixdist.terms import Field, Outcome
-from mixdist.wire import Wire
+from mixdist.parallel.launch import Launch
+from mixdist.parallel.mesh import Mesh, Placement
+from mixdist.parallel.wire import Wire
+from mixdist.terms import Field, Outcome, Parts
 from tests.parity import SEED, Case, Loader, data, make_mixture, make_objective
 
 MESH = Mesh(Placement.plan(3, 1), Launch(), torch.device("cpu"))
@@ -34,8 +34,8 @@ def outcome(**changed: Any) -> Outcome:
     return Outcome(**{**fields, "bad_E": zeros, "bad_gate": zero, "entropy": zero, "lost": zero, **changed})
 
 
-def engine_of(made: Parts, optimizer: Callable[..., Any] | None = None, **arguments: Any) -> NativeEngine:
-    return NativeEngine(made, MESH, Wire(MESH.device), optimizer or (lambda p: torch.optim.SGD(p, 1.0)), **arguments)
+def engine_of(made: Parts, optimizer: Callable[..., Any] | None = None, **arguments: Any) -> Native:
+    return Native(made, MESH, Wire(MESH.device), optimizer or (lambda p: torch.optim.SGD(p, 1.0)), **arguments)
 
 
 def all_parameters(made: Parts) -> list[nn.Parameter]:
@@ -115,7 +115,7 @@ def nan_row_on_one_rank(bad_rank: int) -> str:
     mesh = Mesh(Placement.plan(4, 2), Launch(dist.get_rank(), 2), torch.device("cpu"), 60.0)
     wire, case = Wire(mesh.device), Case(ranks=2, ep_size=2)
     mixture = make_mixture(case, mesh, wire)
-    engine = NativeEngine(mixture.parts, mesh, wire, lambda p: torch.optim.Adam(p))
+    engine = Native(mixture.parts, mesh, wire, lambda p: torch.optim.Adam(p))
     if mesh.rank == bad_rank:
         broken = list(mixture.parts.experts.values())[1]
         next(broken.parameters()).data[0, 0] = torch.nan

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixdist.engines import NativeEngine, SoloEngine
+from mixdist.competition.entrant import Entrant
+from mixdist.competition.placement import move_entrants
+from mixdist.engines import Native, Solo
 from mixdist.engines.state import read_optimizer, write_optimizer
-from mixdist.entrant import Entrant
-from mixdist.mixtures import Parts
 from mixdist.noise import Moment, Purpose
-from mixdist.removal import move_entrants
-from mixdist.terms import Outcome
-from mixdist.wire import Wire
+from mixdist.parallel.wire import Wire
+from mixdist.terms import Outcome, Parts
 from tests.contest import Contest, make_phase, make_ring
 from tests.parity import SEED, data, mesh_of
 from tests.pool import Pool
@@ -40,7 +39,7 @@ def test_alone_is_as_with_the_engine_of_mixtures(optimizer: str) -> None:
     entrant, phase = trained(case, Wire(mesh.device)), make_phase(case, 1)
     ring = entrant.ring
     expert = ring.make_expert(2, 0)
-    engine = NativeEngine(Parts({}, {0: expert}), mesh, Wire(mesh.device), phase.optimizer, clip_norm=phase.clip_norm)
+    engine = Native(Parts({}, {0: expert}), mesh, Wire(mesh.device), phase.optimizer, clip_norm=phase.clip_norm)
     schedule = phase.schedule(next(iter(engine.optimizers.values()))) if phase.schedule else None
     norms = []
     for step in range(6):
@@ -64,7 +63,7 @@ def test_alone_is_as_with_the_engine_of_mixtures(optimizer: str) -> None:
 
 def test_an_unused_parameter_gets_a_zero_gradient() -> None:
     module = torch.nn.ParameterDict({"a": torch.ones(2), "b": torch.ones(2)}).double()
-    engine = SoloEngine("m", module, None, Wire(torch.device("cpu")), lambda p: torch.optim.Adam(p, 0.1))
+    engine = Solo("m", module, None, Wire(torch.device("cpu")), lambda p: torch.optim.Adam(p, 0.1))
     for use in ("a", "b"):
         engine.zero_grad()
         module[use].sum().backward()

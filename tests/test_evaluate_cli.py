@@ -12,7 +12,7 @@ import pytest
 
 import mixdist
 from mixdist.data import Digits
-from mixdist.manifest import MANIFEST
+from mixdist.training.manifest import MANIFEST
 from tests.launch import SMALL, Ended, changed, here, together, write_config
 from tests.test_cli import idx_folder
 

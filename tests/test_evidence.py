@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixdist import importance as subject
-from mixdist.commands import described
+from mixdist.cli.evaluate import described
 from mixdist.data import Dataset, Loader
-from mixdist.evaluate import EVALUATION_PHASE, Evaluation, evaluate, expert_table, stands_out
-from mixdist.evidence import mixture_log_likelihood, twins
+from mixdist.evaluation.evaluate import EVALUATION_PHASE, Evaluation, evaluate, expert_table, stands_out
+from mixdist.evaluation.evidence import duplicate_pairs, mixture_log_likelihood
+from mixdist.evaluation.health import dead, duplicates, in_words
 from mixdist.experts import VAE, Expert, ExpertBank
+from mixdist.experts import importance as subject
+from mixdist.experts.importance import SAMPLES_AT_ONCE, Evidence, importance
 from mixdist.gates import Uniform
-from mixdist.health import dead, duplicates, in_words
-from mixdist.importance import SAMPLES_AT_ONCE, Evidence, importance
-from mixdist.mixtures import SoftMixture
+from mixdist.mixtures import Soft
 from mixdist.noise import Draw, Moment, Purpose, weights_seed
+from mixdist.parallel.wire import Wire
 from mixdist.terms import Batch, ExpertTerms, Field, Spec
-from mixdist.wire import Wire
 from tests.parity import SEED, Case, data, make_expert, make_mixture, mesh_of
 from tests.pool import Pool
 
@@ -152,10 +152,10 @@ def test_a_mixture_lies_between_its_terms_and_its_best_expert() -> None:
 # Evaluations of whole mixtures.
 
 
-def judged(case: Case, num_samples: int | None = 25, change: Callable[[SoftMixture], None] | None = None) -> Evaluation:
+def judged(case: Case, num_samples: int | None = 25, change: Callable[[Soft], None] | None = None) -> Evaluation:
     mesh = mesh_of(case.num_experts, case.ranks, case.ep_size)
     mixture = make_mixture(case, mesh, Wire(mesh.device))
-    assert isinstance(mixture, SoftMixture)
+    assert isinstance(mixture, Soft)
     if change is not None:
         change(mixture)
     target = "y" if case.expert == "regressor" else None
@@ -244,7 +244,7 @@ def test_supervised_likelihoods_are_exact() -> None:
     case = Case(expert="regressor")
     found = judged(case)
     mixture = make_mixture(case, mesh_of(4, 1, 1), Wire(torch.device("cpu")))
-    assert isinstance(mixture, SoftMixture)
+    assert isinstance(mixture, Soft)
     with torch.no_grad():
         rows = mixture.values(data().rows, ("x", "y"))
         log_resp = mixture.gate(rows, None).log_resp_BE
@@ -262,7 +262,7 @@ def test_supervised_likelihoods_are_exact() -> None:
 def test_reconstruction_routing_and_purity_are_as_defined() -> None:
     found = judged(Case(), None)
     mixture = make_mixture(Case(), mesh_of(4, 1, 1), Wire(torch.device("cpu")))
-    assert isinstance(mixture, SoftMixture)
+    assert isinstance(mixture, Soft)
     with torch.no_grad():
         rows = mixture.values(data().rows, ("x",))
         resp = mixture.gate(rows, None).log_resp_BE.exp()
@@ -300,9 +300,9 @@ class Guess(Expert):
 
 def test_classifiers_are_judged_by_accuracy_and_nll() -> None:
     base = make_mixture(Case(num_experts=2), mesh_of(2, 1, 1), Wire(torch.device("cpu")))
-    assert isinstance(base, SoftMixture)
+    assert isinstance(base, Soft)
     bank = ExpertBank({0: Guess([0.7, 0.2, 0.1]), 1: Guess([0.5, 0.2, 0.3])})
-    mixture = SoftMixture(Uniform(data().spec, 2).double(), bank, base.dispatch, data().spec, torch.float64)
+    mixture = Soft(Uniform(data().spec, 2).double(), bank, base.dispatch, data().spec, torch.float64)
     found = evaluate(mixture, data(), 16, SEED, "label", 3).figures
     label = data().rows["label"].long()
     nll = -torch.tensor([0.6, 0.2, 0.2], dtype=torch.float64).log()[label].mean().item()
@@ -314,7 +314,7 @@ def test_classifiers_are_judged_by_accuracy_and_nll() -> None:
 # Dead experts and duplicates.
 
 
-def copy_expert(mixture: SoftMixture) -> None:
+def copy_expert(mixture: Soft) -> None:
     """Make expert 2 what expert 0 is, with its latent dimensions in reverse."""
     owned = mixture.bank.owned()
     owned[2].load_state_dict(owned[0].state_dict())
@@ -344,13 +344,13 @@ def found_on_a_batch(ranks: int) -> tuple[list[tuple[int, int]], list[tuple[int,
     case = Case(ranks=ranks, ep_size=ranks)
     mesh = mesh_of(case.num_experts, ranks, ranks)
     mixture = make_mixture(case, mesh, Wire(mesh.device))
-    assert isinstance(mixture, SoftMixture)
+    assert isinstance(mixture, Soft)
     shard = Loader(data(), 16, SEED, 0, mesh.rank, ranks).batch(0, 0)
-    before = twins(mixture, shard)
+    before = duplicate_pairs(mixture, shard)
     if 2 in mixture.bank.owned():
         torch.manual_seed(weights_seed(SEED, Purpose.WEIGHTS, 0))
         mixture.bank.owned()[2].load_state_dict(make_expert(case, data().spec).double().state_dict())
-    return before, twins(mixture, shard)
+    return before, duplicate_pairs(mixture, shard)
 
 
 def test_a_dead_expert_is_found() -> None:

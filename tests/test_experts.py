@@ -15,7 +15,7 @@ from torch.distributions import Bernoulli, Distribution, Laplace, MultivariateNo
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from mixdist.experts import VAE, Compute, Expert, ExpertBank, Noise, Regressor, time_executions
-from mixdist.nets import MLP, Affine
+from mixdist.nets.mlp import MLP, Affine
 from mixdist.terms import Batch, ExpertTerms, Field, Spec
 
 SPEC: Spec = {

@@ -12,8 +12,8 @@ from PIL import Image
 
 import mixdist
 from mixdist.data import Bananas, Digits
-from mixdist.evaluate import Evaluation
-from mixdist.gallery import NUM_POINTS, NUM_SAMPLES, NUM_WHOLE, samples
+from mixdist.evaluation.evaluate import Evaluation
+from mixdist.report.gallery import NUM_POINTS, NUM_SAMPLES, NUM_WHOLE, samples
 from tests.launch import changed, here, together, write_config
 from tests.test_density import HARD, session_of
 
@@ -29,7 +29,7 @@ def pictures(run: Path) -> dict[str, bytes]:
 
 
 def test_a_hard_run_on_images_shows_rounds_labels_and_the_mixture_on_any_layout(folder: Path) -> None:
-    hard = {"rounds": 2, "score": {"class_path": "mixdist.scores.Elbo"}}
+    hard = {"rounds": 2, "score": {"class_path": "mixdist.competition.Elbo"}}
     keep = {name: HARD[name] for name in ("pretrain", "train")}
     config = {**changed(), **keep, "competition": hard}
     del config["gate"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixdist.gates import Consistent, Gate, LabelOracle, Softmax, Uniform
-from mixdist.nets import Affine
+from mixdist.nets.mlp import Affine
 from mixdist.stats import entropy
 from mixdist.terms import Batch, Field, Spec
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixdist.metrics import read_metrics
+from mixdist.report.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["--train.epochs=1", "--dtype=float64", "--log_every=1", "--num_experts=4", "--train.optimizer.fused=false"]

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixdist.cli import main
-from mixdist.data.shards import stream, web
+from mixdist.cli.main import main
+from mixdist.data.shards import http as web
+from mixdist.data.shards import stream
+from mixdist.data.shards.http import Web
 from mixdist.data.shards.index import HEAD, SAMPLES, ShardIndex, check_names, split_of
 from mixdist.data.shards.scan import assemble, scan
 from mixdist.data.shards.stream import WebStream, expand
-from mixdist.data.shards.web import Web
 from tests.range_server import RangeServer
 from tests.tars import COUNTS, make_shards, sample_of, write_shard
 

@@ -13,9 +13,9 @@ from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
-import mixdist.kde
+import mixdist.evaluation.kde
 from mixdist.data import Bananas, Dataset
-from mixdist.kde import log_density, parzen
+from mixdist.evaluation.kde import log_density, parzen
 
 RNG = np.random.default_rng(0)
 
@@ -35,7 +35,7 @@ def test_the_density_is_that_of_all_pairs(monkeypatch: pytest.MonkeyPatch, size:
     bandwidths = np.array([0.05, 0.4, 3.0])
     expected = np.stack([_by_pairs(samples, rows, h) for h in bandwidths])
     for pairs in (1, 7 * 300, 1 << 22):
-        monkeypatch.setattr(mixdist.kde, "PAIRS_AT_ONCE", pairs)
+        monkeypatch.setattr(mixdist.evaluation.kde, "PAIRS_AT_ONCE", pairs)
         np.testing.assert_allclose(log_density(samples, rows, bandwidths), expected, rtol=1e-10)
 
 

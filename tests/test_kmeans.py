@@ -12,10 +12,10 @@ import yaml
 from safetensors.torch import load_file
 from sklearn.cluster import KMeans
 
-from mixdist.build import build_experts
+from mixdist.config.build import build_experts
+from mixdist.config.parsing import read_config
 from mixdist.data import Digits
-from mixdist.metrics import read_metrics
-from mixdist.parsing import read_config
+from mixdist.report.metrics import read_metrics
 from tests.launch import ROOT, here, together, write_config
 
 OWN = '''
@@ -42,7 +42,12 @@ CONFIG: dict[str, Any] = {
     "num_experts": 10,
     "dtype": "float64",
     "seed": 1,
-    "competition": {"rounds": ROUNDS, "start": "all", "block": 500, "score": {"class_path": "mixdist.scores.Elbo"}},
+    "competition": {
+        "rounds": ROUNDS,
+        "start": "all",
+        "block": 500,
+        "score": {"class_path": "mixdist.competition.Elbo"},
+    },
     "train": {"epochs": 1, "batch_size": 1438, "optimizer": SGD},
     "checkpoint": {"keep": 100},
 }

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixdist.parsing import read_config
+from mixdist.config.parsing import read_config
 from mixdist.terms import Field
 from tests.launch import ROOT
 from tests.test_benchmarks import load

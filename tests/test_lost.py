@@ -97,7 +97,9 @@ def alive(pid: int) -> bool:
 
 
 def test_a_worker_ends_with_the_process_that_started_it() -> None:
-    worker = "import time; from mixdist.process import end_with_parent as e; e(); print(flush=True); time.sleep(99)"
+    worker = (
+        "import time; from mixdist.parallel.launch import end_with_parent as e; e(); print(flush=True); time.sleep(99)"
+    )
     parent = f"""
 import subprocess, sys
 worker = subprocess.Popen([sys.executable, "-c", {worker!r}], stdout=subprocess.PIPE)

@@ -7,11 +7,12 @@ import re
 import pytest
 import torch
 
-from mixdist.build import build_mesh
-from mixdist.config import Config
+from mixdist.config.build import build_mesh
+from mixdist.config.config import Config
 from mixdist.data import Digits
 from mixdist.experts import Centroid
-from mixdist.mesh import Launch, Mesh, Placement, choose_device
+from mixdist.parallel.launch import Launch
+from mixdist.parallel.mesh import Mesh, Placement, choose_device
 
 LARGEST = 12
 SIZES = range(1, LARGEST + 1)

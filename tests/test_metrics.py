@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mixdist.metrics import MetricsLog, Progress, read_metrics, table
+from mixdist.report.metrics import MetricsLog, Progress, read_metrics, table
 
 NUMBERS = [0.1, 1 / 3, -0.0, 5e-324, 1.7976931348623157e308, 123456789.12345678, math.pi]
 

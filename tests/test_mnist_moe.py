@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixdist.build import build_mixture
+from mixdist.config.build import build_mixture
+from mixdist.config.parsing import read_config
 from mixdist.data import Dataset, Loader
-from mixdist.engines import NativeEngine
-from mixdist.mesh import Launch, Mesh, Placement
-from mixdist.mixtures import SoftMixture
+from mixdist.engines import Native
+from mixdist.mixtures import Soft
 from mixdist.noise import Moment, Purpose
-from mixdist.parsing import read_config
+from mixdist.parallel.launch import Launch
+from mixdist.parallel.mesh import Mesh, Placement
+from mixdist.parallel.wire import Wire
 from mixdist.terms import Field
-from mixdist.wire import Wire
 from tests.launch import ROOT
 
 WEIGHTS = ("layers.0.weight", "layers.0.bias", "layers.2.weight", "layers.2.bias")
@@ -55,7 +56,7 @@ def test_loss_and_gradients_are_the_authors(execution: str) -> None:
     mesh = Mesh(Placement.plan(10, 1), Launch(0, 1), torch.device("cpu"), 60.0)
     wire = Wire(mesh.device)
     mixture = build_mixture(config, spec, mesh, wire)
-    assert isinstance(mixture, SoftMixture)
+    assert isinstance(mixture, Soft)
     shard = Loader(Dataset({"id": torch.arange(100), "x": pixels}, spec), 100, config.seed, 0, 0, 1).batch(0, 0)
     at = Moment(config.seed, 0, 7)
     config.train.objective.anneal(7)
@@ -69,7 +70,7 @@ def test_loss_and_gradients_are_the_authors(execution: str) -> None:
     pairs = [(owned[None], "net", gate)]
     for e, (encoder, decoder) in enumerate(experts):
         pairs += [(owned[e], "encoder", encoder), (owned[e], "decoder", decoder)]
-    engine = NativeEngine(mixture.parts, mesh, wire, config.train.optimizer)
+    engine = Native(mixture.parts, mesh, wire, config.train.optimizer)
     engine.zero_grad()
     outcome = mixture.backward(shard, config.train.objective, at, 1, None)
     engine.step(outcome, 0)  # from here on a stack's gradients stand at its experts, too

@@ -13,7 +13,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from mixdist.objectives import (
+from mixdist.mixtures.objectives import (
     Balance,
     Information,
     KLBalance,

@@ -11,20 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mixdist.pictures import (
-    CELL,
-    Panel,
+from mixdist.report.grids import CELL, Panel, experts_picture, mixture_picture, sample_picture, to_uint8
+from mixdist.report.plots import (
     attributes_picture,
     contingency_picture,
     curves_picture,
-    experts_picture,
-    mixture_picture,
-    rounds_picture,
-    sample_picture,
     scatter_picture,
-    to_uint8,
     training_picture,
 )
+from mixdist.report.rounds import rounds_picture
 
 RNG = np.random.default_rng(0)
 NAMES = ["zero", "one", "two"]

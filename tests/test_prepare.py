@@ -24,13 +24,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mixdist.data.layouts import open_layout
-from mixdist.data.layouts.layout import Files
-from mixdist.data.prepare import Prepared, count_reasons, prepare
-from mixdist.data.recipe import Recipe
-from mixdist.data.shards.decode import decode
+from mixdist.data.formats import open_listing
+from mixdist.data.formats.listing import Files
+from mixdist.data.images import decode
+from mixdist.data.prepare.prepare import Prepared, count_reasons, prepare
+from mixdist.data.prepare.recipe import Recipe
+from mixdist.data.prepare.writer import PREPARING, _Sink
 from mixdist.data.shards.index import ShardIndex
-from mixdist.data.shards.writer import PREPARING, _Sink
 from tests import sources
 from tests.launch import ROOT, descendants, here
 from tests.sources import MAKERS, Truth, make, picture, put
@@ -40,7 +40,7 @@ LARGE = picture(0, (1500, 1500))
 
 
 def _prepare(source: Path, out: Path, kind: str = "celeba", **settings: Any) -> Prepared:
-    layout = open_layout(kind, source)
+    layout = open_listing(kind, source)
     recipe = settings.pop("recipe", Recipe(layout.channels))
     return prepare(kind, layout, recipe, out, **{**SETTINGS, **settings})
 
@@ -93,7 +93,7 @@ def test_every_sample_is_written_once_as_it_is(kind: str, tmp_path: Path) -> Non
     prepared = _prepare(tmp_path / "source", tmp_path / "out", kind, shard_samples=3)
     members = _members(tmp_path / "out")
     assert list(members) == sorted(f"{truth.split} {truth.id:09d}" for truth in truths)
-    names = open_layout(kind, tmp_path / "source").attribute_names
+    names = open_listing(kind, tmp_path / "source").attribute_names
     for truth in truths:
         sample = members[f"{truth.split} {truth.id:09d}"]
         _check_image(sample, truth)

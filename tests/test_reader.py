@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from mixdist.competition.delivery import OwnReader, WireReader, prefetched
 from mixdist.data.loader import share
-from mixdist.reader import OwnReader, WireReader, in_turn
-from mixdist.wire import Wire
+from mixdist.parallel.wire import Wire
 from tests.parity import NUM_ROWS, data, mesh_of
 from tests.pool import Pool
 
@@ -38,7 +38,7 @@ def fetch(ranks: int, case: int) -> tuple[bool, int, int]:
     same = read.keys() == sent.keys() == {"id", *fields}
     same &= all(torch.equal(read[n], right[n]) and torch.equal(sent[n], right[n]) for n in ("id", *fields))
     same &= all(read[n].dtype == sent[n].dtype for n in ("id", *fields))
-    return same, wire.meter.wire_bytes, wire.meter.wire_bytes_least
+    return same, wire.meter.wire_bytes, wire.meter.wire_bytes_min
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -60,7 +60,7 @@ def test_what_is_in_turn_is_begun_before_the_one_before_is_given_away() -> None:
         told.append(f"begin {n}")
         return lambda: told.append(f"end {n}") or n
 
-    for n in in_turn(partial(begin, n) for n in range(3)):
+    for n in prefetched(partial(begin, n) for n in range(3)):
         told.append(f"use {n}")
     assert told == ["begin 0", "begin 1", "end 0", "use 0", "begin 2", "end 1", "use 1", "end 2", "use 2"]
-    assert list(in_turn([])) == []
+    assert list(prefetched([])) == []

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import mixdist
-from mixdist.metrics import read_metrics
+from mixdist.report.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

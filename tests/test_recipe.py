@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mixdist.data.recipe import Encoding, Recipe
-from mixdist.data.shards.decode import Unreadable, decode
+from mixdist.data.images import Unreadable, decode
+from mixdist.data.prepare.recipe import Encoding, Recipe
 from tests.sources import picture
 
 AS_IS = [("JPEG", {}, "jpg"), ("PNG", {}, "png"), ("WEBP", {"lossless": True}, "webp")]

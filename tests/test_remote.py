@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixdist.data.shards import blocks, web
-from mixdist.data.shards.blocks import Blocks
+from mixdist.data.shards import cache as blocks
+from mixdist.data.shards import http as web
+from mixdist.data.shards.cache import Blocks
 from mixdist.data.shards.remote import Cache, RemoteStorage
 from mixdist.data.shards.storage import Damage, Storage, open_shards
 from tests import light_reader

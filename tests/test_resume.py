@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mixdist.metrics import read_metrics
+from mixdist.report.metrics import read_metrics
 from tests.launch import changed, here, start, together, write_config
 
 NUM_STEPS, SAVED, LOGGED = 39, 10, 12  # of a run: one epoch; when it was killed: the newest checkpoint, the last step
 TIMES = ("rows_per_s", "waiting_s", "transfer_s", "peak_memory_bytes")
-WIRE = ("wire_bytes", "wire_bytes_least", "sync_bytes")
+WIRE = ("wire_bytes", "wire_bytes_min", "sync_bytes")
 
 OWN = '''
 """A VAE that stops in the middle of a run, until it is killed."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixdist.routing import TopK, admitted, demand, lay_out, responsible
+from mixdist.mixtures.routing import TopK, admitted, demand, lay_out, responsible
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 7, 64])

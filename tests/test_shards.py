@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from mixdist.competition.delivery import OwnReader, bring
 from mixdist.data import Augment, Epoch, Loader, Shards
 from mixdist.data.order import shuffled_blocks
 from mixdist.data.shards.samples import ShardSamples
-from mixdist.mesh import Placement
 from mixdist.noise import Purpose
-from mixdist.reader import OwnReader, bring
+from mixdist.parallel.mesh import Placement
 from tests.tars import COUNTS, SIDE, image_of, make_index, make_shards, sample_of, write_shard
 
 NUM_TRAIN = 44

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixdist.metrics import read_metrics
+from mixdist.report.metrics import read_metrics
 from tests.launch import Started, descendants, here, together, write_config
 from tests.range_server import RangeServer
 from tests.tars import COUNTS, make_index, make_shards, sample_of, write_shard
@@ -76,10 +76,10 @@ HARD = {
         "rounds": 2,
         "block": 20,
         "score": {
-            "class_path": "mixdist.scores.Discriminators",
+            "class_path": "mixdist.competition.Discriminators",
             "init_args": {
                 "batch_size": 10,
-                "network": {"class_path": "mixdist.discriminators.MLPDiscriminator", "init_args": {"hidden": [4]}},
+                "network": {"class_path": "mixdist.competition.MLPDiscriminator", "init_args": {"hidden": [4]}},
             },
         },
     },
@@ -275,7 +275,7 @@ def test_labels_asked_for_where_there_are_none() -> None:
     assert index.label_N is None
     told = refused("train", "--config", config_of(SOFT, {"label": "y"}))
     assert "label (y) asks for classes, and the shards of 'shards' have none" in told
-    oracle = {**HARD, "competition": {"score": {"class_path": "mixdist.scores.LabelOracle"}}}
+    oracle = {**HARD, "competition": {"score": {"class_path": "mixdist.competition.LabelOracle"}}}
     assert "y" in refused("train", "--config", config_of(oracle, {}))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mixdist.cli import main
+from mixdist.cli.main import main
 from mixdist.data.shards.index import ShardIndex
 from mixdist.data.shards.verify import MOST_TOLD, Verdict, examine
 from tests.tars import COUNTS, encoded, image_of, make_index, make_shards, sample_of, write_shard

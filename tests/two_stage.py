@@ -12,13 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mixdist.data import Shard
-from mixdist.dispatch import Dispatch
-from mixdist.mixtures import Parts
-from mixdist.nets import MLP
+from mixdist.data import RankBatch
+from mixdist.mixtures.objectives import Objective
+from mixdist.nets.mlp import MLP
 from mixdist.noise import Moment, Purpose
-from mixdist.objectives import Objective
-from mixdist.terms import Outcome, Spec
+from mixdist.parallel.dispatch import Dispatch
+from mixdist.terms import Outcome, Parts, Spec
 
 WIDTH = 6
 
@@ -46,7 +45,7 @@ class TwoStage:
         return Parts({"decoder": self.decoder}, dict(self.components))
 
     def backward(
-        self, shard: Shard, objective: Objective, at: Moment, num_parts: int = 1, upcoming: Shard | None = None
+        self, shard: RankBatch, objective: Objective, at: Moment, num_parts: int = 1, upcoming: RankBatch | None = None
     ) -> Outcome:
         dispatch, spec = self.dispatch, self.spec["x"]
         route = dispatch.send(shard.rows, ("x",), shard.counts)
@@ -73,7 +72,7 @@ class TwoStage:
     def settle(self) -> None:
         """Nothing is ever under way."""
 
-    def _statistics(self, h_BH: Tensor, shard: Shard) -> Tensor:
+    def _statistics(self, h_BH: Tensor, shard: RankBatch) -> Tensor:
         over_batch = self.dispatch.over_batch
         # Each rank compares its rows with all rows: the sum over ranks is the sum over pairs, no share is needed.
         all_NH = over_batch.gather(h_BH, shard.counts)

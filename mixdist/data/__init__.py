@@ -10,30 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixdist.data.augment import Augment
-    from mixdist.data.bananas import Bananas
-    from mixdist.data.cifar import Cifar10
     from mixdist.data.dataset import Dataset, Samples, Source
-    from mixdist.data.digits import Digits
-    from mixdist.data.idx import Idx
-    from mixdist.data.loader import Loader, Shard, share
+    from mixdist.data.loader import Loader, RankBatch, share
     from mixdist.data.order import Epoch
-    from mixdist.data.shards.source import Shards
-    from mixdist.data.synthetic import Blobs, Parabolas
+    from mixdist.data.sources.bananas import Bananas
+    from mixdist.data.sources.cifar import Cifar10
+    from mixdist.data.sources.digits import Digits
+    from mixdist.data.sources.idx import Idx
+    from mixdist.data.sources.shards import Shards
+    from mixdist.data.sources.synthetic import Blobs, Parabolas
 
 _HOMES = {
     "Augment": "augment",
-    "Bananas": "bananas",
-    "Blobs": "synthetic",
-    "Cifar10": "cifar",
+    "Bananas": "sources.bananas",
+    "Blobs": "sources.synthetic",
+    "Cifar10": "sources.cifar",
     "Dataset": "dataset",
-    "Digits": "digits",
+    "Digits": "sources.digits",
     "Epoch": "order",
-    "Idx": "idx",
+    "Idx": "sources.idx",
     "Loader": "loader",
-    "Parabolas": "synthetic",
+    "Parabolas": "sources.synthetic",
     "Samples": "dataset",
-    "Shard": "loader",
-    "Shards": "shards.source",
+    "RankBatch": "loader",
+    "Shards": "sources.shards",
     "Source": "dataset",
     "share": "loader",
 }
@@ -48,8 +48,8 @@ __all__ = [
     "Idx",
     "Loader",
     "Parabolas",
+    "RankBatch",
     "Samples",
-    "Shard",
     "Shards",
     "Source",
     "share",

@@ -29,7 +29,7 @@ class Augment:
             raise ValueError(f"augment.shift ({self.shift}) must be at least 0: give a number of pixels, 0 for none")
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Hold it against the shape of a row.
+        """Check it against the shape of a row.
 
         Raises:
             ValueError: rows are no images, or smaller than the shift.

@@ -8,8 +8,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
+from mixdist.data.prepare.writer import Made, ShardWriter, Task
 from mixdist.data.shards.processes import end_with_parent, submit
-from mixdist.data.shards.writer import Made, ShardWriter, Task
 
 _here: dict[str, Any] = {}
 """What a worker process was given when it started."""

@@ -183,14 +183,14 @@ class Dataset(Samples):
         if column.shape != (len(self), *field.shape) or column.dtype != field.dtype:
             expected = f"{(len(self), *field.shape)} of {field.dtype}"
             raise ValueError(
-                f"field {name!r} is {tuple(column.shape)} of {column.dtype}, expected {expected}: mend its spec"
+                f"field {name!r} is {tuple(column.shape)} of {column.dtype}, expected {expected}: fix its spec"
             )
         if field.num_classes is not None:
             expected, remedy = f"a class from 0 to {field.num_classes - 1}", "correct the label or num_classes"
             classes = column.long()  # 256 classes would overflow a comparison of bytes
             self._require((classes >= 0) & (classes < field.num_classes), name, expected, remedy)
         elif column.is_floating_point():
-            self._require(column.isfinite(), name, "a finite number", "mend or remove this sample")
+            self._require(column.isfinite(), name, "a finite number", "fix or remove this sample")
 
     def _check_attributes(self) -> None:
         name, field = self.attribute, self.spec.get(self.attribute or "")
@@ -217,7 +217,7 @@ class Dataset(Samples):
         if not log_p_N.isfinite().all():
             row = int(log_p_N.isfinite().logical_not().nonzero()[0])
             raise ValueError(
-                f"log_density_N of sample {self.rows['id'][row]} ({log_p_N[row]}) must be a finite number: mend or "
+                f"log_density_N of sample {self.rows['id'][row]} ({log_p_N[row]}) must be a finite number: fix or "
                 "remove this sample"
             )
 

@@ -29,7 +29,7 @@ def share(count: int, rank: int, world: int) -> range:
 
 
 @dataclass(frozen=True, eq=False)
-class Shard:
+class RankBatch:
     """This rank's rows of one global batch.
 
     Args:
@@ -53,11 +53,13 @@ class Shard:
         """Rows of the global batch."""
         return sum(self.counts)
 
-    def to(self, device: torch.device) -> Shard:
+    def to(self, device: torch.device) -> RankBatch:
         """The same rows on a device."""
-        return Shard({name: column.to(device, non_blocking=True) for name, column in self.rows.items()}, self.counts)
+        return RankBatch(
+            {name: column.to(device, non_blocking=True) for name, column in self.rows.items()}, self.counts
+        )
 
-    def split(self, num_parts: int) -> list[Shard]:
+    def split(self, num_parts: int) -> list[RankBatch]:
         """Cut every rank's rows into exactly ``num_parts`` parts, so that all ranks agree on each part's counts.
 
         Args:
@@ -72,7 +74,7 @@ class Shard:
         for part in range(num_parts):
             mine = share(len(self.rows["id"]), part, num_parts)
             rows = {name: column[mine.start : mine.stop] for name, column in self.rows.items()}
-            parts.append(Shard(rows, tuple(len(share(count, part, num_parts)) for count in self.counts)))
+            parts.append(RankBatch(rows, tuple(len(share(count, part, num_parts)) for count in self.counts)))
         return parts
 
 
@@ -124,7 +126,7 @@ class Loader:
         """Global batches of an epoch."""
         return -(-len(self.dataset) // self.batch_size)
 
-    def batch(self, epoch: int, index: int) -> Shard:
+    def batch(self, epoch: int, index: int) -> RankBatch:
         """This rank's share of a global batch.
 
         Args:
@@ -143,7 +145,7 @@ class Loader:
         if self.pin:
             rows = {name: column.pin_memory() for name, column in rows.items()}
         positions = self._positions(epoch, index)
-        return Shard(rows, tuple(len(share(len(positions), r, self.world_size)) for r in range(self.world_size)))
+        return RankBatch(rows, tuple(len(share(len(positions), r, self.world_size)) for r in range(self.world_size)))
 
     def _start(self, epoch: int, index: int) -> Callable[[], Batch]:
         positions = self._positions(epoch, index)

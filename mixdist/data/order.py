@@ -36,13 +36,13 @@ class Epoch:
 
 
 def shuffled(positions_N: Tensor, epoch: Epoch) -> Tensor:
-    """Give positions in full random order: a sort by keyed hashes of their ranks among them."""
+    """Return positions in full random order: a sort by keyed hashes of their ranks among them."""
     e = epoch
     return positions_N[permutation(e.seed, e.phase, e.number, len(positions_N), e.expert, e.purpose)]
 
 
 def shuffled_blocks(positions_N: Tensor, epoch: Epoch, block: int, window: int, batch_size: int) -> Tensor:
-    """Give positions in an order that keeps neighbours in storage near each other in time.
+    """Return positions in an order that keeps neighbours in storage near each other in time.
 
     Positions are cut into blocks of ``block`` neighbours. Blocks are shuffled; each ``window`` of them that follow each
     other are mixed sample by sample; and each batch of the result is put in the order of blocks again, so that the

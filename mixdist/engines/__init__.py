@@ -1,6 +1,6 @@
 """Engines: what happens between gradients and new parameters."""
 
-from mixdist.engines.native import NativeEngine, NotFinite, OptimizerFactory, ScheduleFactory, Totals
-from mixdist.engines.solo import SoloEngine
+from mixdist.engines.native import Native, NotFinite, OptimizerFactory, ScheduleFactory, Totals
+from mixdist.engines.solo import Solo
 
-__all__ = ["NativeEngine", "NotFinite", "OptimizerFactory", "ScheduleFactory", "SoloEngine", "Totals"]
+__all__ = ["Native", "NotFinite", "OptimizerFactory", "ScheduleFactory", "Solo", "Totals"]

@@ -15,10 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mixdist.engines.state import Slot, fast_forward, kind, read_optimizer, write_optimizer
-from mixdist.mesh import Mesh
-from mixdist.mixtures import Owned, Parts
-from mixdist.terms import Outcome
-from mixdist.wire import Wire
+from mixdist.parallel.mesh import Mesh
+from mixdist.parallel.wire import Wire
+from mixdist.terms import Outcome, Owned, Parts
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
@@ -30,7 +29,7 @@ class Totals(NamedTuple):
     Args:
         outcome: every field summed over ranks.
         grad_norm: norm of the gradient before clipping, what is shared once and each expert once.
-        meter: wire_bytes, wire_bytes_least and sync_bytes summed over ranks.
+        meter: wire_bytes, wire_bytes_min and sync_bytes summed over ranks.
     """
 
     outcome: Outcome
@@ -42,7 +41,7 @@ class NotFinite(ValueError):
     """A loss or a gradient is not a finite number; nothing was updated."""
 
 
-class NativeEngine:
+class Native:
     """Gradients summed over whoever holds a copy, one optimiser for each module, in one process or many.
 
     Experts that run as one stack share an optimiser over the stack, which one that works element by element cannot
@@ -131,7 +130,7 @@ class NativeEngine:
         return next((float(o.param_groups[0]["lr"]) for o in self.optimizers.values()), 0.0)
 
     def optimizer_state(self, owned: Owned) -> dict[str, Tensor]:
-        """Give the optimiser's state of a module: "<parameter>.<key>" to tensor."""
+        """Return the optimiser's state of a module: "<parameter>.<key>" to tensor."""
         optimizer = self._optimizer(owned)
         return {} if optimizer is None else read_optimizer(optimizer, self._slots(owned))
 
@@ -163,7 +162,7 @@ class NativeEngine:
             yield Slot(name, parameter if place is None else self.parts.stack[name], place)
 
     def collect(self) -> list[tuple[Owned, list[Tensor]]]:
-        """Give the gradients of every module that trains; one that no row came to has zeros, and steps all the same."""
+        """Return the gradients of every module that trains: zeros where no row came, so that it steps all the same."""
         for stacked, slices in self._slices:
             if stacked.grad is None:
                 stacked.grad = torch.zeros_like(stacked)
@@ -198,7 +197,7 @@ class NativeEngine:
     def _start_totals(self, outcome: Outcome, squares_E: Tensor) -> Callable[[Tensor], tuple[Totals, Tensor]]:
         """Start to sum everything that ranks must know of a step, in one reduction; then it wants what is shared."""
         meter = self.wire.meter
-        counts = {name: getattr(meter, name) for name in ("wire_bytes", "wire_bytes_least", "sync_bytes")}
+        counts = {name: getattr(meter, name) for name in ("wire_bytes", "wire_bytes_min", "sync_bytes")}
         sent = torch.tensor(list(counts.values()), dtype=torch.float64, device=self.mesh.device)
         fields = [squares_E, sent, outcome.loss, *outcome.parts.values(), *outcome[2:]]
         sizes = [f.numel() for f in fields]

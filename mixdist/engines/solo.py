@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from mixdist.engines.native import NotFinite, OptimizerFactory, ScheduleFactory, trainable
 from mixdist.engines.state import Slot, fast_forward, kind, read_optimizer, write_optimizer
-from mixdist.wire import Group, Wire
+from mixdist.parallel.wire import Group, Wire
 
 
-class SoloEngine:
+class Solo:
     """One module with an optimiser, a schedule and a clip norm of its own.
 
     Every rank of ``group`` holds a copy and adds its rows' part; gradients and losses are summed there in one
@@ -95,7 +95,7 @@ class SoloEngine:
         self.epochs += 1
 
     def go_to(self, steps: int, epochs: int = 0) -> None:
-        """Say how many steps and epochs were done before, in a run that is resumed or on another rank."""
+        """Set how many steps and epochs were done before, in a run that is resumed or on another rank."""
         if self.schedule is not None:
             fast_forward(self.schedule, epochs - self.epochs)
         self.steps, self.epochs = steps, epochs
@@ -105,7 +105,7 @@ class SoloEngine:
         return kind(self.optimizer)
 
     def state(self) -> dict[str, Tensor]:
-        """Give the optimiser's state: "<parameter>.<key>" to tensor."""
+        """Return the optimiser's state: "<parameter>.<key>" to tensor."""
         return read_optimizer(self.optimizer, self._slots())
 
     def load_state(self, state: dict[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ class Slot(NamedTuple):
 
 
 def read_optimizer(optimizer: Optimizer, slots: Iterable[Slot]) -> dict[str, Tensor]:
-    """Give an optimiser's state: "<parameter>.<key>" to tensor."""
+    """Return an optimiser's state: "<parameter>.<key>" to tensor."""
     state: dict[str, Tensor] = {}
     for name, tensor, place in slots:
         for key, value in optimizer.state.get(tensor, {}).items():

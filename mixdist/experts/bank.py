@@ -121,7 +121,7 @@ class ExpertBank(nn.Module):
         return lambda rows, eps: self._cast(lambda: call(rows, eps), rows)
 
     def forward(self, rows: Batch, noise: Noise | None = None, mask_RE: Tensor | None = None) -> ExpertTerms:
-        """Give every expert's terms for its rows.
+        """Return every expert's terms for its rows.
 
         Args:
             rows: R rows of real numbers.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixdist.experts.expert import Expert, real_field
-from mixdist.nets import flat
+from mixdist.nets.mlp import flat
 from mixdist.stats import normal_sum_log_prob
 from mixdist.terms import Batch, ExpertTerms, Field, Spec
 

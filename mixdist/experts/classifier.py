@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from mixdist.experts.expert import Expert, real_field
-from mixdist.nets import MLP, ActivationName, flat
+from mixdist.nets.mlp import MLP, ActivationName, flat
 from mixdist.terms import Batch, ExpertTerms, Spec
 
 
 class Classifier(Expert):
     """p(y|x) = softmax(f(x))_y with f an affine map (``hidden=[]``) or an MLP.
 
-    loss = -log p(y|x), nats: the categorical cross entropy. With :class:`mixdist.objectives.MixtureLikelihood` the
+    loss = -log p(y|x), nats: the categorical cross entropy. With :class:`mixdist.mixtures.MixtureLikelihood` the
     mixture minimises -log sum_k q(k|x) p(y|x, k); the weighted mean of ``predict`` is p(y|x) = sum_k q(k|x) p(y|x, k)
     (seed document 001, section 4).
 
@@ -57,11 +57,11 @@ class Classifier(Expert):
         return ExpertTerms(-log_py, log_py)
 
     def log_probs(self, rows: Batch) -> Tensor:
-        """Give log p(y|x) of every class, nats: (R, C) or (E, R, C)."""
+        """Return log p(y|x) of every class, nats: (R, C) or (E, R, C)."""
         return torch.log_softmax(self.net(flat(rows[self.input], self.input_shape)), dim=-1)
 
     def predict(self, rows: Batch) -> Tensor:
-        """Give p(y|x) of every class: (R, C)."""
+        """Return p(y|x) of every class: (R, C)."""
         return self.log_probs(rows).exp()
 
 

@@ -7,11 +7,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from mixdist.convnets import ConvDecoder, ConvEncoder, NormName, image_shape
 from mixdist.experts.expert import real_field
 from mixdist.experts.likelihood import LikelihoodName, MeanName
 from mixdist.experts.vae import Autoencoder
-from mixdist.nets import ActivationName, flat
+from mixdist.nets.conv import ConvDecoder, ConvEncoder, NormName, image_shape
+from mixdist.nets.mlp import ActivationName, flat
 from mixdist.terms import Spec
 
 

@@ -20,8 +20,8 @@ class Expert(nn.Module):
     Attributes:
         fields: the fields of a row that it needs; only those cross the wire.
         noise_shape: the standard normal numbers that it needs for a row, or None.
-        stackable: True when ``forward`` also accepts parameters with a leading expert axis (see mixdist/nets.py), with
-            noise of shape (E, R, ...) and results of shape (E, R).
+        stackable: True when ``forward`` also accepts parameters with a leading expert axis (see mixdist/nets/mlp.py),
+            with noise of shape (E, R, ...) and results of shape (E, R).
     """
 
     fields: tuple[str, ...] = ("x",)
@@ -29,18 +29,18 @@ class Expert(nn.Module):
     stackable: bool = False
 
     def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
-        """Say what this expert makes of R rows of real numbers, given standard normal noise (R, *noise_shape)."""
+        """Return what this expert makes of R rows of real numbers, given standard normal noise (R, *noise_shape)."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def can(self, ability: str) -> bool:
-        """Say whether this expert has a method of its own where this base class has none: can("sample")."""
+        """Return whether this expert has a method of its own where this base class has none: can("sample")."""
         return getattr(type(self), ability) is not getattr(Expert, ability)
 
     def anneal(self, step: int) -> None:
         """Set what a schedule changes, before training step ``step`` of the phase (from 0): KL warm-up and the like."""
 
     def reconstruct(self, rows: Batch) -> Tensor:
-        """Give x as this expert would, without noise: (R, *shape of x)."""
+        """Return x as this expert would, without noise: (R, *shape of x)."""
         raise NotImplementedError(f"{type(self).__name__} does not reconstruct")
 
     def sample(self, eps: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Expert(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not sample")
 
     def draw(self, eps: Tensor, uniform: Tensor) -> Tensor:
-        """Give samples of this expert's p(x), noise of p(x|z) and all: (R, *shape of x).
+        """Return samples of this expert's p(x), noise of p(x|z) and all: (R, *shape of x).
 
         Args:
             eps: independent standard normal numbers (R, *noise_shape).
@@ -57,19 +57,19 @@ class Expert(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not draw")
 
     def log_weights(self, rows: Batch, eps: Tensor) -> Tensor:
-        """Give log p(x, z) - log q(z|x) for S posterior samples of each row: (R, S) nats, eps (R, S, *noise_shape).
+        """Return log p(x, z) - log q(z|x) for S posterior samples of each row: (R, S) nats, eps (R, S, *noise_shape).
 
         Their log-mean-exp over S estimates log p(x) (importance sampling; Burda et al. 2016, eq. 8).
         """
         raise NotImplementedError(f"{type(self).__name__} has no importance weights")
 
     def predict(self, rows: Batch) -> Tensor:
-        """Give the target's mean for each row: (R, *shape of y)."""
+        """Return the target's mean for each row: (R, *shape of y)."""
         raise NotImplementedError(f"{type(self).__name__} does not predict")
 
 
 def real_field(spec: Spec, name: str, asked_by: str) -> Field:
-    """Give the field ``name`` of real numbers.
+    """Return the field ``name`` of real numbers.
 
     Raises:
         ValueError: the data set has no such field, or it holds classes.

@@ -66,7 +66,7 @@ class Likelihood(nn.Module):
         self.log_scale = nn.Parameter(torch.full((1, 1), log_scale)) if learned else log_scale
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
-        """Give log p(x|output), nats: x (R, D), output (R, D) or (E, R, D); result (R,) or (E, R)."""
+        """Return log p(x|output), nats: x (R, D), output (R, D) or (E, R, D); result (R,) or (E, R)."""
         if self.name == "bernoulli":
             return bernoulli_log_prob(x, output).sum(-1)
         if self.name == "logistic":
@@ -77,13 +77,13 @@ class Likelihood(nn.Module):
         return laplace_log_prob(x, mean, self.log_scale).sum(-1)
 
     def mean(self, output: Tensor) -> Tensor:
-        """Give E[x | output], of the output's shape; the location for logistic, which clipping moves."""
+        """Return E[x | output], of the output's shape; the location for logistic, which clipping moves."""
         if self.name == "bernoulli" or self.mean_name == "sigmoid":
             return torch.sigmoid(output)
         return output
 
     def draw(self, output: Tensor, uniform: Tensor) -> Tensor:
-        """Give x ~ p(x | output) by the inverse of its distribution function, (R, D): 0 or 1 for Bernoulli.
+        """Return x ~ p(x | output) by the inverse of its distribution function, (R, D): 0 or 1 for Bernoulli.
 
         Args:
             output: (R, D).
@@ -99,7 +99,7 @@ class Likelihood(nn.Module):
 
 
 def check_levels(field: Field, name: str, asked_by: str) -> int:
-    """Give the number of levels that a field is stored in: k / (levels - 1) on [0, 1], 256 for scale 1/255.
+    """Return the number of levels that a field is stored in: k / (levels - 1) on [0, 1], 256 for scale 1/255.
 
     Raises:
         ValueError: it is not stored so; a mass over levels would then mean nothing.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixdist.experts.expert import Expert, real_field
 from mixdist.experts.likelihood import Likelihood
-from mixdist.nets import MLP, ActivationName, flat
+from mixdist.nets.mlp import MLP, ActivationName, flat
 from mixdist.terms import Batch, ExpertTerms, Spec
 
 

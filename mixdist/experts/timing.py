@@ -22,7 +22,7 @@ WARMUP, TURNS = 2, 7
 def time_executions(
     experts: Mapping[int, Expert], rows: Batch, noise: Noise | None, compute: Compute
 ) -> dict[Execution, float]:
-    """Give the median seconds of a forward and backward pass of copies of the experts, by execution.
+    """Return the median seconds of a forward and backward pass of copies of the experts, by execution.
 
     The ways take turns, after a warm-up. One that these experts cannot run is absent.
 

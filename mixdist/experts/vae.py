@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mixdist.experts.expert import Expert, real_field
 from mixdist.experts.likelihood import Likelihood, LikelihoodName, MeanName, check_levels
-from mixdist.nets import MLP, ActivationName, flat
+from mixdist.nets.mlp import MLP, ActivationName, flat
 from mixdist.stats import normal_kl
 from mixdist.terms import Batch, ExpertTerms, Field, Spec
 
@@ -72,13 +72,13 @@ class Autoencoder(Expert):
         self.kl_weight.fill_(min(1.0, step / self.kl_warmup) if self.kl_warmup else 1.0)
 
     def encode(self, rows: Batch) -> tuple[Tensor, Tensor]:
-        """Give mean and log variance of q(z|x), each (R, L)."""
+        """Return mean and log variance of q(z|x), each (R, L)."""
         x = flat(rows[self.field], self.shape)
         mean, log_var = self.encoder(x).to(x.dtype).chunk(2, dim=-1)  # networks may run in bfloat16, densities never
         return mean, log_var
 
     def outputs(self, z: Tensor) -> Tensor:
-        """Give what the likelihood reads, (R, D), for z (R, L); with a stack's leading axis where the kind stacks."""
+        """Return what the likelihood reads, (R, D), for z (R, L); with a stack's leading axis where the kind stacks."""
         return self.decoder(z)
 
     def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
@@ -103,7 +103,7 @@ class Autoencoder(Expert):
         return log_px.view(-1, num_samples) + log_ratio
 
     def decode(self, z: Tensor) -> Tensor:
-        """Give the mean of p(x|z), (R, *shape of x), for z (R, L)."""
+        """Return the mean of p(x|z), (R, *shape of x), for z (R, L)."""
         return self.likelihood.mean(self.outputs(z)).reshape(-1, *self.shape)
 
     def reconstruct(self, rows: Batch) -> Tensor:

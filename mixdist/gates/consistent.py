@@ -24,7 +24,7 @@ class Consistent(Gate):
     """q(e|x) of another gate, with the loss w KL(q(e|x) || q(e|x')) in training, nats, x' a random view of x.
 
     The view is an affine map of the picture, drawn anew for each row at every step, with each of its numbers uniform
-    within the limits given. With mutual information (:class:`mixdist.objectives.Information`) this is a discriminative
+    within the limits given. With mutual information (:class:`mixdist.mixtures.Information`) this is a discriminative
     clusterer: IMSAT (Hu et al. 2017, eq. 5 with affine maps as T), but that both sides of the divergence learn. The
     experts see rows as they are; so does the gate in evaluation.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mixdist.convnets import ConvEncoder, NormName, image_shape
 from mixdist.gates.softmax import Softmax
-from mixdist.nets import ActivationName
+from mixdist.nets.conv import ConvEncoder, NormName, image_shape
+from mixdist.nets.mlp import ActivationName
 from mixdist.terms import Spec
 
 

@@ -23,7 +23,7 @@ class Gate(nn.Module):
     noise_shape: tuple[int, ...] | None = None
 
     def forward(self, rows: Batch, eps: Tensor | None) -> Gating:
-        """Give log responsibilities (B, E) for B rows of real numbers, given noise (B, *noise_shape)."""
+        """Return log responsibilities (B, E) for B rows of real numbers, given noise (B, *noise_shape)."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def anneal(self, step: int) -> None:

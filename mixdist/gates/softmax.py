@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixdist.gates.gate import Gate
-from mixdist.nets import MLP, ActivationName, flat
+from mixdist.nets.mlp import MLP, ActivationName, flat
 from mixdist.terms import Batch, Gating, Spec
 
 
@@ -75,12 +75,12 @@ class Softmax(Gate):
     def anneal(self, step: int) -> None:
         # Computed on the host and only then rounded: every rank and every resume sets the same number.
         u = min(1.0, step / self.anneal_steps) if self.anneal_steps else 1.0
-        (hot, cold), (loud, quiet) = self.temperatures, self.noises
+        (hot, cold), (loud, noise_free_losses) = self.temperatures, self.noises
         self.temperature.fill_(hot ** (1 - u) * cold**u)
-        self.noise.fill_((1 - u) * loud + u * quiet)
+        self.noise.fill_((1 - u) * loud + u * noise_free_losses)
 
     def logits(self, rows: Batch) -> Tensor:
-        """Give f(x), (B, E): what a gate with another network overrides."""
+        """Return f(x), (B, E): what a gate with another network overrides."""
         return self.net(flat(rows[self.field]))
 
     def forward(self, rows: Batch, eps: Tensor | None) -> Gating:

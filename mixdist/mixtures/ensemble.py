@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixdist.data import Samples, Shard
-from mixdist.dispatch import Dispatch
+from mixdist.data import RankBatch, Samples
 from mixdist.experts import ExpertBank, Noise
-from mixdist.mixtures.mixture import Owned, Parts
 from mixdist.noise import Moment, Purpose
-from mixdist.route import Route
-from mixdist.terms import Batch, ExpertTerms, Spec
+from mixdist.parallel.dispatch import Dispatch
+from mixdist.parallel.route import Route
+from mixdist.terms import Batch, ExpertTerms, Owned, Parts, Spec
 
 
 class Scores(NamedTuple):
@@ -61,19 +60,23 @@ class Ensemble(ABC):
         """Take what a checkpoint's state says of the mixture beside its modules; mostly nothing."""
 
     @abstractmethod
-    def choose(self, shard: Shard, route: Route, at: Moment) -> Tensor:
-        """Give the log weights of all experts for each of this rank's rows outside training, (B, E)."""
+    def choose(self, shard: RankBatch, route: Route, at: Moment) -> Tensor:
+        """Return the log weights of all experts for each of this rank's rows outside training, (B, E)."""
 
     @abstractmethod
     def shares(self, dataset: Samples, batch_size: int, at: Moment) -> Tensor:
-        """Give each expert's part of a data set, (E,) float64: the weights of the mixture as a density of x."""
+        """Return each expert's part of a data set, (E,) float64: the weights of the mixture as a density of x."""
+
+    def density_weights(self, share_E: Tensor) -> Tensor:
+        """Return the weights of the mixture as a density of x, given the mean responsibilities, (E,)."""
+        return share_E
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields that travel with a row."""
         return self.bank.template.fields
 
-    def send(self, shard: Shard) -> Route:
+    def send(self, shard: RankBatch) -> Route:
         """Start sending this rank's rows to all experts."""
         return self.dispatch.send(shard.rows, self.fields, shard.counts)
 
@@ -83,7 +86,7 @@ class Ensemble(ABC):
         return {"id": rows["id"], **named}
 
     def noise(self, at: Moment) -> Noise | None:
-        """Give the draws of the experts' posteriors at a moment, or None where they need none."""
+        """Return the draws of the experts' posteriors at a moment, or None where they need none."""
         shape = self.bank.template.noise_shape
         if shape is None:
             return None
@@ -96,7 +99,7 @@ class Ensemble(ABC):
         return self.bank(rows, self.noise(at), route.mask_Re)
 
     @torch.no_grad()
-    def score(self, shard: Shard, route: Route, at: Moment) -> Scores:
+    def score(self, shard: RankBatch, route: Route, at: Moment) -> Scores:
         """Say who is responsible for rows and what all experts make of them, without training or capacity.
 
         Every rank calls it, with the route that ``send`` gave for the shard.
@@ -112,7 +115,7 @@ class Ensemble(ABC):
 
     @torch.no_grad()
     def predict(self, scores: Scores, route: Route) -> Tensor:
-        """Give the mean of the experts' predictions under the weights of ``score``, (B, *shape of the target)."""
+        """Return the mean of the experts' predictions under the weights of ``score``, (B, *shape of the target)."""
         rows = self.values(route.rows(), self.bank.template.fields)
         predictions = torch.stack([expert.predict(rows) for expert in self.bank.owned().values()], dim=1)
         return self.dispatch.combine_sum(predictions, scores.log_resp_BE.exp(), route)

@@ -2,44 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-from torch import Tensor, nn
-
-from mixdist.data import Shard
+from mixdist.data import RankBatch
+from mixdist.mixtures.objectives import Objective
 from mixdist.noise import Moment
-from mixdist.objectives import Objective
-from mixdist.terms import Outcome
-
-
-class Owned(NamedTuple):
-    """A module with its name in checkpoints and messages, and the expert it is, if it is one."""
-
-    name: str
-    module: nn.Module
-    expert: int | None = None
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The modules of a mixture on this rank.
-
-    Args:
-        shared: replicated on every rank: the gate, a shared decoder; by name.
-        experts: this rank's experts by global number.
-        stack: where experts run as one stack, the tensors that their parameters are slices of, by the parameter's
-            name; the leading axis is that of ``experts``.
-    """
-
-    shared: dict[str, nn.Module]
-    experts: dict[int, nn.Module] = field(default_factory=dict)
-    stack: dict[str, Tensor] = field(default_factory=dict)
-
-    def owned(self) -> list[Owned]:
-        """All of them, shared ones first, experts in ascending order."""
-        experts = [Owned(f"expert {e}", module, e) for e, module in self.experts.items()]
-        return [Owned(name, module) for name, module in self.shared.items()] + experts
+from mixdist.terms import Outcome, Parts
 
 
 class Mixture(Protocol):
@@ -50,7 +18,7 @@ class Mixture(Protocol):
         """Its modules on this rank."""
 
     def backward(
-        self, shard: Shard, objective: Objective, at: Moment, num_parts: int = 1, upcoming: Shard | None = None
+        self, shard: RankBatch, objective: Objective, at: Moment, num_parts: int = 1, upcoming: RankBatch | None = None
     ) -> Outcome:
         """Add this rank's part of the gradient of the global loss to every parameter's ``grad``.
 

@@ -10,20 +10,19 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from mixdist.data import Loader, Samples, Shard
-from mixdist.dispatch import Dispatch
+from mixdist.data import Loader, RankBatch, Samples
 from mixdist.experts import ExpertBank
 from mixdist.gates import Gate
 from mixdist.mixtures.ensemble import Ensemble
-from mixdist.mixtures.mixture import Parts
+from mixdist.mixtures.objectives import Objective
+from mixdist.mixtures.routing import RoutingPlan, TopK, admitted, demand, lay_out
 from mixdist.noise import Moment, Purpose
-from mixdist.objectives import Objective
-from mixdist.route import Route
-from mixdist.routing import RoutingPlan, TopK, admitted, demand, lay_out
-from mixdist.terms import Batch, Gating, Outcome, Spec
+from mixdist.parallel.dispatch import Dispatch
+from mixdist.parallel.route import Route
+from mixdist.terms import Batch, Gating, Outcome, Parts, Spec
 
 
-class SoftMixture(Ensemble):
+class Soft(Ensemble):
     """Gate and experts, each row seen by every expert or by its k most responsible ones; seed documents 000 and 001.
 
     The gate runs once on all of a rank's rows and the experts in micro-batches, each of which is sent, run, combined
@@ -56,7 +55,7 @@ class SoftMixture(Ensemble):
     ) -> None:
         super().__init__(bank, dispatch, spec, dtype)
         self.gate, self.routing, self.one_way = gate, routing, one_way
-        self._ahead: tuple[Shard, Route] | None = None
+        self._ahead: tuple[RankBatch, Route] | None = None
 
     @property
     def parts(self) -> Parts:
@@ -64,7 +63,7 @@ class SoftMixture(Ensemble):
         return Parts({"gate": self.gate}, dict(self.bank.owned()), self.bank.stack)
 
     def backward(
-        self, shard: Shard, objective: Objective, at: Moment, num_parts: int = 1, upcoming: Shard | None = None
+        self, shard: RankBatch, objective: Objective, at: Moment, num_parts: int = 1, upcoming: RankBatch | None = None
     ) -> Outcome:
         """Add this rank's part of the gradient of the global loss to every parameter's ``grad``."""
         shards = shard.split(num_parts)
@@ -118,7 +117,7 @@ class SoftMixture(Ensemble):
 
         return finish
 
-    def _first(self, shard: Shard, part: Shard) -> Route:
+    def _first(self, shard: RankBatch, part: RankBatch) -> Route:
         """The route of a step's first rows, which may have been sent in the step before."""
         ahead, self._ahead = self._ahead, None
         return ahead[1] if ahead is not None and ahead[0] is shard else self.send(part)
@@ -129,18 +128,18 @@ class SoftMixture(Ensemble):
         if ahead is not None:
             ahead[1].rows()
 
-    def _routes(self, shards: list[Shard], first: Route | None) -> Iterator[Route]:
+    def _routes(self, shards: list[RankBatch], first: Route | None) -> Iterator[Route]:
         for part in shards:
             yield self.send(part) if first is None else first
             first = None
 
-    def _sparse_routes(self, shards: list[Shard], plan: RoutingPlan) -> Iterator[Route]:
+    def _sparse_routes(self, shards: list[RankBatch], plan: RoutingPlan) -> Iterator[Route]:
         routed = plan.routed_BE.split([part.size for part in shards])
         counts = self.dispatch.arrivals(routed)
         for part, part_routed, part_counts in zip(shards, routed, counts, strict=True):
             yield self.dispatch.send_some(part.rows, self.bank.template.fields, part_routed, part_counts)
 
-    def _plan(self, routing: TopK, log_resp_BE: Tensor, shard: Shard) -> RoutingPlan:
+    def _plan(self, routing: TopK, log_resp_BE: Tensor, shard: RankBatch) -> RoutingPlan:
         """Decide over the global batch which experts see this rank's rows."""
         over_batch, num_experts = self.dispatch.over_batch, log_resp_BE.shape[1]
         choices_BK = routing.choices(log_resp_BE)
@@ -214,19 +213,19 @@ class SoftMixture(Ensemble):
         return self.gate(self.values(rows, self.gate.fields), eps)
 
     def log_weights(self, gating: Gating) -> Tensor:
-        """Give the log weights of all experts for each row outside training: what routing leaves out is -inf."""
+        """Return the log weights of all experts for each row outside training: what routing leaves out is -inf."""
         if self.routing is None:
             return gating.log_resp_BE
         choices_BK = self.routing.choices(gating.log_resp_BE)
         asked_BK = choices_BK < gating.log_resp_BE.shape[1]
         return self.routing.log_weights(gating.log_resp_BE, lay_out(gating.log_resp_BE, choices_BK, asked_BK).routed_BE)
 
-    def choose(self, shard: Shard, route: Route, at: Moment) -> Tensor:
+    def choose(self, shard: RankBatch, route: Route, at: Moment) -> Tensor:
         return self.log_weights(self.gating(shard.rows, at))
 
     @torch.no_grad()
     def shares(self, dataset: Samples, batch_size: int, at: Moment) -> Tensor:
-        """Give the mean responsibility of each expert over a data set, (E,) float64; every rank calls it."""
+        """Return the mean responsibility of each expert over a data set, (E,) float64; every rank calls it."""
         mesh = self.dispatch.mesh
         loader = Loader(dataset, batch_size, at.seed, 0, mesh.rank, mesh.world_size, ordered=True)
         sum_E = torch.zeros(mesh.placement.num_experts, dtype=torch.float64, device=mesh.device)

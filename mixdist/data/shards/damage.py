@@ -13,7 +13,7 @@ class Damage(ValueError):
 
 
 def hold(where: str, offset: int, size: int, crc: int, data: bytes) -> bytes:
-    """Hold a member's bytes against the index.
+    """Check a member's bytes against the index.
 
     Args:
         where: the shard's path or address, for the message.
@@ -33,7 +33,7 @@ def hold(where: str, offset: int, size: int, crc: int, data: bytes) -> bytes:
 
 
 def hold_sizes(folder: str, sizes: Iterable[tuple[str, int, int | None]]) -> None:
-    """Hold the sizes of shards against the index.
+    """Check the sizes of shards against the index.
 
     Args:
         folder: path or address, for the message.

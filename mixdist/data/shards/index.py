@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixdist.manifest import write_file
+from mixdist.files import write_file
 
 HEAD, SAMPLES = "index.json", "index.npz"
 FORMAT = 1
@@ -242,7 +242,7 @@ class ShardIndex:
 
 
 def _check(index: ShardIndex) -> None:
-    """Hold names and numbers of an index against what they can be.
+    """Check names and numbers of an index against what they can be.
 
     Raises:
         ValueError: one is impossible.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixdist.data.shards.processes import executor, submit
-from mixdist.data.shards.reading import Bad, Reading, Wanted
+from mixdist.data.shards.reader import Bad, Reading, Wanted
 
 Read = tuple[NDArray[Any], list[Bad]]
 _MOST, _LEAST = 64, 4

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixdist.data.shards.blocks import Blocks
+from mixdist.data.shards.cache import Blocks
 from mixdist.data.shards.damage import REMEDY, Damage, hold, hold_sizes
+from mixdist.data.shards.http import Missing, Web
 from mixdist.data.shards.index import HEAD, SAMPLES, ShardEntry, ShardIndex
-from mixdist.data.shards.web import Missing, Web
 
 _ASKED_AT_ONCE = 8
 _LARGEST_INDEX = 1 << 32
@@ -111,7 +111,7 @@ class RemoteStorage:
         self._blocks.close()
 
     def _part(self, shard: str, number: int, start: int, stop: int) -> bytes:
-        """Give what a block has of the bytes from ``start`` to ``stop`` of a shard."""
+        """Return what a block has of the bytes from ``start`` to ``stop`` of a shard."""
         num_bytes, stem = self._shards[shard]
         first = number * self._block
         size = min(self._block, num_bytes - first)

@@ -21,7 +21,7 @@ from mixdist.data.loader import share
 from mixdist.data.order import Epoch, OrderName, shuffled, shuffled_blocks
 from mixdist.data.shards.index import ShardIndex
 from mixdist.data.shards.pool import Pool, Read
-from mixdist.data.shards.reading import Wanted
+from mixdist.data.shards.reader import Wanted
 from mixdist.terms import Batch, Spec
 
 _SURVEYED_AT_ONCE = 512
@@ -54,7 +54,7 @@ class Shelf:
     max_skipped: float = 0.01
 
     def wanted(self, places: NDArray[np.int64]) -> list[Wanted]:
-        """Say where samples lie, by their places in the index."""
+        """Return where samples lie, by their places in the index."""
         columns, shards = self.column_M[places], self.shard_of(places)
         members, crcs = self.index.member_NM2[places, columns], self.index.crc_NM[places, columns]
         names = [shard.name for shard in self.index.shards]
@@ -62,11 +62,11 @@ class Shelf:
         return [Wanted(names[shard], offset, size, crc) for shard, (offset, size), crc in found]
 
     def shard_of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Give the number of the shard of each place."""
+        """Return the number of the shard of each place."""
         return np.searchsorted(self.index.starts, places, side="right") - 1
 
     def described(self, place: int, reason: str) -> str:
-        """Say which sample is bad, and why."""
+        """Return which sample is bad, and why."""
         shard, offset, _, _ = self.wanted(np.array([place]))[0]
         return f"sample {self.index.id_N[place]} in shard {shard} at offset {offset}: {reason}"
 
@@ -201,7 +201,7 @@ class ShardSamples(Samples):
         if len(ids) > self.shelf.max_skipped * len(self):
             raise ValueError(
                 f"{len(ids)} of {len(self)} samples cannot be read, more than data.init_args.max_skipped "
-                f"({self.shelf.max_skipped:g}) of them: see mixdist verify --decode, mend them, or raise it"
+                f"({self.shelf.max_skipped:g}) of them: see mixdist verify --decode, fix them, or raise it"
             )
         return self._of(np.flatnonzero(~np.isin(self._ids.numpy(), np.asarray(ids))))
 

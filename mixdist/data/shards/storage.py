@@ -36,7 +36,7 @@ class Storage(Protocol):
         """
 
     def check(self, index: ShardIndex) -> None:
-        """Hold the sizes of the shards against the index.
+        """Check the sizes of the shards against the index.
 
         Raises:
             ValueError: a shard is missing or of another size.

@@ -10,8 +10,8 @@ from urllib.parse import unquote
 
 from braceexpand import braceexpand  # comes with webdataset, whose patterns these are
 
+from mixdist.data.shards.http import Web, check_address
 from mixdist.data.shards.index import check_names
-from mixdist.data.shards.web import Web, check_address
 
 _BLOCK = 4_000_000
 _AHEAD = 2
@@ -19,7 +19,7 @@ _MOST = 100_000
 
 
 def expand(pattern: str) -> tuple[str, list[str]]:
-    """Give the folder and the names of the shards that a pattern stands for.
+    """Return the folder and the names of the shards that a pattern stands for.
 
     Args:
         pattern: an address with braces, as ``https://host/train-{000000..000146}.tar``.
@@ -74,7 +74,7 @@ class WebStream:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def read(self, size: int, /) -> bytes:
-        """Give at most ``size`` bytes; none at the end."""
+        """Return at most ``size`` bytes; none at the end."""
         while not self._rest:
             block = next(self._blocks, None)
             if block is None:

@@ -1,4 +1,4 @@
-"""Shards held against their index: what is missing, cut or changed, by shard, offset and id."""
+"""Shards checked against their index: what is missing, cut or changed, by shard, offset and id."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixdist.data.shards.decode import Unreadable, open_image, plain
+from mixdist.data.images import Unreadable, open_image, plain
 from mixdist.data.shards.index import ABSENT, ShardIndex
 from mixdist.data.shards.tar import PIECE, Stream
 
@@ -25,7 +25,7 @@ class Verdict(NamedTuple):
 
 
 def missing(part: ShardIndex, why: str) -> Verdict:
-    """Give the verdict on a shard that cannot be read."""
+    """Return the verdict on a shard that cannot be read."""
     (shard,) = part.shards
     line = f"shard {shard.name!r} {why}: it has {len(part)} samples, ids {part.id_N[0]} to {part.id_N[-1]}"
     return Verdict([line], len(part))

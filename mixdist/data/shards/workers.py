@@ -18,13 +18,13 @@ _MOST = 16
 
 
 def default_workers(num_shards: int, num_bytes: int) -> int:
-    """Give one process a core, at most 16, and none where this one is done before they would have started."""
+    """Return one process a core, at most 16, and none where this one is done before they would have started."""
     workers = min(cores(), num_shards, _MOST)
     return 0 if workers < 2 or num_bytes < _SMALL else workers
 
 
 def in_order(take: Callable[[T], S], items: Sequence[T], workers: int) -> Generator[S, None, None]:
-    """Give ``take(item)`` for each item, in order.
+    """Return ``take(item)`` for each item, in order.
 
     Args:
         take: a function of a module, or a partial of one, since processes are told its name.

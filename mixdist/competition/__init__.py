@@ -1,0 +1,21 @@
+"""Hard assignment: experts compete for the samples of a data set in rounds (seed document 004)."""
+
+from mixdist.competition.competition import Competition
+from mixdist.competition.discriminators import ConvDiscriminator, Discriminator, MLPDiscriminator
+from mixdist.competition.mixture import HardMixture
+from mixdist.competition.scores import Discriminators, Elbo, Fixed, LabelOracle, Likelihood, Random, Score
+
+__all__ = [
+    "Competition",
+    "ConvDiscriminator",
+    "Discriminator",
+    "Discriminators",
+    "Elbo",
+    "Fixed",
+    "HardMixture",
+    "LabelOracle",
+    "Likelihood",
+    "MLPDiscriminator",
+    "Random",
+    "Score",
+]

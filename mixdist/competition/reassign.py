@@ -1,0 +1,227 @@
+"""The scoring of a round: discriminators train, every sample is scored by every expert, each goes to the best.
+
+Discriminators and scores see all data. Rows are scored in blocks of fixed size, so that a score does not depend on the
+layout; with replicas, each takes some of the blocks. An expert's column of scores is normalised where the expert is;
+then each member of the EP group gets the scores of its part of the samples, decides, and tells the others.
+
+Shape letters: N samples, n samples of a member's part, E all experts, e experts on this rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mixdist.competition.delivery import Brought, Reader, bring, prefetched
+from mixdist.competition.entrant import Entrant, EntrantContext
+from mixdist.competition.scores import Score
+from mixdist.competition.table import winners
+from mixdist.data import Epoch, Samples, share
+from mixdist.noise import Moment, Purpose
+from mixdist.parallel.agreement import Agreed, agree, gather_json
+from mixdist.parallel.collectives import move
+from mixdist.terms import Batch
+
+SCORING_PHASE = 2**30
+"""With the round added, a phase number that no training phase has: it keys the noise of scores."""
+
+
+class Verdict(NamedTuple):
+    """What a scoring decides, the same on every rank.
+
+    Args:
+        expert_N: each sample's best expert.
+        best_N: its score there, nats; None where nobody asked.
+        log_z_E: each expert's normaliser; 0 where the score has none.
+        objective: F = -1/N sum_i [log N + s_{c(i)}(x_i)] with the new table c, the empirical loss of seed document
+            004's theorem 2 for f = -log (without log N where scores have no normaliser); nats; None where infinite.
+        objective_before: F with the table of the round before; None before the first, and where infinite.
+    """
+
+    expert_N: NDArray[np.int64]
+    best_N: NDArray[np.float64] | None
+    log_z_E: Tensor
+    objective: float | None
+    objective_before: float | None
+
+
+class Scoring:
+    """Trains discriminators and scores samples.
+
+    Args:
+        ring: what entrants share.
+        reader: brings rows.
+        score: how experts are compared.
+        dataset: the N samples.
+        block: rows scored at once.
+        fields: that experts, discriminators and score read.
+        needs_best: whether every rank learns the winning scores.
+    """
+
+    def __init__(
+        self,
+        ring: EntrantContext,
+        reader: Reader,
+        score: Score,
+        dataset: Samples,
+        block: int,
+        fields: Sequence[str],
+        needs_best: bool = False,
+    ) -> None:
+        self.ring, self.mesh, self.reader, self.score = ring, ring.mesh, reader, score
+        self.dataset, self.num_samples = dataset, len(dataset)
+        self.block, self.fields, self.needs_best = block, fields, needs_best
+        self._order: tuple[int, Tensor] | None = None
+
+    def challenge(
+        self, entrants: Mapping[int, Entrant], round: int, attempt: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """Train this rank's discriminators for a round; every rank calls it.
+
+        All have the data in one order, so that a block of rows serves them all.
+
+        Args:
+            entrants: this rank's experts.
+            round: for the draws.
+            attempt: does what it is given, and keeps to itself what goes wrong: other ranks wait for the next rows.
+        """
+        judging = self.ring.judging
+        assert judging is not None
+        an_epoch = -(-self.num_samples // judging.batch_size)
+        num_batches = judging.batches or judging.epochs * an_epoch
+        for entrant in entrants.values():
+            entrant.meet(round)
+        together = max(1, self.block // judging.batch_size)
+
+        def begin(first: int) -> Callable[[], tuple[Brought, list[Tensor]]]:
+            numbers = [round * num_batches + n for n in range(first, min(first + together, num_batches))]
+            batches = [self._batch(number, an_epoch, judging.batch_size) for number in numbers]
+            # Those of two passes over the data are augmented as in the first of them.
+            begun = bring(
+                self.reader, self.mesh, partial(_same, batches), self.fields, self._epoch(numbers[0] // an_epoch)
+            )
+            return lambda: (begun(), batches)
+
+        for brought, batches in prefetched(partial(begin, first) for first in range(0, num_batches, together)):
+            places = [(brought.place(batch), len(batch)) for batch in batches]
+            for entrant in entrants.values():
+                attempt(partial(entrant.challenge, brought.rows, places, round))
+
+    def _epoch(self, number: int) -> Epoch:
+        """Name a pass of discriminators over the data; passes are numbered through all rounds."""
+        return Epoch(self.ring.seed, 0, number, purpose=Purpose.RIVAL)
+
+    def _batch(self, number: int, an_epoch: int, batch_size: int) -> Tensor:
+        """Positions of a discriminator's batch; batches are numbered through all rounds."""
+        epoch, place = divmod(number, an_epoch)
+        if self._order is None or self._order[0] != epoch:
+            everything = torch.arange(self.num_samples)
+            self._order = epoch, self.dataset.ordered(everything, self._epoch(epoch), batch_size)
+        return self._order[1][place * batch_size : (place + 1) * batch_size]
+
+    @torch.no_grad()
+    def verdict(
+        self, entrants: Mapping[int, Entrant], homes: Sequence[Sequence[int]], round: int, table: Any
+    ) -> Verdict:
+        """Score every sample and decide.
+
+        Args:
+            entrants: this rank's experts.
+            homes: each member's experts.
+            round: for the draws.
+            table: each sample's expert until now, (N,) integers, or None.
+
+        Raises:
+            Agreed: a score is not a number; names the expert.
+        """
+        columns_Ne = self._columns(entrants, round)
+        log_z_e = torch.zeros(len(entrants), dtype=torch.float64, device=self.mesh.device)
+        if self.score.normalized:
+            # Each column by itself: the order in which torch sums one depends on how many stand beside it.
+            log_z_e = torch.stack([column_N.contiguous().logsumexp(0) for column_N in columns_Ne.double().unbind(1)])
+        scores_Ne = columns_Ne.double() - log_z_e
+        bad = scores_Ne.isnan().any(0).tolist()
+        told = gather_json(dict(zip(entrants, zip(log_z_e.tolist(), bad, strict=True), strict=True)), self.mesh.world)
+        by_expert = {int(e): z for one in told for e, (z, _) in one.items()}
+        for e in sorted(int(e) for one in told for e, (_, is_bad) in one.items() if is_bad):
+            raise Agreed(f"round {round}: expert {e} gives a sample a score that is not a number: lower learning rates")
+        log_z_E = torch.tensor([by_expert[e] for e in sorted(by_expert)], dtype=torch.float64, device=self.mesh.device)
+        return self._decide(scores_Ne.to(columns_Ne.dtype), homes, log_z_E, table)
+
+    def _columns(self, entrants: Mapping[int, Entrant], round: int) -> Tensor:
+        """Score all samples by this rank's experts, (N, e), before normalisation."""
+        replicas, at = self.mesh.placement.num_replicas, Moment(self.ring.seed, SCORING_PHASE + round)
+        columns_Ne = torch.zeros(self.num_samples, len(entrants), dtype=self.ring.dtype, device=self.mesh.device)
+        fields = self.fields
+
+        def begin(first: int) -> Callable[[], tuple[Batch, Tensor]]:
+            def wanted(rank: int) -> Tensor:
+                start = first + self.mesh.placement.replica_of(rank) * self.block
+                return torch.arange(min(start, self.num_samples), min(start + self.block, self.num_samples))
+
+            begun = self.reader.start(wanted, fields)
+            return lambda: (begun(), wanted(self.mesh.rank))
+
+        for stored, index in prefetched(partial(begin, n) for n in range(0, self.num_samples, self.block * replicas)):
+            rows = self.ring.values(stored, fields)
+            for place, (e, entrant) in enumerate(entrants.items() if len(index) else ()):
+                column = self.score.column(e, entrant.expert, entrant.judge, rows, at, self.ring.dtype)
+                columns_Ne[index[0] : index[0] + len(index), place] = column
+        if replicas > 1:
+            # Each sample's score is one replica's number plus zeros: no rounding.
+            columns_Ne = self.ring.wire.all_reduce(columns_Ne, self.mesh.replica_group)
+        return columns_Ne
+
+    def _decide(self, scores_Ne: Tensor, homes: Sequence[Sequence[int]], log_z_E: Tensor, table: Any) -> Verdict:
+        """Choose the best expert of each sample of this member's part, and learn of the other parts."""
+        mesh, num = self.mesh, self.num_samples
+        parts = [share(num, p, len(homes)) for p in range(len(homes))]
+        scores_nE = self._exchange(scores_Ne, homes, parts).cpu().numpy()
+        error = None
+        try:
+            expert_n = winners(scores_nE)
+        except ValueError as mistake:
+            error = str(mistake)
+        agree(error, mesh.world)
+        best_n = np.take_along_axis(scores_nE, expert_n[:, None], 1)[:, 0].astype(np.float64)
+        sums = [-best_n.sum()]
+        if table is not None:
+            mine = parts[mesh.member]
+            old_n1 = np.asarray(table[mine.start : mine.stop]).astype(np.int64)[:, None]
+            sums.append(-np.take_along_axis(scores_nE, old_n1, 1).astype(np.float64).sum())
+        log_num = math.log(num) if self.score.normalized else 0.0
+        means = [sum(part) / num - log_num for part in zip(*gather_json(sums, mesh.ep_group), strict=True)]
+        objective, before = [mean if math.isfinite(mean) else None for mean in [*means, math.inf][:2]]
+        kind = np.uint8 if scores_nE.shape[1] <= 256 else np.int16
+        expert_N = self._gather(expert_n.astype(kind), parts).astype(np.int64)
+        best_N = self._gather(best_n, parts) if self.needs_best else None
+        return Verdict(expert_N, best_N, log_z_E, objective, before)
+
+    def _exchange(self, scores_Ne: Tensor, homes: Sequence[Sequence[int]], parts: Sequence[range]) -> Tensor:
+        """Bring all experts' scores of this member's part here, experts ascending: (n, E)."""
+        mesh, me = self.mesh, self.mesh.member
+        own = scores_Ne[parts[me].start : parts[me].stop]
+        sent = [None if p == me else scores_Ne[part.start : part.stop] for p, part in enumerate(parts)]
+        shapes = [(len(parts[me]), len(experts)) for experts in homes]
+        self.ring.wire.meter.wire_bytes_min += sum(0 if t is None else t.numel() for t in sent) * own.element_size()
+        arrived = move(sent, own, me, shapes, self.ring.wire.all_to_all, mesh.ep_group)
+        return torch.cat(arrived, dim=1)[:, torch.tensor([e for experts in homes for e in experts]).argsort()]
+
+    def _gather(self, own_n: NDArray[Any], parts: Sequence[range]) -> NDArray[Any]:
+        """Put the members' parts of a column together, on every member."""
+        own = torch.from_numpy(own_n).to(self.mesh.device)
+        sent = [None if p == self.mesh.member else own for p in range(len(parts))]
+        shapes = [(len(part),) for part in parts]
+        arrived = move(sent, own, self.mesh.member, shapes, self.ring.wire.all_gather, self.mesh.ep_group)
+        return torch.cat(arrived).cpu().numpy()
+
+
+def _same(batches: Sequence[Tensor], member: int) -> Sequence[Tensor]:
+    return batches

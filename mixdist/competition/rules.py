@@ -1,0 +1,64 @@
+"""The rules of a competition of experts for the samples of a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mixdist.competition.delivery import Delivery
+from mixdist.competition.scores import Score
+from mixdist.competition.table import StarvedRule
+
+
+def _discriminators() -> dict[str, object]:
+    return {"class_path": "mixdist.competition.Discriminators"}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Rounds of {each expert trains on its samples; experts score all samples; each sample goes to the best}.
+
+    Seed document 004, algorithm 1. The phases of ``pretrain`` come first; ``train`` says how experts train in a round:
+    its epochs are passes over the expert's own samples, its batch size is the expert's own.
+
+    Args:
+        rounds: how many.
+        start: pretraining is on all samples, each expert on its own order of them, and the first scores make the first
+            split (all); or on a random split, which is the first (split); or on a given table, which is (table).
+        table: an assignment's .npy file of another run on the same data, with its .json beside it; for start table.
+        score: class of mixdist.competition.scores, or your own Score.
+        starved: what happens to an expert with few samples: nothing; freeze, it does not train until it wins more;
+            reseed, it gets new weights and an even share of the samples whose best score is worst.
+        starved_below: few is less than this part of an even share.
+        stop_below: the competition ends early when a round moves less than this part of the samples.
+        delivery: an expert's rank reads its samples itself (read), or each rank reads a share of the data and sends
+            rows on, once an epoch (wire); the run is the same.
+        placement: fixed, experts in blocks of their numbers; or load, by their samples, the longest first, where the
+            time saved in a round is more than moving them takes.
+        block: rows that are scored, and brought to discriminators, at once; part of the run, since the last digits of
+            a score depend on it.
+    """
+
+    rounds: int = 20
+    start: Literal["all", "split", "table"] = "all"
+    table: str | None = None
+    score: Score = field(default_factory=_discriminators)  # type: ignore[assignment]
+    starved: StarvedRule = "none"
+    starved_below: float = 0.1
+    stop_below: float = 0.0
+    delivery: Delivery = "read"
+    placement: Literal["fixed", "load"] = "load"
+    block: int = 2000
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "block"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"competition.{name} ({getattr(self, name)}) must be at least 1: give 1 or more")
+        for name in ("starved_below", "stop_below"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"competition.{name} ({getattr(self, name)}) must be a share from 0 to 1: fix it")
+        if (self.start == "table") != (self.table is not None):
+            raise ValueError(
+                f"competition.start ({self.start}) and competition.table ({self.table}) do not fit: give both to start "
+                f"from a table, or neither"
+            )

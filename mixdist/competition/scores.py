@@ -1,0 +1,214 @@
+"""How likely a sample is under an expert, as competing experts are compared: pure, a column of scores for an expert.
+
+Shape letters: R rows, N samples of the training set, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mixdist.competition.discriminators import Discriminator, MLPDiscriminator
+from mixdist.experts import Expert
+from mixdist.experts.importance import importance
+from mixdist.noise import Moment, Purpose
+from mixdist.terms import Batch, Spec
+
+
+class Score(ABC):
+    """Gives s_j(x), the score of rows for expert j, nats; a sample belongs to argmax_j of it.
+
+    Attributes:
+        normalized: whether log Z_j = logsumexp_i s_j(x_i) over the whole training set is taken off: the score then
+            sums to 1 over the training set in exp, for each expert.
+        keeps: whether samples stay where they are; scores are then for rows that have no place yet.
+        fields: the fields of a row that it reads beyond those of the experts.
+    """
+
+    normalized: bool = False
+    keeps: bool = False
+    fields: tuple[str, ...] = ()
+
+    def check(self, spec: Spec, num_experts: int, template: Expert) -> None:  # noqa: B027
+        """Check the score against data and experts.
+
+        Raises:
+            ValueError: it cannot score them.
+        """
+
+    @abstractmethod
+    def column(
+        self, e: int, expert: Expert, judge: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
+    ) -> Tensor:
+        """Return s_e(x), before normalisation, (R,) nats.
+
+        Args:
+            e: the expert's number.
+            expert: the expert.
+            judge: its discriminator, where the score trains them.
+            rows: of real numbers.
+            at: names the draws.
+            dtype: of real numbers.
+        """
+
+
+class Discriminators(Score):
+    """-l_j(x) - logsumexp_i -l_j(x_i), with l_j the logit of a discriminator of data against expert j's samples.
+
+    At the optimum l_j = log dP_data / dP_j, so that exp(-l_j) is proportional to dP_j on the samples of the training
+    set, where it is normalised (seed document 004, section 3, with (1 - D) / D = exp(-l)). All discriminators see all
+    data, a batch of it against as many samples of their expert.
+
+    Args:
+        network: class of mixdist.competition, or your own Discriminator; unset, an MLP of two layers of 500.
+        epochs: passes over the data a round.
+        batches: batches a round, in place of epochs: seed document 004 trains one on MNIST.
+        fresh: new weights each round (its synthetic setting), or the ones of the round before, trained on (MNIST).
+        batch_size: rows of data in a batch.
+        optimizer: any torch optimiser that works element by element; unset, Adam at 1e-3.
+        observe: draw samples from p(x|z) with its noise, as the density has it; otherwise they are its means.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    normalized = True
+
+    def __init__(
+        self,
+        network: Callable[[Spec], Discriminator] | None = None,
+        epochs: int = 2,
+        batches: int | None = None,
+        fresh: bool = True,
+        batch_size: int = 100,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
+        observe: bool = True,
+    ) -> None:
+        for name, value in (("epochs", epochs), ("batches", batches), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"Discriminators' {name} ({value}) must be at least 1: give 1 or more")
+        self.network, self.epochs, self.batches, self.fresh = network or MLPDiscriminator, epochs, batches, fresh
+        self.batch_size, self.observe = batch_size, observe
+        self.optimizer = optimizer or torch.optim.Adam
+
+    def check(self, spec: Spec, num_experts: int, template: Expert) -> None:
+        wanted = "draw" if self.observe else "sample"
+        if template.noise_shape is None or not template.can(wanted):
+            raise ValueError(
+                f"Discriminators need experts that {wanted}, and {type(template).__name__} does not: take another "
+                f"expert, set observe to {str(not self.observe).lower()}, or take the score Elbo"
+            )
+
+    def column(
+        self, e: int, expert: Expert, judge: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
+    ) -> Tensor:
+        assert judge is not None
+        return -judge(rows[judge.fields[0]])
+
+
+class Elbo(Score):
+    """The expert's bound on log p(x) from one posterior sample, or exact where it has no latent variables.
+
+    With :class:`mixdist.experts.Centroid` it is k-means: argmax_j -||x - mu_j||^2 / 2 (seed document 004, section 6).
+
+    Args:
+        normalized: compare as discriminators do, by each expert's part of the training set.
+    """
+
+    def __init__(self, normalized: bool = False) -> None:
+        self.normalized = normalized
+
+    def column(
+        self, e: int, expert: Expert, judge: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
+    ) -> Tensor:
+        eps = None
+        if expert.noise_shape is not None:
+            eps = at.draw(Purpose.POSTERIOR).normal(rows["id"], [e], expert.noise_shape, dtype)[0]
+        terms = expert(rows, eps)
+        if terms.log_px_R is None:
+            return -terms.loss_R
+        return terms.log_px_R if terms.kl_R is None else terms.log_px_R - terms.kl_R
+
+
+class Likelihood(Score):
+    """log p_j(x), importance-sampled: hard EM.
+
+    Args:
+        num_samples: S for each sample and expert.
+        normalized: compare as discriminators do, by each expert's part of the training set.
+
+    Raises:
+        ValueError: no sample at all.
+    """
+
+    def __init__(self, num_samples: int = 20, normalized: bool = False) -> None:
+        if num_samples < 1:
+            raise ValueError(f"Likelihood's num_samples ({num_samples}) must be at least 1: give 20 or more")
+        self.num_samples, self.normalized = num_samples, normalized
+
+    def check(self, spec: Spec, num_experts: int, template: Expert) -> None:
+        if not template.can("log_weights"):
+            kind = type(template).__name__
+            raise ValueError(f"the score Likelihood needs importance weights, which {kind} has not: take Elbo")
+
+    def column(
+        self, e: int, expert: Expert, judge: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
+    ) -> Tensor:
+        return importance(expert, rows, e, at, self.num_samples, dtype).log_px.to(dtype)
+
+
+class LabelOracle(Score):
+    """0 for the expert of a row's class, -inf for the others: class c goes to expert c.
+
+    Args:
+        field: the label.
+    """
+
+    def __init__(self, field: str = "y") -> None:
+        self.field, self.fields = field, (field,)
+
+    def check(self, spec: Spec, num_experts: int, template: Expert) -> None:
+        num_classes = spec[self.field].num_classes if self.field in spec else None
+        if num_classes is None:
+            labels = [name for name, f in spec.items() if f.num_classes is not None]
+            has = f"labels {labels}" if labels else "no labels"
+            raise ValueError(
+                f"the score LabelOracle needs the label {self.field!r}, but the data has {has}: choose another score"
+            )
+        if num_classes > num_experts:
+            raise ValueError(
+                f"the score LabelOracle has {num_classes} classes for {num_experts} experts: set num_experts to "
+                f"{num_classes}"
+            )
+
+    def column(
+        self, e: int, expert: Expert, judge: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
+    ) -> Tensor:
+        zero = torch.zeros(len(rows["id"]), dtype=dtype, device=rows["id"].device)
+        return zero.masked_fill(rows[self.field] != e, -math.inf)
+
+
+class Random(Score):
+    """log u with u uniform on (0, 1), drawn anew each round: experts that learn from no competition."""
+
+    def column(
+        self, e: int, expert: Expert, judge: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
+    ) -> Tensor:
+        return at.draw(Purpose.CHANCE).uniform(rows["id"], [e], (1,), dtype)[0, :, 0].log()
+
+
+class Fixed(Elbo):
+    """Samples stay in the split that they began in: a bag of experts, each on its own part of the data.
+
+    Held-out rows, which have no place, go to the expert with the highest bound.
+    """
+
+    keeps = True
+
+    def __init__(self) -> None:
+        super().__init__()

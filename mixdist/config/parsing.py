@@ -1,0 +1,132 @@
+"""From words and YAML to a Config."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+import mixdist.data
+from mixdist.competition.scores import Discriminators
+from mixdist.config.complaints import KINDS, choose, find, last_part
+from mixdist.config.config import Config, check
+from mixdist.config.options import explained, parse, plain_parser
+from mixdist.engines import OptimizerFactory, ScheduleFactory
+from mixdist.messages import one_line
+
+RESOLVED = "config.yaml"
+
+
+def config_parser(prog: str = "mixdist train", description: str = "") -> ArgumentParser:
+    """Make a parser of all keys of a Config, from YAML files (``--config``) and dotted options."""
+    parser = plain_parser(prog, description)
+    for name in mixdist.data.__all__:
+        getattr(mixdist.data, name)  # the parser knows of classes that were imported
+    parser.add_argument("--config", action="config", help="a YAML file; options after it override it")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def make_config(parser: ArgumentParser, parsed: Namespace) -> Config:
+    """Make the Config of what was parsed: classes are imported, sources made; modules wait for the data's spec.
+
+    Raises:
+        ValueError: a value that makes no sense.
+    """
+    for key, class_path, init_args in _classes(parsed):
+        _check_class(key, class_path)
+        _check_nulls(key, class_path, init_args)
+    with explained(parser, ArgumentError):
+        made = parser.instantiate(parsed)
+    config = Config(**{name: made[name] for name in Config.__dataclass_fields__})
+    check(config)
+    for i, phase in enumerate(config.pretrain):
+        _try_out(f"pretrain[{i}]", phase.optimizer, phase.schedule)
+    _try_out("train", config.train.optimizer, config.train.schedule)
+    if config.competition is not None and isinstance(config.competition.score, Discriminators):
+        _try_out("competition.score.init_args", config.competition.score.optimizer)
+    return config
+
+
+def dump(parser: ArgumentParser, parsed: Namespace) -> str:
+    """Return the resolved config as YAML, without what belongs to the command and not to the run."""
+    own = Namespace({name: parsed[name] for name in Config.__dataclass_fields__})
+    text: str = config_parser().dump(own)
+    return text
+
+
+def read_config(path: Path) -> Config:
+    """Read a YAML file.
+
+    Raises:
+        ValueError: it cannot be read or does not parse.
+    """
+    parser = config_parser("mixdist train")
+    return make_config(parser, parse(parser, ["--config", str(path)]))
+
+
+def _classes(node: object, key: str = "") -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Find every class that a parsed config names, with its key and its arguments."""
+    if isinstance(node, list):
+        for i, inner in enumerate(node):
+            yield from _classes(inner, f"{key}[{i}]")
+    elif isinstance(node, Namespace):
+        if isinstance(node.get("class_path"), str):
+            yield key, node.class_path, vars(node.get("init_args") or Namespace())
+        for name, inner in vars(node).items():
+            yield from _classes(inner, f"{key}.{name}".lstrip("."))
+
+
+def _check_class(key: str, class_path: str) -> None:
+    """The parser accepts functions, and base classes that cannot be made."""
+    made = find(class_path)
+    kind = KINDS.get(last_part(key))
+    if made is not None and not inspect.isclass(made):
+        raise ValueError(f"{key} ({class_path}) must be a class: {choose(key)}")
+    if kind is not None and made is kind.base:
+        raise ValueError(f"{key} ({class_path}) is the base class of what can stand there: {choose(key)}")
+
+
+def _check_nulls(key: str, class_path: str, init_args: Mapping[str, Any]) -> None:
+    """The parser accepts null for an argument of any type."""
+    try:
+        parameters = inspect.signature(find(class_path)).parameters
+    except (TypeError, ValueError):
+        return
+    for name, value in init_args.items():
+        taken = parameters.get(name)
+        if value is not None or taken is None or taken.default is None or taken.default is taken.empty:
+            continue
+        if not re.search("None|Optional", str(taken.annotation)):
+            told = f"{key}.init_args.{name} (null) must have a value"
+            raise ValueError(f"{told}: leave it out for its default, {taken.default}")
+
+
+def _try_out(name: str, make: OptimizerFactory, schedule: ScheduleFactory | None = None) -> None:
+    """Step an optimiser and a schedule once on one number: better now than after the phases before it."""
+    number = torch.nn.Parameter(torch.zeros(1))
+    number.grad = torch.zeros(1)
+    part, remedy = "optimizer", "choose one that works element by element, such as torch.optim.Adam"
+    try:
+        optimizer = make([number])
+        with suppress(AssertionError):  # capturable optimisers want CUDA
+            optimizer.step()
+        part, remedy = "schedule", "choose one that needs no metric, such as torch.optim.lr_scheduler.StepLR"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch would have it made before the step
+            if schedule is not None:
+                schedule(optimizer).step()
+        rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+        if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+            raise ValueError(f"learning rate {rates[0]}")
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
+        told = one_line(str(error))
+        raise ValueError(f"{name}.{part} cannot be used ({told}): change its init_args, or {remedy}") from None

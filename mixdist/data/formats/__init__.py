@@ -1,0 +1,58 @@
+"""The layouts in which data sets come, as numbered samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from mixdist.data.formats import celeba, cifar, folder, idx, imagenet, parquet, svhn
+from mixdist.data.formats.listing import Listing, Missing, Part, Raw, Reader, Sample
+
+__all__ = ["SOURCES", "Listing", "Missing", "Part", "Raw", "Reader", "Sample", "open_listing"]
+
+
+class _Make(Protocol):
+    def __call__(self, root: Path, labels: bool = True) -> Listing: ...
+
+
+class Source(NamedTuple):
+    """A kind of source: what lists it, and whether a folder looks like it."""
+
+    layout: _Make
+    fits: Callable[[Path], bool]
+
+
+SOURCES = {
+    "celeba": Source(celeba.layout, celeba.fits),
+    "imagenet": Source(imagenet.layout, imagenet.fits),
+    "cifar10": Source(cifar.layout_10, cifar.fits_10),
+    "cifar100": Source(cifar.layout_100, cifar.fits_100),
+    "svhn": Source(svhn.layout, svhn.fits),
+    "idx": Source(idx.layout, idx.fits),
+    "parquet": Source(parquet.layout, parquet.fits),
+    "folder": Source(folder.layout, folder.fits),  # the last: what fits another fits it as well
+}
+
+
+def open_listing(kind: str, root: Path, labels: bool = True) -> Listing:
+    """List a source.
+
+    Args:
+        kind: a key of ``SOURCES``.
+        root: its folder.
+        labels: whether to take its classes.
+
+    Raises:
+        ValueError: the folder is missing, has another layout, or a file in it is not as it should be.
+    """
+    if kind not in SOURCES:
+        raise ValueError(f"source {kind!r} is unknown: choose of {', '.join(SOURCES)}")
+    if not root.is_dir():
+        raise ValueError(f"{str(root)!r} is no folder: name the one that holds the files of {kind}")
+    try:
+        return SOURCES[kind].layout(root, labels=labels)
+    except Missing as missing:
+        other = next((name for name, source in SOURCES.items() if name != kind and source.fits(root)), None)
+        hint = f"; it looks like {other}: try mixdist prepare {other}" if other else ""
+        raise Missing(f"{missing}{hint}") from None

@@ -1,0 +1,173 @@
+"""From an image's bytes to rows of pixels. Formats are an allow-list, sizes are checked before anything is decoded.
+
+Shape letters: C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+Decoder = Literal["pillow", "simplejpeg"]
+
+MAX_PIXELS = 50_000_000
+FORMATS = ("JPEG", "PNG", "WEBP")
+DAMAGED = "it is truncated or damaged"
+_ORIENTATION = 0x0112
+
+
+class Unreadable(ValueError):
+    """An image that cannot be used; the message is the reason, without its name."""
+
+
+def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Read an image's header.
+
+    Args:
+        data: the file's bytes.
+        formats: that are allowed, by Pillow's names.
+
+    Raises:
+        Unreadable: it is empty, no image of these formats, or has more than 50 million pixels.
+    """
+    if not data:
+        raise Unreadable("it is empty")
+    with guarded(f"it is no {', '.join(formats)} image"):
+        image = Image.open(io.BytesIO(data), formats=formats)
+    width, height = image.size
+    if width * height > MAX_PIXELS or not width * height:
+        raise Unreadable(f"it has {width} x {height} pixels, expected from 1 to {MAX_PIXELS}")
+    return image
+
+
+def is_plain(image: Image.Image, channels: int) -> bool:
+    """Whether an image's pixels are those of its file: of the right mode and upright."""
+    with guarded(DAMAGED):
+        return image.mode == _mode(channels) and image.getexif().get(_ORIENTATION, 1) == 1
+
+
+def plain(image: Image.Image, channels: int) -> Image.Image:
+    """Decode an image to grey or RGB, upright; what is transparent is put on white.
+
+    Raises:
+        Unreadable: it is truncated or damaged.
+    """
+    with guarded(DAMAGED):
+        return _plain(image, _mode(channels))
+
+
+def _plain(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode != mode or image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "P" or image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            image = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+            image.alpha_composite(rgba)
+        if image.mode.startswith("I;16") or image.mode == "I":
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        image = image.convert(mode)
+    image.load()
+    return image
+
+
+@contextmanager
+def guarded(what: str) -> Iterator[None]:
+    """Return one reason for the many ways in which Pillow's plugins fail on damaged files, and pass over its warnings.
+
+    Damaged EXIF data does not matter, and the number of pixels is checked here.
+
+    Args:
+        what: the reason, before Pillow's own words.
+
+    Raises:
+        Unreadable: something failed, but for want of memory, which says nothing of the image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (Unreadable, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise Unreadable(f"it has more than {MAX_PIXELS} pixels") from None
+    except Exception as error:
+        why = _one_line(error)
+        raise Unreadable(f"{what} ({why})" if why else what) from None
+
+
+def fit(image: Image.Image, size: int | None, crop: int | None) -> Image.Image:
+    """Cut the middle out of an image and bring it to a size.
+
+    Args:
+        image: the image.
+        size: side of the result, which is square; None keeps the size.
+        crop: side of the square in the middle that is kept; None keeps the largest square where there is a size,
+            else all.
+
+    Raises:
+        Unreadable: it is smaller than ``crop``.
+    """
+    if size is None and crop is None:
+        return image
+    side = crop or min(image.size)
+    if side > min(image.size):
+        raise Unreadable(f"it has {image.width} x {image.height} pixels, fewer than crop ({side})")
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    if size is not None and size != side:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return image
+
+
+def pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the pixels of a grey or RGB image, uint8 (C, H, W)."""
+    array_HWC = np.atleast_3d(np.asarray(image))
+    return np.ascontiguousarray(array_HWC.transpose(2, 0, 1))
+
+
+def decode(
+    data: bytes, channels: int, size: int | None = None, crop: int | None = None, decoder: Decoder = "pillow"
+) -> NDArray[np.uint8]:
+    """Decode an image, uint8 (C, H, W).
+
+    Args:
+        data: the file's bytes: JPEG, PNG or WebP.
+        channels: C, 1 or 3.
+        size: see :func:`fit`.
+        crop: see :func:`fit`.
+        decoder: simplejpeg takes plain JPEGs, Pillow all else.
+
+    Raises:
+        Unreadable: it cannot be decoded.
+    """
+    image = open_image(data)
+    if decoder == "simplejpeg" and image.format == "JPEG" and is_plain(image, channels):
+        image = _decode_jpeg(data, channels)
+    else:
+        image = plain(image, channels)
+    return pixels(fit(image, size, crop))
+
+
+def _decode_jpeg(data: bytes, channels: int) -> Image.Image:
+    import simplejpeg  # an extra, imported where it is used
+
+    with guarded(DAMAGED):
+        array_HWC = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
+    return Image.fromarray(array_HWC if channels == 3 else array_HWC[:, :, 0])
+
+
+def _mode(channels: int) -> str:
+    return {1: "L", 3: "RGB"}[channels]
+
+
+def _one_line(error: Exception) -> str:
+    """Put an error into one line, without what says nothing or, as an address in memory, differs from run to run."""
+    return re.sub(r"cannot identify image file.*| <[^>]* at 0x[0-9a-f]+>", "", " ".join(str(error).split()))

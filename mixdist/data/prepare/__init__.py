@@ -1,0 +1,1 @@
+"""From a data set as it comes to shards."""

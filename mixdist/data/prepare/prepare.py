@@ -1,0 +1,251 @@
+"""A source into shards and their index: begun, gone on with after any end, and finished once."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixdist.data.crew import make_all
+from mixdist.data.formats import Listing
+from mixdist.data.prepare.recipe import Recipe
+from mixdist.data.prepare.writer import PREPARING, Made, SetAside, ShardWriter, Task
+from mixdist.data.shards.index import HEAD, ShardIndex
+from mixdist.data.shards.scan import assemble
+from mixdist.files import write_file
+
+SHARD_SAMPLES = 1000
+"""Samples a shard: 10 MB of CelebA at 64 x 64, 110 MB of ImageNet's files. Small enough that a block of a remote shard
+and what an interruption costs stay small and many processes find work, large enough that ImageNet is 1,300 files."""
+
+SET_ASIDE = "set_aside.jsonl"
+_PLAN, _LOCK = "plan.json", "lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What lies in a prepared folder.
+
+    Args:
+        index: of its shards.
+        set_aside: what is in none of them.
+        before: whether it was finished before.
+    """
+
+    index: ShardIndex
+    set_aside: list[SetAside]
+    before: bool
+
+
+def prepare(
+    kind: str,
+    layout: Listing,
+    recipe: Recipe,
+    out: Path,
+    shard_samples: int = SHARD_SAMPLES,
+    workers: int = 0,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> Prepared:
+    """Write shards of a source, then their index; the bytes depend on the source and the recipe alone.
+
+    Shard k of a split is made of samples k * shard_samples and on. Whatever ends this, the same call goes on with the
+    shards that are missing.
+
+    Args:
+        kind: of the source, a key of ``mixdist.data.formats.SOURCES``.
+        layout: of the source.
+        recipe: what is done to every image.
+        out: the folder of the shards: absent, empty, or begun by the same call.
+        shard_samples: samples of a shard, before some are set aside.
+        workers: processes; with 0 or 1 this process does it.
+        tell: is told how many samples of how many are done.
+
+    Raises:
+        ValueError: the numbers make no sense, ``out`` has other things in it, a file of the source cannot be read, no
+            image can be used, or the disk is full.
+        OSError: ``out`` cannot be written.
+    """
+    if not 1 <= shard_samples <= 1_000_000:
+        raise ValueError(f"--shard-samples ({shard_samples}) must be from 1 to 1000000")
+    if not 0 <= workers <= 1024:
+        raise ValueError(f"--workers ({workers}) must be from 0 to 1024: 0 makes the shards in this process")
+    image = recipe.shape(layout.image)
+    labels = any(part.label_N is not None for part in layout.parts)
+    made = {"source": kind, **recipe.describe(), "labels": labels, "shard_samples": shard_samples}
+    made["digest"] = layout.digest
+    index = _finished(out, made)
+    before = index is not None
+    if index is None:
+        _check_out(out, made)
+        with _room(out), _held(out):
+            write_file(out / PREPARING / _PLAN, _json(made))
+            writer = ShardWriter(out, layout.reader, recipe, layout.attribute_names)
+            shards = _make(writer, layout, shard_samples, workers, tell)
+            index = _finish(shards, layout, image, made, out)
+    if (out / PREPARING).is_dir():  # with an index, nothing in it is needed
+        shutil.rmtree(out / PREPARING)
+    return Prepared(index, _read_set_aside(out), before)
+
+
+def _make(
+    writer: ShardWriter, layout: Listing, shard_samples: int, workers: int, tell: Callable[[int, int], None]
+) -> list[Made]:
+    """Make all shards, in order."""
+    for left in (writer.out / PREPARING).glob("*.partial"):
+        left.unlink(missing_ok=True)
+    total = sum(part.num for part in layout.parts)
+    tasks = [
+        (f"{split}-{k:06d}.tar", split, k * shard_samples)
+        for split in layout.splits
+        for k in range(-(-layout.count(split) // shard_samples))
+    ]
+    place = {name: k for k, (name, _, _) in enumerate(tasks)}
+    # Samples are listed when a shard's turn comes: those of a million images would fill the memory.
+    todo = (Task(name, split, layout.samples(split, first, first + shard_samples)) for name, split, first in tasks)
+    done = 0
+    shards = []
+    tell(done, total)
+    with closing(make_all(writer, todo, min(workers, len(tasks)))) as made:
+        for one in made:
+            shards.append(one)
+            done += one.num
+            tell(done, total)
+    return sorted(shards, key=lambda one: place[one.shard])
+
+
+def _finish(
+    shards: list[Made], layout: Listing, image: tuple[int, int, int] | None, made: dict[str, Any], out: Path
+) -> ShardIndex:
+    """Write the list of what was set aside, then the index, which makes the folder complete."""
+    set_aside = [one for shard in shards for one in shard.set_aside]
+    full = [(shard.scan, shard.split) for shard in shards if shard.scan is not None]
+    if not full:
+        why = "; ".join(f"{number} times {reason}" for reason, number in count_reasons(set_aside))
+        raise ValueError(f"none of the {len(set_aside)} images can be used: {why}: fix the source, and empty {out}")
+    lines = [json.dumps(one._asdict()) + "\n" for one in set_aside]
+    if lines:
+        write_file(out / SET_ASIDE, "".join(lines).encode())
+    scans = [scan for scan, _ in full]
+    index = assemble(
+        scans,
+        [split for _, split in full],
+        ids=[np.array([int(key) for key in scan.keys], dtype=np.int64) for scan in scans],
+        class_names=layout.class_names,
+        source=_source(made),
+        image=image,
+        made=made,
+    )
+    index.write(out)
+    return index
+
+
+def _source(made: dict[str, Any]) -> str:
+    shape = [f"{key} {made[key]}" for key in ("channels", "size", "crop") if made[key] is not None]
+    return f"{made['source']} by mixdist prepare ({', '.join(shape)})"
+
+
+def count_reasons(set_aside: Sequence[SetAside]) -> list[tuple[str, int]]:
+    """Count why samples were set aside, the most frequent first; reasons that differ in numbers are one."""
+    kinds = Counter(re.sub(r"\d+ x \d+", "W x H", one.reason.partition(" (")[0]) for one in set_aside)
+    return kinds.most_common()
+
+
+def _read_set_aside(out: Path) -> list[SetAside]:
+    path = out / SET_ASIDE
+    return [SetAside(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# The folder: whose it is, and what was asked for.
+
+
+def _finished(out: Path, made: dict[str, Any]) -> ShardIndex | None:
+    """The index of a folder that the same call finished.
+
+    Raises:
+        ValueError: it is the index of something else, or a shard is missing.
+    """
+    if not (out / HEAD).exists():
+        return None
+    index = ShardIndex.read(out)
+    if not index.made:
+        raise ValueError(f"--out {out} holds the index of shards that others made: name another folder")
+    _compare(out, index.made, made)
+    for shard in index.shards:
+        path = out / shard.name
+        if not path.is_file() or path.stat().st_size != shard.num_bytes:
+            raise ValueError(f"--out {out} was finished, but {shard.name} is missing or cut: empty it and prepare anew")
+    return index
+
+
+def _check_out(out: Path, made: dict[str, Any]) -> None:
+    """Refuse a folder that holds anything but what the same call began."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is no folder: name a new or an empty one")
+    plan = out / PREPARING / _PLAN
+    if plan.exists():
+        try:
+            begun = json.loads(plan.read_bytes())
+            begun = begun if isinstance(begun, dict) else {}
+        except (OSError, ValueError):
+            begun = {}
+        _compare(out, begun, made)
+    elif out.exists() and any(path.name != PREPARING for path in out.iterdir()):
+        raise ValueError(f"--out {out} is not empty, and mixdist prepare did not begin it: name a new or an empty one")
+
+
+def _compare(out: Path, before: dict[str, Any], made: dict[str, Any]) -> None:
+    """Refuse to go on with something else, naming the first thing that differs."""
+    for key in made:
+        if key in before and before[key] == made[key]:
+            continue
+        if key == "digest":
+            what = "of files that are not those of the source now"
+        else:
+            was = before.get(key, "unknown")
+            what = f"with {key.replace('_', '-')} {_word(was)}, asked for is {_word(made[key])}"
+        raise ValueError(f"--out {out} was begun {what}: give what it was begun with, or name another folder")
+
+
+def _word(value: Any) -> str:
+    return "unset" if value is None else str(value)
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Keep the folder for this process: two that write one would spoil it."""
+    (out / PREPARING).mkdir(parents=True, exist_ok=True)
+    with open(out / PREPARING / _LOCK, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"--out {out} is being prepared by another process: wait for it, or end it") from None
+        yield
+
+
+@contextmanager
+def _room(out: Path) -> Iterator[None]:
+    """Say plainly that the disk is full; whatever was being written is gone then, and the rest is complete."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise ValueError(
+            f"the disk of --out {out} is full ({error.strerror}): make room, then give the same command again: it "
+            "goes on where it stopped"
+        ) from None
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()

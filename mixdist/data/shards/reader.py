@@ -1,0 +1,112 @@
+"""From where a sample lies to its numbers: what a decoding process does. Nothing here needs torch.
+
+Shape letters: C channels, H height, W width, n samples.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixdist.data.images import Decoder, Unreadable, decode
+from mixdist.data.shards.storage import Damage, Storage
+
+Content = Literal["image", "npy"]
+MAX_BYTES = 1 << 28
+"""Of one array in an npy member."""
+
+
+class Wanted(NamedTuple):
+    """Where a sample's bytes lie, and their crc32."""
+
+    shard: str
+    offset: int
+    size: int
+    crc: int
+
+
+class Bad(NamedTuple):
+    """A sample that cannot be read: its place among those asked for, and the reason."""
+
+    place: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the bytes of a sample become an array.
+
+    Args:
+        storage: where shards lie.
+        content: image (JPEG, PNG, WebP) or npy.
+        channels: C of images, 1 or 3.
+        size: side that images are brought to; see :func:`mixdist.data.images.fit`.
+        crop: side of the square that is kept before.
+        decoder: of JPEGs.
+        shape: that every array must have; None takes any.
+        dtype: that every array must have.
+    """
+
+    storage: Storage
+    content: Content = "image"
+    channels: int = 3
+    size: int | None = None
+    crop: int | None = None
+    decoder: Decoder = "pillow"
+    shape: tuple[int, ...] | None = None
+    dtype: str = "uint8"
+
+    def one(self, wanted: Wanted) -> NDArray[Any]:
+        """Read a sample.
+
+        Raises:
+            Unreadable: it cannot be decoded, or has another shape.
+            Damage: its bytes are not what the index says.
+        """
+        data = self.storage.read(*wanted)
+        if self.content == "image":
+            array: NDArray[Any] = decode(data, self.channels, self.size, self.crop, self.decoder)
+            remedy = "set size to bring all to one"
+        else:
+            array, remedy = read_npy(data), "store arrays of one shape and type"
+        if self.shape is not None and (array.shape != self.shape or array.dtype != self.dtype):
+            raise Unreadable(
+                f"it is {array.shape} of {array.dtype}, expected {self.shape} of {self.dtype} like others: {remedy}"
+            )
+        return array
+
+    def several(self, wanted: list[Wanted]) -> tuple[NDArray[Any], list[Bad]]:
+        """Read samples: (n, *shape), zeros where one is bad, and which are."""
+        assert self.shape is not None
+        arrays, bad = np.zeros((len(wanted), *self.shape), dtype=self.dtype), []
+        for place, one in enumerate(wanted):
+            try:
+                arrays[place] = self.one(one)
+            except (Unreadable, Damage) as error:
+                bad.append(Bad(place, str(error)))
+        return arrays, bad
+
+
+def read_npy(data: bytes) -> NDArray[Any]:
+    """Read an array of numbers; no pickle, and nothing larger than 256 MiB.
+
+    Raises:
+        Unreadable: it is no such array.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, _, dtype = header(stream)
+        claimed = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        if dtype.kind not in "biuf" or claimed > MAX_BYTES:
+            raise ValueError(f"it claims {shape} of {dtype}, expected numbers of at most {MAX_BYTES} bytes")
+        stream.seek(0)
+        array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+    except (ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError) as error:
+        raise Unreadable(f"it is no .npy array of numbers ({' '.join(str(error).split())})") from None
+    return np.ascontiguousarray(array)

@@ -1,0 +1,1 @@
+"""What the config key data can name."""

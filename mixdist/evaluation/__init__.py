@@ -1,0 +1,1 @@
+"""What a mixture is worth on held-out rows."""

@@ -1,0 +1,108 @@
+"""How probable rows are under one expert: importance sampling, keyed by row. Pure.
+
+Shape letters: R rows, S importance samples.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixdist.experts import Expert
+from mixdist.noise import Moment, Purpose
+from mixdist.terms import Batch
+
+SAMPLES_AT_ONCE = 20
+"""Samples of a row that are drawn under one key: chunk c has step c. It is part of the key of every draw, so another
+number is another estimate; S samples start with those of any smaller S."""
+
+DECODES_AT_ONCE = {"cpu": 800, "cuda": 200_000}
+"""(row, sample) pairs that an expert works on at once; no result depends on it. On a CPU they stay in its cache."""
+
+
+class Evidence(NamedTuple):
+    """What is known of rows under experts, nats, float64; rows first, then experts where there are several.
+
+    Args:
+        log_px: log p(x): an importance-sampled estimate, or exact (log p(y|x)) for experts without latent variables.
+        elbo: the mean of the S log-weights; never above ``log_px`` (Jensen).
+        error: standard error of ``log_px`` by the delta method; 0 where exact, NaN for S = 1.
+    """
+
+    log_px: Tensor
+    elbo: Tensor
+    error: Tensor
+
+
+class Weights:
+    """Sums over the importance weights of R rows, in logarithms, to which samples are added chunk by chunk.
+
+    With w_s = p(x, z_s) / q(z_s|x): log p(x) is estimated by log(1/S sum_s w_s) (Burda et al. 2016, eq. 8), whose
+    expectation rises with S towards log p(x). Its standard error, by the delta method, is sd(w) / (sqrt(S) mean(w))
+    = sqrt((S Q - 1) / (S - 1)) with Q = sum w^2 / (sum w)^2 and sd's divisor S - 1. It is at most 1, which it nears
+    where one weight outdoes all others: then it says no more than that S is too small.
+
+    Args:
+        num_rows: R.
+        device: of the log-weights.
+    """
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self.num_samples = 0
+        self.log_sum_R = torch.full((num_rows,), -math.inf, dtype=torch.float64, device=device)
+        self.log_squares_R = self.log_sum_R.clone()
+        self.sum_R = torch.zeros_like(self.log_sum_R)
+
+    def add(self, log_w_RS: Tensor) -> None:
+        """Add samples: log w (R, S), nats."""
+        log_w_RS = log_w_RS.double()
+        self.num_samples += log_w_RS.shape[1]
+        self.log_sum_R = torch.logaddexp(self.log_sum_R, log_w_RS.logsumexp(1))
+        self.log_squares_R = torch.logaddexp(self.log_squares_R, (2 * log_w_RS).logsumexp(1))
+        self.sum_R += log_w_RS.sum(1)
+
+    def evidence(self) -> Evidence:
+        """Return log p(x), the ELBO and the standard error from all samples so far, each (R,)."""
+        num = self.num_samples
+        share_R = torch.exp(self.log_squares_R - 2 * self.log_sum_R)
+        error_R = (
+            ((num * share_R - 1).clamp(min=0) / (num - 1)).sqrt() if num > 1 else torch.full_like(share_R, math.nan)
+        )
+        return Evidence(self.log_sum_R - math.log(num), self.sum_R / num, error_R)
+
+
+@torch.no_grad()
+def importance(expert: Expert, rows: Batch, number: int, at: Moment, num_samples: int, dtype: torch.dtype) -> Evidence:
+    """Estimate log p(x) of rows under one expert from S posterior samples.
+
+    eps is a function of (seed, phase, sample id, expert, sample) alone: neither the batch that a row is in nor the
+    rank that computes it matters, but for rounding. Memory is bounded whatever R and S are.
+
+    Args:
+        expert: has ``log_weights`` and a ``noise_shape``.
+        rows: R rows of real numbers with "id".
+        number: the expert's global number.
+        at: names seed and phase of the draws; its step is not used.
+        num_samples: S.
+        dtype: of real numbers.
+
+    Returns:
+        fields (R,).
+    """
+    assert expert.noise_shape is not None
+    num_rows, device = rows["id"].shape[0], rows["id"].device
+    block = max(1, DECODES_AT_ONCE.get(device.type, DECODES_AT_ONCE["cuda"]) // min(num_samples, SAMPLES_AT_ONCE))
+    parts = []
+    for start in range(0, max(num_rows, 1), block):
+        part = {name: column[start : start + block] for name, column in rows.items()}
+        weights = Weights(len(part["id"]), device)
+        for first in range(0, num_samples, SAMPLES_AT_ONCE):
+            size = min(SAMPLES_AT_ONCE, num_samples - first)
+            draw = Moment(at.seed, at.phase, first // SAMPLES_AT_ONCE).draw(Purpose.IMPORTANCE)
+            eps = draw.normal(part["id"], [number], (size, *expert.noise_shape), dtype)[0]
+            weights.add(expert.log_weights(part, eps))
+        parts.append(weights.evidence())
+    return Evidence(*(torch.cat(fields) for fields in zip(*parts, strict=True)))

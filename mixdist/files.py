@@ -1,0 +1,34 @@
+"""Files that are whole or absent under their final name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write and sync a file, aside first, so that under its final name it is complete or absent."""
+    aside = path.with_name(path.name + ".partial")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def aside_of(path: Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` that takes its place when all went well, and goes away when not."""
+    aside = Path(path).with_name(f"{Path(path).name}.new")
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

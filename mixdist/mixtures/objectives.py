@@ -1,0 +1,201 @@
+"""What a soft mixture minimises: pure functions of responsibilities and the experts' losses.
+
+Shape letters: B rows on this rank, E experts. N is the number of rows of the global batch. Every objective is
+
+    L = 1/N sum_n rows(n) + balance(sum_n r_n, N)
+
+so local row losses sum to the global loss, and the one statistic of the batch, the summed responsibilities, is handed
+in already summed over all ranks. What an objective changes with the step is set by ``anneal``, a pure function of the
+phase's step, so a run that is resumed goes on exactly.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mixdist.stats import entropy
+
+
+class Balance:
+    """A term that keeps the gate from giving all rows to one expert."""
+
+    def __call__(self, resp_sum_E: Tensor, num_rows: int) -> Tensor:
+        """Return the term from the responsibilities summed over the global batch (E,) and its number of rows."""
+        raise NotImplementedError(f"{type(self).__name__} has no __call__")
+
+    def anneal(self, step: int) -> None:
+        """Set what a schedule changes, before training step ``step`` of the phase (from 0)."""
+
+
+class _Weighted(Balance):
+    """A balance term with a weight that rises linearly from 0 over ``warmup_steps``; at once where they are 0."""
+
+    def __init__(self, weight: float, warmup_steps: int) -> None:
+        kind = type(self).__name__
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{kind}'s weight ({weight}) must be 0 or more: a negative one would reward collapse")
+        _check_steps(f"{kind}'s warmup_steps", warmup_steps)
+        self.weight, self.warmup_steps, self.weight_now = weight, warmup_steps, weight
+
+    def anneal(self, step: int) -> None:
+        self.weight_now = self.weight * (min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0)
+
+
+def _check_steps(name: str, steps: int) -> None:
+    if not 0 <= steps < math.inf:
+        raise ValueError(f"{name} ({steps}) must be a number of training steps: give 0 for no schedule")
+
+
+class VarianceBalance(_Weighted):
+    """weight * Var_e(sum_n r_ne), the population variance over experts: the form of seed document 000's authors.
+
+    It grows with the square of the batch size, as theirs does (weight 0.1 at batch 100).
+
+    Args:
+        weight: of the term.
+        warmup_steps: training steps of a phase over which the weight rises linearly from 0.
+
+    Raises:
+        ValueError: a negative weight or number of steps.
+    """
+
+    def __init__(self, weight: float = 0.1, warmup_steps: int = 0) -> None:
+        super().__init__(weight, warmup_steps)
+
+    def __call__(self, resp_sum_E: Tensor, num_rows: int) -> Tensor:
+        return self.weight_now * resp_sum_E.var(correction=0)
+
+
+class KLBalance(_Weighted):
+    """weight * KL(mean_n r_n || uniform) = weight * sum_e m_e log(m_e E), nats; the same at any batch size.
+
+    Args:
+        weight: of the term.
+        warmup_steps: training steps of a phase over which the weight rises linearly from 0.
+
+    Raises:
+        ValueError: a negative weight or number of steps.
+    """
+
+    def __init__(self, weight: float = 1.0, warmup_steps: int = 0) -> None:
+        super().__init__(weight, warmup_steps)
+
+    def __call__(self, resp_sum_E: Tensor, num_rows: int) -> Tensor:
+        mean_E = resp_sum_E / num_rows
+        # The clamp keeps the gradient finite for an expert without any responsibility; m log m is 0 there anyway.
+        ratio_E = (mean_E * mean_E.numel()).clamp(min=torch.finfo(mean_E.dtype).tiny)
+        return self.weight_now * (mean_E * ratio_E.log()).sum()
+
+
+class Objective:
+    """Base of the objectives of soft mixtures: rows(n) = expert_rows(n) - w H(r_n), H the entropy of a row, nats.
+
+    Subclasses define ``expert_rows``. A positive w rewards responsibilities that are spread out, so that all experts
+    learn before the gate decides; a negative one rewards clear decisions, and together with a balance term maximises
+    the mutual information of row and expert (Bridle et al. 1992; Krause et al. 2010, eq. 3).
+
+    Args:
+        balance: the term over the batch, or None.
+        entropy_bonus: w, at the beginning of a phase; negative, a penalty.
+        entropy_steps: training steps of a phase over which w goes linearly to 0; 0, it stays.
+
+    Attributes:
+        linear: whether a row's loss is linear in the experts' losses, with the responsibilities as its coefficients.
+
+    Raises:
+        ValueError: a bonus that is not finite, or a negative number of steps.
+    """
+
+    linear: bool = False
+    entropy_weight: float = 0.0
+
+    def __init__(self, balance: Balance | None = None, entropy_bonus: float = 0.0, entropy_steps: int = 0) -> None:
+        kind = type(self).__name__
+        if not math.isfinite(entropy_bonus):
+            raise ValueError(f"{kind}'s entropy_bonus ({entropy_bonus}) must be a finite number: give 0 for none")
+        _check_steps(f"{kind}'s entropy_steps", entropy_steps)
+        self.balance, self.entropy_bonus, self.entropy_steps = balance, entropy_bonus, entropy_steps
+        self.entropy_weight = entropy_bonus
+
+    def anneal(self, step: int) -> None:
+        """Set what schedules change, before training step ``step`` of the phase (from 0)."""
+        left = max(0.0, 1.0 - step / self.entropy_steps) if self.entropy_steps else 1.0
+        self.entropy_weight = self.entropy_bonus * left
+        if self.balance is not None:
+            self.balance.anneal(step)
+
+    def rows(self, log_resp_BE: Tensor, losses_BE: Tensor) -> Tensor:
+        """Return each row's loss (B,) from the log responsibilities and the experts' losses, nats."""
+        return self.expert_rows(log_resp_BE, losses_BE) + self.gate_rows(log_resp_BE)
+
+    def gate_rows(self, log_resp_BE: Tensor) -> Tensor:
+        """Return the part of each row's loss (B,) that knows of the responsibilities alone: -w H(r_n), nats."""
+        if not self.entropy_weight:
+            return torch.zeros_like(log_resp_BE[:, 0])
+        return -self.entropy_weight * entropy(log_resp_BE, dim=-1)
+
+    def expert_rows(self, log_resp_BE: Tensor, losses_BE: Tensor) -> Tensor:
+        """Return the part of each row's loss (B,) that the experts' losses enter, nats; weights are exp(log_resp)."""
+        raise NotImplementedError(f"{type(self).__name__} has no expert_rows")
+
+
+class WeightedLoss(Objective):
+    """sum_e r_ne l_ne - w H(r_n): the loss of seed document 000, where w = 0; linear in the experts' losses."""
+
+    linear = True
+
+    def expert_rows(self, log_resp_BE: Tensor, losses_BE: Tensor) -> Tensor:
+        return (log_resp_BE.exp() * losses_BE).sum(-1)
+
+
+class MixtureLikelihood(Objective):
+    """-T log sum_e r_ne exp(-l_ne / T) - w H(r_n), nats: with T = 1 the likelihood form (seed document 001, section 4).
+
+    With w = 0 as well it is a negative log-likelihood (or a bound on it) where the experts' losses are. A larger T lets
+    experts share rows: expert e learns from row n with weight r_ne exp(-l_ne / T) / sum_f r_nf exp(-l_nf / T), the
+    tempered posterior of deterministic annealing (Ueda and Nakano 1998), and L goes to the weighted loss as T
+    grows. Losses of images differ by hundreds of nats between experts, so that with T = 1 a row has one expert alone.
+
+    Args:
+        balance: as every objective's.
+        entropy_bonus: as every objective's.
+        entropy_steps: as every objective's.
+        temperature: T, nats.
+
+    Raises:
+        ValueError: a temperature that is not finite and above 0.
+    """
+
+    def __init__(
+        self,
+        balance: Balance | None = None,
+        entropy_bonus: float = 0.0,
+        entropy_steps: int = 0,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(balance, entropy_bonus, entropy_steps)
+        if not (math.isfinite(temperature) and temperature > 0):
+            told = f"MixtureLikelihood's temperature ({temperature})"
+            raise ValueError(f"{told} must be above 0: give 1 for the likelihood")
+        self.temperature = temperature
+
+    def expert_rows(self, log_resp_BE: Tensor, losses_BE: Tensor) -> Tensor:
+        return -self.temperature * torch.logsumexp(log_resp_BE - losses_BE / self.temperature, dim=-1)
+
+
+class Information(Objective):
+    """-w H(r_n) alone: the gate learns without the experts, and they do not learn.
+
+    With w = -1 and ``KLBalance`` this is -I(row; expert) up to a constant, the mutual information that a discriminative
+    clusterer maximises (Krause et al. 2010, eq. 3, as in IMSAT, Hu et al. 2017, eq. 6, whose mu is the balance's
+    weight): a phase of pretraining for gates, mostly :class:`mixdist.gates.Consistent`.
+    """
+
+    def __init__(self, balance: Balance | None = None, entropy_bonus: float = -1.0, entropy_steps: int = 0) -> None:
+        super().__init__(balance, entropy_bonus, entropy_steps)
+
+    def expert_rows(self, log_resp_BE: Tensor, losses_BE: Tensor) -> Tensor:
+        return torch.zeros_like(losses_BE[..., 0])

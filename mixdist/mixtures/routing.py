@@ -1,0 +1,142 @@
+"""From responsibilities to decisions: which experts see a row, and with what weight. Pure.
+
+Shape letters: B rows on this rank, E experts, K choices of a row, W ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RoutingPlan(NamedTuple):
+    """Which of this rank's rows go to which experts.
+
+    Args:
+        routed_BE: True where the expert sees the row.
+        lost_B: responsibility of the choices that capacity refused, for each row.
+    """
+
+    routed_BE: Tensor
+    lost_B: Tensor
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Each row is seen by its k most responsible experts only (Shazeer et al. 2017, section 2.1).
+
+    Ties go to the lowest expert number. With a capacity, an expert takes at most ceil(capacity_factor k N / E) of the
+    N rows of the global batch: all first choices before all second ones, and among equals by place in the global
+    batch, so that the decision is the same on any layout. Refused responsibility is counted as lost. A row that every
+    expert refused trains no expert.
+
+    The weights of the experts that see a row are its responsibilities, ``renormalise``d over those experts or as they
+    are. Renormalised ones suit the weighted loss with k from 2 (with k = 1 the weight is 1 and its loss teaches the
+    gate nothing; only balance does). As they are, they suit the mixture likelihood: leaving out terms of its sum gives
+    a bound.
+
+    Args:
+        k: experts that see a row.
+        capacity_factor: of an even load; None for dropless.
+        renormalise: whether a row's weights sum to 1.
+
+    Raises:
+        ValueError: k below 1, or a capacity factor that is not positive.
+    """
+
+    k: int = 2
+    capacity_factor: float | None = None
+    renormalise: bool = True
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"TopK's k ({self.k}) must be at least 1: give the number of experts that see a row")
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise ValueError(
+                f"TopK's capacity_factor ({self.capacity_factor}) must be a positive number: 1 is an even load, null "
+                f"refuses nothing"
+            )
+
+    def choices(self, log_resp_BE: Tensor) -> Tensor:
+        """Return the experts of each row (B, K), the most responsible first; E stands for none.
+
+        An expert without any responsibility for a row is never chosen.
+        """
+        # A stable descending sort keeps equals in ascending order of expert; topk promises nothing.
+        values, experts = log_resp_BE.detach().sort(dim=1, descending=True, stable=True)
+        none = log_resp_BE.shape[1]
+        return experts[:, : self.k].masked_fill(values[:, : self.k] == -math.inf, none)
+
+    def capacity(self, num_rows: int, num_experts: int) -> int | None:
+        """Rows of a global batch that an expert takes at most."""
+        if self.capacity_factor is None:
+            return None
+        return math.ceil(self.capacity_factor * self.k * num_rows / num_experts)
+
+    def log_weights(self, log_resp_BE: Tensor, routed_BE: Tensor) -> Tensor:
+        """Return the log weights (B, E) of the experts that see each row, -inf for the others; the gradient flows."""
+        kept_BE = log_resp_BE.masked_fill(~routed_BE, -math.inf)
+        if not self.renormalise:
+            return kept_BE
+        total_B1 = kept_BE.masked_fill(~routed_BE.any(1, keepdim=True), 0.0).logsumexp(1, keepdim=True)
+        return kept_BE - total_B1
+
+
+def demand(choices_BK: Tensor, num_experts: int) -> Tensor:
+    """Count how many rows ask for each expert with each choice: (K, E) int64."""
+    return _one_hot(choices_BK, num_experts).sum(0)
+
+
+def admitted(choices_BK: Tensor, demand_WKE: Tensor, rank: int, capacity: int | None) -> Tensor:
+    """Return which choices of this rank's rows are granted: (B, K) bool.
+
+    Args:
+        choices_BK: experts of this rank's rows.
+        demand_WKE: every rank's demand, ranks in the order of the global batch.
+        rank: this one.
+        capacity: rows that an expert takes; None for all.
+    """
+    num_experts = demand_WKE.shape[2]
+    asked_BK = choices_BK < num_experts
+    if capacity is None:
+        return asked_BK
+    demand_KE = demand_WKE.sum(0)
+    earlier_KE = demand_KE.cumsum(0) - demand_KE + demand_WKE[:rank].sum(0)
+    asked_BKE = _one_hot(choices_BK, num_experts)
+    place_BKE = asked_BKE.cumsum(0) - asked_BKE + earlier_KE
+    return asked_BK & (asked_BKE * (place_BKE < capacity)).sum(2).bool()
+
+
+def lay_out(log_resp_BE: Tensor, choices_BK: Tensor, admitted_BK: Tensor) -> RoutingPlan:
+    """Lay the granted choices out by expert."""
+    num_experts = log_resp_BE.shape[1]
+    routed_BE = (_one_hot(choices_BK, num_experts) * admitted_BK[..., None]).sum(1).bool()
+    chosen_BE = _one_hot(choices_BK, num_experts).sum(1).bool()
+    refused_BE = log_resp_BE.detach().exp().masked_fill(~chosen_BE | routed_BE, 0.0)
+    return RoutingPlan(routed_BE, refused_BE.sum(1))
+
+
+def _one_hot(choices_BK: Tensor, num_experts: int) -> Tensor:
+    """Return (B, K, E) int64; none is a row of zeros."""
+    return torch.nn.functional.one_hot(choices_BK, num_experts + 1)[..., :num_experts]
+
+
+def responsible(log_resp_BE: Tensor) -> Tensor:
+    """Return each row's most responsible expert (B,); ties go to the lowest number.
+
+    torch's argmax does not promise which of several equal maxima it gives, hence the detour.
+
+    Raises:
+        ValueError: a responsibility is not a number.
+    """
+    if log_resp_BE.isnan().any():
+        bad = int(log_resp_BE.isnan().any(1).sum())
+        raise ValueError(f"the gate's output is not a number for {bad} rows: look for bad rows, or train anew")
+    num_experts = log_resp_BE.shape[1]
+    is_best = log_resp_BE == log_resp_BE.max(dim=1, keepdim=True).values
+    ids = torch.arange(num_experts, device=log_resp_BE.device)
+    return torch.where(is_best, ids, num_experts).min(dim=1).values

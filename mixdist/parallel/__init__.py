@@ -1,0 +1,1 @@
+"""Ranks: who they are, what crosses the wire, the primitives of a step."""

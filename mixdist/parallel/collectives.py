@@ -1,0 +1,113 @@
+"""Collectives with their adjoints, and the sums over the global batch that are made of them.
+
+Local losses sum to the global loss, so the adjoint of each is the transpose of what it moves.
+
+Shape letters: B rows of this rank, W all ranks, P ranks of a group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixdist.parallel.mesh import Mesh
+from mixdist.parallel.wire import Group, Pending, Wire
+
+
+class _AllToAll(torch.autograd.Function):
+    """An all-to-all of flat numbers; its adjoint sends every number back the way it came."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, move: Callable[..., Pending], sent: list[int], received: list[int]) -> Tensor:
+        ctx.move, ctx.sent, ctx.received = move, sent, received
+        return move(flat, sent, received).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.move(grads[0].contiguous(), ctx.received, ctx.sent).wait(), None, None, None
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over ranks; its adjoint is the sum of every rank's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, wire: Wire, group: Group) -> Tensor:
+        ctx.wire, ctx.group = wire, group
+        # Gloo sums memory as it lies: strides must be the same on every rank.
+        return wire.all_reduce(tensor.clone(memory_format=torch.contiguous_format), group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.wire.all_reduce(grads[0].clone(memory_format=torch.contiguous_format), ctx.group), None, None
+
+
+class OverBatch:
+    """The one seam through which statistics of the global batch are taken; the identity in one process.
+
+    Args:
+        mesh: this rank's place.
+        wire: counts what it moves, as sync.
+    """
+
+    def __init__(self, mesh: Mesh, wire: Wire) -> None:
+        self.mesh, self.wire = mesh, wire
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum x over all ranks."""
+        return x if self.mesh.world is None else _AllReduce.apply(x, self.wire, self.mesh.world)
+
+    def start_sum(self, x: Tensor) -> Pending:
+        """Start to sum x, which needs no gradient, over all ranks; a handle to the sum."""
+        return self.wire.start_all_reduce(x.detach().clone(memory_format=torch.contiguous_format), self.mesh.world)
+
+    def gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return the rows (B, ...) of all ranks, in rank order: (sum of counts, ...)."""
+        if self.mesh.world is None:
+            return x
+        counts = list(counts)
+        assert x.shape[0] == counts[self.mesh.rank]
+        parts = [(x if rank != self.mesh.rank else None) for rank in range(self.mesh.world_size)]
+        shapes = [(n, *x.shape[1:]) for n in counts]
+        return torch.cat(move(parts, x, self.mesh.rank, shapes, self.wire.all_gather, self.mesh.world))
+
+    def share(self, total: Tensor) -> Tensor:
+        """This rank's part of a term that every rank computes in full."""
+        return total / self.mesh.world_size
+
+
+def move(
+    parts: Sequence[Tensor | None],
+    own: Tensor,
+    me: int,
+    shapes: Sequence[tuple[int, ...]],
+    collective: Callable[..., Pending],
+    group: Group,
+) -> list[Tensor]:
+    """Send parts[p] to member p and receive a tensor of shapes[p] from it; ``own`` stays in place of mine."""
+    if group is None:
+        return [own]
+    sizes = [0 if p == me else math.prod(shape) for p, shape in enumerate(shapes)]
+    flat, sent = flatten(parts, own)
+
+    def start(x: Tensor, a: list[int], b: list[int]) -> Pending:
+        return collective(x, a, b, group)
+
+    return unflatten(_AllToAll.apply(flat, start, sent, sizes), own, me, shapes, sizes)
+
+
+def flatten(parts: Sequence[Tensor | None], own: Tensor) -> tuple[Tensor, list[int]]:
+    """Lay the parts end to end; how many numbers each has."""
+    flat = torch.cat([own.new_zeros(0) if part is None else part.reshape(-1) for part in parts])
+    return flat, [0 if part is None else part.numel() for part in parts]
+
+
+def unflatten(
+    flat: Tensor, own: Tensor, me: int, shapes: Sequence[tuple[int, ...]], sizes: Sequence[int]
+) -> list[Tensor]:
+    """Cut what arrived into its parts, with ``own`` in place of mine."""
+    cut = flat.split(list(sizes))
+    return [own if p == me else part.reshape(shape) for p, (part, shape) in enumerate(zip(cut, shapes, strict=True))]

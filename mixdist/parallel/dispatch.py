@@ -1,0 +1,223 @@
+"""Rows to experts and small fields back: the four primitives and the sums over the batch.
+
+Shape letters: B rows of this rank, R rows routed here (those of the whole EP group, in rank order, when dense),
+E all experts, e experts on this rank, P ranks of the EP group, W all ranks.
+
+Local losses sum to the global loss, so the adjoint of each primitive is the transpose of what it moves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mixdist.parallel.collectives import OverBatch, flatten, move, unflatten
+from mixdist.parallel.mesh import Mesh
+from mixdist.parallel.route import ID_BYTES, Pairs, Route, pack, pack_mask
+from mixdist.parallel.wire import Pending, Wire
+from mixdist.terms import Batch, Spec
+
+
+class Dispatch:
+    """The four primitives over one EP group.
+
+    Every rank of a group calls them in the same order, whatever its rows; that is what keeps them from hanging.
+
+    Args:
+        mesh: this rank's place.
+        wire: the counted collectives.
+        spec: the fields of stored rows.
+    """
+
+    def __init__(self, mesh: Mesh, wire: Wire, spec: Spec) -> None:
+        self.mesh, self.wire, self.spec = mesh, wire, spec
+        self.over_batch = OverBatch(mesh, wire)
+        placement = mesh.placement
+        self.experts = [placement.experts_of(p) for p in range(placement.ep_size)]
+        self.num_experts = [len(experts) for experts in self.experts]
+        self.members = placement.ep_ranks(mesh.replica)
+
+    def send(self, rows: Batch, fields: Sequence[str], counts: Sequence[int]) -> Route:
+        """Start sending the named fields of this rank's rows, as stored, to all experts of the EP group.
+
+        Args:
+            rows: B stored rows with "id".
+            fields: the fields that experts need.
+            counts: rows of every rank of the world.
+        """
+        spec = {name: self.spec[name] for name in fields}
+        own = pack(rows, spec)
+        counts_P = [counts[rank] for rank in self.members]
+        parts = [own] * len(counts_P)
+        return Route(counts_P, spec, own, self._start(parts, counts_P, spec), self.mesh.member, self._here)
+
+    def send_some(self, rows: Batch, fields: Sequence[str], routed_BE: Tensor, counts: Sequence[int]) -> Route:
+        """Start sending each row once to each member of the EP group that has an expert for it.
+
+        Args:
+            rows: B stored rows with "id".
+            fields: the fields that experts need.
+            routed_BE: True where the expert sees the row.
+            counts: rows that arrive here from each member, as ``arrivals`` tells.
+        """
+        spec = {name: self.spec[name] for name in fields}
+        packed, parts = pack(rows, spec), []
+        sent = [Pairs.of(routed_BE, experts) for experts in self.experts]
+        for pairs, experts in zip(sent, self.experts, strict=True):
+            mask = routed_BE[pairs.rows, experts.start : experts.stop]
+            parts.append(torch.cat([packed[pairs.rows], pack_mask(mask)], dim=1))
+        pending = self._start(parts, counts, spec)
+        return Route(counts, spec, parts[self.mesh.member], pending, self.mesh.member, self._here, sent, len(packed))
+
+    def arrivals(self, routed: Sequence[Tensor]) -> list[list[int]]:
+        """Tell, for each of some plans (B, E), how many rows each member of the EP group will send here.
+
+        A statistic of the batch that every rank must know before it can receive; counted as sync.
+        """
+        sent = [[int(r[:, e.start : e.stop].any(1).sum()) for e in self.experts] for r in routed]
+        table_WMP = self.over_batch.gather(torch.tensor([sent], device=self.mesh.device), [1] * self.mesh.world_size)
+        return table_WMP[self.members, :, self.mesh.member].T.tolist()
+
+    def _start(self, parts: Sequence[Tensor], counts: Sequence[int], spec: Spec) -> Pending | None:
+        """Start moving packed rows: parts[p] to member p, counts[p] rows from it."""
+        me, others = self.mesh.member, [p for p in range(len(parts)) if p != self.mesh.member]
+        if not others:
+            return None
+        flat = torch.cat([parts[p].reshape(-1) for p in others])
+        sent = [0 if p == me else part.numel() for p, part in enumerate(parts)]
+        received = [0 if p == me else n * parts[me].shape[1] for p, n in enumerate(counts)]
+        width = ID_BYTES + sum(f.num_bytes for f in spec.values())
+        self.wire.meter.wire_bytes_min += sum(len(parts[p]) for p in others) * width
+        return self.wire.all_to_all(flat, sent, received, self.mesh.ep_group)
+
+    def combine(self, field: Tensor, route: Route) -> Tensor:
+        """Bring the experts' field (R, e, ...) back to the rows' own ranks: (B, E, ...), zero where unseen."""
+        if route.sent is not None:
+            return self._combine_some(field, route, route.sent)
+        if self.mesh.ep_group is None:
+            return field
+        parts: list[Tensor | None] = list(route.by_member(field))
+        own, parts[route.me] = parts[route.me], None
+        assert own is not None
+        shapes = [(own.shape[0], n, *field.shape[2:]) for n in self.num_experts]
+        width = field.shape[2:].numel()
+        others = route.num_rows - own.shape[0]
+        self._count(field, others * own.shape[1] * width, own.shape[0] * self._remote_experts * width)
+        return torch.cat(self._move(parts, own, shapes), dim=1)
+
+    def _combine_some(self, field: Tensor, route: Route, sent: list[Pairs]) -> Tensor:
+        width = field.shape[2:]
+        parts: list[Tensor | None] = list(route.pairs(field))
+        own, parts[route.me] = parts[route.me], None
+        assert own is not None
+        back = [(len(pairs.row_T), *width) for pairs in sent]
+        self._count_pairs(field, parts, back, width.numel())
+        pairs_T = torch.cat(self._move(parts, own, back))
+        row_T, expert_T = (torch.cat([getattr(p, name) for p in sent]) for name in ("row_T", "expert_T"))
+        result = field.new_zeros(route.num_own, self.mesh.placement.num_experts, *width)
+        return result.index_put((row_T, expert_T), pairs_T)
+
+    def spread(self, field: Tensor, route: Route) -> Tensor:
+        """Take a field (B, E, ...) of this rank's rows to the experts: (R, e, ...); the transpose of combine."""
+        if route.sent is None and self.mesh.ep_group is None:
+            return field
+        parts, own, shapes = self._to_experts(field, route)
+        return self._at_experts(self._move(parts, own, shapes), field, route)
+
+    def start_spread(self, field: Tensor, route: Route) -> Callable[[], Tensor]:
+        """As ``spread``, under way and without a gradient: what is returned waits for the field."""
+        field = field.detach()
+        if route.sent is None and self.mesh.ep_group is None:
+            return lambda: field
+        parts, own, shapes = self._to_experts(field, route)
+        if self.mesh.ep_group is None:
+            return lambda: self._at_experts([own], field, route)
+        sizes = [0 if p == self.mesh.member else math.prod(shape) for p, shape in enumerate(shapes)]
+        flat, sent = flatten(parts, own)
+        pending = self.wire.all_to_all(flat, sent, sizes, self.mesh.ep_group)
+
+        def finish() -> Tensor:
+            return self._at_experts(unflatten(pending.wait(), own, self.mesh.member, shapes, sizes), field, route)
+
+        return finish
+
+    def _to_experts(self, field: Tensor, route: Route) -> tuple[list[Tensor | None], Tensor, list[tuple[int, ...]]]:
+        """Cut a field by the members it goes to: the parts, that which stays, the shapes of what arrives; count it."""
+        width, me = field.shape[2:], route.me
+        parts: list[Tensor | None] = []
+        if route.sent is None:
+            parts += field.split(self.num_experts, dim=1)
+            shapes = [(n, self._here, *width) for n in route.counts]
+            out = field.shape[0] * self._remote_experts
+            back = (route.num_rows - field.shape[0]) * self._here
+            self._count(field, out * width.numel(), back * width.numel())
+        else:
+            assert route.mask_Re is not None
+            parts += [field[pairs.row_T, pairs.expert_T] for pairs in route.sent]
+            shapes = [(int(mask.sum()), *width) for mask in route.mask_Re.split(route.counts)]
+            self._count_pairs(field, [*parts[:me], None, *parts[me + 1 :]], shapes, width.numel())
+        own, parts[me] = parts[me], None
+        assert own is not None
+        return parts, own, shapes
+
+    def _at_experts(self, arrived: list[Tensor], field: Tensor, route: Route) -> Tensor:
+        if route.sent is None:
+            return torch.cat(arrived)
+        assert route.mask_Re is not None
+        result = field.new_zeros(route.num_rows, self._here, *field.shape[2:])
+        return result.index_put(route.mask_Re.nonzero(as_tuple=True), torch.cat(arrived))
+
+    def exchange(self, field: Tensor, route: Route) -> Tensor:
+        """Show every expert's field (R, e, ...) to every rank of the EP group: (R, E, ...); dense routing only."""
+        assert route.sent is None
+        if self.mesh.ep_group is None:
+            return field
+        parts = [None if p == route.me else field for p in range(len(route.counts))]
+        shapes = [(route.num_rows, n, *field.shape[2:]) for n in self.num_experts]
+        others = len(route.counts) - 1
+        width = route.num_rows * field.shape[2:].numel()
+        self._count(field, field.shape[1] * others * width, self._remote_experts * width)
+        return torch.cat(self._move(parts, field, shapes), dim=1)
+
+    def combine_sum(self, field: Tensor, weights: Tensor, route: Route) -> Tensor:
+        """Return sum over experts of weights (B, E) times the experts' field (R, e, ...), at the rows' ranks: (B, ...).
+
+        A rank's own experts are summed before anything is sent. Dense routing only.
+        """
+        assert route.sent is None
+        local = torch.einsum("re,re...->r...", self.spread(weights, route), field)
+        if self.mesh.ep_group is None:
+            return local
+        parts: list[Tensor | None] = list(route.by_member(local))
+        own, parts[route.me] = parts[route.me], None
+        assert own is not None
+        shapes = [tuple(own.shape)] * len(route.counts)
+        others = len(route.counts) - 1
+        width = local.shape[1:].numel()
+        self._count(local, (route.num_rows - own.shape[0]) * width, own.shape[0] * others * width)
+        return torch.stack(self._move(parts, own, shapes)).sum(0)
+
+    @property
+    def _remote_experts(self) -> int:
+        return self.mesh.placement.num_experts - self._here
+
+    @property
+    def _here(self) -> int:
+        return self.num_experts[self.mesh.member]
+
+    def _move(self, parts: Sequence[Tensor | None], own: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        return move(parts, own, self.mesh.member, shapes, self.wire.all_to_all, self.mesh.ep_group)
+
+    def _count(self, field: Tensor, sent: int, returned: int) -> None:
+        """Count the least bytes of a move: the numbers sent and, where their gradient comes back, those returned."""
+        numbers = sent + (returned if field.requires_grad and torch.is_grad_enabled() else 0)
+        self.wire.meter.wire_bytes_min += numbers * field.element_size()
+
+    def _count_pairs(
+        self, field: Tensor, parts: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]], width: int
+    ) -> None:
+        back = sum(shape[0] for p, shape in enumerate(shapes) if p != self.mesh.member)
+        self._count(field, sum(len(part) for part in parts if part is not None) * width, back * width)

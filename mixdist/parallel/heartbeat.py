@@ -1,0 +1,63 @@
+"""Who is still there: every rank's heartbeat in the store that brought the ranks together.
+
+A collective that fails does not say who failed it, and a rank that waits elsewhere may hear of it much later. The
+heartbeat runs beside the work: it stops with the process, and with nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+BEAT_S = 1.0
+PATIENCE_S = 6.0
+
+
+class Heartbeat:
+    """The heartbeat of one rank.
+
+    Args:
+        store: of torch.distributed, shared by all ranks.
+        rank: this one.
+        world_size: all of them.
+    """
+
+    def __init__(self, store: Any, rank: int, world_size: int) -> None:
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self.heard = False  # some rank has begun to ask who is missing
+        self._stop = threading.Event()
+        threading.Thread(target=self._run, args=(store.clone(),), daemon=True, name="mixdist-heartbeat").start()
+
+    def stop(self) -> None:
+        """End the heartbeat: this rank leaves in good order."""
+        self._stop.set()
+
+    def missing(self) -> tuple[list[int], bool]:
+        """After a collective failed: which ranks' hearts have stopped, and whether this rank is to tell."""
+        asked = False
+        try:
+            self.store.set("mixdist/asked", "1")
+            before = self._beats()
+            asked = True
+            time.sleep(PATIENCE_S)
+            after = self._beats()
+            still = [rank for rank in range(self.world_size) if rank != self.rank and before[rank] == after[rank]]
+            return still, self.store.add("mixdist/told", 1) == 1
+        except RuntimeError:
+            # Without a launcher the store lives in rank 0, which is lost, or has told (it waits until all have heard).
+            return [0], self.rank == 1 and not (asked or self.heard)
+
+    def _beats(self) -> list[bytes]:
+        keys = [f"mixdist/heartbeat/{rank}" for rank in range(self.world_size)]
+        return [self.store.get(key) if self.store.check([key]) else b"" for key in keys]
+
+    def _run(self, store: Any) -> None:
+        beat = 0
+        try:
+            while not self._stop.wait(BEAT_S if beat else 0.0):
+                beat += 1
+                store.set(f"mixdist/heartbeat/{self.rank}", str(beat))
+                self.heard = self.heard or store.check(["mixdist/asked"])
+        except RuntimeError:
+            return  # the store is gone, and with it the run

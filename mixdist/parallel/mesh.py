@@ -1,0 +1,199 @@
+"""Which expert lives on which rank, and the process groups that follow from it; the only place that creates groups.
+
+P is the number of ranks of an expert-parallel (EP) group. Rank r is member r % P of EP group (replica) r // P: an EP
+group is a block of neighbouring ranks, so that it fits inside a node and replicas lie across nodes.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from mixdist.parallel.heartbeat import Heartbeat
+from mixdist.parallel.launch import Launch
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where experts live: pure arithmetic.
+
+    Args:
+        num_experts: K.
+        world_size: W, all ranks.
+        ep_size: P, ranks of an EP group; together they hold each expert once.
+    """
+
+    num_experts: int
+    world_size: int
+    ep_size: int
+
+    @staticmethod
+    def plan(num_experts: int, world_size: int, ep_size: int | None = None) -> Placement:
+        """Place K experts on W ranks.
+
+        Without ``ep_size``: P = W if W <= K, P = K if K divides W.
+
+        Raises:
+            ValueError: nothing fits; the message lists what does.
+        """
+        if num_experts < 1:
+            raise ValueError(f"num_experts ({num_experts}) must be at least 1")
+        fitting = [p for p in range(1, min(num_experts, world_size) + 1) if world_size % p == 0]
+        listed = " or ".join(filter(None, [", ".join(map(str, fitting[:-1])), str(fitting[-1])]))
+        if ep_size is None:
+            ep_size = min(num_experts, world_size)
+            if world_size % ep_size:
+                raise ValueError(
+                    f"{num_experts} experts cannot be placed on {world_size} ranks one replica after another: "
+                    f"set mesh.ep_size to {listed}, or start at most {num_experts} ranks or a multiple of {num_experts}"
+                )
+        elif ep_size not in fitting:
+            raise ValueError(
+                f"num_experts ({num_experts}) cannot be placed on {world_size} ranks with ep_size {ep_size}: ep_size "
+                f"must divide the world size and not exceed num_experts; set mesh.ep_size to {listed}"
+            )
+        return Placement(num_experts, world_size, ep_size)
+
+    @property
+    def num_replicas(self) -> int:
+        """How often each expert exists."""
+        return self.world_size // self.ep_size
+
+    def replica_of(self, rank: int) -> int:
+        """The EP group that ``rank`` belongs to."""
+        return rank // self.ep_size
+
+    def member_of(self, rank: int) -> int:
+        """The place of ``rank`` inside its EP group."""
+        return rank % self.ep_size
+
+    def experts_of(self, member: int) -> range:
+        """Global numbers of the experts of the EP group's ``member``: contiguous blocks, as even as possible."""
+        first, last = (self.num_experts * m // self.ep_size for m in (member, member + 1))
+        return range(first, last)
+
+    def ep_ranks(self, replica: int) -> list[int]:
+        """World ranks of an EP group."""
+        return list(range(replica * self.ep_size, (replica + 1) * self.ep_size))
+
+    def replica_ranks(self, member: int) -> list[int]:
+        """World ranks that hold the same experts."""
+        return list(range(member, self.world_size, self.ep_size))
+
+
+def choose_device(name: str, launch: Launch) -> torch.device:
+    """Return this process's device, bound before any group is made; all processes of a host choose alike.
+
+    Args:
+        name: auto (CUDA where each process of the host has a device of its own), cpu or cuda.
+        launch: who this process is.
+
+    Raises:
+        ValueError: CUDA asked for where there is none, or more processes than devices.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and count < launch.local_size):
+        return torch.device("cpu")
+    if not count:
+        raise ValueError("mesh.device (cuda) needs a CUDA device and none is here: set mesh.device to cpu or auto")
+    if launch.local_size > count:
+        raise ValueError(
+            f"{launch.local_size} processes on this host have {count} CUDA devices: start at most {count}, or set "
+            f"mesh.device to cpu"
+        )
+    device = torch.device("cuda", launch.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+class Mesh:
+    """This rank's place and its groups; a group is None where it would have one member only.
+
+    Args:
+        placement: where experts live.
+        launch: who this process is.
+        device: where it computes.
+        timeout_s: seconds after which a collective that some rank does not enter ends the process.
+    """
+
+    def __init__(self, placement: Placement, launch: Launch, device: torch.device, timeout_s: float = 600.0) -> None:
+        self.placement, self.device = placement, device
+        self.rank, self.world_size = launch.rank, launch.world_size
+        self.member = placement.member_of(self.rank)
+        self.replica = placement.replica_of(self.rank)
+        self.timeout = timedelta(seconds=timeout_s)
+        self.heartbeat: Heartbeat | None = None
+        if self.world_size > 1 and not dist.is_initialized():
+            self._start(launch)
+        self.world: dist.ProcessGroup | None = dist.group.WORLD if self.world_size > 1 else None
+        self.ep_group = self._group([placement.ep_ranks(r) for r in range(placement.num_replicas)])
+        self.replica_group = self._group([placement.replica_ranks(m) for m in range(placement.ep_size)])
+
+    def _start(self, launch: Launch) -> None:
+        if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise ValueError(
+                "MASTER_ADDR and MASTER_PORT are not set: start with torchrun, or export them as in launch/slurm.sbatch"
+            )
+        cuda = self.device.type == "cuda"
+        try:
+            store, rank, size = next(rendezvous("env://", launch.rank, launch.world_size, timeout=self.timeout))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                store=store,
+                timeout=self.timeout,
+                rank=rank,
+                world_size=size,
+                device_id=self.device if cuda else None,
+            )
+            self.heartbeat = Heartbeat(store, rank, size)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the {launch.world_size} ranks did not find each other at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']} within mesh.timeout_s ({self.timeout.total_seconds():g}): {error}; "
+                f"start all of them, and look at their own messages"
+            ) from None
+
+    def missing(self) -> tuple[list[int], bool]:
+        """After a collective failed: which ranks are gone, and whether this one is to tell."""
+        assert self.heartbeat is not None
+        for group in (self.ep_group, self.replica_group, self.world):
+            with suppress(RuntimeError):
+                if group is not None:
+                    group.abort()  # whoever waits for this rank learns of it now
+        return self.heartbeat.missing()
+
+    def _group(self, partition: list[list[int]]) -> dist.ProcessGroup | None:
+        # Every rank creates every group, in one order: that is what new_group asks for.
+        if len(partition[0]) == 1:
+            return None
+        if len(partition) == 1:
+            return self.world
+        groups = [dist.new_group(ranks, timeout=self.timeout) for ranks in partition]
+        return next(g for ranks, g in zip(partition, groups, strict=True) if self.rank in ranks)
+
+    @property
+    def experts(self) -> range:
+        """Global numbers of the experts on this rank."""
+        return self.placement.experts_of(self.member)
+
+    @property
+    def leads(self) -> bool:
+        """True on the ranks that speak for their experts: those of the first replica."""
+        return self.replica == 0
+
+    def speaks_for(self, expert: int | None) -> bool:
+        """Return whether this rank counts and writes an expert of its own, or (None) what is shared: each once."""
+        return self.rank == 0 if expert is None else self.leads
+
+    def close(self) -> None:
+        """End the process groups."""
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
+        if self.world is not None and dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,149 @@
+"""Rows on their way between the ranks of an EP group: who sent which, which experts want them, how they are packed.
+
+Shape letters: B rows of this rank, R rows that arrive here, E all experts, e experts on this rank, T pairs of a row
+and an expert, P ranks of the EP group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixdist.parallel.wire import Pending
+from mixdist.terms import Batch, Spec
+
+ID_BYTES = 8
+
+
+class Pairs(NamedTuple):
+    """What this rank sends to one member when rows go to some experts only.
+
+    Args:
+        rows: places of the rows sent, each once.
+        row_T: place of the row of each pair.
+        expert_T: global number of its expert.
+    """
+
+    rows: Tensor
+    row_T: Tensor
+    expert_T: Tensor
+
+    @staticmethod
+    def of(routed_BE: Tensor, experts: range) -> Pairs:
+        """Find the rows that some of a member's experts see."""
+        here_Be = routed_BE[:, experts.start : experts.stop]
+        row_T, expert_T = here_Be.nonzero(as_tuple=True)
+        return Pairs(here_Be.any(1).nonzero()[:, 0], row_T, expert_T + experts.start)
+
+
+class Route:
+    """Rows on their way from every rank of an EP group to every other, and the way back.
+
+    Args:
+        counts: rows that arrive from each member of the EP group.
+        spec: the fields sent, "id" first.
+        own: this rank's packed rows that stay here.
+        pending: the other ranks' packed rows; None in a group of one.
+        me: this rank's place in the EP group.
+        num_experts: e.
+        sent: what went to each member; None when every expert sees every row.
+        num_own: B; needed where rows go to some experts only.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        spec: Spec,
+        own: Tensor,
+        pending: Pending | None,
+        me: int,
+        num_experts: int,
+        sent: list[Pairs] | None = None,
+        num_own: int | None = None,
+    ) -> None:
+        self.counts, self.spec, self.own, self.pending, self.me = list(counts), spec, own, pending, me
+        self.num_experts, self.sent = num_experts, sent
+        self.num_own = self.counts[me] if num_own is None else num_own
+        self.mask_Re: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """R, the rows that arrive here, this rank's own among them."""
+        return sum(self.counts)
+
+    def rows(self) -> Batch:
+        """Wait for the rows; give them as stored. ``mask_Re`` then says which experts see them, if not all."""
+        packed = self.own
+        if self.pending is not None:
+            width = self.own.shape[1]
+            sizes = [0 if p == self.me else n * width for p, n in enumerate(self.counts)]
+            arrived = [part.view(-1, width) for part in self.pending.wait().split(sizes)]
+            arrived[self.me] = self.own
+            packed = torch.cat(arrived)
+            self.own, self.pending = packed, None
+        if self.sent is None:
+            return unpack(packed, self.spec)
+        data = packed.shape[1] - mask_bytes(self.num_experts)
+        self.mask_Re = unpack_mask(packed[:, data:], self.num_experts)
+        return unpack(packed[:, :data], self.spec)
+
+    def by_member(self, field: Tensor) -> list[Tensor]:
+        """Cut a field (R, ...) into each member's rows."""
+        return list(field.split(self.counts))
+
+    def pairs(self, field: Tensor) -> list[Tensor]:
+        """Take the pairs (T, ...) out of a field (R, e, ...), for each member."""
+        assert self.mask_Re is not None
+        masks = self.mask_Re.split(self.counts)
+        return [part[mask] for part, mask in zip(self.by_member(field), masks, strict=True)]
+
+
+def pack(rows: Batch, spec: Spec) -> Tensor:
+    """Lay the id and the named fields of each row side by side as bytes: (B, bytes of a row)."""
+    parts = [rows["id"].reshape(-1, 1).view(torch.uint8)]
+    for name, field in spec.items():
+        stored = rows[name].reshape(len(rows["id"]), field.num_values).contiguous()
+        parts.append(stored.view(torch.uint8))
+    return torch.cat(parts, dim=1)
+
+
+def unpack(packed: Tensor, spec: Spec) -> Batch:
+    """Undo pack."""
+    widths = [ID_BYTES, *(field.num_bytes for field in spec.values())]
+    id_bytes, *parts = packed.split(widths, dim=1)
+    # A copy, not contiguous(): that leaves a single row at its odd place, which cannot be viewed as wide numbers.
+    own = torch.contiguous_format
+    rows = {"id": id_bytes.clone(memory_format=own).view(torch.int64).reshape(-1)}
+    for (name, field), part in zip(spec.items(), parts, strict=True):
+        rows[name] = part.clone(memory_format=own).view(field.dtype).reshape(-1, *field.shape)
+    return rows
+
+
+def mask_bytes(num_experts: int) -> int:
+    """Bytes that say which of a member's experts a row is for; a member with one expert needs none."""
+    return -(-num_experts // 8) if num_experts > 1 else 0
+
+
+def pack_mask(mask_Re: Tensor) -> Tensor:
+    """Eight experts to a byte: (R, bytes)."""
+    num_rows, num_experts = mask_Re.shape
+    width = mask_bytes(num_experts)
+    bits = torch.zeros(num_rows, 8 * width, dtype=torch.uint8, device=mask_Re.device)
+    if width:
+        bits[:, :num_experts] = mask_Re
+    return (bits.view(num_rows, width, 8) << _shifts(mask_Re)).sum(2, dtype=torch.uint8)
+
+
+def unpack_mask(packed: Tensor, num_experts: int) -> Tensor:
+    """Undo pack_mask; a row that came to a member with one expert is for that expert."""
+    if num_experts == 1:
+        return torch.ones(len(packed), 1, dtype=torch.bool, device=packed.device)
+    bits = (packed[:, :, None] >> _shifts(packed)) & 1
+    return bits.flatten(1)[:, :num_experts].bool()
+
+
+def _shifts(like: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=like.device)

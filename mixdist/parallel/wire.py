@@ -1,0 +1,151 @@
+"""The collectives, counted and timed where they are called.
+
+Two kinds of traffic: ``wire`` is what dispatch moves (rows, losses, weights), ``sync`` is reductions of what is
+replicated (gradients of the gate, of replicas, sums over the batch). Bytes are those that leave this rank; a
+reduction of n bytes over W ranks counts 2 (W - 1) / W n, the ring's traffic.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+
+@dataclass
+class Meter:
+    """What crossed the wire since the last reset, on this rank.
+
+    Args:
+        wire_bytes: bytes that dispatch sent to other ranks, counted at the collectives.
+        wire_bytes_min: the least possible for the same rows and experts, counted from the routing alone.
+        sync_bytes: bytes of reductions of what is replicated.
+        collective_times: of each collective, in order, the seconds until the last rank of its group arrived, and those
+            inside it after all had arrived; measured only while ``timed``.
+    """
+
+    wire_bytes: int = 0
+    wire_bytes_min: int = 0
+    sync_bytes: int = 0
+    collective_times: list[tuple[float, float]] = field(default_factory=list)
+    timed: bool = False
+
+    @property
+    def waiting_s(self) -> float:
+        """Seconds of waiting for ranks to arrive."""
+        return sum(waiting for waiting, _ in self.collective_times)
+
+    @property
+    def transfer_s(self) -> float:
+        """Seconds inside collectives after all had arrived."""
+        return sum(transfer for _, transfer in self.collective_times)
+
+    def reset(self, timed: bool = False) -> None:
+        """Start a new count; ``timed`` puts a barrier before each collective to tell waiting from transfer."""
+        self.wire_bytes = self.wire_bytes_min = self.sync_bytes = 0
+        self.collective_times = []
+        self.timed = timed
+
+
+class LostRank(RuntimeError):
+    """A collective did not complete: some rank has died, hangs, or took another way."""
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Tell a failed collective from other errors.
+
+    Raises:
+        LostRank: the backend gave up.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRank(str(error)) from error
+
+
+class Wire:
+    """Counted collectives of one rank.
+
+    Args:
+        device: where tensors live.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.meter = Meter()
+
+    def all_to_all(self, flat: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Pending:
+        """Send ``sent[p]`` numbers of ``flat`` to member p, receive ``received[p]``; a handle to the result."""
+        self.meter.wire_bytes += sum(sent) * flat.element_size()
+        return self._all_to_all(flat, sent, received, group)
+
+    def all_gather(self, flat: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Pending:
+        """As ``all_to_all``, counted as sync: the same values go to every member."""
+        self.meter.sync_bytes += sum(sent) * flat.element_size()
+        return self._all_to_all(flat, sent, received, group)
+
+    def _all_to_all(self, flat: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Pending:
+        assert group is not None
+        assert flat.is_contiguous()
+        output = flat.new_empty(sum(received))
+
+        def start() -> Any:
+            return dist.all_to_all_single(output, flat, list(received), list(sent), group=group, async_op=True)
+
+        return self._run(start, output, flat, group)
+
+    def all_reduce(self, tensor: Tensor, group: Group) -> Tensor:
+        """Sum ``tensor`` in place over the group; a group of None (one process) changes nothing."""
+        return self.start_all_reduce(tensor, group).wait()
+
+    def start_all_reduce(self, tensor: Tensor, group: Group) -> Pending:
+        """As ``all_reduce``, under way: a handle to the sum."""
+        if group is None:
+            return Pending(tensor, tensor, None)
+        assert tensor.is_contiguous()
+        size = dist.get_world_size(group)
+        self.meter.sync_bytes += 2 * (size - 1) * tensor.numel() * tensor.element_size() // size
+        return self._run(lambda: dist.all_reduce(tensor, group=group, async_op=True), tensor, tensor, group)
+
+    def _run(self, start: Callable[[], Any], output: Tensor, held: Tensor, group: Group) -> Pending:
+        with together():
+            if not self.meter.timed:
+                return Pending(output, held, start())
+            begin = self._now()
+            dist.all_reduce(torch.zeros(1, device=self.device), group=group)
+            arrived = self._now()
+            pending = Pending(output, held, start())
+        pending.wait()
+        self.meter.collective_times.append((arrived - begin, self._now() - arrived))
+        return pending
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class Pending:
+    """A collective under way. It holds the send buffer, which must not change until ``wait`` returns."""
+
+    def __init__(self, output: Tensor, held: Tensor, work: Any) -> None:
+        self.output = output
+        self.held: Tensor | None = held
+        self.work = work
+
+    def wait(self) -> Tensor:
+        """Return the result once it has arrived."""
+        if self.work is not None:
+            with together():
+                self.work.wait()
+            self.work = self.held = None
+        return self.output
