@@ -381,7 +381,7 @@ def test_a_run_has_its_tables_and_pictures(run: Path) -> None:
         assert np.bincount(table, minlength=4).tolist() == record["counts"]
         assert table.dtype == np.uint8
     assert (run / "images" / "experts.png").exists()
-    explained = (ROOT / "docs" / "architecture.md").read_text().partition("has a line for each epoch of pretraining")[2]
+    explained = (ROOT / "docs" / "competition.md").read_text().partition("has a line for each epoch of pretraining")[2]
     assert all(f"`{key}`" in explained for record in records for key in record)
 
 

@@ -60,7 +60,7 @@ BASE: dict[str, Any] = {
     "train": {
         "epochs": 2,
         "batch_size": 9,
-        # Adam divides what is 0 but for rounding by itself: see docs/decisions.md.
+        # Adam divides what is 0 but for rounding by itself: see docs/decisions/code.md.
         "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.001, "eps": 1e-5}},
     },
     "log_every": 1,
