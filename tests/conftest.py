@@ -15,14 +15,8 @@ from tests.pool import Pool
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Callable[[int], Pool]]:
-    """Give a pool of a world size, started when first asked for."""
-    pools: dict[int, Pool] = {}
-
-    def get(world_size: int) -> Pool:
-        if world_size not in pools:
-            pools[world_size] = Pool(world_size)
-        return pools[world_size]
-
-    yield get
+    """Return a function that gives the pool of a world size."""
+    pools = {n: Pool(n) for n in range(1, 5)}
+    yield pools.__getitem__
     for one in pools.values():
         one.close()

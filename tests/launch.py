@@ -1,4 +1,4 @@
-"""Start mixdist for tests: in this process, or in processes of its own under a watchdog that ends them all."""
+"""Start mixdist for tests: in this process, or in other processes that are killed when they hang."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ import yaml
 from mixdist.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
-WATCHDOG_S = 120.0
+HANG_S = 300.0
+"""A limit for work of seconds: far more than a busy machine needs for it, so that only a hang reaches it."""
 
 SMALL: dict[str, Any] = {
     "data": {"class_path": "mixdist.data.Digits"},
@@ -44,7 +45,7 @@ REMOVED = object()
 
 
 def changed(**changes: Any) -> dict[str, Any]:
-    """Give SMALL with other values: ``changed(gate__init_args__hidden=[3])``; REMOVED takes a key away."""
+    """Return SMALL with other values: ``changed(gate__init_args__hidden=[3])``; REMOVED takes a key away."""
     config = copy.deepcopy(SMALL)
     for path, value in changes.items():
         *outer, last = path.split("__")
@@ -59,7 +60,7 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 
 def write_config(path: Path, config: Any) -> str:
-    """Write a YAML file; give its path as a word."""
+    """Write a YAML file; return its path as an argument."""
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return str(path)
 
@@ -115,7 +116,7 @@ class Started:
             file.seek(0)
         return self.out.read(), self.err.read()
 
-    def end(self, timeout_s: float = WATCHDOG_S) -> Ended:
+    def end(self, timeout_s: float = HANG_S) -> Ended:
         """Wait for its end; fail with its output where it takes too long."""
         try:
             code = self.process.wait(timeout_s)
@@ -124,7 +125,7 @@ class Started:
             raise AssertionError(f"did not end within {timeout_s} s\n" + "\n".join(self.text())) from None
         return Ended(code, *self.text())
 
-    def until(self, condition: Callable[[], bool], timeout_s: float = WATCHDOG_S) -> None:
+    def until(self, condition: Callable[[], bool], timeout_s: float = HANG_S) -> None:
         """Wait until something holds while it runs; fail with its output where it ends before or takes too long."""
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -167,7 +168,7 @@ def together(*words: str, ranks: int, folder: Path, **env: str) -> Ended:
 
 
 def descendants(pid: int) -> list[int]:
-    """Give the processes that a process has started, and those that they have."""
+    """Return the processes that a process has started, and those that they have started."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -7,25 +7,32 @@ import multiprocessing
 import tempfile
 import time
 import traceback
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-WATCHDOG_S = 120.0
+from tests.launch import HANG_S
+
+GRACE_S = 10.0
+"""How long the other ranks may still answer once one has failed; most of them wait for it in a collective."""
 
 
 def call(target: str, *args: Any) -> Any:
-    """Call "module:function"; functions that run on ranks are named, so that nothing needs to travel but words."""
+    """Call "module:function"; functions that run on ranks are sent by name."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)(*args)
 
 
 def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
+    import mixdist.cli.train  # noqa: F401 (takes seconds, so it is imported before the clock of a call starts)
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    pipe.send((True, "ready"))
     while (work := pipe.recv()) is not None:
         try:
             pipe.send((True, call(*work)))
@@ -35,57 +42,93 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
 
 
 class Pool:
-    """Ranks that wait for work. A rank that does not answer within the watchdog's time ends the pool by name.
+    """Ranks that wait for work.
+
+    They start with the first call, and anew with the next call after one that failed: an error, a killed rank, a
+    timeout or an interrupt in the middle of a call leaves ranks in a collective or answers that nobody has read.
 
     Args:
-        world_size: ranks; one runs in this process, without any group.
+        world_size: the number of ranks; a single one runs in this process, without a process group.
+        limit_s: how long ranks may take for a call, counted from the moment all are ready, and for getting ready.
     """
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-        if world_size == 1:
-            torch.set_num_threads(1)
-            return
-        context = multiprocessing.get_context("spawn")
-        self.folder = tempfile.TemporaryDirectory()
-        rendezvous = str(Path(self.folder.name) / "rendezvous")
-        ends = [context.Pipe() for _ in range(world_size)]
-        self.pipes = [mine for mine, _ in ends]
-        self.processes = [
-            context.Process(target=_serve, args=(rank, world_size, rendezvous, theirs), daemon=True)
-            for rank, (_, theirs) in enumerate(ends)
-        ]
-        for process in self.processes:
-            process.start()
+    def __init__(self, world_size: int, limit_s: float = HANG_S) -> None:
+        self.world_size, self.limit_s = world_size, limit_s
+        self.processes: list[SpawnProcess] = []
+        self.pipes: list[Connection] = []
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, target: str, *args: Any) -> list[Any]:
-        """Call "module:function" with the same arguments on every rank; give the results in rank order."""
+        """Call "module:function" with the same arguments on every rank; return the results in rank order.
+
+        Raises:
+            AssertionError: if a rank raises, is killed or does not answer in time; the message has every rank's error.
+        """
         if self.world_size == 1:
+            torch.set_num_threads(1)
             return [call(target, *args)]
-        for pipe in self.pipes:
-            pipe.send((target, *args))
-        deadline = time.monotonic() + WATCHDOG_S
-        answers = []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+        try:
+            if not all(process.is_alive() for process in self.processes):
                 self.close(kill=True)
-                raise TimeoutError(f"rank {rank} of {self.world_size} did not answer {target} in {WATCHDOG_S} s")
-            answers.append(pipe.recv())
-        failures = [f"rank {rank}:\n{answer}" for rank, (ok, answer) in enumerate(answers) if not ok]
+            if not self.processes:
+                self._start()
+            for pipe in self.pipes:
+                pipe.send((target, *args))
+            return self._answers(target)
+        except BaseException:
+            self.close(
+                kill=True
+            )  # also after an interrupt: answers that nobody reads would be taken for the next call's
+            raise
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.folder = tempfile.TemporaryDirectory()
+        for rank in range(self.world_size):
+            mine, theirs = context.Pipe()
+            args = (rank, self.world_size, str(Path(self.folder.name, "rendezvous")), theirs)
+            self.processes.append(context.Process(target=_serve, args=args, daemon=True))
+            self.pipes.append(mine)
+            self.processes[-1].start()
+            theirs.close()  # else the end of the process would not end the pipe
+        self._answers("init_process_group")
+
+    def _answers(self, target: str) -> list[Any]:
+        """Wait for every rank's answer; return them in rank order."""
+        found: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self.pipes)}
+        deadline = time.monotonic() + self.limit_s
+        while waiting and (ready := wait(list(waiting), max(0.0, deadline - time.monotonic()))):
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    is_result, answer = pipe.recv()
+                except (EOFError, ConnectionError):
+                    self.processes[rank].join()
+                    is_result, answer = False, f"ended with exit code {self.processes[rank].exitcode}"
+                if is_result:
+                    found[rank] = answer
+                else:
+                    failures[rank] = answer
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        if not failures:
+            failures = dict.fromkeys(waiting.values(), f"did not answer {target} in {self.limit_s} s")
         if failures:
-            raise AssertionError("\n".join(failures))
-        return [answer for _, answer in answers]
+            raise AssertionError("\n".join(f"rank {r} of {self.world_size}: {failures[r]}" for r in sorted(failures)))
+        return [found[rank] for rank in range(self.world_size)]
 
     def close(self, kill: bool = False) -> None:
-        """End the ranks."""
-        if self.world_size == 1:
-            return
+        """End the ranks; the next call starts others."""
         for process, pipe in zip(self.processes, self.pipes, strict=True):
             if kill:
                 process.kill()
             elif process.is_alive():
                 pipe.send(None)
-        for process in self.processes:
+        for process, pipe in zip(self.processes, self.pipes, strict=True):
             process.join(timeout=1)
             process.kill()
-        self.folder.cleanup()
+            pipe.close()
+        if self.folder is not None:
+            self.folder.cleanup()
+        self.processes, self.pipes, self.folder = [], [], None

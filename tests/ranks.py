@@ -1,4 +1,4 @@
-"""Ranks forked from one process that has imported torch: ``python -m tests.ranks N mixdist's words``.
+"""Ranks forked from one process that has imported torch: ``python -m tests.ranks N ARGUMENTS OF MIXDIST``.
 
 As under torchrun, the environment says who a rank is; when one fails the others are ended, and the exit code is 1.
 """
@@ -22,27 +22,27 @@ def free_port() -> int:
         return port
 
 
-def rank(number: int, world_size: int, port: int, words: list[str]) -> int:
-    """Be a rank; give its exit code."""
+def rank(number: int, world_size: int, port: int, argv: list[str]) -> int:
+    """Run mixdist as one rank; return its exit code."""
     who = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in who.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
-        return main(words)
+        return main(argv)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
 
 
-def run(world_size: int, words: list[str]) -> int:
-    """Fork the ranks and wait for them; give 0, or 1 if one failed."""
+def run(world_size: int, argv: list[str]) -> int:
+    """Fork the ranks and wait for them; return 0, or 1 if one failed."""
     port, left, failed = free_port(), set(), False
     for number in range(world_size):
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
-                code = rank(number, world_size, port, words)
+                code = rank(number, world_size, port, argv)
             finally:
                 os._exit(code)
         left.add(pid)

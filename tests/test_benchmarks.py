@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement
-from tests.launch import ROOT
+from tests.launch import HANG_S, ROOT
 from tests.pool import Pool
 from tests.tars import make_shards
 
@@ -235,7 +235,7 @@ def test_both_pipelines_read_all_samples_of_shards(tmp_path: Path) -> None:
     # In a process of its own: webdataset leaves files open, of which Python would warn here.
     command = [sys.executable, str(BENCHMARKS / "data.py"), *words]
     ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        command, capture_output=True, text=True, timeout=HANG_S, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout.splitlines()[-1])

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mixdist.report.metrics import read_metrics
+from tests.launch import HANG_S, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["--train.epochs=1", "--dtype=float64", "--log_every=1", "--num_experts=4", "--train.optimizer.fused=false"]
 needs = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -24,7 +24,7 @@ def losses(run: Path, device: str, ranks: int) -> list[float]:
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     words = ["mixdist", "train", "--config", str(ROOT / "configs" / "digits_moe.yaml"), *WORDS]
     words += ["--mesh.device", device, "--out", str(run)]
-    subprocess.run([*launcher, *words], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=280)
+    subprocess.run([*launcher, *words], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=HANG_S)
     return [record["loss"] for record in read_metrics(run)]
 
 

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import descendants
+from tests.launch import HANG_S, ROOT, descendants
 from tests.launch import start as start_torchrun
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "digits_moe.yaml"
 SLOW = pytest.mark.slow
-TIMEOUT_S = 15
+TIMEOUT_S = 60
 
 
 def free_port() -> str:
@@ -49,7 +48,7 @@ def test_a_lost_rank_is_named_and_nobody_waits_for_it(tmp_path: Path, sent: sign
     port, metrics = free_port(), tmp_path / "run" / "metrics.jsonl"
     ranks = [start(rank, port, tmp_path / "run") for rank in range(3)]
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + HANG_S
         while not (metrics.exists() and metrics.read_text().count("\n") > 5):
             assert time.monotonic() < deadline, "the run did not begin"
             assert all(rank.poll() is None for rank in ranks), [r.stderr.read() for r in ranks if r.stderr]
@@ -57,8 +56,9 @@ def test_a_lost_rank_is_named_and_nobody_waits_for_it(tmp_path: Path, sent: sign
         ranks[lost].send_signal(sent)
         begin = time.monotonic()
         left = [rank for i, rank in enumerate(ranks) if i != lost]
-        told = [rank.communicate(timeout=TIMEOUT_S + 30)[1] for rank in left]
-        assert time.monotonic() - begin < TIMEOUT_S + 20
+        told = [rank.communicate(timeout=HANG_S)[1] for rank in left]
+        # A killed rank's connections close, so nobody waits for the timeout; a stopped one's stay open.
+        assert time.monotonic() - begin < (TIMEOUT_S if sent == signal.SIGKILL else TIMEOUT_S + 60)
         assert [rank.returncode for rank in left] == [1, 1]
         lines = [line for text in told for line in text.splitlines() if line.startswith("mixdist: ")]
         assert len(lines) == 1, told
@@ -82,14 +82,14 @@ def test_ranks_end_with_their_torchrun(tmp_path: Path) -> None:
         assert len(ranks) >= 2
         run.process.kill()
         run.process.wait()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + HANG_S
         while any(alive(pid) for pid in ranks):
             assert time.monotonic() < deadline, "ranks go on without their launcher"
             time.sleep(0.1)
 
 
 def alive(pid: int) -> bool:
-    """Say whether a process runs; one that has ended and waits to be collected does not."""
+    """Return whether a process runs; one that has ended and waits to be collected does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -116,7 +116,7 @@ worker.wait()
     assert alive(pid)
     started.kill()
     started.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANG_S
     while alive(pid):
         assert time.monotonic() < deadline, f"the worker {pid} lives on"
         time.sleep(0.05)

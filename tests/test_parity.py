@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations, product
+from itertools import combinations, cycle, product
 from typing import Any
 
 import pytest
@@ -37,7 +37,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
 
 
 def possible(row: dict[str, Any]) -> bool:
-    """Say whether options go together."""
+    """Return whether options go together."""
     ahead_of_what = row.get("way") == "ahead" and row.get("objective") in ("mixture", "tempered")  # not linear
     no_stack = row.get("execution") == "stacked" and row.get("expert") == "conv"
     nothing_learns = row.get("trains") == "gate" and row.get("gate") in ("oracle", "uniform")
@@ -76,7 +76,7 @@ def reference(case: Case) -> dict[str, Any]:
 
 
 def check(pool: Callable[[int], Pool], case: Case) -> None:
-    """Hold a case against one process, and its bytes against the least."""
+    """Check a case against one process, and its bytes against the minimum."""
     got, wanted = merge(pool(case.ranks).run("tests.parity:run", case)), reference(case.reference())
     wrong = {k: v for k, v in differences(got, wanted).items() if not v <= TOLERANCE[case.dtype]}
     assert not wrong, dict(sorted(wrong.items(), key=lambda item: -item[1])[:8])
@@ -103,14 +103,15 @@ def test_the_covering_cases_cover_every_pair() -> None:
     assert pairs_of(OPTIONS) <= covered
 
 
-@pytest.mark.parametrize("num_experts", [4, 5])
-@pytest.mark.parametrize("batch_size", [16, 13, 3])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_two_stages_are_the_same_run(
-    pool: Callable[[int], Pool], layout: tuple[int, int], batch_size: int, num_experts: int
-) -> None:
-    optimizer = "adam" if batch_size == 16 else "clipped-sgd"
-    case = case_of(layout, num_experts=num_experts, family="two-stage", batch_size=batch_size, optimizer=optimizer)
+# Each layout with both numbers of experts; each number of experts with every batch size.
+TWO_STAGES = [
+    case_of(layout, num_experts=n, family="two-stage", batch_size=b, optimizer="adam" if b == 16 else "clipped-sgd")
+    for (layout, n), b in zip(product(LAYOUTS, (4, 5)), cycle((16, 13, 3)), strict=False)
+]
+
+
+@pytest.mark.parametrize("case", TWO_STAGES, ids=str)
+def test_two_stages_are_the_same_run(pool: Callable[[int], Pool], case: Case) -> None:
     check(pool, case)
 
 
@@ -131,7 +132,7 @@ def test_a_wrong_gradient_is_seen(pool: Callable[[int], Pool]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_full_product_is_the_same_run(pool: Callable[[int], Pool], layout: tuple[int, int]) -> None:
     names = ("num_experts", "execution", "accumulate", "objective", "balance", "gate", "batch_size")

@@ -210,7 +210,7 @@ def test_a_run_goes_on_while_its_server_dies_and_comes_back(tmp_path: Path, rank
     told: list[int] = []
 
     def die_and_come_back() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while len(server.requests) < 40 and time.monotonic() < deadline:
             time.sleep(0.01)
         server.kill()
@@ -309,12 +309,12 @@ def test_no_process_is_left_when_one_is_killed(victim: str) -> None:
         started.until(lambda: any(Path("r/checkpoints").glob("step-*")) and len(decoders(started.process.pid)) >= 3)
         family = decoders(started.process.pid)
         os.kill(started.process.pid if victim == "trainer" else max(family), signal.SIGKILL)
-        ended = started.end(60)
+        ended = started.end()
         if victim == "decoder":
             assert ended.code == 2, ended.err
             assert ended.err.strip().splitlines()[-1].startswith("mixdist: a decoding process was ended from outside")
             assert "Traceback" not in ended.err
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 300
         while any(map(lives, family)) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not any(map(lives, family))
