@@ -12,8 +12,8 @@ import pytest
 
 import mixdist
 from mixdist.report.metrics import read_metrics
+from tests.launch import HANG_S, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("launch/*.md"), *DOCS.rglob("*.md")]
 
@@ -29,7 +29,7 @@ def train(folder: Path, config: str, *argv: str) -> str:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr
