@@ -130,6 +130,16 @@ class Draw:
         purpose: what is drawn.
         phase: the trainer's phase.
         step: the step within the phase; its low 32 bits count.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.noise import Draw, Purpose
+        >>> draw = Draw(seed=0, purpose=Purpose.POSTERIOR, step=7)
+        >>> eps = draw.normal(torch.tensor([3, 1000]), experts=[0, 1], shape=(5,))
+        >>> eps.shape
+        torch.Size([2, 2, 5])
+        >>> torch.equal(eps[1, 1], draw.normal(torch.tensor([1000]), experts=[1], shape=(5,))[0, 0])
+        True
     """
 
     seed: int
@@ -212,6 +222,11 @@ class Moment:
         seed: of the run.
         phase: number of the phase.
         step: training step within the phase, from 0.
+
+    Examples:
+        >>> from mixdist.noise import Moment, Purpose
+        >>> Moment(seed=0, step=7).draw(Purpose.GATE)
+        Draw(seed=0, purpose=<Purpose.GATE: 3>, phase=0, step=7)
     """
 
     seed: int
@@ -241,6 +256,11 @@ def permutation(
 
     Raises:
         ValueError: if the seed is not from 0 to 2**64 - 1.
+
+    Examples:
+        >>> from mixdist.noise import permutation
+        >>> sorted(permutation(seed=0, phase=0, epoch=1, size=5).tolist())
+        [0, 1, 2, 3, 4]
     """
     return torch.sort(hashes(seed, phase, epoch, torch.arange(size), expert, purpose), stable=True).indices
 

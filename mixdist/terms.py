@@ -30,6 +30,15 @@ class Field:
         scale: multiplies the stored number.
         offset: is added after scaling.
         num_classes: the number of classes of a label; None for real numbers.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.terms import Field
+        >>> pixels = Field((1, 8, 8), torch.uint8, scale=1 / 255)
+        >>> pixels.num_values, pixels.num_bytes
+        (64, 64)
+        >>> pixels.values(torch.tensor([0, 51, 255], dtype=torch.uint8), torch.float32)
+        tensor([0.0000, 0.2000, 1.0000])
     """
 
     shape: tuple[int, ...]

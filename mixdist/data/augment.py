@@ -19,6 +19,14 @@ class Augment:
     Args:
         flip: left and right are exchanged in half of the rows.
         shift: the image moves by up to so many pixels, up or down and left or right; edges are mirrored.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.data import Augment, Epoch
+        >>> images, ids = torch.arange(2 * 16, dtype=torch.uint8).reshape(2, 1, 4, 4), torch.tensor([5, 6])
+        >>> augment = Augment(flip=True, shift=1)
+        >>> torch.equal(augment(images, ids, Epoch(0))[1:], augment(images[1:], ids[1:], Epoch(0)))  # keyed by row
+        True
     """
 
     flip: bool = False

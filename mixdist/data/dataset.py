@@ -119,6 +119,15 @@ class Dataset(Samples):
 
     Raises:
         ValueError: if there are no rows, a number is not finite, a class out of range, or an attribute not 0 or 1.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.data import Dataset
+        >>> from mixdist.terms import Field
+        >>> rows = {"id": torch.tensor([7, 8, 9]), "x": torch.tensor([0, 128, 255], dtype=torch.uint8)}
+        >>> dataset = Dataset(rows, {"x": Field((), torch.uint8, scale=1 / 255)})
+        >>> dataset.take(torch.tensor([2, 0]))
+        {'id': tensor([9, 7]), 'x': tensor([255,   0], dtype=torch.uint8)}
     """
 
     rows: Batch
@@ -230,7 +239,21 @@ class Dataset(Samples):
 
 
 class Source(ABC):
-    """Where a data set comes from."""
+    """Where a data set comes from.
+
+    Examples:
+        A source of your own loads two data sets whose ids are all different:
+
+        >>> import torch
+        >>> from mixdist.data import Dataset, Source
+        >>> from mixdist.terms import Field
+        >>> class Waves(Source):
+        ...     def load(self):
+        ...         spec, parts = {"x": Field((), torch.float32)}, (torch.arange(80), torch.arange(80, 100))
+        ...         return tuple(Dataset({"id": ids, "x": (ids / 10).sin()}, spec) for ids in parts)
+        >>> [len(dataset) for dataset in Waves().load()]
+        [80, 20]
+    """
 
     @abstractmethod
     def load(self) -> tuple[Samples, Samples]:

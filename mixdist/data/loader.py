@@ -35,6 +35,15 @@ class RankBatch:
     Args:
         rows: the rows that this rank loads; there may be none.
         counts: how many rows each rank of the world loads.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.data import RankBatch
+        >>> batch = RankBatch({"id": torch.arange(3)}, counts=(3, 2))
+        >>> batch.size, batch.total
+        (3, 5)
+        >>> [part.counts for part in batch.split(2)]
+        [(2, 1), (1, 1)]
     """
 
     rows: Batch
@@ -97,6 +106,18 @@ class Loader:
 
     Raises:
         ValueError: if ``batch_size`` is less than 1.
+
+    Examples:
+        Two ranks read the two halves of the batch that one process reads:
+
+        >>> from mixdist.data import Blobs, Loader
+        >>> train, _ = Blobs(rows=100).load()
+        >>> whole = Loader(train, batch_size=8, seed=0).batch(epoch=0, index=0)
+        >>> halves = [Loader(train, 8, seed=0, rank=rank, world_size=2).batch(0, 0) for rank in (0, 1)]
+        >>> [half.counts for half in halves]
+        [(4, 4), (4, 4)]
+        >>> sum((half.rows["id"].tolist() for half in halves), []) == whole.rows["id"].tolist()
+        True
     """
 
     def __init__(

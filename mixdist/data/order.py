@@ -26,6 +26,13 @@ class Epoch:
         number: of the epoch within the phase.
         expert: whose epoch, where each expert has its own.
         purpose: what the order is for.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.data.order import Epoch, shuffled
+        >>> order = shuffled(torch.arange(5), Epoch(seed=0, number=3))
+        >>> torch.equal(order, shuffled(torch.arange(5), Epoch(seed=0, number=3))), sorted(order.tolist())
+        (True, [0, 1, 2, 3, 4])
     """
 
     seed: int

@@ -60,6 +60,12 @@ class VarianceBalance(_Weighted):
 
     Raises:
         ValueError: a negative weight or number of steps.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.mixtures import VarianceBalance
+        >>> VarianceBalance(weight=0.1)(torch.tensor([60.0, 40.0]), num_rows=100)
+        tensor(10.)
     """
 
     def __init__(self, weight: float = 0.1, warmup_steps: int = 0) -> None:
@@ -78,6 +84,15 @@ class KLBalance(_Weighted):
 
     Raises:
         ValueError: a negative weight or number of steps.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.mixtures import KLBalance
+        >>> balance = KLBalance(weight=1.0)
+        >>> balance(torch.tensor([50.0, 50.0]), num_rows=100)
+        tensor(0.)
+        >>> balance(torch.tensor([100.0, 0.0]), num_rows=100)  # log 2
+        tensor(0.6931)
     """
 
     def __init__(self, weight: float = 1.0, warmup_steps: int = 0) -> None:
@@ -143,7 +158,15 @@ class Objective:
 
 
 class WeightedLoss(Objective):
-    """sum_e r_ne l_ne - w H(r_n): the loss of seed document 000, where w = 0; linear in the experts' losses."""
+    """sum_e r_ne l_ne - w H(r_n): the loss of seed document 000, where w = 0; linear in the experts' losses.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.mixtures import WeightedLoss
+        >>> log_resp, losses = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[2.0, 10.0]])
+        >>> WeightedLoss().rows(log_resp, losses)
+        tensor([4.])
+    """
 
     linear = True
 
@@ -167,6 +190,15 @@ class MixtureLikelihood(Objective):
 
     Raises:
         ValueError: a temperature that is not finite and above 0.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.mixtures import MixtureLikelihood
+        >>> log_resp, losses = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[2.0, 10.0]])
+        >>> MixtureLikelihood().rows(log_resp, losses)  # -log(0.75 exp(-2) + 0.25 exp(-10))
+        tensor([2.2876])
+        >>> MixtureLikelihood(temperature=1000.0).rows(log_resp, losses)  # near the weighted loss, 4
+        tensor([3.9940])
     """
 
     def __init__(
@@ -192,6 +224,13 @@ class Information(Objective):
     With w = -1 and ``KLBalance`` this is -I(row; expert) up to a constant, the mutual information that a discriminative
     clusterer maximises (Krause et al. 2010, eq. 3, as in IMSAT, Hu et al. 2017, eq. 6, whose mu is the balance's
     weight): a phase of pretraining for gates, mostly :class:`mixdist.gates.Consistent`.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.mixtures import Information
+        >>> log_resp = torch.tensor([[0.5, 0.5], [1.0, 0.0]]).log()
+        >>> Information().rows(log_resp, torch.zeros(2, 2))  # a clear decision costs nothing, an even one log 2
+        tensor([0.6931, 0.0000])
     """
 
     def __init__(self, balance: Balance | None = None, entropy_bonus: float = -1.0, entropy_steps: int = 0) -> None:

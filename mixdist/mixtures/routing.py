@@ -46,6 +46,20 @@ class TopK:
 
     Raises:
         ValueError: k below 1, or a capacity factor that is not positive.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.mixtures import TopK
+        >>> log_resp = torch.tensor([[0.2, 0.7, 0.1], [0.4, 0.2, 0.4]]).log()
+        >>> top = TopK(k=2)
+        >>> top.choices(log_resp)  # ties go to the lowest number
+        tensor([[1, 0],
+                [0, 2]])
+        >>> top.log_weights(log_resp, torch.tensor([[True, True, False], [True, False, True]])).exp()
+        tensor([[0.2222, 0.7778, 0.0000],
+                [0.5000, 0.0000, 0.5000]])
+        >>> TopK(k=1, capacity_factor=1.0).capacity(num_rows=100, num_experts=3)
+        34
     """
 
     k: int = 2

@@ -62,6 +62,15 @@ class Bananas(Source):
 
     Raises:
         ValueError: if an argument is out of range.
+
+    Examples:
+        >>> from mixdist.data import Bananas
+        >>> source = Bananas(modes=9, rows=900, test_rows=90)
+        >>> train, _ = source.load()
+        >>> train.rows["x"].shape, train.log_density_N.shape, train.num_classes
+        (torch.Size([900, 2]), torch.Size([900]), 9)
+        >>> round(source.entropy(), 3)  # nats, of standardised values
+        -1.036
     """
 
     def __init__(

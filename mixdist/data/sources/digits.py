@@ -20,6 +20,14 @@ class Digits(Source):
 
     Raises:
         ValueError: if ``test_fraction`` is not between 0 and 1.
+
+    Examples:
+        >>> from mixdist.data import Digits
+        >>> train, test = Digits(test_fraction=0.1).load()
+        >>> len(train), len(test), train.num_classes
+        (1617, 180, 10)
+        >>> test.rows["x"].shape, test.rows["x"].dtype
+        (torch.Size([180, 1, 8, 8]), torch.uint8)
     """
 
     def __init__(self, test_fraction: float = 0.2) -> None:

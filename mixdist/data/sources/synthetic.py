@@ -27,6 +27,14 @@ class Blobs(Source):
 
     Raises:
         ValueError: if an argument is out of range.
+
+    Examples:
+        >>> from mixdist.data import Blobs
+        >>> train, test = Blobs(num_classes=3, num_features=2, rows=90, test_rows=30).load()
+        >>> train.rows["x"].shape, test.rows["id"][0].item()
+        (torch.Size([90, 2]), 90)
+        >>> train.rows["y"][:5].tolist()
+        [0, 1, 2, 0, 1]
     """
 
     def __init__(
@@ -89,6 +97,14 @@ class Parabolas(Source):
 
     Raises:
         ValueError: if an argument is out of range.
+
+    Examples:
+        >>> from mixdist.data import Parabolas
+        >>> train, _ = Parabolas(rows=100, split=0.4).load()
+        >>> bool(((train.rows["x"][:, 0] >= 0.4) == train.rows["branch"]).all())
+        True
+        >>> train.class_names
+        ('left', 'right')
     """
 
     def __init__(

@@ -1,0 +1,43 @@
+"""Every module can be imported, and the examples of its docstrings run; what is public has one."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+import torch
+
+import mixdist
+
+MODULES = [m.name for m in pkgutil.walk_packages(mixdist.__path__, "mixdist.") if m.name != "mixdist.__main__"]
+PUBLIC = ("experts", "gates", "nets", "mixtures", "competition", "data")
+
+# Classes of these packages without an example; a name that has one goes from this list, and none is added.
+WITHOUT: dict[str, set[str]] = {
+    "experts": {"VAE", "Centroid", "Classifier", "Compute", "ConvVAE", "Expert", "ExpertBank", "Regressor"},
+    "gates": {"Consistent", "ConvSoftmax", "Gate", "LabelOracle", "Softmax", "Uniform"},
+    "nets": {"MLP", "Affine", "ConvDecoder", "ConvEncoder"},
+    "mixtures": {"Balance", "Ensemble", "Mixture", "Objective", "RoutingPlan", "Scores", "Soft"},
+    "competition": {
+        *("Competition", "ConvDiscriminator", "Discriminator", "Discriminators", "Elbo", "Fixed", "HardMixture"),
+        *("LabelOracle", "Likelihood", "MLPDiscriminator", "Random", "Score"),
+    },
+    "data": {"Cifar10", "Idx", "Samples", "Shards"},
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name: str) -> None:
+    torch.manual_seed(0)
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_public_classes_have_an_example(package: str) -> None:
+    module = importlib.import_module(f"mixdist.{package}")
+    classes = {name: item for name in module.__all__ if inspect.isclass(item := getattr(module, name))}
+    without = {name for name, item in classes.items() if ">>> " not in (item.__doc__ or "")}
+    assert without <= WITHOUT[package], "give each an example: a few lines in a section `Examples:` of its docstring"
