@@ -1,4 +1,4 @@
-"""Files that are whole or absent under their final name."""
+"""Writing files that are complete or absent under their final name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write and sync a file, aside first, so that under its final name it is complete or absent."""
+    """Write and sync a file under a temporary name, then rename it: the final name is complete or absent."""
     aside = path.with_name(path.name + ".partial")
     try:
         with open(aside, "wb") as file:
@@ -24,7 +24,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def aside_of(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path`` that takes its place when all went well, and goes away when not."""
+    """Yield a temporary path beside ``path``; it replaces ``path`` on success and is removed on an error."""
     aside = Path(path).with_name(f"{Path(path).name}.new")
     aside.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,4 +1,4 @@
-"""What is told to a user: one line, by rank 0 alone where all ranks know it. Needs no torch."""
+"""Messages to users: one line, printed by rank 0 alone where all ranks know it. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ import time
 
 USER_ERROR, INTERRUPTED = 2, 130
 LINGER_S = 10.0
-"""Seconds that other ranks wait before they leave with an error, so that rank 0's message is out before a launcher,
-which ends all processes when one fails, ends rank 0."""
+"""Seconds that other ranks wait before they exit with an error: a launcher ends all processes when one fails, and
+rank 0 must print its message first."""
 
 
 class SingleRankError(ValueError):
-    """A mistake that this rank met by itself; the others may wait for it in a collective."""
+    """An error that this rank alone found; the others may wait for it in a collective."""
 
 
 def one_line(text: str) -> str:
-    """Put a message on one line."""
+    """Return a message on one line."""
     return " ".join(text.split())
 
 
 def counted(number: int, noun: str) -> str:
-    """Put a number before a noun: 1 shard, 2 shards."""
+    """Return a number with its noun: 1 shard, 2 shards."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def format_error(error: Exception) -> str:
-    """Put an error into one line."""
+    """Return an error as one line."""
     return one_line(str(error)) + (": fix it and try again" if isinstance(error, OSError) else "")
 
 
 def fail(message: str, rank: int, alone: bool) -> int:
-    """Tell what all ranks know once, from rank 0, and what one knows alone from that rank."""
+    """Print an error, on rank 0 if all ranks know it, else on the rank that found it alone; return the exit code."""
     if rank == 0 or alone:
         print(f"mixdist: {message}", file=sys.stderr, flush=True)
     else:

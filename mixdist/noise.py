@@ -31,7 +31,7 @@ _CHUNK = 1 << 16
 
 
 class Purpose(IntEnum):
-    """What a draw is for. The numbers are part of every stream's key: changing one changes every run."""
+    """The use of a draw. The numbers are part of every stream's key: changing one changes every run."""
 
     WEIGHTS = 1  # initial weights of an expert
     POSTERIOR = 2  # eps of an expert's posterior sample
@@ -49,7 +49,7 @@ class Purpose(IntEnum):
 
 
 def philox(counter: Words, key: tuple[Tensor | int, Tensor | int]) -> Words:
-    """Philox 4x32-10: four pseudo-random words for each counter.
+    """Return four pseudo-random words for each counter by Philox 4x32-10.
 
     Args:
         counter: four int64 tensors of uint32 words that broadcast together.
@@ -70,7 +70,7 @@ def philox(counter: Words, key: tuple[Tensor | int, Tensor | int]) -> Words:
 
 
 def _rounds(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, Word, Word, Word]:
-    """The ten rounds, for tensors (products wrap at 64 bits) and for Python ints (products do not)."""
+    """Run the ten rounds, for tensors (products wrap at 64 bits) and for Python ints (products do not)."""
     c0, c1, c2, c3 = counter
     for i in range(_ROUNDS):
         k0, k1 = (key[0] + i * _KEY_STEPS[0]) & _MASK, (key[1] + i * _KEY_STEPS[1]) & _MASK
@@ -82,7 +82,7 @@ def _rounds(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> t
 
 @lru_cache(maxsize=1 << 16)
 def _stream(seed: int, purpose: Purpose, phase: int, expert: int) -> tuple[int, int, int, int]:
-    """The block of four words that names a stream, computed on the host."""
+    """Return the block of four words that names a stream, computed on the host."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed ({seed}) must be from 0 to 2**64 - 1: choose another seed.")
     assert 0 <= min(phase, expert) <= max(phase, expert) <= _MASK, f"phase {phase} and expert {expert} must be uint32"
@@ -90,7 +90,7 @@ def _stream(seed: int, purpose: Purpose, phase: int, expert: int) -> tuple[int, 
 
 
 def derive(seed: int, purpose: Purpose, phase: int = 0, expert: int = 0) -> tuple[int, int]:
-    """The Philox key of a stream: the first two words of philox((purpose, phase, expert, 0), seed).
+    """Return the Philox key of a stream: the first two words of philox((purpose, phase, expert, 0), seed).
 
     Args:
         seed: the run's seed, 64 bits.
@@ -105,9 +105,9 @@ def derive(seed: int, purpose: Purpose, phase: int = 0, expert: int = 0) -> tupl
 
 
 def weights_seed(seed: int, purpose: Purpose, expert: int = 0, phase: int = 0) -> int:
-    """A seed for ``torch.manual_seed``, from 0 to 2**63 - 1, one for each purpose, expert and phase (or round).
+    """Return a seed for ``torch.manual_seed``, from 0 to 2**63 - 1, for each purpose, expert and phase (or round).
 
-    It is made of the other two words of the block that ``derive`` takes its key from: torch's CUDA generator is Philox
+    It consists of the other two words of the block that ``derive`` takes its key from: torch's CUDA generator is Philox
     too, and under the same key its numbers could be those of a ``Draw``.
 
     Raises:
@@ -119,9 +119,9 @@ def weights_seed(seed: int, purpose: Purpose, expert: int = 0, phase: int = 0) -
 
 @dataclass(frozen=True)
 class Draw:
-    """All that names a draw but its rows and experts.
+    """The key of random draws, except for their rows and experts.
 
-    ``normal`` and ``uniform`` of one draw are made of the same words: take one of them. Numbers come in blocks of
+    ``normal`` and ``uniform`` of one draw use the same words: call only one of them. Numbers come in blocks of
     four with counter (block, low half of the id, high half of the id, step) and key ``derive(seed, purpose, phase,
     expert)``, so a longer row starts with the numbers of a shorter one.
 
@@ -129,7 +129,7 @@ class Draw:
         seed: the run's seed, 64 bits.
         purpose: what is drawn.
         phase: the trainer's phase.
-        step: the step within the phase; its low 32 bits count.
+        step: the step within the phase; its low 32 bits are used.
 
     Examples:
         >>> import torch
@@ -155,7 +155,7 @@ class Draw:
         dtype: torch.dtype = torch.float32,
         steps_R: Tensor | None = None,
     ) -> Tensor:
-        """Standard normal numbers by Box and Muller: sqrt(-2 log u) cos(2 pi v) and sqrt(-2 log u) sin(2 pi v).
+        """Return standard normal numbers by Box and Muller: sqrt(-2 log u) cos(2 pi v) and sqrt(-2 log u) sin(2 pi v).
 
         They are computed in float64 and rounded to ``dtype`` last: runs of different precision see the same noise.
 
@@ -181,7 +181,7 @@ class Draw:
     def uniform(
         self, ids_R: Tensor, experts: Sequence[int], shape: tuple[int, ...], dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Uniform numbers on the open interval (0, 1): (word + 1/2) / 2**32.
+        """Return uniform numbers on the open interval (0, 1): (word + 1/2) / 2**32.
 
         Rounding to ``dtype`` never reaches 0 or 1.
 
@@ -204,7 +204,7 @@ class Draw:
     def _words(
         self, ids_R: Tensor, experts: Sequence[int], shape: tuple[int, ...], steps_R: Tensor | None = None
     ) -> Words:
-        """Philox words, each (E, R, blocks)."""
+        """Return Philox words, each (E, R, blocks)."""
         assert (ids_R.dtype, ids_R.ndim) == (torch.int64, 1), f"ids are {ids_R.dtype} {tuple(ids_R.shape)}"
         device = ids_R.device
         keys = [derive(self.seed, self.purpose, self.phase, expert) for expert in experts]
@@ -216,7 +216,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Moment:
-    """Where in a run a step is: with a row's id and an expert it names every random draw.
+    """The position of a step in a run; with a row's id and an expert it is the key of every random draw.
 
     Args:
         seed: of the run.
@@ -234,22 +234,22 @@ class Moment:
     step: int = 0
 
     def draw(self, purpose: Purpose) -> Draw:
-        """Name the draws of one purpose at this moment."""
+        """Return the draws of one purpose at this moment."""
         return Draw(self.seed, purpose, self.phase, self.step)
 
 
 def permutation(
     seed: int, phase: int, epoch: int, size: int, expert: int = 0, purpose: Purpose = Purpose.ORDER
 ) -> Tensor:
-    """The order of ``size`` samples in an epoch: a sort by 64-bit keyed hashes, equal hashes by position.
+    """Return the order of ``size`` samples in an epoch: a sort by 64-bit keyed hashes, equal hashes by position.
 
     Args:
         seed: the run's seed, 64 bits.
         phase: the trainer's phase.
-        epoch: the epoch within the phase; its low 32 bits count.
+        epoch: the epoch within the phase; its low 32 bits are used.
         size: the number of samples.
-        expert: whose order, where each expert has its own.
-        purpose: what the order is for.
+        expert: the expert whose order it is, if each expert has its own.
+        purpose: the use of the order.
 
     Returns:
         An int64 tensor (size,) that holds each of 0 to size - 1 once.
@@ -268,7 +268,7 @@ def permutation(
 def hashes(
     seed: int, phase: int, epoch: int, ids_N: Tensor, expert: int = 0, purpose: Purpose = Purpose.ORDER
 ) -> Tensor:
-    """A keyed 64-bit hash of each id, int64 (N,); arguments and errors as for ``permutation``."""
+    """Return a keyed 64-bit hash of each id, int64 (N,); arguments and errors as for ``permutation``."""
     key = derive(seed, purpose, phase, expert)
     zero, epoch_word = torch.tensor(0), torch.tensor(epoch & _MASK)
     found = torch.empty(len(ids_N), dtype=torch.int64)
@@ -285,10 +285,10 @@ def _high(ids: Tensor) -> Tensor:
 
 
 def _unit(words: Tensor) -> Tensor:
-    """Words to float64 in (0, 1): exact, since 33 bits fit."""
+    """Return words as float64 in (0, 1): exact, since 33 bits fit."""
     return words.to(torch.float64).add_(0.5).mul_(2.0**-32)
 
 
 def _rows(numbers: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The first numbers of each row in the row's shape: (E, R, N) to (E, R, *shape)."""
+    """Return the first numbers of each row in the row's shape: (E, R, N) to (E, R, *shape)."""
     return numbers[:, :, : math.prod(shape)].reshape(*numbers.shape[:2], *shape).to(dtype).contiguous()

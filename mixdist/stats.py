@@ -1,5 +1,5 @@
-"""Log-densities and divergences in nats: elementwise, for the caller to sum over a row, unless they say otherwise; and
-quantiles, which turn uniform numbers into samples."""
+"""Log-densities and divergences in nats, elementwise (the caller sums over a row) unless the docstring says otherwise;
+and quantiles, which turn uniform numbers into samples."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def normal_sum_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor | float) -> Tensor:
-    """sum_d log N(x_d; m_d, s^2) = -|x - m|^2 / (2 s^2) - D (log s + log(2 pi) / 2), nats: one scale for all features.
+    """Return sum_d log N(x_d; m_d, s^2) = -|x - m|^2 / (2 s^2) - D (log s + log(2 pi) / 2), nats; one scale for all d.
 
-    Summed here, not by the caller: squared differences and their sum are two passes over memory, D densities seven.
+    It sums over features itself: squared differences and their sum take two passes over memory, D densities seven.
 
     Args:
         x: points (..., D), with the last axes of ``mean``.
@@ -31,7 +31,7 @@ def normal_sum_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor | float) -> T
 
 
 def laplace_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor | float) -> Tensor:
-    """log Laplace(x; m, b) = -|x - m| / b - log b - log 2, nats.
+    """Return log Laplace(x; m, b) = -|x - m| / b - log b - log 2, nats.
 
     Args:
         x: points.
@@ -46,7 +46,7 @@ def laplace_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor | float) -> Tens
 
 
 def logistic_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor | float, num_levels: int = 256) -> Tensor:
-    """log P(x) = log[sigma((x + h - m) / s) - sigma((x - h - m) / s)], the discretised logistic, nats.
+    """Return log P(x) = log[sigma((x + h - m) / s) - sigma((x - h - m) / s)], the discretised logistic, nats.
 
     x is one of ``num_levels`` levels evenly spaced on [0, 1] and h = 1 / (2 (num_levels - 1)) half a step; the first
     level takes all that is below it and the last all that is above, so the mass over the levels sums to 1 (Kingma et
@@ -79,7 +79,7 @@ def logistic_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor | float, num_le
 
 
 def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
-    """x log p + (1 - x) log(1 - p) = x l - log(1 + exp l) with p = sigmoid(l), nats.
+    """Return x log p + (1 - x) log(1 - p) = x l - log(1 + exp l) with p = sigmoid(l), nats.
 
     For x of 0 or 1 it is a log-probability. Between them it is the negative cross entropy, which is no density.
 
@@ -95,7 +95,7 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
 
 
 def normal_quantile(u: Tensor, mean: Tensor, log_scale: Tensor | float) -> Tensor:
-    """m + s Phi^-1(u): distributed as N(m, s^2) where u is uniform on (0, 1).
+    """Return m + s Phi^-1(u): distributed as N(m, s^2) where u is uniform on (0, 1).
 
     Args:
         u: numbers in (0, 1).
@@ -110,7 +110,7 @@ def normal_quantile(u: Tensor, mean: Tensor, log_scale: Tensor | float) -> Tenso
 
 
 def laplace_quantile(u: Tensor, mean: Tensor, log_scale: Tensor | float) -> Tensor:
-    """m + b log(2 u) below the median, m - b log(2 (1 - u)) above: distributed as Laplace(m, b) where u is uniform.
+    """Return m + b log(2 u) below the median, m - b log(2 (1 - u)) above: Laplace(m, b) where u is uniform.
 
     Args:
         u: numbers in (0, 1).
@@ -125,7 +125,7 @@ def laplace_quantile(u: Tensor, mean: Tensor, log_scale: Tensor | float) -> Tens
 
 
 def logistic_quantile(u: Tensor, mean: Tensor, log_scale: Tensor | float, num_levels: int = 256) -> Tensor:
-    """The level nearest to m + s log(u / (1 - u)): of the mass of :func:`logistic_log_prob` where u is uniform.
+    """Return the level nearest to m + s log(u / (1 - u)): distributed as :func:`logistic_log_prob` where u is uniform.
 
     Rounding gives a level all that is within half a step of it, clamping gives the ends all that is beyond them.
 
@@ -148,7 +148,7 @@ def logistic_quantile(u: Tensor, mean: Tensor, log_scale: Tensor | float, num_le
 
 
 def normal_kl(mean: Tensor, log_var: Tensor) -> Tensor:
-    """KL(N(m, s^2) || N(0, 1)) = (m^2 + s^2 - 1 - log s^2) / 2, nats.
+    """Return KL(N(m, s^2) || N(0, 1)) = (m^2 + s^2 - 1 - log s^2) / 2, nats.
 
     Args:
         mean: m.
@@ -162,7 +162,7 @@ def normal_kl(mean: Tensor, log_var: Tensor) -> Tensor:
 
 
 def entropy(log_p: Tensor, dim: int) -> Tensor:
-    """H(p) = -sum p log p over ``dim``, which is dropped, with 0 log 0 = 0; nats.
+    """Return H(p) = -sum p log p over ``dim``, which is dropped, with 0 log 0 = 0; nats.
 
     Args:
         log_p: log-probabilities; the gradient is 0 where they are -inf.
@@ -182,7 +182,7 @@ def _exp(value: Tensor | float) -> Tensor | float:
 
 
 def _log_bin(width: Tensor | float) -> Tensor | float:
-    """log(1 - exp(-width)): a bin's part that no bound of it has."""
+    """Return log(1 - exp(-width)), the third factor of a bin's mass."""
     if isinstance(width, Tensor):
         return torch.log(-torch.expm1(-width))
     return math.log(-math.expm1(-width))

@@ -1,4 +1,4 @@
-"""The nouns of mixdist: what a row is, what a gate says of it, what an expert says of it.
+"""The data types that packages pass to each other: rows, outputs of gates and experts, modules of a mixture.
 
 Shape letters: B rows on this rank, R rows routed here, E experts. The row axis comes first, so that dispatch can move
 any field.
@@ -19,10 +19,10 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Field:
-    """How one field of a row is stored and what its numbers mean.
+    """The storage and the meaning of one field of a row.
 
     A field without classes holds real numbers, ``value = stored * scale + offset``; one with ``num_classes`` holds
-    class indices from 0 to ``num_classes - 1``. Rows stay as stored until they are at the expert.
+    class indices from 0 to ``num_classes - 1``. Rows are sent as stored and converted by the expert.
 
     Args:
         shape: of one row: ``(channels, height, width)`` for images, ``(features,)`` for vectors, ``()`` for labels.
@@ -49,21 +49,21 @@ class Field:
 
     @property
     def num_values(self) -> int:
-        """Numbers in one row of this field."""
+        """Return how many numbers one row of this field has."""
         return int(torch.Size(self.shape).numel())
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of one stored row of this field."""
+        """Return how many bytes one stored row of this field takes."""
         return self.num_values * self.dtype.itemsize
 
     def values(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """Turn stored rows into numbers: ``stored * scale + offset`` in ``dtype``, or int64 class indices."""
+        """Return the values of stored rows: ``stored * scale + offset`` in ``dtype``, or int64 class indices."""
         if self.num_classes is not None:
             return stored.long()
         values = stored.to(dtype)
         if values is stored and (self.scale != 1.0 or self.offset):
-            values = values.clone()  # what is stored stays
+            values = values.clone()  # the stored tensor must not change
         if self.scale != 1.0:
             values.mul_(self.scale)
         return values.add_(self.offset) if self.offset else values
@@ -74,7 +74,7 @@ Spec = Mapping[str, Field]
 
 
 class Gating(NamedTuple):
-    """What the gate says of B rows.
+    """The output of a gate for B rows.
 
     Args:
         log_resp_BE: log q(e|x), the log responsibilities; ``logsumexp`` over E is 0.
@@ -128,7 +128,7 @@ class Outcome(NamedTuple):
 
 
 class Owned(NamedTuple):
-    """A module with its name in checkpoints and messages, and the expert it is, if it is one."""
+    """A module with its name in checkpoints and messages, and its expert's number if it belongs to an expert."""
 
     name: str
     module: nn.Module
@@ -142,8 +142,8 @@ class Parts:
     Args:
         shared: replicated on every rank: the gate, a shared decoder; by name.
         experts: this rank's experts by global number.
-        stack: where experts run as one stack, the tensors that their parameters are slices of, by the parameter's
-            name; the leading axis is that of ``experts``.
+        stack: if experts run as one stack, the tensors that their parameters are slices of, by the parameter's name;
+            the leading axis is that of ``experts``.
     """
 
     shared: dict[str, nn.Module]
@@ -151,6 +151,6 @@ class Parts:
     stack: dict[str, Tensor] = field(default_factory=dict)
 
     def owned(self) -> list[Owned]:
-        """All of them, shared ones first, experts in ascending order."""
+        """Return all modules, shared ones first, experts in ascending order."""
         experts = [Owned(f"expert {e}", module, e) for e, module in self.experts.items()]
         return [Owned(name, module) for name, module in self.shared.items()] + experts

@@ -567,7 +567,9 @@ def test_ctrl_c(tmp_path: Path) -> None:
         _until(lambda: bool(list((tmp_path / "out").glob("*.tar"))), started)
         os.killpg(started.pid, signal.SIGINT)  # as a terminal does: the workers get it as well
         _, err = started.communicate(timeout=300)
-    assert (started.returncode, err) == (130, b"mixdist: interrupted: the same command goes on\n")
+    assert started.returncode == 130
+    assert err.startswith(b"mixdist: interrupted: ")
+    assert err.count(b"\n") == 1
 
 
 # The command.

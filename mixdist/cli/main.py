@@ -1,4 +1,4 @@
-"""``mixdist COMMAND``."""
+"""The entry point of the command line: ``mixdist COMMAND``."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ COMMANDS = {
     "index": ("mixdist.cli.shards", "index"),
     "verify": ("mixdist.cli.shards", "verify"),
 }
-"""Where each command lives: only its own module is imported, so that what needs no torch starts at once."""
+"""Module and function of each command: only its own module is imported, so a command without torch starts at once."""
 USAGE = """usage: mixdist COMMAND [options]
 
 commands:
   train     train a mixture of experts, in one process or under torchrun, deepspeed or srun
   evaluate  likelihoods, reconstruction and clustering of a run on held-out rows, on any layout
   sample    draw from every expert of a run into a picture
-  prepare   turn a data set, as it comes, into shards to train from
-  index     make the index of tar shards that others wrote
-  verify    hold shards against their index, and name what is damaged
+  prepare   convert a data set from its original files into shards
+  index     write an index for tar shards made by other tools
+  verify    check shards against their index and list the damage
 
-mixdist COMMAND --help tells each command's options. A first run:
+mixdist COMMAND --help lists the options of a command. A first run:
   torchrun --standalone --nproc-per-node 2 -m mixdist train --config configs/digits_moe.yaml"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; give the exit code: 0, or 2 for what a user can fix, told in one line by rank 0."""
+    """Run a command; return the exit code: 0, or 2 for an error that a user can fix, printed in one line by rank 0."""
     argv = list(sys.argv[1:] if argv is None else argv)
     keep_large_blocks()
     follow_launcher()
-    sys.path.insert(0, os.getcwd())  # classes of one's own are found from the console script as with python -m
+    sys.path.insert(0, os.getcwd())  # finds your own classes from the console script, as python -m does
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return fail(format_error(error), Launch.read().rank, alone=isinstance(error, SingleRankError))
     except KeyboardInterrupt as interrupt:
-        remedy = str(interrupt) or ("the same command goes on" if argv[0] == "prepare" else "start it again")
+        remedy = str(interrupt) or ("run the same command to continue" if argv[0] == "prepare" else "start it again")
         if Launch.read().rank == 0:
             print(f"mixdist: interrupted: {remedy}", file=sys.stderr)
         return INTERRUPTED

@@ -1,4 +1,4 @@
-"""Random changes of images that do not change what they show, keyed by row. Shape letters: R rows."""
+"""Random flips and shifts of images, keyed by row. Shape letters: R rows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mixdist.noise import Draw, Purpose
 
 @dataclass(frozen=True)
 class Augment:
-    """What may happen to an image in an epoch: a function of (seed, phase, epoch, id), on any layout.
+    """Random flips and shifts of training images: a function of (seed, phase, epoch, id), on any layout.
 
     Args:
-        flip: left and right are exchanged in half of the rows.
-        shift: the image moves by up to so many pixels, up or down and left or right; edges are mirrored.
+        flip: mirrors half of the images from left to right.
+        shift: moves an image by up to this many pixels, vertically and horizontally; edges are mirrored.
 
     Examples:
         >>> import torch
@@ -37,10 +37,10 @@ class Augment:
             raise ValueError(f"augment.shift ({self.shift}) must be at least 0: give a number of pixels, 0 for none")
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Check it against the shape of a row.
+        """Check the augmentation against the shape of a row.
 
         Raises:
-            ValueError: rows are no images, or smaller than the shift.
+            ValueError: rows are not images, or not larger than the shift.
         """
         if (self.flip or self.shift) and (len(shape) != 3 or self.shift >= min(shape[1:])):
             raise ValueError(
@@ -49,7 +49,7 @@ class Augment:
             )
 
     def __call__(self, images: Tensor, ids_R: Tensor, epoch: Epoch) -> Tensor:
-        """Change images (R, C, H, W) of any type; the ids name their draws."""
+        """Return augmented images (R, C, H, W) of the same type; the ids are the keys of their draws."""
         if not len(images) or not (self.flip or self.shift):
             return images
         draw = Draw(epoch.seed, Purpose.AUGMENT, epoch.phase, epoch.number)
@@ -69,5 +69,5 @@ class Augment:
 
 
 def _mirrored(images: Tensor, by: int) -> Tensor:
-    # Mirroring is there for real numbers only; float32 holds every byte.
+    # torch mirrors real numbers only; float32 represents every byte exactly.
     return pad(images.float(), (by, by, by, by), mode="reflect").to(images.dtype)

@@ -1,4 +1,4 @@
-"""What every source of data gives: rows as they are stored, and what their numbers mean."""
+"""Base classes of data: samples by position, a data set in memory, a source that loads data sets."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from mixdist.terms import Batch, Field, Spec
 
 
 class Samples(ABC):
-    """The samples of a data set by position, wherever they lie.
+    """The samples of a data set by position, in memory or elsewhere.
 
-    ``spec`` says what fields they have, ``label`` which of them is the class, ``class_names`` what its classes are
-    called, ``log_density_N`` the log density of each where the source knows it, ``attribute`` which field holds binary
-    attributes, and ``attribute_names`` what they are called.
+    Attributes:
+        spec: the fields of a sample.
+        label: the name of the field that holds the class, or None.
+        class_names: the names of its classes, or empty.
+        log_density_N: the log density of each sample if the source knows it, or None.
+        attribute: the name of the field that holds binary attributes, or None.
+        attribute_names: their names, or empty.
     """
 
     spec: Spec
@@ -33,73 +37,73 @@ class Samples(ABC):
     @property
     @abstractmethod
     def ids(self) -> Tensor:
-        """The global id of each sample, int64 (N,), all different."""
+        """Return the global id of each sample, int64 (N,), all different."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Name the samples by their content."""
+        """Return a hash of the samples' content."""
 
     @abstractmethod
     def start(
         self, index: Tensor, epoch: Epoch | None = None, fields: Sequence[str] | None = None
     ) -> Callable[[], Batch]:
-        """Begin to bring samples; what is given waits for them, and may be called once.
+        """Start an asynchronous read; return a callable that blocks until the rows are there (call it once).
 
         Args:
             index: positions, int64.
-            epoch: names the augmentation of training; None for samples as they are.
-            fields: that are wanted beside "id"; None for all.
+            epoch: the key of the augmentation of training; None for samples without augmentation.
+            fields: the fields to read beside "id"; None for all.
 
         Raises:
-            ValueError: in the call that waits: a sample cannot be read.
+            ValueError: raised by the returned callable: a sample cannot be read.
         """
 
     @abstractmethod
     def first(self, num_rows: int) -> Samples:
-        """The first samples, in the data set's order; all of them where there are no more."""
+        """Return the first ``num_rows`` samples in the data set's order, or all if there are fewer."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def num_classes(self) -> int | None:
-        """Classes of the label; None without a label."""
+        """Return the number of classes of the label; None without a label."""
         return None if self.label is None or self.label not in self.spec else self.spec[self.label].num_classes
 
     def take(self, index: Tensor, epoch: Epoch | None = None, fields: Sequence[str] | None = None) -> Batch:
-        """The samples at the positions ``index``, as stored; arguments and errors as for ``start``."""
+        """Return the samples at the positions ``index``, as stored; arguments and errors as for ``start``."""
         return self.start(index, epoch, fields)()
 
     def ordered(self, positions: Tensor, epoch: Epoch, batch_size: int) -> Tensor:
-        """The order in which an epoch goes through some positions, in batches of ``batch_size``."""
+        """Return positions in the order of an epoch, for batches of ``batch_size``."""
         return shuffled(positions, epoch)
 
     @property
     def in_memory(self) -> bool:
-        """Whether samples need not be brought from anywhere."""
+        """Return whether samples are in memory and need no read."""
         return True
 
     @property
     def ahead(self) -> int:
-        """How many batches are worth starting before they are needed; 0 where samples lie in memory."""
+        """Return how many batches to start before they are needed; 0 for samples in memory."""
         return 0
 
     def unreadable(self, rank: int, world_size: int) -> list[tuple[int, str]]:
-        """Name the samples in a rank's share that cannot be read, where they are to be left out: id and reason."""
+        """Return id and reason of the samples in a rank's share that cannot be read, if such samples are left out."""
         return []
 
     def without(self, ids: Sequence[int]) -> Samples:
-        """The samples but those of the given ids.
+        """Return the samples without those of the given ids.
 
         Raises:
-            ValueError: they are more than may be left out.
+            ValueError: more samples than may be left out.
         """
         assert not ids, f"{len(ids)} samples in memory cannot be read"
         return self
 
     def close(self) -> None:  # noqa: B027
-        """End what works for it; nothing where samples lie in memory."""
+        """End worker processes and close files, if there are any."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,13 +113,13 @@ class Dataset(Samples):
     Args:
         rows: "id" (int64, each one different) and a tensor (N, *shape) for each field of the spec.
         spec: the fields.
-        label: the name of the field that holds the class, if there is one. No model is trained on it unasked.
-        class_names: names of its classes, or empty.
-        log_density_N: log p of each row's values where the source knows it, float64 (N,), nats. It is knowledge about
-            the rows, not part of them: ``take`` and the fingerprint leave it out.
-        attribute: the name of the field (A,), uint8 of 0 and 1, that holds binary attributes, if there is one. No model
-            is trained on it unasked.
-        attribute_names: A names, or empty.
+        label: the name of the field that holds the class, or None. A model uses it only if its config says so.
+        class_names: the names of its classes, or empty.
+        log_density_N: log p of each row's values if the source knows it, float64 (N,), nats. It is not part of the
+            rows: ``take`` and the fingerprint leave it out.
+        attribute: the name of the field (A,), uint8 of 0 and 1, that holds binary attributes, or None. A model
+            uses it only if its config says so.
+        attribute_names: their A names, or empty.
 
     Raises:
         ValueError: if there are no rows, a number is not finite, a class out of range, or an attribute not 0 or 1.
@@ -167,7 +171,7 @@ class Dataset(Samples):
 
     @property
     def fingerprint(self) -> str:
-        """Name the samples by their content: sha256 over every field, ids first."""
+        """Return the sha256 of every field, ids first."""
         digest = hashlib.sha256()
         for name in ("id", *sorted(self.spec)):
             digest.update(self.rows[name].contiguous().numpy().data)
@@ -179,7 +183,7 @@ class Dataset(Samples):
         return partial(self._take, index, ("id", *(self.spec if fields is None else fields)))
 
     def _take(self, index: Tensor, names: tuple[str, ...]) -> Batch:
-        # index_select takes a tenth of the time of indexing for rows of bytes.
+        # For rows of bytes index_select takes a tenth of the time of indexing.
         return {name: self.rows[name].index_select(0, index) for name in names}
 
     def first(self, num_rows: int) -> Dataset:
@@ -239,7 +243,7 @@ class Dataset(Samples):
 
 
 class Source(ABC):
-    """Where a data set comes from.
+    """A data set that a config can name.
 
     Examples:
         A source of your own loads two data sets whose ids are all different:

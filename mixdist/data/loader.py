@@ -1,4 +1,4 @@
-"""Which rows a rank reads for a global batch: pure arithmetic, no communication."""
+"""The rows that a rank reads for a global batch: pure arithmetic, no communication."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mixdist.terms import Batch
 
 
 def share(count: int, rank: int, world: int) -> range:
-    """The positions of 0 to count - 1 that belong to a rank: contiguous, the first ranks have one more.
+    """Return the positions from 0 to count - 1 that belong to a rank: contiguous; the first ranks may have one more.
 
     Args:
-        count: what is shared.
-        rank: whose share, from 0 to world - 1.
-        world: among how many.
+        count: number of positions.
+        rank: from 0 to world - 1.
+        world: number of ranks.
     """
     assert count >= 0, f"share({count}, {rank}, {world})"
     assert 0 <= rank < world, f"share({count}, {rank}, {world})"
@@ -33,8 +33,8 @@ class RankBatch:
     """This rank's rows of one global batch.
 
     Args:
-        rows: the rows that this rank loads; there may be none.
-        counts: how many rows each rank of the world loads.
+        rows: the rows that this rank loads, possibly none.
+        counts: number of rows that each rank of the world loads.
 
     Examples:
         >>> import torch
@@ -54,22 +54,22 @@ class RankBatch:
 
     @property
     def size(self) -> int:
-        """Rows that this rank loads."""
+        """Return the number of rows that this rank loads."""
         return len(self.rows["id"])
 
     @property
     def total(self) -> int:
-        """Rows of the global batch."""
+        """Return the number of rows of the global batch."""
         return sum(self.counts)
 
     def to(self, device: torch.device) -> RankBatch:
-        """The same rows on a device."""
+        """Return the same rows on a device."""
         return RankBatch(
             {name: column.to(device, non_blocking=True) for name, column in self.rows.items()}, self.counts
         )
 
     def split(self, num_parts: int) -> list[RankBatch]:
-        """Cut every rank's rows into exactly ``num_parts`` parts, so that all ranks agree on each part's counts.
+        """Split every rank's rows into exactly ``num_parts`` parts, so that all ranks agree on each part's counts.
 
         Args:
             num_parts: number of parts, such as micro-batches; parts are as even as possible and may be empty.
@@ -88,10 +88,10 @@ class RankBatch:
 
 
 class Loader:
-    """Random access to the global batches of a data set, of which every rank takes its share.
+    """Random access to the global batches of a data set, of which every rank loads its share.
 
-    The order is a function of (seed, phase, epoch) alone, whatever the ranks and workers. A last, smaller batch is used
-    like any other. Where samples have to be brought from somewhere, the batches that follow are started in time.
+    The order is a function of (seed, phase, epoch) alone, independent of ranks and workers. A last, smaller batch is
+    used like any other. If samples are not in memory, the batches that follow are started in advance.
 
     Args:
         dataset: the data set; every rank can reach all of it.
@@ -100,9 +100,9 @@ class Loader:
         phase: the trainer's phase.
         rank: this rank.
         world_size: number of ranks.
-        ordered: keeps the data set's own order and its samples as they are, as for evaluation.
-        epochs: how many there will be: nothing is started beyond them.
-        pin: put rows into memory that a CUDA device copies from while it computes.
+        ordered: keep the data set's own order and leave out augmentation, as for evaluation.
+        epochs: number of epochs; no batch is started beyond them.
+        pin: put rows into pinned memory, from which a CUDA device copies while it computes.
 
     Raises:
         ValueError: if ``batch_size`` is less than 1.
@@ -144,11 +144,11 @@ class Loader:
 
     @property
     def num_batches(self) -> int:
-        """Global batches of an epoch."""
+        """Return the number of global batches of an epoch."""
         return -(-len(self.dataset) // self.batch_size)
 
     def batch(self, epoch: int, index: int) -> RankBatch:
-        """This rank's share of a global batch.
+        """Return this rank's share of a global batch.
 
         Args:
             epoch: the epoch within the phase.
@@ -175,7 +175,7 @@ class Loader:
         return self.dataset.start(positions[mine.start : mine.stop], at)
 
     def _positions(self, epoch: int, index: int) -> Tensor:
-        """The positions of a global batch."""
+        """Return the positions of a global batch."""
         if self.ordered:
             order = self._all
         else:

@@ -1,4 +1,4 @@
-"""The order of samples in an epoch: a function of keys alone, not of ranks or workers.
+"""The order of samples in an epoch: a function of keys alone, independent of ranks and workers.
 
 Shape letters: N samples.
 """
@@ -18,14 +18,14 @@ OrderName = Literal["blocks", "full"]
 
 @dataclass(frozen=True)
 class Epoch:
-    """What names an epoch's order, and its rows' augmentation.
+    """The key of an epoch's order and of its rows' augmentation.
 
     Args:
         seed: of the run.
         phase: number of the phase.
-        number: of the epoch within the phase.
-        expert: whose epoch, where each expert has its own.
-        purpose: what the order is for.
+        number: number of the epoch within the phase.
+        expert: the expert whose epoch it is, if each expert has its own.
+        purpose: the use of the order.
 
     Examples:
         >>> import torch
@@ -58,9 +58,9 @@ def shuffled_blocks(positions_N: Tensor, epoch: Epoch, block: int, window: int, 
 
     Args:
         positions_N: any positions, each once.
-        epoch: names the order.
-        block: neighbours in a block.
-        window: blocks that are mixed.
+        epoch: the key of the order.
+        block: number of neighbours in a block.
+        window: number of blocks that are mixed.
         batch_size: of the global batch.
     """
     e = epoch

@@ -1,12 +1,12 @@
-"""What a soft mixture minimises: pure functions of responsibilities and the experts' losses.
+"""Objectives of soft mixtures: pure functions of responsibilities and the experts' losses.
 
 Shape letters: B rows on this rank, E experts. N is the number of rows of the global batch. Every objective is
 
     L = 1/N sum_n rows(n) + balance(sum_n r_n, N)
 
-so local row losses sum to the global loss, and the one statistic of the batch, the summed responsibilities, is handed
-in already summed over all ranks. What an objective changes with the step is set by ``anneal``, a pure function of the
-phase's step, so a run that is resumed goes on exactly.
+so local row losses sum to the global loss, and the one statistic of the batch, the summed responsibilities, is passed
+in already summed over all ranks. Schedules are set by ``anneal``, a pure function of the phase's step, so a resumed
+run continues exactly.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Balance:
         raise NotImplementedError(f"{type(self).__name__} has no __call__")
 
     def anneal(self, step: int) -> None:
-        """Set what a schedule changes, before training step ``step`` of the phase (from 0)."""
+        """Set the weight for training step ``step`` of the phase (from 0)."""
 
 
 class _Weighted(Balance):
-    """A balance term with a weight that rises linearly from 0 over ``warmup_steps``; at once where they are 0."""
+    """A balance term with a weight that rises linearly from 0 over ``warmup_steps``; constant if they are 0."""
 
     def __init__(self, weight: float, warmup_steps: int) -> None:
         kind = type(self).__name__
@@ -114,8 +114,8 @@ class Objective:
 
     Args:
         balance: the term over the batch, or None.
-        entropy_bonus: w, at the beginning of a phase; negative, a penalty.
-        entropy_steps: training steps of a phase over which w goes linearly to 0; 0, it stays.
+        entropy_bonus: w at the start of a phase; a negative one is a penalty.
+        entropy_steps: training steps of a phase over which w goes linearly to 0; 0 keeps it constant.
 
     Attributes:
         linear: whether a row's loss is linear in the experts' losses, with the responsibilities as its coefficients.
@@ -136,7 +136,7 @@ class Objective:
         self.entropy_weight = entropy_bonus
 
     def anneal(self, step: int) -> None:
-        """Set what schedules change, before training step ``step`` of the phase (from 0)."""
+        """Set the weights for training step ``step`` of the phase (from 0)."""
         left = max(0.0, 1.0 - step / self.entropy_steps) if self.entropy_steps else 1.0
         self.entropy_weight = self.entropy_bonus * left
         if self.balance is not None:
@@ -147,13 +147,13 @@ class Objective:
         return self.expert_rows(log_resp_BE, losses_BE) + self.gate_rows(log_resp_BE)
 
     def gate_rows(self, log_resp_BE: Tensor) -> Tensor:
-        """Return the part of each row's loss (B,) that knows of the responsibilities alone: -w H(r_n), nats."""
+        """Return the part of each row's loss (B,) that depends on the responsibilities alone: -w H(r_n), nats."""
         if not self.entropy_weight:
             return torch.zeros_like(log_resp_BE[:, 0])
         return -self.entropy_weight * entropy(log_resp_BE, dim=-1)
 
     def expert_rows(self, log_resp_BE: Tensor, losses_BE: Tensor) -> Tensor:
-        """Return the part of each row's loss (B,) that the experts' losses enter, nats; weights are exp(log_resp)."""
+        """Return the part of each row's loss (B,) from the experts' losses, nats; their weights are exp(log_resp)."""
         raise NotImplementedError(f"{type(self).__name__} has no expert_rows")
 
 
@@ -180,12 +180,13 @@ class MixtureLikelihood(Objective):
     With w = 0 as well it is a negative log-likelihood (or a bound on it) where the experts' losses are. A larger T lets
     experts share rows: expert e learns from row n with weight r_ne exp(-l_ne / T) / sum_f r_nf exp(-l_nf / T), the
     tempered posterior of deterministic annealing (Ueda and Nakano 1998), and L goes to the weighted loss as T
-    grows. Losses of images differ by hundreds of nats between experts, so that with T = 1 a row has one expert alone.
+    grows. Losses of images differ by hundreds of nats between experts, so that with T = 1 a row usually trains a single
+    expert.
 
     Args:
-        balance: as every objective's.
-        entropy_bonus: as every objective's.
-        entropy_steps: as every objective's.
+        balance: as in :class:`Objective`.
+        entropy_bonus: as in :class:`Objective`.
+        entropy_steps: as in :class:`Objective`.
         temperature: T, nats.
 
     Raises:
@@ -210,8 +211,8 @@ class MixtureLikelihood(Objective):
     ) -> None:
         super().__init__(balance, entropy_bonus, entropy_steps)
         if not (math.isfinite(temperature) and temperature > 0):
-            told = f"MixtureLikelihood's temperature ({temperature})"
-            raise ValueError(f"{told} must be above 0: give 1 for the likelihood")
+            name = f"MixtureLikelihood's temperature ({temperature})"
+            raise ValueError(f"{name} must be above 0: give 1 for the likelihood")
         self.temperature = temperature
 
     def expert_rows(self, log_resp_BE: Tensor, losses_BE: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From responsibilities to decisions: which experts see a row, and with what weight. Pure.
+"""Routing: which experts see a row, and with what weight. Pure functions of responsibilities.
 
 Shape letters: B rows on this rank, E experts, K choices of a row, W ranks.
 """
@@ -14,11 +14,11 @@ from torch import Tensor
 
 
 class RoutingPlan(NamedTuple):
-    """Which of this rank's rows go to which experts.
+    """The experts that see each of this rank's rows.
 
     Args:
         routed_BE: True where the expert sees the row.
-        lost_B: responsibility of the choices that capacity refused, for each row.
+        lost_B: for each row, the responsibility of the choices that capacity refused.
     """
 
     routed_BE: Tensor
@@ -30,7 +30,7 @@ class TopK:
     """Each row is seen by its k most responsible experts only (Shazeer et al. 2017, section 2.1).
 
     Ties go to the lowest expert number. With a capacity, an expert takes at most ceil(capacity_factor k N / E) of the
-    N rows of the global batch: all first choices before all second ones, and among equals by place in the global
+    N rows of the global batch: all first choices before all second ones, and among equals by position in the global
     batch, so that the decision is the same on any layout. Refused responsibility is counted as lost. A row that every
     expert refused trains no expert.
 
@@ -86,7 +86,7 @@ class TopK:
         return experts[:, : self.k].masked_fill(values[:, : self.k] == -math.inf, none)
 
     def capacity(self, num_rows: int, num_experts: int) -> int | None:
-        """Rows of a global batch that an expert takes at most."""
+        """Return how many rows of a global batch an expert takes at most; None for all."""
         if self.capacity_factor is None:
             return None
         return math.ceil(self.capacity_factor * self.k * num_rows / num_experts)
@@ -101,17 +101,17 @@ class TopK:
 
 
 def demand(choices_BK: Tensor, num_experts: int) -> Tensor:
-    """Count how many rows ask for each expert with each choice: (K, E) int64."""
+    """Return how many rows choose each expert as their first, second, ... choice: (K, E) int64."""
     return _one_hot(choices_BK, num_experts).sum(0)
 
 
 def admitted(choices_BK: Tensor, demand_WKE: Tensor, rank: int, capacity: int | None) -> Tensor:
-    """Return which choices of this rank's rows are granted: (B, K) bool.
+    """Return which choices of this rank's rows the capacity admits: (B, K) bool.
 
     Args:
         choices_BK: experts of this rank's rows.
         demand_WKE: every rank's demand, ranks in the order of the global batch.
-        rank: this one.
+        rank: this rank.
         capacity: rows that an expert takes; None for all.
     """
     num_experts = demand_WKE.shape[2]
@@ -126,7 +126,7 @@ def admitted(choices_BK: Tensor, demand_WKE: Tensor, rank: int, capacity: int | 
 
 
 def lay_out(log_resp_BE: Tensor, choices_BK: Tensor, admitted_BK: Tensor) -> RoutingPlan:
-    """Lay the granted choices out by expert."""
+    """Return the admitted choices as a mask over experts, with the lost responsibility."""
     num_experts = log_resp_BE.shape[1]
     routed_BE = (_one_hot(choices_BK, num_experts) * admitted_BK[..., None]).sum(1).bool()
     chosen_BE = _one_hot(choices_BK, num_experts).sum(1).bool()
@@ -135,21 +135,21 @@ def lay_out(log_resp_BE: Tensor, choices_BK: Tensor, admitted_BK: Tensor) -> Rou
 
 
 def _one_hot(choices_BK: Tensor, num_experts: int) -> Tensor:
-    """Return (B, K, E) int64; none is a row of zeros."""
+    """Return the choices one-hot, (B, K, E) int64; no expert is a row of zeros."""
     return torch.nn.functional.one_hot(choices_BK, num_experts + 1)[..., :num_experts]
 
 
 def responsible(log_resp_BE: Tensor) -> Tensor:
     """Return each row's most responsible expert (B,); ties go to the lowest number.
 
-    torch's argmax does not promise which of several equal maxima it gives, hence the detour.
+    torch's argmax does not specify which of several equal maxima it returns, so it is not used.
 
     Raises:
         ValueError: a responsibility is not a number.
     """
     if log_resp_BE.isnan().any():
         bad = int(log_resp_BE.isnan().any(1).sum())
-        raise ValueError(f"the gate's output is not a number for {bad} rows: look for bad rows, or train anew")
+        raise ValueError(f"the gate's output is not a number for {bad} rows: look for bad rows, or train again")
     num_experts = log_resp_BE.shape[1]
     is_best = log_resp_BE == log_resp_BE.max(dim=1, keepdim=True).values
     ids = torch.arange(num_experts, device=log_resp_BE.device)

@@ -1,4 +1,4 @@
-"""What ranks tell each other outside a step: gathered values, and mistakes that all of them hear of."""
+"""Communication outside a step: gathered values, and errors that every rank raises."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Agreed(ValueError):
-    """A mistake that every rank has heard of: one of them tells it."""
+    """An error that every rank raises with the same message; one of them prints it."""
 
 
 def gather_bytes(data: bytes, group: Group) -> list[bytes]:
@@ -45,7 +45,7 @@ def gather_json(value: Any, group: Group) -> list[Any]:
 
 
 def agree(error: str | None, group: Group) -> None:
-    """Let every rank fail if one does, so that none waits for it.
+    """Raise on every rank if one has an error, so that none waits for it.
 
     Raises:
         Agreed: some rank has an error: the same message on every rank, naming the rank if not all have it.

@@ -1,8 +1,8 @@
-"""Collectives with their adjoints, and the sums over the global batch that are made of them.
+"""Differentiable collectives, and sums over the global batch.
 
-Local losses sum to the global loss, so the adjoint of each is the transpose of what it moves.
+Local losses sum to the global loss, so the backward pass of each collective is the transpose of its move.
 
-Shape letters: B rows of this rank, W all ranks, P ranks of a group.
+Shape letters: B rows of this rank, W ranks in all, P ranks of a group.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mixdist.parallel.wire import Group, Pending, Wire
 
 
 class _AllToAll(torch.autograd.Function):
-    """An all-to-all of flat numbers; its adjoint sends every number back the way it came."""
+    """An all-to-all of flat numbers; its backward pass sends every gradient back to where the number came from."""
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, move: Callable[..., Pending], sent: list[int], received: list[int]) -> Tensor:
@@ -32,12 +32,12 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _AllReduce(torch.autograd.Function):
-    """The sum over ranks; its adjoint is the sum of every rank's gradient."""
+    """The sum over ranks; its backward pass sums every rank's gradient."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, wire: Wire, group: Group) -> Tensor:
         ctx.wire, ctx.group = wire, group
-        # Gloo sums memory as it lies: strides must be the same on every rank.
+        # Gloo sums memory without regard to strides, which must be the same on every rank.
         return wire.all_reduce(tensor.clone(memory_format=torch.contiguous_format), group)
 
     @staticmethod
@@ -46,22 +46,22 @@ class _AllReduce(torch.autograd.Function):
 
 
 class OverBatch:
-    """The one seam through which statistics of the global batch are taken; the identity in one process.
+    """Statistics of the global batch; the identity in one process. Nothing else computes them.
 
     Args:
-        mesh: this rank's place.
-        wire: counts what it moves, as sync.
+        mesh: this rank's position.
+        wire: the collectives; traffic counts as sync.
     """
 
     def __init__(self, mesh: Mesh, wire: Wire) -> None:
         self.mesh, self.wire = mesh, wire
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum x over all ranks."""
+        """Return the sum of x over all ranks."""
         return x if self.mesh.world is None else _AllReduce.apply(x, self.wire, self.mesh.world)
 
     def start_sum(self, x: Tensor) -> Pending:
-        """Start to sum x, which needs no gradient, over all ranks; a handle to the sum."""
+        """Start to sum x, which needs no gradient, over all ranks; return a handle to the sum."""
         return self.wire.start_all_reduce(x.detach().clone(memory_format=torch.contiguous_format), self.mesh.world)
 
     def gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -75,7 +75,7 @@ class OverBatch:
         return torch.cat(move(parts, x, self.mesh.rank, shapes, self.wire.all_gather, self.mesh.world))
 
     def share(self, total: Tensor) -> Tensor:
-        """This rank's part of a term that every rank computes in full."""
+        """Return this rank's part of a term that every rank computes in full."""
         return total / self.mesh.world_size
 
 
@@ -87,7 +87,7 @@ def move(
     collective: Callable[..., Pending],
     group: Group,
 ) -> list[Tensor]:
-    """Send parts[p] to member p and receive a tensor of shapes[p] from it; ``own`` stays in place of mine."""
+    """Send parts[p] to member p and return the tensors of shapes[p] received; this rank's place holds ``own``."""
     if group is None:
         return [own]
     sizes = [0 if p == me else math.prod(shape) for p, shape in enumerate(shapes)]
@@ -100,7 +100,7 @@ def move(
 
 
 def flatten(parts: Sequence[Tensor | None], own: Tensor) -> tuple[Tensor, list[int]]:
-    """Lay the parts end to end; how many numbers each has."""
+    """Concatenate the flattened parts; return them with the number of numbers in each."""
     flat = torch.cat([own.new_zeros(0) if part is None else part.reshape(-1) for part in parts])
     return flat, [0 if part is None else part.numel() for part in parts]
 
@@ -108,6 +108,6 @@ def flatten(parts: Sequence[Tensor | None], own: Tensor) -> tuple[Tensor, list[i
 def unflatten(
     flat: Tensor, own: Tensor, me: int, shapes: Sequence[tuple[int, ...]], sizes: Sequence[int]
 ) -> list[Tensor]:
-    """Cut what arrived into its parts, with ``own`` in place of mine."""
+    """Split received numbers into their parts; this rank's place holds ``own``."""
     cut = flat.split(list(sizes))
     return [own if p == me else part.reshape(shape) for p, (part, shape) in enumerate(zip(cut, shapes, strict=True))]

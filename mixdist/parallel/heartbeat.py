@@ -1,7 +1,7 @@
-"""Who is still there: every rank's heartbeat in the store that brought the ranks together.
+"""Rank heartbeats in the rendezvous store, used to name dead ranks.
 
-A collective that fails does not say who failed it, and a rank that waits elsewhere may hear of it much later. The
-heartbeat runs beside the work: it stops with the process, and with nothing else.
+A failed collective does not say which rank failed, and a rank that waits elsewhere may learn of it much later. The
+heartbeat runs in a thread beside the work: it stops when the process stops, and only then.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ class Heartbeat:
     """The heartbeat of one rank.
 
     Args:
-        store: of torch.distributed, shared by all ranks.
-        rank: this one.
-        world_size: all of them.
+        store: the store of torch.distributed, shared by all ranks.
+        rank: this rank.
+        world_size: the number of ranks.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
-        self.heard = False  # some rank has begun to ask who is missing
+        self.heard = False  # some rank has started to look for dead ranks
         self._stop = threading.Event()
         threading.Thread(target=self._run, args=(store.clone(),), daemon=True, name="mixdist-heartbeat").start()
 
     def stop(self) -> None:
-        """End the heartbeat: this rank leaves in good order."""
+        """Stop the heartbeat when this rank ends normally."""
         self._stop.set()
 
     def missing(self) -> tuple[list[int], bool]:
-        """After a collective failed: which ranks' hearts have stopped, and whether this rank is to tell."""
+        """Return, after a collective failed, which ranks are dead, and whether this rank should report it."""
         asked = False
         try:
             self.store.set("mixdist/asked", "1")
@@ -45,7 +45,7 @@ class Heartbeat:
             still = [rank for rank in range(self.world_size) if rank != self.rank and before[rank] == after[rank]]
             return still, self.store.add("mixdist/told", 1) == 1
         except RuntimeError:
-            # Without a launcher the store lives in rank 0, which is lost, or has told (it waits until all have heard).
+            # Without a launcher the store is in rank 0, which is dead or has reported (it waits until all have read).
             return [0], self.rank == 1 and not (asked or self.heard)
 
     def _beats(self) -> list[bytes]:

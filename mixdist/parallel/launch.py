@@ -1,4 +1,4 @@
-"""This process: who it is among those started together, how it ends with them, how it keeps memory. Needs no torch."""
+"""This process: its rank, ending it together with its launcher, malloc settings. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """Who this process is among those started together; read from the environment."""
+    """The rank of this process and the number of ranks, on all hosts and on this one."""
 
     rank: int = 0
     world_size: int = 1
@@ -21,7 +21,7 @@ class Launch:
 
     @staticmethod
     def read(env: Mapping[str, str] = os.environ) -> Launch:
-        """Read what torchrun and the deepspeed launcher set, else what srun sets, else one process."""
+        """Read the variables of torchrun and the deepspeed launcher, else those of srun; else return one process."""
         if "RANK" in env and "WORLD_SIZE" in env:
             rank, world_size, local = env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", env["RANK"])
             local_size = env.get("LOCAL_WORLD_SIZE", "1")
@@ -34,7 +34,7 @@ class Launch:
 
 
 def keep_large_blocks() -> None:
-    """Let glibc keep what a step frees: by default it gives large blocks back, and each step pays for fresh pages.
+    """Make glibc keep what a step frees: by default it returns large blocks, and each step pays for new pages.
 
     mallopt's M_MMAP_THRESHOLD is -3 and M_TRIM_THRESHOLD -1. A step of configs/mnist_moe.yaml took 1.4 to 1.5 times as
     long without this, with the same peak memory.
@@ -46,18 +46,18 @@ def keep_large_blocks() -> None:
 
 
 def follow_launcher() -> None:
-    """Let this process end with the torchrun that started it, which gives each process a session of its own.
+    """End this process when the torchrun that started it ends; torchrun gives each process a session of its own.
 
-    Nothing happens without torchrun, where a parent may well end first.
+    Does nothing without torchrun, where a parent may end first.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
 
 
 def end_with_parent() -> None:
-    """Have this process sent SIGTERM when the one that started it ends, however that ends.
+    """Send this process SIGTERM when the one that started it ends, in any way.
 
     prctl's PR_SET_PDEATHSIG is 1.
     """
-    with suppress(OSError, AttributeError):  # Linux alone has it
+    with suppress(OSError, AttributeError):  # only Linux has it
         ctypes.CDLL("libc.so.6").prctl(1, int(signal.SIGTERM))

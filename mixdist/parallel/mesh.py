@@ -1,4 +1,4 @@
-"""Which expert lives on which rank, and the process groups that follow from it; the only place that creates groups.
+"""The placement of experts on ranks and the process groups that follow from it; the only place that creates groups.
 
 P is the number of ranks of an expert-parallel (EP) group. Rank r is member r % P of EP group (replica) r // P: an EP
 group is a block of neighbouring ranks, so that it fits inside a node and replicas lie across nodes.
@@ -21,12 +21,12 @@ from mixdist.parallel.launch import Launch
 
 @dataclass(frozen=True)
 class Placement:
-    """Where experts live: pure arithmetic.
+    """The placement of experts on ranks: pure arithmetic.
 
     Args:
         num_experts: K.
-        world_size: W, all ranks.
-        ep_size: P, ranks of an EP group; together they hold each expert once.
+        world_size: W, the number of ranks.
+        ep_size: P, the number of ranks of an EP group; together they hold each expert once.
     """
 
     num_experts: int
@@ -62,40 +62,40 @@ class Placement:
 
     @property
     def num_replicas(self) -> int:
-        """How often each expert exists."""
+        """Return how many copies of each expert exist."""
         return self.world_size // self.ep_size
 
     def replica_of(self, rank: int) -> int:
-        """The EP group that ``rank`` belongs to."""
+        """Return the EP group that ``rank`` belongs to."""
         return rank // self.ep_size
 
     def member_of(self, rank: int) -> int:
-        """The place of ``rank`` inside its EP group."""
+        """Return the position of ``rank`` inside its EP group."""
         return rank % self.ep_size
 
     def experts_of(self, member: int) -> range:
-        """Global numbers of the experts of the EP group's ``member``: contiguous blocks, as even as possible."""
+        """Return the global numbers of the experts of a ``member``: contiguous blocks, as even as possible."""
         first, last = (self.num_experts * m // self.ep_size for m in (member, member + 1))
         return range(first, last)
 
     def ep_ranks(self, replica: int) -> list[int]:
-        """World ranks of an EP group."""
+        """Return the world ranks of an EP group."""
         return list(range(replica * self.ep_size, (replica + 1) * self.ep_size))
 
     def replica_ranks(self, member: int) -> list[int]:
-        """World ranks that hold the same experts."""
+        """Return the world ranks that hold the same experts."""
         return list(range(member, self.world_size, self.ep_size))
 
 
 def choose_device(name: str, launch: Launch) -> torch.device:
-    """Return this process's device, bound before any group is made; all processes of a host choose alike.
+    """Return this process's device, set before any group is created; all processes of a host choose the same kind.
 
     Args:
         name: auto (CUDA where each process of the host has a device of its own), cpu or cuda.
-        launch: who this process is.
+        launch: the rank of this process.
 
     Raises:
-        ValueError: CUDA asked for where there is none, or more processes than devices.
+        ValueError: CUDA was requested and there is none, or there are more processes than devices.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and count < launch.local_size):
@@ -113,12 +113,12 @@ def choose_device(name: str, launch: Launch) -> torch.device:
 
 
 class Mesh:
-    """This rank's place and its groups; a group is None where it would have one member only.
+    """This rank's position and its process groups; a group that would have a single member is None.
 
     Args:
-        placement: where experts live.
-        launch: who this process is.
-        device: where it computes.
+        placement: of experts on ranks.
+        launch: the rank of this process.
+        device: on which it computes.
         timeout_s: seconds after which a collective that some rank does not enter ends the process.
     """
 
@@ -160,16 +160,16 @@ class Mesh:
             ) from None
 
     def missing(self) -> tuple[list[int], bool]:
-        """After a collective failed: which ranks are gone, and whether this one is to tell."""
+        """Return, after a collective failed, which ranks are dead, and whether this rank should report it."""
         assert self.heartbeat is not None
         for group in (self.ep_group, self.replica_group, self.world):
             with suppress(RuntimeError):
                 if group is not None:
-                    group.abort()  # whoever waits for this rank learns of it now
+                    group.abort()  # ranks that wait for this one fail at once
         return self.heartbeat.missing()
 
     def _group(self, partition: list[list[int]]) -> dist.ProcessGroup | None:
-        # Every rank creates every group, in one order: that is what new_group asks for.
+        # new_group requires that every rank creates every group, in the same order.
         if len(partition[0]) == 1:
             return None
         if len(partition) == 1:
@@ -179,20 +179,20 @@ class Mesh:
 
     @property
     def experts(self) -> range:
-        """Global numbers of the experts on this rank."""
+        """Return the global numbers of the experts on this rank."""
         return self.placement.experts_of(self.member)
 
     @property
     def leads(self) -> bool:
-        """True on the ranks that speak for their experts: those of the first replica."""
+        """Return True on the ranks that write and count their experts: those of the first replica."""
         return self.replica == 0
 
     def speaks_for(self, expert: int | None) -> bool:
-        """Return whether this rank counts and writes an expert of its own, or (None) what is shared: each once."""
+        """Return whether this rank writes and counts one of its experts, or (None) the shared modules: each once."""
         return self.rank == 0 if expert is None else self.leads
 
     def close(self) -> None:
-        """End the process groups."""
+        """Destroy the process groups."""
         if self.heartbeat is not None:
             self.heartbeat.stop()
         if self.world is not None and dist.is_initialized():

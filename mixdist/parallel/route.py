@@ -1,6 +1,6 @@
-"""Rows on their way between the ranks of an EP group: who sent which, which experts want them, how they are packed.
+"""Rows sent between the ranks of an EP group: their origin, the experts that see them, their packing into bytes.
 
-Shape letters: B rows of this rank, R rows that arrive here, E all experts, e experts on this rank, T pairs of a row
+Shape letters: B rows of this rank, R rows received here, E all experts, e experts on this rank, T pairs of a row
 and an expert, P ranks of the EP group.
 """
 
@@ -19,12 +19,12 @@ ID_BYTES = 8
 
 
 class Pairs(NamedTuple):
-    """What this rank sends to one member when rows go to some experts only.
+    """The rows that this rank sends to one member when not every expert sees every row.
 
     Args:
-        rows: places of the rows sent, each once.
-        row_T: place of the row of each pair.
-        expert_T: global number of its expert.
+        rows: indices of the rows sent, each once.
+        row_T: index of the row of each pair.
+        expert_T: global number of the expert of each pair.
     """
 
     rows: Tensor
@@ -33,23 +33,23 @@ class Pairs(NamedTuple):
 
     @staticmethod
     def of(routed_BE: Tensor, experts: range) -> Pairs:
-        """Find the rows that some of a member's experts see."""
+        """Return the rows that at least one of a member's experts sees."""
         here_Be = routed_BE[:, experts.start : experts.stop]
         row_T, expert_T = here_Be.nonzero(as_tuple=True)
         return Pairs(here_Be.any(1).nonzero()[:, 0], row_T, expert_T + experts.start)
 
 
 class Route:
-    """Rows on their way from every rank of an EP group to every other, and the way back.
+    """Rows sent from every rank of an EP group to every other, and the layout for the way back.
 
     Args:
-        counts: rows that arrive from each member of the EP group.
+        counts: how many rows arrive from each member of the EP group.
         spec: the fields sent, "id" first.
         own: this rank's packed rows that stay here.
         pending: the other ranks' packed rows; None in a group of one.
-        me: this rank's place in the EP group.
+        me: this rank's position in the EP group.
         num_experts: e.
-        sent: what went to each member; None when every expert sees every row.
+        sent: the rows sent to each member; None when every expert sees every row.
         num_own: B; needed where rows go to some experts only.
     """
 
@@ -71,7 +71,7 @@ class Route:
 
     @property
     def num_rows(self) -> int:
-        """R, the rows that arrive here, this rank's own among them."""
+        """Return R, the number of rows here, with this rank's own."""
         return sum(self.counts)
 
     def rows(self) -> Batch:
@@ -91,18 +91,18 @@ class Route:
         return unpack(packed[:, :data], self.spec)
 
     def by_member(self, field: Tensor) -> list[Tensor]:
-        """Cut a field (R, ...) into each member's rows."""
+        """Split a field (R, ...) into each member's rows."""
         return list(field.split(self.counts))
 
     def pairs(self, field: Tensor) -> list[Tensor]:
-        """Take the pairs (T, ...) out of a field (R, e, ...), for each member."""
+        """Return the pairs (T, ...) of a field (R, e, ...), for each member."""
         assert self.mask_Re is not None
         masks = self.mask_Re.split(self.counts)
         return [part[mask] for part, mask in zip(self.by_member(field), masks, strict=True)]
 
 
 def pack(rows: Batch, spec: Spec) -> Tensor:
-    """Lay the id and the named fields of each row side by side as bytes: (B, bytes of a row)."""
+    """Return the id and the named fields of each row as bytes, side by side: (B, bytes of a row)."""
     parts = [rows["id"].reshape(-1, 1).view(torch.uint8)]
     for name, field in spec.items():
         stored = rows[name].reshape(len(rows["id"]), field.num_values).contiguous()
@@ -111,10 +111,10 @@ def pack(rows: Batch, spec: Spec) -> Tensor:
 
 
 def unpack(packed: Tensor, spec: Spec) -> Batch:
-    """Undo pack."""
+    """Return the rows that ``pack`` packed."""
     widths = [ID_BYTES, *(field.num_bytes for field in spec.values())]
     id_bytes, *parts = packed.split(widths, dim=1)
-    # A copy, not contiguous(): that leaves a single row at its odd place, which cannot be viewed as wide numbers.
+    # A copy, not contiguous(): that keeps a single row at an unaligned address, which cannot be viewed as wide numbers.
     own = torch.contiguous_format
     rows = {"id": id_bytes.clone(memory_format=own).view(torch.int64).reshape(-1)}
     for (name, field), part in zip(spec.items(), parts, strict=True):
@@ -123,12 +123,12 @@ def unpack(packed: Tensor, spec: Spec) -> Batch:
 
 
 def mask_bytes(num_experts: int) -> int:
-    """Bytes that say which of a member's experts a row is for; a member with one expert needs none."""
+    """Return the bytes of a row's mask over a member's experts; a member with one expert needs none."""
     return -(-num_experts // 8) if num_experts > 1 else 0
 
 
 def pack_mask(mask_Re: Tensor) -> Tensor:
-    """Eight experts to a byte: (R, bytes)."""
+    """Return a mask with eight experts in a byte: (R, bytes)."""
     num_rows, num_experts = mask_Re.shape
     width = mask_bytes(num_experts)
     bits = torch.zeros(num_rows, 8 * width, dtype=torch.uint8, device=mask_Re.device)
@@ -138,7 +138,7 @@ def pack_mask(mask_Re: Tensor) -> Tensor:
 
 
 def unpack_mask(packed: Tensor, num_experts: int) -> Tensor:
-    """Undo pack_mask; a row that came to a member with one expert is for that expert."""
+    """Return the mask that ``pack_mask`` packed; a row sent to a member with one expert is for that expert."""
     if num_experts == 1:
         return torch.ones(len(packed), 1, dtype=torch.bool, device=packed.device)
     bits = (packed[:, :, None] >> _shifts(packed)) & 1

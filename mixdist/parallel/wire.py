@@ -1,8 +1,8 @@
-"""The collectives, counted and timed where they are called.
+"""Collectives, counted and timed where they are called.
 
-Two kinds of traffic: ``wire`` is what dispatch moves (rows, losses, weights), ``sync`` is reductions of what is
-replicated (gradients of the gate, of replicas, sums over the batch). Bytes are those that leave this rank; a
-reduction of n bytes over W ranks counts 2 (W - 1) / W n, the ring's traffic.
+Two kinds of traffic: ``wire`` is what dispatch moves (rows, losses, weights), ``sync`` is reductions of replicated
+tensors (gradients of the gate and of replicas, sums over the batch). Bytes are those that leave this rank; a reduction
+of n bytes over W ranks counts 2 (W - 1) / W n, the traffic of a ring all-reduce.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Group = dist.ProcessGroup | None
 
 @dataclass
 class Meter:
-    """What crossed the wire since the last reset, on this rank.
+    """Bytes and times of this rank's collectives since the last reset.
 
     Args:
         wire_bytes: bytes that dispatch sent to other ranks, counted at the collectives.
-        wire_bytes_min: the least possible for the same rows and experts, counted from the routing alone.
-        sync_bytes: bytes of reductions of what is replicated.
-        collective_times: of each collective, in order, the seconds until the last rank of its group arrived, and those
-            inside it after all had arrived; measured only while ``timed``.
+        wire_bytes_min: the minimum for the same rows and experts, computed from the routing alone.
+        sync_bytes: bytes of reductions of replicated tensors.
+        collective_times: for each collective, in order, the seconds until the last rank of its group arrived, and the
+            seconds inside it after all had arrived; measured only if ``timed``.
     """
 
     wire_bytes: int = 0
@@ -40,31 +40,31 @@ class Meter:
 
     @property
     def waiting_s(self) -> float:
-        """Seconds of waiting for ranks to arrive."""
+        """Return the seconds of waiting for ranks to arrive."""
         return sum(waiting for waiting, _ in self.collective_times)
 
     @property
     def transfer_s(self) -> float:
-        """Seconds inside collectives after all had arrived."""
+        """Return the seconds inside collectives after all ranks had arrived."""
         return sum(transfer for _, transfer in self.collective_times)
 
     def reset(self, timed: bool = False) -> None:
-        """Start a new count; ``timed`` puts a barrier before each collective to tell waiting from transfer."""
+        """Start a new count; ``timed`` puts a barrier before each collective to separate waiting from transfer."""
         self.wire_bytes = self.wire_bytes_min = self.sync_bytes = 0
         self.collective_times = []
         self.timed = timed
 
 
 class LostRank(RuntimeError):
-    """A collective did not complete: some rank has died, hangs, or took another way."""
+    """A collective did not complete: some rank has died, hangs, or called another collective."""
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Tell a failed collective from other errors.
+    """Turn the error of a failed collective into ``LostRank``.
 
     Raises:
-        LostRank: the backend gave up.
+        LostRank: the backend raised an error.
     """
     try:
         yield
@@ -76,7 +76,7 @@ class Wire:
     """Counted collectives of one rank.
 
     Args:
-        device: where tensors live.
+        device: of the tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -84,12 +84,12 @@ class Wire:
         self.meter = Meter()
 
     def all_to_all(self, flat: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Pending:
-        """Send ``sent[p]`` numbers of ``flat`` to member p, receive ``received[p]``; a handle to the result."""
+        """Send ``sent[p]`` numbers of ``flat`` to member p, receive ``received[p]``; return a handle to the result."""
         self.meter.wire_bytes += sum(sent) * flat.element_size()
         return self._all_to_all(flat, sent, received, group)
 
     def all_gather(self, flat: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Pending:
-        """As ``all_to_all``, counted as sync: the same values go to every member."""
+        """Do ``all_to_all``, counted as sync: the same values go to every member."""
         self.meter.sync_bytes += sum(sent) * flat.element_size()
         return self._all_to_all(flat, sent, received, group)
 
@@ -104,11 +104,11 @@ class Wire:
         return self._run(start, output, flat, group)
 
     def all_reduce(self, tensor: Tensor, group: Group) -> Tensor:
-        """Sum ``tensor`` in place over the group; a group of None (one process) changes nothing."""
+        """Sum ``tensor`` in place over the group; does nothing for a group of None (one process)."""
         return self.start_all_reduce(tensor, group).wait()
 
     def start_all_reduce(self, tensor: Tensor, group: Group) -> Pending:
-        """As ``all_reduce``, under way: a handle to the sum."""
+        """Start an ``all_reduce``; return a handle to the sum."""
         if group is None:
             return Pending(tensor, tensor, None)
         assert tensor.is_contiguous()
@@ -135,7 +135,7 @@ class Wire:
 
 
 class Pending:
-    """A collective under way. It holds the send buffer, which must not change until ``wait`` returns."""
+    """A running collective. It keeps the send buffer, which must not change until ``wait`` returns."""
 
     def __init__(self, output: Tensor, held: Tensor, work: Any) -> None:
         self.output = output
