@@ -12,41 +12,23 @@ import pytest
 import torch
 
 from mixdist.config.parsing import read_config
-from mixdist.terms import Field
 from tests.launch import ROOT
 from tests.test_benchmarks import load
 
 cells, kvaes, tables = load("cells"), load("kvaes"), load("tables")
 MIXTURES = sorted((ROOT / "configs").glob("kvaes_*_small.yaml"))
-DIGITS = {"x": Field((1, 28, 28), torch.uint8, scale=1 / 255)}
 QUICK = ["--data.init_args.rows", "120", "--data.init_args.test_rows", "30", "--train.batch_size", "50"]
 QUICK += ["--pretrain", "[]", "--competition.rounds", "1", "--train.epochs", "1"]
 
 
 @pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
-def test_baselines_have_the_mixture_s_data_likelihood_batches_and_sample_gradients(path: Path) -> None:
-    mixture = read_config(path)
-    for kind, num_experts in (("bag", mixture.num_experts), ("vae", 1)):
-        baseline = read_config(Path(str(path).replace("_small", f"_{kind}")))
-        assert vars(baseline.data) == vars(mixture.data)
-        assert baseline.num_experts == num_experts
-        assert baseline.train.batch_size == mixture.train.batch_size
-        assert cells.sample_gradients(baseline, 60000) == cells.sample_gradients(mixture, 60000)
-        assert baseline.competition.score.keeps
-        assert baseline.competition.start == "split"
-
-
-@pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
-def test_baselines_are_the_mixture_s_kind_of_expert(path: Path) -> None:
-    spec = DIGITS if "mnist" in path.stem else read_config(path).data.load()[0].spec
-    for kind in ("bag", "vae"):
-        other = Path(str(path).replace("_small", f"_{kind}"))
-        one, two = (read_config(config).expert(spec) for config in (path, other))
-        assert type(one) is type(two)
-        assert one.noise_shape == two.noise_shape
-        for name in ("name", "mean_name", "num_levels", "log_scale"):
-            assert getattr(one.likelihood, name, None) == getattr(two.likelihood, name, None)
-        assert kind == "vae" or [p.shape for p in one.parameters()] == [p.shape for p in two.parameters()]
+@pytest.mark.parametrize("kind", ["bag", "vae"])
+def test_baselines_have_the_mixture_s_data_batches_and_sample_gradients(path: Path, kind: str) -> None:
+    mixture, baseline = read_config(path), read_config(Path(str(path).replace("_small", f"_{kind}")))
+    assert vars(baseline.data) == vars(mixture.data)
+    assert baseline.num_experts == (mixture.num_experts if kind == "bag" else 1)
+    assert baseline.train.batch_size == mixture.train.batch_size
+    assert cells.sample_gradients(baseline, 60000) == cells.sample_gradients(mixture, 60000)
 
 
 def test_sample_gradients_count_a_row_once_for_each_expert_that_sees_it(tmp_path: Path) -> None:
@@ -71,14 +53,6 @@ def test_a_matched_vae_has_the_mixture_s_parameters_to_two_per_cent() -> None:
     assert planned["bag"].parameters == planned["kVAEs"].parameters
     assert abs(planned["matched"].parameters / planned["kVAEs"].parameters - 1) < 0.02
     assert planned["VAE-50"].parameters < planned["VAE-150"].parameters < planned["matched"].parameters
-
-
-@pytest.mark.parametrize("problem", cells.PROBLEMS.values(), ids=cells.PROBLEMS)
-def test_configs_tell_the_width_that_matches(problem: Any) -> None:
-    mixture, single = (read_config(ROOT / "configs" / f"kvaes_{problem.name}_{kind}.yaml") for kind in ("small", "vae"))
-    spec = DIGITS if problem.name == "mnist" else single.data.load()[0].spec
-    layers = cells.matched(problem, mixture, single, spec)
-    assert str(layers).replace(", ", ",") in (ROOT / "configs" / f"kvaes_{problem.name}_vae.yaml").read_text()
 
 
 def test_a_baseline_that_may_learn_less_is_refused() -> None:
@@ -145,7 +119,7 @@ def test_units_of_stored_rows_move_a_line_by_a_constant() -> None:
 def test_tables_go_between_their_marks_and_need_them() -> None:
     text = "Before.\n<!-- modes -->\nold\n<!-- end of modes -->\nAfter.\n"
     assert tables.put(text, {"modes": "new"}) == text.replace("old", "new")
-    with pytest.raises(ValueError, match="<!-- modes --> and <!-- end of modes --> are missing"):
+    with pytest.raises(ValueError, match="<!-- modes -->"):
         tables.put("no marks", {"modes": "table"})
 
 
@@ -154,6 +128,7 @@ def test_tuning_takes_each_baseline_at_each_rate_with_a_share_of_its_epochs() ->
     planned = cells.plan(cells.PROBLEMS["3modes"], options)
     found = cells.tuning(planned, 0.5, ["0.001", "0.01"])
     assert [cell.column for cell in found] == [c for c in ("bag", "VAE-50", "VAE-150", "matched") for _ in range(2)]
+    assert kvaes.rates("0.1,0.2,0.1") == ["0.1", "0.2"]
     for cell in found:
         config = cells.read(cell.words)
         assert cell.seed == 0
@@ -164,34 +139,30 @@ def test_tuning_takes_each_baseline_at_each_rate_with_a_share_of_its_epochs() ->
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "named"),
     [
-        ("--tune nan", "--tune: 'nan' must be above 0 and at most 1"),
-        ("--tune 0", "'0' must be above 0"),
-        ("--tune 1.5", "'1.5' must be above 0 and at most 1"),
-        ("--tune 0.5 --rates 0.1,nix", "--rates: '0.1,nix' must be positive numbers"),
-        ("--tune 0.5 --rates nan", "'nan' must be positive numbers"),
-        ("--only nix", "--only nix must be some of 3modes,5modes,9modes,mnist"),
-        ("--docs absent.md", "--docs absent.md cannot take the tables: "),
-        ("--docs marks.md", "the marks <!-- modes --> and <!-- end of modes --> are missing"),
-        ("--docs marks.md --only 3modes", "--docs marks.md needs all cells: leave out --only"),
-        ("--docs marks.md -- --seed 1", "--docs marks.md needs all cells"),
+        *((f"--tune {share}", ("--tune", share)) for share in ("nan", "0", "1.5")),
+        *((f"--tune 0.5 --rates {rates}", ("--rates", rates)) for rates in ("0.1,nix", "nan")),
+        ("--only nix", ("--only", "nix", "3modes,5modes,9modes,mnist")),
+        *((f"--docs {page}", ("--docs" if page == "absent.md" else page,)) for page in ("absent.md", "marks.md")),
+        *((f"--docs marks.md {more}", ("--docs marks.md",)) for more in ("--only 3modes", "-- --seed 1")),
     ],
 )
-def test_options_that_cannot_be_are_told_before_an_hour_is_spent(
-    words: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_options_that_cannot_be_are_refused_before_an_hour_is_spent(
+    words: str,
+    named: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("marks.md").write_text("no marks")
     with pytest.raises(SystemExit) as ended:
         kvaes.main(["--out", "out", *words.split()])
     assert ended.value.code == 2
-    assert told in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert all(name in error for name in named)
     assert not Path("out").exists()
-
-
-def test_rates_given_twice_are_tried_once() -> None:
-    assert kvaes.rates("0.1,0.2,0.1") == ["0.1", "0.2"]
 
 
 @pytest.mark.parametrize("text", ["", '{"name"', "[]", "\0"])
