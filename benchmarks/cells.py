@@ -55,7 +55,8 @@ class Problem:
         return ["kVAEs", "bag", *(f"VAE-{number}" for number in self.numbers), "matched"]
 
 
-HIDDEN, CHANNELS = "--expert.init_args.hidden", "--expert.init_args.channels"
+NETWORK = "--expert.init_args.network.init_args"
+HIDDEN, CHANNELS = f"{NETWORK}.hidden", f"{NETWORK}.channels"
 PROBLEMS = {
     problem.name: problem
     for problem in (

@@ -20,7 +20,8 @@ import torch
 from turns import positive
 
 from mixdist.engines import Native
-from mixdist.experts import VAE, Compute, ConvVAE, Expert, ExpertBank, Noise, time_executions
+from mixdist.experts import VAE, Compute, Expert, ExpertBank, Noise, time_executions
+from mixdist.nets import MLP, Conv
 from mixdist.parallel.launch import Launch, keep_large_blocks
 from mixdist.parallel.mesh import Mesh, Placement
 from mixdist.parallel.wire import Wire
@@ -33,8 +34,8 @@ def make_experts(kind: str, num_experts: int) -> dict[int, Expert]:
     """Make the experts."""
     torch.manual_seed(0)
     if kind == "conv":
-        return {e: ConvVAE(SPEC, 10, [16, 32], likelihood="gaussian", scale=0.5) for e in range(num_experts)}
-    return {e: VAE(SPEC, 10, [128], "sigmoid", "gaussian", 0.5) for e in range(num_experts)}
+        return {e: VAE(SPEC, 10, Conv([16, 32]), likelihood="gaussian", scale=0.5) for e in range(num_experts)}
+    return {e: VAE(SPEC, 10, MLP([128], "sigmoid"), "gaussian", 0.5) for e in range(num_experts)}
 
 
 def make(execution: str, kind: str, num_experts: int) -> tuple[ExpertBank, Native]:

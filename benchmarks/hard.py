@@ -34,10 +34,11 @@ from rounds import Rounds, Work, seeded, shares, skewed
 from torch import nn
 from turns import figures, meet, ms, parser_of, plain, positive, ratio, take_turns, tell, write
 
-from mixdist.competition.discriminators import MLPDiscriminator
+from mixdist.competition.discriminators import Discriminator
 from mixdist.competition.table import Assignment
 from mixdist.data import Dataset
-from mixdist.experts import VAE, ConvVAE, Expert
+from mixdist.experts import VAE, Expert
+from mixdist.nets import MLP, Conv
 from mixdist.noise import Purpose
 from mixdist.parallel.agreement import gather_json
 from mixdist.parallel.mesh import Mesh
@@ -50,8 +51,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 SIDE, LATENT = 28, 10
 EXPERTS: dict[str, Callable[[Spec], Expert]] = {
-    "mlp": lambda spec: VAE(spec, LATENT, [256]),
-    "conv": lambda spec: ConvVAE(spec, LATENT, [16, 32]),
+    "mlp": lambda spec: VAE(spec, LATENT, MLP([256])),
+    "conv": lambda spec: VAE(spec, LATENT, Conv([16, 32])),
 }
 """784-256-10 with 0.41 million parameters, and two levels of convolutions with 0.06 million."""
 
@@ -91,7 +92,7 @@ def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = gather_json(folder, mesh.world)[0]
         hand = ByHand(dataset, table, options, mesh, Path(path) / "taken")
-        work = Work(EXPERTS[options.kind], MLPDiscriminator, options.epochs, options.batch, options.judge_batches)
+        work = Work(EXPERTS[options.kind], Discriminator, options.epochs, options.batch, options.judge_batches)
         ours = {name: Rounds(WAYS[name], dataset, table, work, mesh) for name in options.ways}
         moved = {name: rounds.settle() for name, rounds in ours.items()}
         runs: dict[str, Callable[[int], None]] = {"hand": hand.run, **{name: one.run for name, one in ours.items()}}

@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 
 from mixdist.data import Dataset, Loader, RankBatch
 from mixdist.engines import Native
-from mixdist.experts import Compute, ConvVAE, Expert, ExpertBank
-from mixdist.gates import ConvSoftmax, Gate
+from mixdist.experts import VAE, Compute, Expert, ExpertBank
+from mixdist.gates import Gate, Softmax
 from mixdist.mixtures import Soft
 from mixdist.mixtures.objectives import KLBalance, WeightedLoss
 from mixdist.mixtures.routing import TopK
+from mixdist.nets import Conv
 from mixdist.noise import Moment, Purpose, weights_seed
 from mixdist.parallel.dispatch import Dispatch
 from mixdist.parallel.mesh import Mesh
@@ -30,9 +31,9 @@ from mixdist.terms import Field
 
 SEED = 7
 SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"channels": [8, 8], "latent": 4},
-    "small": {"channels": [16, 32, 64, 128], "latent": 16},
-    "large": {"channels": [64, 128, 256, 512], "latent": 160},
+    "tiny": {"network": Conv([8, 8]), "latent": 4},
+    "small": {"network": Conv([16, 32, 64, 128]), "latent": 16},
+    "large": {"network": Conv([64, 128, 256, 512]), "latent": 160},
 }
 """Of one expert; 0.29 and 7.0 million parameters on 64x64 for small and large."""
 
@@ -69,12 +70,12 @@ class Problem:
     def expert(self, number: int, dataset: Dataset) -> Expert:
         """Make one, with the weights that belong to its number."""
         torch.manual_seed(weights_seed(SEED, Purpose.WEIGHTS, number))
-        return ConvVAE(dataset.spec, **SIZES[self.size])
+        return VAE(dataset.spec, **SIZES[self.size])
 
     def gate(self, dataset: Dataset) -> Gate:
         """Make the gate."""
         torch.manual_seed(weights_seed(SEED, Purpose.GATE))
-        return ConvSoftmax(dataset.spec, self.num_experts)
+        return Softmax(dataset.spec, self.num_experts, Conv([16, 32]))
 
     def objective(self) -> WeightedLoss:
         """sum_e r_e l_e, and the balance term."""

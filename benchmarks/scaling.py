@@ -40,9 +40,10 @@ from rounds import Rounds, Work, skewed
 from turns import figures, meet, now, parser_of, positive, refuse, take_turns, tell, write
 from wire_model import CountingWire, fit_wire
 
-from mixdist.competition.discriminators import ConvDiscriminator
-from mixdist.experts import ConvVAE
+from mixdist.competition.discriminators import Discriminator
+from mixdist.experts import VAE
 from mixdist.mixtures.routing import TopK
+from mixdist.nets import Conv
 from mixdist.parallel.agreement import gather_json
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh
@@ -60,7 +61,7 @@ COLUMNS = (
 round: what else a competition's round is, in words; it and the last four are empty for a soft mixture.
 """
 
-JUDGE = [16, 32]
+JUDGE = Conv([16, 32])
 """Channels of a discriminator."""
 
 TIMED_STEPS = 5
@@ -172,8 +173,8 @@ def hard(mode: str, problem: Problem, mesh: Mesh, wire: Wire, options: argparse.
     num_rows = options.rows * (mesh.world_size if mode == "weak" else 1)
     dataset = replace(problem, batch_size=num_rows, num_batches=1).data()
     work = Work(
-        lambda spec: ConvVAE(spec, **SIZES[options.size]),
-        lambda spec: ConvDiscriminator(spec, JUDGE),
+        lambda spec: VAE(spec, **SIZES[options.size]),
+        lambda spec: Discriminator(spec, JUDGE),
         options.epochs,
         options.batch,
         options.judge_batches,

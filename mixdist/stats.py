@@ -1,5 +1,5 @@
 """Log-densities and divergences in nats, elementwise (the caller sums over a row) unless the docstring says otherwise;
-and quantiles, which turn uniform numbers into samples."""
+quantiles, which turn uniform numbers into samples; and the ramp of schedules."""
 
 from __future__ import annotations
 
@@ -175,6 +175,11 @@ def entropy(log_p: Tensor, dim: int) -> Tensor:
     absent = log_p == -math.inf
     # 0 * -inf is not a number, in the value as in the gradient: both factors are replaced.
     return -(log_p.exp().masked_fill(absent, 0.0) * log_p.masked_fill(absent, 0.0)).sum(dim)
+
+
+def ramp(step: int, steps: int) -> float:
+    """Return min(1, step / steps), the linear rise from 0 to 1 that schedules are made of; 1 where ``steps`` is 0."""
+    return min(1.0, step / steps) if steps else 1.0
 
 
 def _exp(value: Tensor | float) -> Tensor | float:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mixdist.competition.competition import Competition
-from mixdist.competition.discriminators import ConvDiscriminator, Discriminator, MLPDiscriminator
+from mixdist.competition.discriminators import Discriminator
 from mixdist.competition.entrant import EntrantContext
 from mixdist.competition.mixture import HardMixture
 from mixdist.competition.reassign import Verdict
@@ -25,6 +25,7 @@ from mixdist.competition.rules import Rules
 from mixdist.competition.scores import Discriminators, Elbo, Fixed, LabelOracle, Likelihood, Random, Score
 from mixdist.competition.table import Assignment
 from mixdist.experts import Compute, Expert, ExpertBank
+from mixdist.nets import MLP, Conv
 from mixdist.noise import Purpose, weights_seed
 from mixdist.parallel.dispatch import Dispatch
 from mixdist.parallel.mesh import Mesh
@@ -83,7 +84,7 @@ def make_score(case: Contest) -> Score:
 
 def make_judge(case: Contest) -> Discriminator:
     spec = data().spec
-    return ConvDiscriminator(spec, [3, 4]) if case.expert == "conv" else MLPDiscriminator(spec, [9])
+    return Discriminator(spec, Conv([3, 4]) if case.expert == "conv" else MLP([9]))
 
 
 def make_phase(case: Contest, epochs: int) -> Phase:

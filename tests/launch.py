@@ -23,11 +23,17 @@ ROOT = Path(__file__).resolve().parents[1]
 HANG_S = 300.0
 """A limit for work of seconds: far more than a busy machine needs for it, so that only a hang reaches it."""
 
+
+def mlp(*hidden: int) -> dict[str, Any]:
+    """Return the network of a config."""
+    return {"class_path": "mixdist.nets.MLP", "init_args": {"hidden": list(hidden)}}
+
+
 SMALL: dict[str, Any] = {
     "data": {"class_path": "mixdist.data.Digits"},
     "num_experts": 4,
-    "gate": {"class_path": "mixdist.gates.Softmax", "init_args": {"hidden": [8]}},
-    "expert": {"class_path": "mixdist.experts.VAE", "init_args": {"hidden": [8], "latent": 2}},
+    "gate": {"class_path": "mixdist.gates.Softmax", "init_args": {"network": mlp(8)}},
+    "expert": {"class_path": "mixdist.experts.VAE", "init_args": {"network": mlp(8), "latent": 2}},
     "train": {
         "epochs": 1,
         "batch_size": 500,

@@ -17,12 +17,12 @@ from torch import Tensor
 from mixdist.data import Dataset, Loader
 from mixdist.engines import Native
 from mixdist.evaluation.evaluate import evaluate
-from mixdist.experts import VAE, Classifier, Compute, ConvVAE, Expert, ExpertBank, Regressor
-from mixdist.gates import Consistent, ConvSoftmax, Gate, LabelOracle, Softmax, Uniform
+from mixdist.experts import VAE, Classifier, Compute, Expert, ExpertBank, Regressor
+from mixdist.gates import Consistent, Gate, LabelOracle, Softmax, Uniform
 from mixdist.mixtures import Mixture, Soft
 from mixdist.mixtures.objectives import Balance, KLBalance, MixtureLikelihood, Objective, VarianceBalance, WeightedLoss
 from mixdist.mixtures.routing import TopK
-from mixdist.nets.mlp import MLP
+from mixdist.nets import MLP, Conv
 from mixdist.noise import Draw, Moment, Purpose, weights_seed
 from mixdist.parallel.dispatch import Dispatch
 from mixdist.parallel.launch import Launch
@@ -118,20 +118,20 @@ def data() -> Dataset:
 
 def make_expert(case: Case, spec: Spec) -> Expert:
     if case.expert == "conv":
-        return ConvVAE(spec, 3, [2, 3], residual=True, norm="group", likelihood="logistic", kl_warmup=10)
+        return VAE(spec, 3, Conv([2, 3], True, "group"), likelihood="logistic", kl_warmup=10)
     if case.expert == "classifier":
-        return Classifier(spec, [7], "tanh", target="label")
+        return Classifier(spec, MLP([7], "tanh"), target="label")
     if case.expert == "regressor":
-        return Regressor(spec, [7], "tanh", "gaussian", "learned")
+        return Regressor(spec, MLP([7], "tanh"), "gaussian", "learned")
     if case.expert == "laplace":
-        return VAE(spec, 3, [8], "elu", "laplace", 0.3, "identity", beta=0.7)
+        return VAE(spec, 3, MLP([8], "elu"), "laplace", 0.3, "identity", beta=0.7)
     if case.expert == "gaussian":
-        return VAE(spec, 3, [8], "tanh", "gaussian", "learned", kl_warmup=10, free_bits=0.05)
-    return VAE(spec, 3, [8], "sigmoid", "bernoulli")
+        return VAE(spec, 3, MLP([8], "tanh"), "gaussian", "learned", kl_warmup=10, free_bits=0.05)
+    return VAE(spec, 3, MLP([8], "sigmoid"), "bernoulli")
 
 
 def annealed(spec: Spec, num_experts: int) -> Gate:
-    return Softmax(spec, num_experts, [6], "tanh", 2.0, "x", 0.5, 0.3, 0.0, anneal_steps=15)
+    return Softmax(spec, num_experts, MLP([6], "tanh"), 2.0, "x", 0.5, 0.3, 0.0, anneal_steps=15)
 
 
 def make_gate(case: Case, spec: Spec) -> Gate:
@@ -144,9 +144,9 @@ def make_gate(case: Case, spec: Spec) -> Gate:
     if case.gate == "consistent":
         return Consistent(spec, case.num_experts, annealed, weight=2.0, shift=1.0, warmup_steps=5)
     if case.gate == "conv":
-        return ConvSoftmax(spec, case.num_experts, channels=[3])
+        return Softmax(spec, case.num_experts, Conv([3]))
     kind = {"softmax": Softmax, "starved": Starved, "noisy": Noisy, "tied": Tied}[case.gate]
-    return kind(spec, case.num_experts, [6], "tanh")
+    return kind(spec, case.num_experts, MLP([6], "tanh"))
 
 
 def make_routing(case: Case) -> TopK | None:
@@ -186,7 +186,7 @@ def make_mixture(case: Case, mesh: Mesh, wire: Wire) -> Mixture:
     dispatch = Dispatch(mesh, wire, spec)
     if case.family == "two-stage":
         components = {e: seeded(Component, 16, number=e).to(dtype) for e in mesh.experts}
-        decoder = seeded(MLP, [WIDTH, 16], purpose=Purpose.GATE).to(dtype)
+        decoder = seeded(MLP([]).decoder, WIDTH, (16,), purpose=Purpose.GATE).to(dtype)
         return TwoStage(components, decoder, dispatch, spec)
     gate = seeded(make_gate, case, spec, purpose=Purpose.GATE).to(dtype)
     experts = {e: seeded(make_expert, case, spec, number=e).to(dtype) for e in mesh.experts}

@@ -15,6 +15,7 @@ from mixdist.cli.main import main
 from mixdist.data import Digits
 from mixdist.experts import Classifier, ExpertBank
 from mixdist.mixtures.objectives import MixtureLikelihood
+from mixdist.nets import MLP
 from mixdist.terms import Batch, Field, Spec
 
 SPEC: Spec = {
@@ -22,7 +23,7 @@ SPEC: Spec = {
     "y": Field((), torch.uint8, num_classes=4),
     "pair": Field((2,), torch.uint8, num_classes=4),
 }
-OPTIONS: list[dict[str, Any]] = [{}, {"hidden": [5, 4], "activation": "tanh"}]
+OPTIONS: list[dict[str, Any]] = [{}, {"network": MLP([5, 4], "tanh")}]
 options = pytest.mark.parametrize("given", OPTIONS)
 
 
@@ -111,7 +112,7 @@ def test_a_run_ends_with_the_likelihood_of_its_weighted_mean(tmp_path: Path, cap
         ({"target": "pair"}, "Classifier needs the label 'pair'"),
         ({"target": "z"}, "Classifier needs the label 'z'"),
         ({"input": "y"}, "Classifier needs real numbers, but the field 'y' holds 4 classes"),
-        ({"hidden": [0]}, r"layer widths \[6, 0, 4\] must all be at least 1"),
+        ({"network": MLP([0])}, r"layer widths \[6, 0, 4\] must all be at least 1"),
     ],
 )
 def test_what_is_refused(given: dict[str, Any], said: str) -> None:

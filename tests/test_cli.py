@@ -60,6 +60,7 @@ def refused_config(config: Any, *words: str) -> str:
     return refused("train", "--config", write_config(Path("c.yaml"), config), *words)
 
 
+HIDDEN = "gate__init_args__network__init_args__hidden"
 BALANCE = "train__objective__init_args__balance__"
 STEP_LR = "torch.optim.lr_scheduler.StepLR"
 
@@ -74,20 +75,20 @@ STEP_LR = "torch.optim.lr_scheduler.StepLR"
         ({"checkpoint__evry": 3}, ["unknown config key checkpoint.evry:", "did you mean every?"]),
         ({"gate__initargs": {}}, ["unknown config key gate.initargs:", "did you mean init_args?"]),
         (
-            {"gate__init_args__hiden": [3]},
-            ["unknown config key gate.init_args.hiden:", "did you mean hidden?", "mixdist.gates.Softmax takes hidden"],
+            {"gate__init_args__network__init_args__hiden": [3]},
+            ["key gate.init_args.network.init_args.hiden:", "did you mean hidden?", "mixdist.nets.MLP takes hidden"],
         ),
         (
-            {"gate": {"class_path": "mixdist.gates.ConvSoftmax", "init_args": {"temprature": 2.0}}},
+            {"gate": {"class_path": "mixdist.gates.Softmax", "init_args": {"temprature": 2.0}}},
             [
                 "unknown config key gate.init_args.temprature:",
                 "did you mean temperature?",
-                "ConvSoftmax takes channels",
+                "Softmax takes network",
             ],
         ),
         (
             {"expert__init_args__zzz": 3},
-            ["unknown config key expert.init_args.zzz: remove it", "mixdist.experts.VAE takes latent, hidden"],
+            ["unknown config key expert.init_args.zzz: remove it", "mixdist.experts.VAE takes latent, network"],
         ),
         (
             {BALANCE + "init_args__wieght": 1.0},
@@ -119,12 +120,12 @@ def test_an_unknown_key_is_refused_at_any_depth(changes: dict[str, Any], told: l
         ({"dtype": "float16"}, ["dtype (float16) must be float32 or float64: write dtype: float"]),
         ({"train__epochs": "many"}, ["train.epochs (many) must be a whole number: write epochs: 10"]),
         ({"train__trains": "expert"}, ["train.trains (expert) must be both, gate or experts: write trains: experts"]),
-        ({"train": 3}, ["line 15: train is a section: write its keys, such as train.epochs, below it"]),
+        ({"train": 3}, ["line 21: train is a section: write its keys, such as train.epochs, below it"]),
         ({"mesh__ep_size": "two"}, ["mesh.ep_size (two) must be a whole number or null"]),
-        ({"gate__init_args__hidden": 128}, ["gate.init_args.hidden (128) must be a list: write hidden: [128, 64]"]),
-        ({"gate__init_args__hidden": [8, "x"]}, ["gate.init_args.hidden (x in [8, 'x']) must be a whole number"]),
+        ({HIDDEN: 128}, ["network.init_args.hidden (128) must be a list: write hidden: [128, 64]"]),
+        ({HIDDEN: [8, "x"]}, ["network.init_args.hidden (x) must be a whole number"]),
         (
-            {"gate__init_args__activation": "gelo"},
+            {"gate__init_args__network__init_args__activation": "gelo"},
             ["activation (gelo) must be relu, sigmoid", "write activation: gelu"],
         ),
         ({"expert__init_args__scale": "learnt"}, ["scale (learnt) must be a number or learned: write scale: learned"]),
@@ -138,7 +139,7 @@ def test_an_unknown_key_is_refused_at_any_depth(changes: dict[str, Any], told: l
         ({"data": [1]}, ["data ([1]) must have class_path", "choose mixdist.data.Bananas, mixdist.data.Blobs"]),
         ({"pretrain": {"epochs": 2}}, ["pretrain ({'epochs': 2}) must be a list: write pretrain: [{epochs: 1}]"]),
         ({"expert__init_args__beta": None}, ["expert.init_args.beta (null) must have a value: leave it out"]),
-        ({"gate__init_args__hidden": None}, ["gate.init_args.hidden (null) must have a value"]),
+        ({HIDDEN: None}, ["gate.init_args.network.init_args.hidden (null) must have a value"]),
         ({"pretrain": [{"epochs": "two"}]}, ["pretrain.epochs (two) must be a whole number"]),
     ],
 )
@@ -172,7 +173,7 @@ OWN = "a file of your own must lie in the working directory"
         ({"data": {"class_path": "mixdist.experts.VAE"}}, ["data (mixdist.experts.VAE) must be a subclass of Source"]),
         ({"gate": {"class_path": "os.getcwd"}}, ["gate (os.getcwd) must be a class: choose mixdist.gates"]),
         ({"gate": {"class_path": "mixdist.gates.Gate"}}, ["gate (mixdist.gates.Gate) is the base class"]),
-        ({"gate": {"init_args": {"hidden": [3]}}}, ["gate has init_args (hidden) but no class_path: choose"]),
+        ({"gate": {"init_args": {"field": "x"}}}, ["gate has init_args (field) but no class_path: choose"]),
         ({"gate": REMOVED}, ["a config needs a gate (soft mixture) or a competition", "set gate, such as"]),
         ({"num_experts": REMOVED}, ["the config lacks num_experts: add it"]),
         (
@@ -281,7 +282,7 @@ def test_a_file_that_is_no_config_is_refused(text: bytes, told: str) -> None:
         (["train", "--gate.help", "Nope"], "--gate.help Nope names no class that can be found: choose mixdist.gates."),
         (["train", "--config", "c.yaml", "--train.epoch", "3"], "option --train.epoch: did you mean --train.epochs?"),
         (["train", "--config", "c.yaml", "--num_exp", "3"], "option --num_exp: did you mean --num_experts?"),
-        (["train", "--config", "c.yaml", "--gate.init_args.hiden", "3"], "gate.init_args.hiden: did you mean hidden?"),
+        (["train", "--config", "c.yaml", "--gate.init_args.feild", "3"], "gate.init_args.feild: did you mean field?"),
         (["train", "--config", "c.yaml", "--train.epochs=x"], "train.epochs (x) must be a whole number"),
         (["train", "--config", "c.yaml", "--train", "3"], "train"),
         (["train", "--resume", "runs/none"], "--resume runs/none is no run (config.yaml is missing): name a directory"),
@@ -473,6 +474,7 @@ OWN_PARTS = '''
 """A gate and an expert as a user would write them."""
 import torch
 from mixdist.experts import VAE
+from mixdist.nets import MLP
 from mixdist.gates import Gate
 from mixdist.terms import Gating
 
@@ -496,7 +498,7 @@ class Narrow(VAE):
     """A VAE of one latent dimension."""
 
     def __init__(self, spec, width: int = 8) -> None:
-        super().__init__(spec, latent=1, hidden=[width])
+        super().__init__(spec, latent=1, network=MLP([width]))
 '''
 
 

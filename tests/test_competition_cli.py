@@ -18,14 +18,14 @@ import torch
 import mixdist
 from mixdist.competition.table import Assignment
 from mixdist.data import Blobs
-from tests.launch import REMOVED, ROOT, here, together, write_config
+from tests.launch import REMOVED, ROOT, here, mlp, together, write_config
 from tests.test_cli import OWN_DATA, complaint, refused
 from tests.test_competition_resume import config_of
 
 DISCRIMINATORS: dict[str, Any] = {
     "class_path": "mixdist.competition.Discriminators",
     "init_args": {
-        "network": {"class_path": "mixdist.competition.MLPDiscriminator", "init_args": {"hidden": [8]}},
+        "network": mlp(8),
         "batch_size": 40,
     },
 }
@@ -36,7 +36,7 @@ HARD: dict[str, Any] = {
     },
     "expert": {
         "class_path": "mixdist.experts.VAE",
-        "init_args": {"hidden": [6], "latent": 2, "likelihood": "gaussian", "mean": "identity"},
+        "init_args": {"network": mlp(6), "latent": 2, "likelihood": "gaussian", "mean": "identity"},
     },
     "num_experts": 3,
     "competition": {"rounds": 2, "score": DISCRIMINATORS},
@@ -161,11 +161,11 @@ PARABOLAS = {"data": {"class_path": "mixdist.data.Parabolas"}}
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({f"{NETWORK}__class_path": "mixdist.competition.ConvDiscriminator", f"{NETWORK}__init_args": {}}, "images"),
+        ({f"{NETWORK}__class_path": "mixdist.nets.Conv", f"{NETWORK}__init_args": {}}, "images"),
         ({f"{NETWORK}__init_args__hidden": [0]}, "[2, 0, 1]"),
         (
-            {**PARABOLAS, f"{NETWORK}__init_args__field": "y"},
-            "competition.score.init_args.network (MLPDiscriminator) reads y, but the samples of VAE are of x",
+            {**PARABOLAS, "competition__score__init_args__reads": "y"},
+            "Discriminators' reads (y) must be the field that VAE samples: set it to x",
         ),
         (
             {"competition__score__init_args__optimizer": {"class_path": "torch.optim.LBFGS"}},
@@ -290,7 +290,8 @@ SICK = '''
 import os
 import torch
 from mixdist.experts import VAE
-from mixdist.competition import MLPDiscriminator
+from mixdist.nets import MLP
+from mixdist.nets.mlp import FeedForward
 
 
 class Sick(VAE):
@@ -302,15 +303,20 @@ class Sick(VAE):
                     parameter.fill_(float("nan"))
 
 
-class Judge(MLPDiscriminator):
+class Judge(FeedForward):
     """Fails when it has seen its first batch, on one rank."""
 
     def forward(self, x):
         logit = super().forward(x)
         return logit * float("nan") if self.training and os.environ.get("RANK", "1") == "1" else logit
+
+
+class Judges(MLP):
+    def encoder(self, shape, num_outputs):
+        return Judge([*shape, *self.hidden, num_outputs])
 '''
 ILL = {"expert__class_path": "sick.Sick", "pretrain": [{"epochs": 1}], "train__batch_size": 5}
-JUDGE = {"class_path": "sick.Judge", "init_args": {"hidden": [4]}}
+JUDGE = {"class_path": "sick.Judges", "init_args": {"hidden": [4]}}
 
 
 def test_an_expert_that_is_not_finite_is_named(folder: Path) -> None:

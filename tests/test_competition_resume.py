@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixdist.competition.competition import TABLE
 from mixdist.report.metrics import read_metrics
-from tests.launch import here, start, together, write_config
+from tests.launch import here, mlp, start, together, write_config
 
 # Two epochs of pretraining, the first scoring, then rounds of two epochs and a scoring.
 LAST = 2 + 1 + 3 * 3
@@ -45,7 +45,7 @@ CONFIG: dict[str, Any] = {
     },
     "expert": {
         "class_path": "stalling.Stalling",
-        "init_args": {"hidden": [6], "latent": 2, "likelihood": "gaussian", "mean": "identity", "kl_warmup": 9},
+        "init_args": {"network": mlp(6), "latent": 2, "likelihood": "gaussian", "mean": "identity", "kl_warmup": 9},
     },
     "num_experts": 4,
     "dtype": "float64",
@@ -58,7 +58,7 @@ CONFIG: dict[str, Any] = {
             "class_path": "mixdist.competition.Discriminators",
             "init_args": {
                 "batch_size": 40,
-                "network": {"class_path": "mixdist.competition.MLPDiscriminator", "init_args": {"hidden": [8]}},
+                "network": mlp(8),
             },
         },
     },

@@ -15,14 +15,14 @@ from mixdist.config.build import Session, build, build_mesh
 from mixdist.config.parsing import read_config
 from mixdist.evaluation.density import apportioned, samples_of
 from mixdist.noise import Moment
-from tests.launch import SMALL, here, together, write_config
+from tests.launch import SMALL, here, mlp, together, write_config
 
 OPTIMIZER = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.005}}
 HARD: dict[str, Any] = {
     "data": {"class_path": "mixdist.data.Bananas", "init_args": {"modes": 3, "rows": 900, "test_rows": 300}},
     "expert": {
         "class_path": "mixdist.experts.VAE",
-        "init_args": {"hidden": [32], "latent": 2, "likelihood": "gaussian", "mean": "identity"},
+        "init_args": {"network": mlp(32), "latent": 2, "likelihood": "gaussian", "mean": "identity"},
     },
     "num_experts": 3,
     "competition": {"rounds": 2, "score": {"class_path": "mixdist.competition.Elbo"}},

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from mixdist.competition.discriminators import ConvDiscriminator, Discriminator, MLPDiscriminator, discriminator_loss
+from mixdist.competition.discriminators import Discriminator, discriminator_loss
+from mixdist.nets import MLP, Conv
 from mixdist.terms import Field, Spec
 
 SPEC: Spec = {
@@ -21,11 +22,11 @@ SPEC: Spec = {
     "label": Field((), torch.int64, num_classes=4),
 }
 KINDS: list[Callable[..., Discriminator]] = [
-    MLPDiscriminator,
-    partial(MLPDiscriminator, hidden=(), field="image"),
-    partial(MLPDiscriminator, hidden=(7, 5), activation="tanh", field="image"),
-    partial(ConvDiscriminator, field="image"),
-    partial(ConvDiscriminator, channels=(8, 16), norm="group", activation="silu", field="image"),
+    Discriminator,
+    partial(Discriminator, network=MLP([]), field="image"),
+    partial(Discriminator, network=MLP([7, 5], "tanh"), field="image"),
+    partial(Discriminator, network=Conv(), field="image"),
+    partial(Discriminator, network=Conv([8, 16], norm="group", activation="silu"), field="image"),
 ]
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -104,7 +105,7 @@ def test_a_trained_one_is_near_the_log_ratio_of_two_gaussians() -> None:
     def sample(of: MultivariateNormal, num_rows: int) -> Tensor:
         return of.mean + torch.randn(num_rows, 2, generator=generator, dtype=torch.float64) @ of.scale_tril.T
 
-    discriminator = _make(partial(MLPDiscriminator, hidden=(32,), activation="silu"))
+    discriminator = _make(partial(Discriminator, network=MLP([32], "silu")))
     steps = torch.optim.Adam(discriminator.parameters(), lr=0.01)
     for step in range(600):
         steps.param_groups[0]["lr"] = 0.01 * (1 - step / 600)
@@ -119,21 +120,13 @@ def test_a_trained_one_is_near_the_log_ratio_of_two_gaussians() -> None:
     assert error.mean().abs() < 0.1
 
 
-def test_the_base_class_has_no_forward() -> None:
-    with pytest.raises(NotImplementedError, match=r"^Discriminator has no forward$"):
-        Discriminator()(torch.zeros(1, 2))
-
-
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (partial(MLPDiscriminator, field="z"), r"MLPDiscriminator needs the field 'z', but the data has \["),
-        (partial(MLPDiscriminator, field="label"), "MLPDiscriminator needs real numbers, but the field 'label' holds"),
-        (partial(MLPDiscriminator, hidden=(5, 0)), r"layer widths \[2, 5, 0, 1\] must all be at least 1"),
-        (ConvDiscriminator, r"ConvDiscriminator needs images \(channels, height, width\), but the field 'x'"),
-        (partial(ConvDiscriminator, field="z"), "ConvDiscriminator needs the field 'z'"),
-        (partial(ConvDiscriminator, field="image", channels=(4,) * 5), r"channels .* give at most 3"),
-        (partial(ConvDiscriminator, field="image", channels=()), r"channels \[\] must be at least one number from 1"),
+        (partial(Discriminator, field="z"), r"Discriminator needs the field 'z', but the data has \["),
+        (partial(Discriminator, field="label"), "Discriminator needs real numbers, but the field 'label' holds"),
+        (partial(Discriminator, network=MLP([5, 0])), r"layer widths \[2, 5, 0, 1\] must all be at least 1"),
+        (partial(Discriminator, network=Conv()), r"network Conv needs images \(channels, height, width\), but rows"),
     ],
 )
 def test_what_is_refused(make: Callable[[Spec], Discriminator], said: str) -> None:

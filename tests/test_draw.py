@@ -11,8 +11,9 @@ import torch
 from scipy.stats import chisquare, kstest, laplace, norm
 from torch import Tensor
 
-from mixdist.experts import VAE, ConvVAE, Expert, Regressor
+from mixdist.experts import VAE, Expert, Regressor
 from mixdist.experts.likelihood import Likelihood
+from mixdist.nets import Conv
 from mixdist.noise import Draw, Purpose
 from mixdist.stats import laplace_quantile, logistic_log_prob, logistic_quantile, normal_quantile
 from mixdist.terms import Field, Spec
@@ -28,8 +29,8 @@ EXPERTS: list[Any] = [
     partial(VAE, likelihood="gaussian", mean="sigmoid", scale=0.3, field="image"),
     partial(VAE, likelihood="laplace", mean="identity", field="image"),
     partial(VAE, likelihood="logistic", field="grey"),
-    partial(ConvVAE, channels=[4], likelihood="logistic", scale=0.05, field="image"),
-    partial(ConvVAE, channels=[4], likelihood="bernoulli", field="grey"),
+    partial(VAE, network=Conv([4]), likelihood="logistic", scale=0.05, field="image"),
+    partial(VAE, network=Conv([4]), likelihood="bernoulli", field="grey"),
 ]
 NUM_DRAWS = 20_000
 OUTPUTS = (-1.3, 0.0, 0.4)
@@ -126,7 +127,7 @@ def test_an_autoencoder_draws_from_its_likelihood_at_eps(make: Any) -> None:
         x = expert.draw(eps, u)
         assert x.shape == (6, *shape)
         assert expert.can("draw")
-        assert torch.equal(x.flatten(1), expert.likelihood.draw(expert.outputs(eps), u.flatten(1)))
+        assert torch.equal(x.flatten(1), expert.likelihood.draw(expert.decoder(eps), u.flatten(1)))
         torch.testing.assert_close(expert.draw(eps[[4, 1]], u[[4, 1]]), x[[4, 1]], rtol=1e-12, atol=1e-12)
         assert expert.draw(eps[:0], u[:0]).shape == (0, *shape)
         assert expert.float().draw(eps.float(), u.float()).dtype == torch.float32

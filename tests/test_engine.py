@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mixdist.engines import Native, NotFinite
 from mixdist.experts import VAE, Expert, ExpertBank
+from mixdist.nets import MLP
 from mixdist.noise import Moment
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement
@@ -167,7 +168,7 @@ def stacked_or_loop(execution: Any, steps: int, first: dict[str, dict[str, Tenso
     experts: dict[int, Expert] = {}
     for e in range(3):
         torch.manual_seed(e)
-        experts[e] = VAE(spec, 2, [5]).double()
+        experts[e] = VAE(spec, 2, MLP([5])).double()
     bank = ExpertBank(experts, execution)
     made = Parts({}, dict(bank.owned()), bank.stack)
     engine = engine_of(made, lambda p: torch.optim.Adam(p, 0.1, amsgrad=True), clip_norm=1.0)

@@ -22,6 +22,7 @@ from mixdist.experts import importance as subject
 from mixdist.experts.importance import SAMPLES_AT_ONCE, Evidence, importance
 from mixdist.gates import Uniform
 from mixdist.mixtures import Soft
+from mixdist.nets import MLP
 from mixdist.noise import Draw, Moment, Purpose, weights_seed
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Batch, ExpertTerms, Field, Spec
@@ -36,7 +37,7 @@ SCALE = 0.5
 def linear_gaussian() -> VAE:
     """A VAE whose evidence is known: x = z W + b + s eps; its encoder is any affine map."""
     torch.manual_seed(SEED)
-    return VAE(SPEC, latent=2, hidden=[], likelihood="gaussian", scale=SCALE, mean="identity").double()
+    return VAE(SPEC, latent=2, network=MLP([]), likelihood="gaussian", scale=SCALE, mean="identity").double()
 
 
 def near_posterior(vae: VAE, widened: float = 0.0) -> VAE:

@@ -15,7 +15,8 @@ from torch.distributions import Bernoulli, Distribution, Laplace, MultivariateNo
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from mixdist.experts import VAE, Compute, Expert, ExpertBank, Noise, Regressor, time_executions
-from mixdist.nets.mlp import MLP, Affine
+from mixdist.nets import MLP
+from mixdist.nets.mlp import Affine, FeedForward
 from mixdist.terms import Batch, ExpertTerms, Field, Spec
 
 SPEC: Spec = {
@@ -27,18 +28,18 @@ SPEC: Spec = {
 }
 VAES: list[dict[str, Any]] = [
     {"likelihood": "bernoulli"},
-    {"likelihood": "bernoulli", "hidden": [5, 4], "activation": "sigmoid", "field": "image"},
+    {"likelihood": "bernoulli", "network": MLP([5, 4], "sigmoid"), "field": "image"},
     {"likelihood": "gaussian", "mean": "sigmoid", "scale": 0.7},
-    {"likelihood": "gaussian", "mean": "identity", "scale": "learned", "hidden": []},
+    {"likelihood": "gaussian", "mean": "identity", "scale": "learned", "network": MLP([])},
     {"likelihood": "gaussian", "mean": "sigmoid", "scale": "learned", "field": "image"},
     {"likelihood": "laplace", "mean": "identity", "scale": 0.7, "field": "image"},
     {"likelihood": "laplace", "mean": "sigmoid", "scale": "learned", "beta": 0.5, "free_bits": 0.3, "kl_warmup": 8},
 ]
 REGRESSORS: list[dict[str, Any]] = [
     {},
-    {"hidden": [5], "activation": "tanh", "input": "image", "target": "number"},
+    {"network": MLP([5], "tanh"), "input": "image", "target": "number"},
     {"likelihood": "gaussian", "target": "y"},
-    {"likelihood": "gaussian", "scale": 0.7, "hidden": [5, 4]},
+    {"likelihood": "gaussian", "scale": 0.7, "network": MLP([5, 4])},
     {"likelihood": "laplace", "target": "image"},
 ]
 variants = pytest.mark.parametrize(("kind", "options"), [(VAE, o) for o in VAES] + [(Regressor, o) for o in REGRESSORS])
@@ -60,18 +61,22 @@ def _rows(num_rows: int = 7) -> Batch:
 
 def _make(kind: type[Expert], options: dict[str, Any], seed: int = 0) -> Any:
     """Make an expert with every parameter, biases and scales too, away from its start."""
-    expert = kind(SPEC, **({"latent": 3, "hidden": [5]} | options if kind is VAE else options)).double()
+    expert = kind(SPEC, **({"latent": 3, "network": MLP([5])} | options if kind is VAE else options)).double()
     for number, parameter in enumerate(expert.parameters()):
         parameter.data = 0.5 * _random(*parameter.shape, seed=100 * seed + number)
     expert.anneal(4)
     return expert
 
 
-def _net(net: MLP, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+def _net(net: FeedForward, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     *inner, last = (layer for layer in net.layers if isinstance(layer, Affine))
     for layer in inner:
         x = activation(x @ layer.weight + layer.bias)
     return x @ last.weight + last.bias
+
+
+def _activation(options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    return getattr(torch, options["network"].activation if "network" in options else "relu")
 
 
 def _density(expert: Any, options: dict[str, Any], output: Tensor) -> Distribution:
@@ -85,7 +90,7 @@ def _density(expert: Any, options: dict[str, Any], output: Tensor) -> Distributi
 
 def _judge(expert: VAE, options: dict[str, Any], rows: Batch, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Give log p(x|z), the KL of each latent dimension and the mean of p(x|z), by torch.distributions."""
-    activation = getattr(torch, options.get("activation", "relu"))
+    activation = _activation(options)
     x = rows[options.get("field", "x")].flatten(1)
     mean, log_var = _net(expert.encoder, x, activation).tensor_split(2, dim=1)
     qz_x = Normal(mean, log_var.exp().sqrt())
@@ -109,7 +114,7 @@ def test_reconstruct_and_sample_give_means(options: dict[str, Any]) -> None:
     expert, rows, shape = _make(VAE, options), _rows(), SPEC[options.get("field", "x")].shape
     _close(expert.reconstruct(rows), _judge(expert, options, rows, torch.zeros(7, 3).double())[2].reshape(7, *shape))
     z = _random(7, 3)
-    activation = getattr(torch, options.get("activation", "relu"))
+    activation = _activation(options)
     _close(expert.sample(z), _density(expert, options, _net(expert.decoder, z, activation)).mean.reshape(7, *shape))
     inward, outward = ([p.numel() for p in n.parameters() if p.dim() == 1] for n in (expert.encoder, expert.decoder))
     assert outward[:-1] == inward[-2::-1]  # the decoder mirrors the encoder
@@ -126,7 +131,7 @@ def test_the_elbo_ignores_the_weights_of_training(weights: dict[str, float]) -> 
 
 def test_linear_gaussian_vae_against_its_exact_evidence() -> None:
     # Gauss-Hermite quadrature is the mean over infinitely many draws of eps.
-    expert = _make(VAE, {"likelihood": "gaussian", "mean": "identity", "hidden": [], "latent": 2})
+    expert = _make(VAE, {"likelihood": "gaussian", "mean": "identity", "network": MLP([]), "latent": 2})
     rows, (nodes, weights) = _rows(5), np.polynomial.hermite_e.hermegauss(100)
     grid = torch.from_numpy(np.stack(np.meshgrid(nodes, nodes), -1).reshape(-1, 2))
     share = torch.from_numpy(np.outer(weights, weights).ravel() / (2 * math.pi))
@@ -184,7 +189,7 @@ def test_no_rows(kind: type[Expert], options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", REGRESSORS)
 def test_regressor_against_torch_distributions(options: dict[str, Any]) -> None:
     expert, rows, target = _make(Regressor, options), _rows(), options.get("target", "y")
-    activation = getattr(torch, options.get("activation", "relu"))
+    activation = _activation(options)
     output, y = _net(expert.net, rows[options.get("input", "x")].flatten(1), activation), rows[target].reshape(7, -1)
     terms = expert(rows, None)
     if options.get("likelihood", "squared") == "squared":
@@ -207,14 +212,14 @@ def test_regressor_against_torch_distributions(options: dict[str, Any]) -> None:
         (partial(VAE, kl_warmup=-1), r"VAE's kl_warmup \(-1\) must be a number from 0"),
         (partial(VAE, free_bits=-0.5), r"VAE's free_bits \(-0.5\) must be a number from 0"),
         (partial(VAE, beta=math.nan), r"VAE's beta \(nan\)"),
-        (partial(VAE, hidden=[0]), r"layer widths \[6, 0, 20\] must all be at least 1"),
-        (partial(VAE, latent=0), r"layer widths \[6, 128, 0\] must all be at least 1"),
+        (partial(VAE, network=MLP([0])), r"layer widths \[6, 0, 20\] must all be at least 1"),
+        (partial(VAE, latent=0), r"VAE's latent \(0\) must be at least 1"),
         (partial(VAE, likelihood="gaussian", scale=0.0), r"scale \(0.0\) must be a positive number or 'learned'"),
         (partial(VAE, likelihood="laplace", scale=math.nan), r"scale \(nan\) must be a positive number or 'learned'"),
         (partial(Regressor, input="z"), "Regressor needs the field 'z'"),
         (partial(Regressor, target="label"), "Regressor needs real numbers, but the field 'label' holds 4 classes"),
         (partial(Regressor, likelihood="gaussian", scale=-1.0), r"scale \(-1.0\) must be a positive number"),
-        (partial(Regressor, hidden=[3, 0]), r"layer widths \[6, 3, 0, 3\] must all be at least 1"),
+        (partial(Regressor, network=MLP([3, 0])), r"layer widths \[6, 3, 0, 3\] must all be at least 1"),
     ],
 )
 def test_what_is_refused(make: Callable[[Spec], Expert], said: str) -> None:

@@ -97,10 +97,11 @@ class Faces(Source):
 def test_a_run_on_colour_images_with_attributes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "my_faces.py").write_text(FACES)
     monkeypatch.syspath_prepend(folder)
-    expert = {"latent": 4, "channels": [4, 4, 4, 4, 4], "likelihood": "logistic"}
+    network = {"class_path": "mixdist.nets.Conv", "init_args": {"channels": [4, 4, 4, 4, 4]}}
+    expert = {"latent": 4, "network": network, "likelihood": "logistic"}
     data, gate = {"class_path": "my_faces.Faces"}, {"class_path": "my_faces.ByColour"}
     config = changed(data=data, num_experts=2, gate=gate, train__batch_size=10)
-    config["expert"] = {"class_path": "mixdist.experts.ConvVAE", "init_args": expert}
+    config["expert"] = {"class_path": "mixdist.experts.VAE", "init_args": expert}
     ended = here("train", "--config", write_config(folder / "c.yaml", config), "--out", "run")
     assert (ended.code, ended.err) == (0, ""), ended
     header, _, *lines = ended.out.splitlines()

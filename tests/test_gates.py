@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mixdist.gates import Consistent, Gate, LabelOracle, Softmax, Uniform
+from mixdist.nets import MLP
 from mixdist.nets.mlp import Affine
 from mixdist.stats import entropy
 from mixdist.terms import Batch, Field, Spec
@@ -37,7 +38,7 @@ def _gate(kind: str, num_experts: int = 4) -> Gate:
             case "oracle":
                 gate = LabelOracle(SPEC, num_experts)
             case "mlp":
-                gate = Softmax(SPEC, num_experts, hidden=[5], activation="tanh", temperature=0.5)
+                gate = Softmax(SPEC, num_experts, network=MLP([5], "tanh"), temperature=0.5)
             case "image":
                 gate = Softmax(SPEC, num_experts, field="image")
             case _:
@@ -117,7 +118,7 @@ def test_entropy_rises_with_temperature() -> None:
 def _annealed(dtype: torch.dtype = torch.float64) -> Softmax:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = Softmax(SPEC, 4, [5], "tanh", 3.0, "x", 0.3, noise=0.7, final_noise=0.1, anneal_steps=40)
+        made = Softmax(SPEC, 4, MLP([5], "tanh"), 3.0, "x", 0.3, noise=0.7, final_noise=0.1, anneal_steps=40)
     return made.to(dtype)
 
 
@@ -249,11 +250,11 @@ def test_softmax_refuses_nonsense(given: dict[str, Any], said: str) -> None:
 
 def test_softmax_refuses_an_empty_layer() -> None:
     with pytest.raises(ValueError, match=r"^layer widths \[6, 0, 4\] must all be at least 1"):
-        Softmax(SPEC, 4, hidden=[0])
+        Softmax(SPEC, 4, MLP([0]))
 
 
 def _on_pictures(spec: Spec, num_experts: int, noise: float = 0.0) -> Gate:
-    return Softmax(spec, num_experts, [5], "tanh", field="picture", noise=noise)
+    return Softmax(spec, num_experts, MLP([5], "tanh"), field="picture", noise=noise)
 
 
 def _consistent(noise: float = 0.0, **limits: float) -> Consistent:

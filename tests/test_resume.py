@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mixdist.report.metrics import read_metrics
-from tests.launch import changed, here, start, together, write_config
+from tests.launch import changed, here, mlp, start, together, write_config
 
 NUM_STEPS, SAVED, LOGGED = 39, 10, 12  # of a run: one epoch; when it was killed: the newest checkpoint, the last step
 TIMES = ("rows_per_s", "waiting_s", "transfer_s", "peak_memory_bytes")
@@ -39,7 +39,7 @@ class Stalling(VAE):
 def config_of(folder: Path, **changes: Any) -> str:
     """Write the config, float64, and the expert it names."""
     (folder / "stalling.py").write_text(OWN)
-    expert = {"class_path": "stalling.Stalling", "init_args": {"hidden": [8], "latent": 2}}
+    expert = {"class_path": "stalling.Stalling", "init_args": {"network": mlp(8), "latent": 2}}
     config = changed(
         **{"dtype": "float64", "expert": expert, "train__batch_size": 37, "checkpoint": {"every": 5}, **changes}
     )

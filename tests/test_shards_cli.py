@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from mixdist.report.metrics import read_metrics
-from tests.launch import Started, descendants, here, together, write_config
+from tests.launch import Started, descendants, here, mlp, together, write_config
 from tests.range_server import RangeServer
 from tests.tars import COUNTS, make_index, make_shards, sample_of, write_shard
 from tests.test_cli import refused
@@ -52,8 +52,12 @@ class Rows(Source):
 
 BASE: dict[str, Any] = {
     "expert": {
-        "class_path": "mixdist.experts.ConvVAE",
-        "init_args": {"channels": [4, 4], "latent": 2, "likelihood": "gaussian"},
+        "class_path": "mixdist.experts.VAE",
+        "init_args": {
+            "network": {"class_path": "mixdist.nets.Conv", "init_args": {"channels": [4, 4]}},
+            "latent": 2,
+            "likelihood": "gaussian",
+        },
     },
     "num_experts": 3,
     "dtype": "float64",
@@ -79,7 +83,7 @@ HARD = {
             "class_path": "mixdist.competition.Discriminators",
             "init_args": {
                 "batch_size": 10,
-                "network": {"class_path": "mixdist.competition.MLPDiscriminator", "init_args": {"hidden": [4]}},
+                "network": mlp(4),
             },
         },
     },

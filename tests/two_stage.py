@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mixdist.data import RankBatch
 from mixdist.mixtures.objectives import Objective
-from mixdist.nets.mlp import MLP
+from mixdist.nets.mlp import FeedForward
 from mixdist.noise import Moment, Purpose
 from mixdist.parallel.dispatch import Dispatch
 from mixdist.terms import Outcome, Parts, Spec
@@ -27,8 +27,8 @@ class Component(nn.Module):
 
     def __init__(self, num_values: int) -> None:
         super().__init__()
-        self.score = MLP([num_values, 5, 1], "tanh")
-        self.feature = MLP([num_values + 2, WIDTH], "tanh")
+        self.score = FeedForward([num_values, 5, 1], "tanh")
+        self.feature = FeedForward([num_values + 2, WIDTH], "tanh")
 
     def features(self, x: Tensor, eps: Tensor) -> Tensor:
         return torch.tanh(self.feature(torch.cat([x, eps], dim=1)))

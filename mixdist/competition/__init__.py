@@ -1,13 +1,12 @@
 """Hard assignment: experts compete for the samples of a data set in rounds (seed document 004)."""
 
 from mixdist.competition.competition import Competition
-from mixdist.competition.discriminators import ConvDiscriminator, Discriminator, MLPDiscriminator
+from mixdist.competition.discriminators import Discriminator
 from mixdist.competition.mixture import HardMixture
 from mixdist.competition.scores import Discriminators, Elbo, Fixed, LabelOracle, Likelihood, Random, Score
 
 __all__ = [
     "Competition",
-    "ConvDiscriminator",
     "Discriminator",
     "Discriminators",
     "Elbo",
@@ -15,7 +14,6 @@ __all__ = [
     "HardMixture",
     "LabelOracle",
     "Likelihood",
-    "MLPDiscriminator",
     "Random",
     "Score",
 ]

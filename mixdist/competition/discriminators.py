@@ -1,102 +1,56 @@
 """Discriminators: each tells the data from one expert's samples, and so how much of the data that expert explains.
 
-Shape letters: R rows, S rows of samples, C channels, H height, W width.
+Shape letters: R rows, S rows of samples.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixdist.experts.expert import real_field
-from mixdist.nets.conv import ConvEncoder, NormName, image_shape
-from mixdist.nets.mlp import MLP, ActivationName, flat
+from mixdist.nets.mlp import MLP, flat
+from mixdist.nets.network import Network
 from mixdist.terms import Spec
 
 
 class Discriminator(nn.Module):
-    """Base of all discriminators: subclass it, set ``fields``, and return one logit a row.
+    """A network with one output, the logit of "x is data".
 
-    Like an expert it is pure: it draws nothing and never communicates, and a row's logit depends on no other row. The
-    first argument of ``__init__`` is the data set's :data:`mixdist.terms.Spec`; all others come from ``init_args`` in a
-    config.
+    Like an expert it is pure: it draws nothing and never communicates, and a row's logit depends on no other row. Your
+    own is a :class:`mixdist.nets.Network` whose ``encoder`` gives one number a row.
 
-    Attributes:
-        fields: the one field of a row that it reads, which is the one that its expert samples.
+    Args:
+        spec: the data set's fields.
+        network: rows to logits; unset, an MLP with two hidden layers of 500, those of seed document 004, section 8.1.
+            ``Conv([64, 128, 256])`` has the filters of its section 8.2.
+        field: which field it reads; the one that its expert samples.
+
+    Raises:
+        ValueError: a field that is missing, holds classes or does not suit the network.
+
+    Example::
+
+        >>> import torch
+        >>> from mixdist.nets import Conv
+        >>> from mixdist.terms import Field
+        >>> discriminator = Discriminator({"x": Field((1, 28, 28), torch.uint8, 1 / 255)}, Conv([16, 32]))
+        >>> discriminator(torch.zeros(5, 1, 28, 28)).shape
+        torch.Size([5])
     """
 
-    fields: tuple[str, ...] = ("x",)
+    def __init__(self, spec: Spec, network: Network | None = None, field: str = "x") -> None:
+        super().__init__()
+        network = MLP([500, 500]) if network is None else network
+        self.fields, self.shape = (field,), real_field(spec, field, "Discriminator").shape
+        self.net = network.encoder(self.shape, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logit l(x) = log D(x) - log(1 - D(x)) of "x is data" for rows (R, *shape of x): (R,).
 
         At the optimum of :func:`discriminator_loss` it is log dP_data(x) - log dP_samples(x), nats.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no forward")
-
-
-class MLPDiscriminator(Discriminator):
-    """An MLP on flat rows; two hidden layers of 500 are those of seed document 004, section 8.1.
-
-    Args:
-        spec: the data set's fields.
-        hidden: widths of the hidden layers; none for a linear map.
-        activation: of the hidden layers.
-        field: which field it reads.
-
-    Raises:
-        ValueError: a field that is missing or holds classes; a width below 1.
-    """
-
-    def __init__(
-        self,
-        spec: Spec,
-        hidden: Sequence[int] = (500, 500),
-        activation: ActivationName = "relu",
-        field: str = "x",
-    ) -> None:
-        super().__init__()
-        described = real_field(spec, field, "MLPDiscriminator")
-        self.fields, self.shape = (field,), described.shape
-        self.net = MLP([described.num_values, *hidden, 1], activation)
-
-    def forward(self, x: Tensor) -> Tensor:
         return self.net(flat(x, self.shape)).squeeze(-1)
-
-
-class ConvDiscriminator(Discriminator):
-    """Convolutions, each of which halves both sides, and a linear layer; 64, 128 and 256 filters are those of seed
-    document 004, section 8.2.
-
-    Args:
-        spec: the data set's fields.
-        channels: of each level, from the image inwards.
-        norm: none or group (GroupNorm; rows stay independent).
-        activation: of the levels.
-        field: which field it reads.
-
-    Raises:
-        ValueError: a field that is missing, holds classes or no images (channels, height, width); images too small
-            for so many levels; a width below 1.
-    """
-
-    def __init__(
-        self,
-        spec: Spec,
-        channels: Sequence[int] = (64, 128, 256),
-        norm: NormName = "none",
-        activation: ActivationName = "relu",
-        field: str = "x",
-    ) -> None:
-        super().__init__()
-        image = image_shape(real_field(spec, field, "ConvDiscriminator").shape, "ConvDiscriminator", field)
-        self.fields = (field,)
-        self.net = ConvEncoder(image, channels, 1, norm=norm, activation=activation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x).squeeze(-1)
 
 
 def discriminator_loss(logits_data_R: Tensor, logits_samples_S: Tensor) -> tuple[Tensor, Tensor]:

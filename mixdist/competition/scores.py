@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mixdist.competition.discriminators import Discriminator, MLPDiscriminator
+from mixdist.competition.discriminators import Discriminator
 from mixdist.experts import Expert
 from mixdist.experts.importance import importance
+from mixdist.nets import Network
 from mixdist.noise import Moment, Purpose
 from mixdist.terms import Batch, Spec
 
@@ -65,13 +66,14 @@ class Discriminators(Score):
     data, a batch of it against as many samples of their expert.
 
     Args:
-        network: class of mixdist.competition, or your own Discriminator; unset, an MLP of two layers of 500.
+        network: of each discriminator; unset, an MLP with two hidden layers of 500.
         epochs: passes over the data a round.
         batches: batches a round, in place of epochs: seed document 004 trains one on MNIST.
         fresh: new weights each round (its synthetic setting), or the ones of the round before, trained on (MNIST).
         batch_size: rows of data in a batch.
         optimizer: any torch optimiser that works element by element; unset, Adam at 1e-3.
         observe: draw samples from p(x|z) with its noise, as the density has it; otherwise they are its means.
+        reads: the field that they read, which is the one that the experts sample.
 
     Raises:
         ValueError: a number below 1.
@@ -81,20 +83,25 @@ class Discriminators(Score):
 
     def __init__(
         self,
-        network: Callable[[Spec], Discriminator] | None = None,
+        network: Network | None = None,
         epochs: int = 2,
         batches: int | None = None,
         fresh: bool = True,
         batch_size: int = 100,
         optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
         observe: bool = True,
+        reads: str = "x",
     ) -> None:
         for name, value in (("epochs", epochs), ("batches", batches), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"Discriminators' {name} ({value}) must be at least 1: give 1 or more")
-        self.network, self.epochs, self.batches, self.fresh = network or MLPDiscriminator, epochs, batches, fresh
-        self.batch_size, self.observe = batch_size, observe
+        self.network, self.epochs, self.batches, self.fresh = network, epochs, batches, fresh
+        self.batch_size, self.observe, self.reads = batch_size, observe, reads
         self.optimizer = optimizer or torch.optim.Adam
+
+    def discriminator(self, spec: Spec) -> Discriminator:
+        """Return a new discriminator of one expert, its weights drawn from torch's generator."""
+        return Discriminator(spec, self.network, self.reads)
 
     def check(self, spec: Spec, num_experts: int, template: Expert) -> None:
         wanted = "draw" if self.observe else "sample"
@@ -102,6 +109,12 @@ class Discriminators(Score):
             raise ValueError(
                 f"Discriminators need experts that {wanted}, and {type(template).__name__} does not: take another "
                 f"expert, set observe to {str(not self.observe).lower()}, or take the score Elbo"
+            )
+        drawn = getattr(template, "field", "x")
+        if self.reads != drawn:
+            raise ValueError(
+                f"Discriminators' reads ({self.reads}) must be the field that {type(template).__name__} samples: set "
+                f"it to {drawn}"
             )
 
     def column(

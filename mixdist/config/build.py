@@ -75,7 +75,7 @@ def build_judges(config: Config, spec: Spec, ids: Iterable[int], round: int = 0)
     if not isinstance(score, Discriminators):
         return {}
     seeds = {e: weights_seed(config.seed, Purpose.DISCRIMINATOR, e, round) for e in ids}
-    return {e: _seeded(lambda: score.network(spec), seed).to(dtype) for e, seed in seeds.items()}
+    return {e: _seeded(lambda: score.discriminator(spec), seed).to(dtype) for e, seed in seeds.items()}
 
 
 def first_table(config: Config, train: Samples) -> Assignment | None:
@@ -219,17 +219,11 @@ def check_score(config: Config, score: Score, spec: Spec, template: Expert) -> N
     """Check a score against data and experts, and make a discriminator: better now than after pretraining.
 
     Raises:
-        ValueError: it cannot score them; a discriminator cannot be made, or reads another field than experts draw.
+        ValueError: it cannot score them; a discriminator cannot be made.
     """
     score.check(spec, config.num_experts, template)
     check_fields("competition.score", score, spec)
-    for judge in build_judges(config, spec, [0]).values():
-        drawn = getattr(template, "field", "x")
-        if judge.fields != (drawn,):
-            raise ValueError(
-                f"competition.score.init_args.network ({type(judge).__name__}) reads {', '.join(judge.fields)}, but "
-                f"the samples of {type(template).__name__} are of {drawn}: let both have one field"
-            )
+    build_judges(config, spec, [0])
 
 
 def check_fields(key: str, module: Gate | Expert | Score, spec: Spec) -> None:

@@ -231,7 +231,7 @@ KINDS = {
     "expert": _Kind("mixdist.experts", "Expert", "VAE"),
     "objective": _Kind("mixdist.mixtures", "Objective", "WeightedLoss"),
     "score": _Kind("mixdist.competition", "Score", "Discriminators"),
-    "network": _Kind("mixdist.competition", "Discriminator", "MLPDiscriminator"),
+    "network": _Kind("mixdist.nets", "Network", "MLP"),
     "balance": _Kind("mixdist.mixtures", "Balance", "VarianceBalance"),
     "optimizer": _Kind("torch.optim", "Optimizer", "Adam"),
     "schedule": _Kind("torch.optim.lr_scheduler", "LRScheduler", "StepLR"),

@@ -3,7 +3,6 @@
 from mixdist.experts.bank import Compute, Execution, ExpertBank, Noise
 from mixdist.experts.centroid import Centroid
 from mixdist.experts.classifier import Classifier
-from mixdist.experts.conv_vae import ConvVAE
 from mixdist.experts.expert import Expert
 from mixdist.experts.regressor import Regressor
 from mixdist.experts.timing import time_executions
@@ -14,7 +13,6 @@ __all__ = [
     "Centroid",
     "Classifier",
     "Compute",
-    "ConvVAE",
     "Execution",
     "Expert",
     "ExpertBank",

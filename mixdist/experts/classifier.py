@@ -5,18 +5,17 @@ Shape letters: R rows, E experts (leading, only in a stack), C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from mixdist.experts.expert import Expert, real_field
-from mixdist.nets.mlp import MLP, ActivationName, flat
+from mixdist.nets.mlp import MLP, flat
+from mixdist.nets.network import Network
 from mixdist.terms import Batch, ExpertTerms, Spec
 
 
 class Classifier(Expert):
-    """p(y|x) = softmax(f(x))_y with f an affine map (``hidden=[]``) or an MLP.
+    """p(y|x) = softmax(f(x))_y with f a network.
 
     loss = -log p(y|x), nats: the categorical cross entropy. With :class:`mixdist.mixtures.MixtureLikelihood` the
     mixture minimises -log sum_k q(k|x) p(y|x, k); the weighted mean of ``predict`` is p(y|x) = sum_k q(k|x) p(y|x, k)
@@ -24,31 +23,35 @@ class Classifier(Expert):
 
     Args:
         spec: the data set's fields.
-        hidden: widths of the hidden layers; none for an affine map.
-        activation: of the hidden layers.
+        network: f; unset, an affine map.
         input: the field x, real numbers.
         target: the field y, a label.
 
     Raises:
-        ValueError: a field that is missing; an input that holds classes; a target that is no label; a width below 1.
-    """
+        ValueError: a field that is missing; an input that holds classes; a target that is no label.
 
-    stackable = True
+    Example::
+
+        >>> from mixdist.terms import Field
+        >>> spec = {"x": Field((6,), torch.float32), "y": Field((), torch.uint8, num_classes=3)}
+        >>> Classifier(spec, network=MLP([16])).predict({"x": torch.zeros(5, 6)}).sum(1)
+        tensor([1., 1., 1., 1., 1.], grad_fn=<SumBackward1>)
+    """
 
     def __init__(
         self,
         spec: Spec,
-        hidden: Sequence[int] = (),
-        activation: ActivationName = "relu",
+        network: Network | None = None,
         input: str = "x",
         target: str = "y",
     ) -> None:
         super().__init__()
         x = real_field(spec, input, "Classifier")
         self.input, self.target, self.fields = input, target, (input, target)
-        self.input_shape = x.shape
         self.num_classes = _label_classes(spec, target)
-        self.net = MLP([x.num_values, *hidden, self.num_classes], activation)
+        network = MLP([]) if network is None else network
+        self.input_shape, self.stackable = x.shape, network.stackable
+        self.net = network.encoder(x.shape, self.num_classes)
 
     def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
         log_p = self.log_probs(rows)

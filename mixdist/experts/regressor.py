@@ -5,43 +5,47 @@ Shape letters: R rows, E experts (leading, only in a stack), D features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
 
 from mixdist.experts.expert import Expert, real_field
 from mixdist.experts.likelihood import Likelihood
-from mixdist.nets.mlp import MLP, ActivationName, flat
+from mixdist.nets.mlp import MLP, flat
+from mixdist.nets.network import Network
 from mixdist.terms import Batch, ExpertTerms, Spec
 
 
 class Regressor(Expert):
-    """y from x by an affine map (``hidden=[]``) or an MLP.
+    """y from x by a network.
 
     loss = sum_d (y_d - yhat_d)^2 for ``likelihood="squared"`` (seed document 000), else -log p(y|x) in nats, which
     the mixture likelihood needs to be a likelihood (seed document 001, section 4).
 
     Args:
         spec: the data set's fields.
-        hidden: widths of the hidden layers; none for an affine map.
-        activation: of the hidden layers.
+        network: x to the mean of y; unset, an affine map.
         likelihood: squared, gaussian or laplace.
         scale: standard deviation (gaussian) or Laplace scale, or "learned"; without effect on squared.
         input: the field x.
         target: the field y.
 
     Raises:
-        ValueError: a field that is missing or holds classes; a width below 1.
-    """
+        ValueError: a field that is missing or holds classes; a scale that is not positive.
 
-    stackable = True
+    Example::
+
+        >>> import torch
+        >>> from mixdist.terms import Field
+        >>> expert = Regressor({"x": Field((6,), torch.float32), "y": Field((2,), torch.float32)}, network=MLP([16]))
+        >>> expert.predict({"x": torch.zeros(5, 6)}).shape
+        torch.Size([5, 2])
+    """
 
     def __init__(
         self,
         spec: Spec,
-        hidden: Sequence[int] = (),
-        activation: ActivationName = "relu",
+        network: Network | None = None,
         likelihood: Literal["squared", "gaussian", "laplace"] = "squared",
         scale: float | Literal["learned"] = "learned",
         input: str = "x",
@@ -50,8 +54,9 @@ class Regressor(Expert):
         super().__init__()
         x, y = real_field(spec, input, "Regressor"), real_field(spec, target, "Regressor")
         self.input, self.target, self.fields, self.shape = input, target, (input, target), y.shape
-        self.input_shape = x.shape
-        self.net = MLP([x.num_values, *hidden, y.num_values], activation)
+        network = MLP([]) if network is None else network
+        self.input_shape, self.stackable = x.shape, network.stackable
+        self.net = network.encoder(x.shape, y.num_values)
         self.likelihood = None if likelihood == "squared" else Likelihood(likelihood, scale, "identity")
 
     def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:

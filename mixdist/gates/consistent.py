@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixdist.gates.gate import Gate
+from mixdist.stats import ramp
 from mixdist.terms import Batch, Gating, Spec
 
 NUM_VIEW = 6
@@ -83,7 +84,7 @@ class Consistent(Gate):
         self.noise_shape = (NUM_VIEW + math.prod(self.gate.noise_shape or (0,)),)
 
     def anneal(self, step: int) -> None:
-        self.weight_now.fill_(self.weight * (min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0))
+        self.weight_now.fill_(self.weight * ramp(step, self.warmup_steps))
         self.gate.anneal(step)
 
     def forward(self, rows: Batch, eps: Tensor | None) -> Gating:

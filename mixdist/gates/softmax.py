@@ -1,4 +1,4 @@
-"""The gate of seed document 000: a softmax over a linear map or an MLP.
+"""The gate of seed document 000: a softmax over the outputs of a network.
 
 Shape letters: B rows on this rank, E experts.
 """
@@ -6,13 +6,14 @@ Shape letters: B rows on this rank, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixdist.gates.gate import Gate
-from mixdist.nets.mlp import MLP, ActivationName, flat
+from mixdist.nets.mlp import MLP, Affine, flat
+from mixdist.nets.network import Network
+from mixdist.stats import ramp
 from mixdist.terms import Batch, Gating, Spec
 
 
@@ -27,8 +28,7 @@ class Softmax(Gate):
     Args:
         spec: the data set's fields.
         num_experts: the number of experts.
-        hidden: widths of the hidden layers of f; none for a linear map.
-        activation: of the hidden layers.
+        network: f; unset, a linear map.
         temperature: above 1 softer, below 1 harder.
         field: which field it reads.
         final_temperature: the temperature after ``anneal_steps``; unset, ``temperature`` stays.
@@ -38,14 +38,21 @@ class Softmax(Gate):
 
     Raises:
         ValueError: a missing field, a temperature that is not positive, negative noise, or final values without steps.
+
+    Example::
+
+        >>> from mixdist.nets import Conv
+        >>> from mixdist.terms import Field
+        >>> gate = Softmax({"x": Field((1, 28, 28), torch.uint8, 1 / 255)}, num_experts=10, network=Conv([16, 32]))
+        >>> gate({"id": torch.arange(5), "x": torch.zeros(5, 1, 28, 28)}, None).log_resp_BE.shape
+        torch.Size([5, 10])
     """
 
     def __init__(
         self,
         spec: Spec,
         num_experts: int,
-        hidden: Sequence[int] = (),
-        activation: ActivationName = "relu",
+        network: Network | None = None,
         temperature: float = 1.0,
         field: str = "x",
         final_temperature: float | None = None,
@@ -70,17 +77,21 @@ class Softmax(Gate):
         self.noise: Tensor
         self.register_buffer("temperature", torch.tensor(temperature, dtype=torch.float64), persistent=False)
         self.register_buffer("noise", torch.tensor(noise, dtype=torch.float64), persistent=False)
-        self.net: nn.Module = MLP([spec[field].num_values, *hidden, num_experts], activation)
+        network = MLP([]) if network is None else network
+        if not isinstance(network, MLP):
+            # Drawn and dropped: where this class begins with a linear map, the weights of a seed stay what they were.
+            Affine(spec[field].num_values, num_experts)
+        self.net = network.encoder(spec[field].shape, num_experts)
 
     def anneal(self, step: int) -> None:
         # Computed on the host and only then rounded: every rank and every resume sets the same number.
-        u = min(1.0, step / self.anneal_steps) if self.anneal_steps else 1.0
-        (hot, cold), (loud, noise_free_losses) = self.temperatures, self.noises
+        u = ramp(step, self.anneal_steps)
+        (hot, cold), (loud, quiet) = self.temperatures, self.noises
         self.temperature.fill_(hot ** (1 - u) * cold**u)
-        self.noise.fill_((1 - u) * loud + u * noise_free_losses)
+        self.noise.fill_((1 - u) * loud + u * quiet)
 
     def logits(self, rows: Batch) -> Tensor:
-        """Return f(x), (B, E): what a gate with another network overrides."""
+        """Return f(x), (B, E): what a gate with another f overrides."""
         return self.net(flat(rows[self.field]))
 
     def forward(self, rows: Batch, eps: Tensor | None) -> Gating:

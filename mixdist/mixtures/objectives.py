@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from mixdist.stats import entropy
+from mixdist.stats import entropy, ramp
 
 
 class Balance:
@@ -41,7 +41,7 @@ class _Weighted(Balance):
         self.weight, self.warmup_steps, self.weight_now = weight, warmup_steps, weight
 
     def anneal(self, step: int) -> None:
-        self.weight_now = self.weight * (min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0)
+        self.weight_now = self.weight * ramp(step, self.warmup_steps)
 
 
 def _check_steps(name: str, steps: int) -> None:
@@ -137,7 +137,7 @@ class Objective:
 
     def anneal(self, step: int) -> None:
         """Set the weights for training step ``step`` of the phase (from 0)."""
-        left = max(0.0, 1.0 - step / self.entropy_steps) if self.entropy_steps else 1.0
+        left = 1.0 - ramp(step, self.entropy_steps) if self.entropy_steps else 1.0
         self.entropy_weight = self.entropy_bonus * left
         if self.balance is not None:
             self.balance.anneal(step)

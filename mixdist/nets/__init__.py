@@ -1,16 +1,7 @@
-"""Bodies of networks, for one expert or a stack."""
+"""Networks: descriptions that experts, gates and discriminators make their modules from, for one expert or a stack."""
 
-from mixdist.nets.conv import ConvDecoder, ConvEncoder, NormName, image_shape
-from mixdist.nets.mlp import ACTIVATIONS, MLP, ActivationName, Affine, flat
+from mixdist.nets.conv import Conv, NormName
+from mixdist.nets.mlp import MLP, ActivationName, flat
+from mixdist.nets.network import Network
 
-__all__ = [
-    "ACTIVATIONS",
-    "MLP",
-    "ActivationName",
-    "Affine",
-    "ConvDecoder",
-    "ConvEncoder",
-    "NormName",
-    "flat",
-    "image_shape",
-]
+__all__ = ["MLP", "ActivationName", "Conv", "Network", "NormName", "flat"]

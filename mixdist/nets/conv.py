@@ -1,4 +1,4 @@
-"""Convolutional encoder and decoder for images of any size, one halving of the size a level.
+"""Convolutional networks for images of any size, one halving of the size a level.
 
 Shape letters: R rows, C channels, H height, W width, D = C H W. A row passes through on its own: there is no batch
 normalisation, so a row's result does not depend on the others, nor on the number of ranks.
@@ -13,10 +13,51 @@ from typing import Literal
 from torch import Tensor, nn
 
 from mixdist.nets.mlp import ACTIVATIONS, ActivationName, Affine
+from mixdist.nets.network import Network
 
 NormName = Literal["none", "group"]
 _KERNELS, _STRIDE = (3, 4, 5), 2
 _BRANCH_GAIN = 0.1
+
+
+class Conv(Network):
+    """Convolutions of stride 2, each of which halves both sides of an image; a decoder mirrors the encoder's sizes.
+
+    Args:
+        channels: of each level, from the image inwards.
+        residual: adds a residual block to each level.
+        norm: none or group (GroupNorm; rows stay independent).
+        activation: of the hidden layers.
+        kernel: side of the kernels of the levels, 3 to 5; residual blocks have 3.
+
+    Example::
+
+        >>> import torch
+        >>> Conv([16, 32], norm="group").encoder((3, 9, 6), 20)(torch.zeros(5, 162)).shape
+        torch.Size([5, 20])
+        >>> Conv([16, 32]).decoder(10, (3, 9, 6), num_maps=2)(torch.zeros(5, 10)).shape
+        torch.Size([5, 324])
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (32, 64, 128),
+        residual: bool = False,
+        norm: NormName = "none",
+        activation: ActivationName = "relu",
+        kernel: int = 3,
+    ) -> None:
+        self.channels, self.residual, self.norm = tuple(channels), residual, norm
+        self.activation, self.kernel = activation, kernel
+
+    def encoder(self, shape: tuple[int, ...], num_outputs: int) -> ConvEncoder:
+        image = _image_shape(shape)
+        return ConvEncoder(image, self.channels, num_outputs, self.residual, self.norm, self.activation, self.kernel)
+
+    def decoder(self, num_inputs: int, shape: tuple[int, ...], num_maps: int = 1) -> ConvDecoder:
+        channels, height, width = _image_shape(shape)
+        image = (num_maps * channels, height, width)
+        return ConvDecoder(num_inputs, image, self.channels, self.residual, self.norm, self.activation, self.kernel)
 
 
 class ConvEncoder(nn.Module):
@@ -67,7 +108,7 @@ class ConvEncoder(nn.Module):
         self.head = Affine(channels[-1] * math.prod(sizes[-1]), _positive("num_out", num_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (R, num_out) for images (R, C, H, W), or the same rows flat, (R, D)."""
+        """Return (R, num_out) for flat rows (R, D), or images (R, C, H, W)."""
         # flatten, not view: in memory of channels_last the rows are in another order.
         return self.head(self.levels(x.reshape(x.shape[0], *self.image)).flatten(1))
 
@@ -120,8 +161,8 @@ class ConvDecoder(nn.Module):
         self.levels = nn.Sequential(*levels)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return planes (R, channels_out, H, W) for vectors (R, num_in)."""
-        return self.levels(self.activation(self.stem(z)).reshape(z.shape[0], *self.start))
+        """Return flat rows (R, channels_out H W) for vectors (R, num_in)."""
+        return self.levels(self.activation(self.stem(z)).reshape(z.shape[0], *self.start)).flatten(1)
 
 
 class Residual(nn.Module):
@@ -144,16 +185,11 @@ class Residual(nn.Module):
         return x + self.branch(x)
 
 
-def image_shape(shape: tuple[int, ...], asked_by: str, field: str) -> tuple[int, int, int]:
-    """Return a field's shape as (C, H, W).
-
-    Raises:
-        ValueError: it is not an image's.
-    """
+def _image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(
-            f"{asked_by} needs images (channels, height, width), but the field {field!r} has rows of shape {shape}: "
-            "set field to one that holds images, or take the MLP"
+            f"network Conv needs images (channels, height, width), but rows have shape {shape}: "
+            "set field to one that holds images, or take mixdist.nets.MLP"
         )
     return shape[0], shape[1], shape[2]
 

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mixdist.nets.network import Network
+
 ActivationName = Literal["relu", "sigmoid", "tanh", "elu", "silu", "gelu", "softplus"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -49,18 +51,21 @@ class Affine(nn.Module):
         return torch.baddbmm(self.bias.unsqueeze(-2), x, self.weight)
 
 
-class MLP(nn.Module):
+class FeedForward(nn.Module):
     """Affine maps with an activation between them, none after the last.
 
     Args:
         widths: features of the input, of each hidden layer and of the output.
         activation: between the layers.
+
+    Raises:
+        ValueError: a width below 1.
     """
 
     def __init__(self, widths: Sequence[int], activation: ActivationName = "relu") -> None:
         super().__init__()
         if min(widths) < 1:
-            raise ValueError(f"layer widths {list(widths)} must all be at least 1: fix hidden or latent")
+            raise ValueError(f"layer widths {list(widths)} must all be at least 1: fix hidden")
         layers: list[nn.Module] = []
         for num_in, num_out in pairwise(widths):
             layers += [Affine(num_in, num_out), ACTIVATIONS[activation]()]
@@ -68,6 +73,33 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+class MLP(Network):
+    """Fully connected layers; a decoder has the encoder's hidden layers in reverse. Stacks of experts are one product.
+
+    Args:
+        hidden: widths of the hidden layers, from the row inwards; none for an affine map.
+        activation: of the hidden layers.
+
+    Example::
+
+        >>> MLP([128]).encoder((1, 28, 28), 20)(torch.zeros(5, 784)).shape
+        torch.Size([5, 20])
+        >>> MLP([128]).decoder(10, (1, 28, 28))(torch.zeros(5, 10)).shape
+        torch.Size([5, 784])
+    """
+
+    stackable = True
+
+    def __init__(self, hidden: Sequence[int] = (128,), activation: ActivationName = "relu") -> None:
+        self.hidden, self.activation = tuple(hidden), activation
+
+    def encoder(self, shape: tuple[int, ...], num_outputs: int) -> FeedForward:
+        return FeedForward([math.prod(shape), *self.hidden, num_outputs], self.activation)
+
+    def decoder(self, num_inputs: int, shape: tuple[int, ...], num_maps: int = 1) -> FeedForward:
+        return FeedForward([num_inputs, *reversed(self.hidden), num_maps * math.prod(shape)], self.activation)
 
 
 def flat(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
