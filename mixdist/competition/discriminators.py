@@ -29,9 +29,9 @@ class Discriminator(nn.Module):
     Raises:
         ValueError: a field that is missing, holds classes or does not suit the network.
 
-    Example::
-
+    Examples:
         >>> import torch
+        >>> from mixdist.competition import Discriminator
         >>> from mixdist.nets import Conv
         >>> from mixdist.terms import Field
         >>> discriminator = Discriminator({"x": Field((1, 28, 28), torch.uint8, 1 / 255)}, Conv([16, 32]))

@@ -30,8 +30,10 @@ class Classifier(Expert):
     Raises:
         ValueError: a field that is missing; an input that holds classes; a target that is no label.
 
-    Example::
-
+    Examples:
+        >>> import torch
+        >>> from mixdist.experts import Classifier
+        >>> from mixdist.nets import MLP
         >>> from mixdist.terms import Field
         >>> spec = {"x": Field((6,), torch.float32), "y": Field((), torch.uint8, num_classes=3)}
         >>> Classifier(spec, network=MLP([16])).predict({"x": torch.zeros(5, 6)}).sum(1)

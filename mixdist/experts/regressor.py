@@ -33,9 +33,10 @@ class Regressor(Expert):
     Raises:
         ValueError: a field that is missing or holds classes; a scale that is not positive.
 
-    Example::
-
+    Examples:
         >>> import torch
+        >>> from mixdist.experts import Regressor
+        >>> from mixdist.nets import MLP
         >>> from mixdist.terms import Field
         >>> expert = Regressor({"x": Field((6,), torch.float32), "y": Field((2,), torch.float32)}, network=MLP([16]))
         >>> expert.predict({"x": torch.zeros(5, 6)}).shape

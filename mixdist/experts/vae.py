@@ -48,8 +48,9 @@ class VAE(Expert):
         ValueError: a field that is missing, holds classes or does not suit the network; no latent dimension; a negative
             weight; a scale that is not positive; logistic on numbers that are not stored as levels on [0, 1].
 
-    Example::
-
+    Examples:
+        >>> import torch
+        >>> from mixdist.experts import VAE
         >>> from mixdist.nets import Conv
         >>> from mixdist.terms import Field
         >>> expert = VAE({"x": Field((1, 28, 28), torch.uint8, 1 / 255)}, latent=8, network=Conv([8, 16]))

@@ -39,8 +39,9 @@ class Softmax(Gate):
     Raises:
         ValueError: a missing field, a temperature that is not positive, negative noise, or final values without steps.
 
-    Example::
-
+    Examples:
+        >>> import torch
+        >>> from mixdist.gates import Softmax
         >>> from mixdist.nets import Conv
         >>> from mixdist.terms import Field
         >>> gate = Softmax({"x": Field((1, 28, 28), torch.uint8, 1 / 255)}, num_experts=10, network=Conv([16, 32]))

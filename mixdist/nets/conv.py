@@ -30,9 +30,9 @@ class Conv(Network):
         activation: of the hidden layers.
         kernel: side of the kernels of the levels, 3 to 5; residual blocks have 3.
 
-    Example::
-
+    Examples:
         >>> import torch
+        >>> from mixdist.nets import Conv
         >>> Conv([16, 32], norm="group").encoder((3, 9, 6), 20)(torch.zeros(5, 162)).shape
         torch.Size([5, 20])
         >>> Conv([16, 32]).decoder(10, (3, 9, 6), num_maps=2)(torch.zeros(5, 10)).shape

@@ -82,8 +82,9 @@ class MLP(Network):
         hidden: widths of the hidden layers, from the row inwards; none for an affine map.
         activation: of the hidden layers.
 
-    Example::
-
+    Examples:
+        >>> import torch
+        >>> from mixdist.nets import MLP
         >>> MLP([128]).encoder((1, 28, 28), 20)(torch.zeros(5, 784)).shape
         torch.Size([5, 20])
         >>> MLP([128]).decoder(10, (1, 28, 28))(torch.zeros(5, 10)).shape
