@@ -15,6 +15,7 @@ from mixdist.config.config import Config
 from mixdist.config.options import parse
 from mixdist.config.parsing import config_parser, make_config
 from mixdist.experts import Expert
+from mixdist.nets import MLP, Conv, Network
 from mixdist.terms import Spec
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -49,6 +50,10 @@ class Problem:
     def widths(self, number: int) -> list[int]:
         """The layers of VAE-N."""
         return [number, number] if self.base is None else [*self.base, number]
+
+    def network(self, number: int) -> Network:
+        """The network of VAE-N, as the config has it."""
+        return MLP(self.widths(number)) if self.base is None else Conv(self.widths(number), kernel=4)
 
     def columns(self) -> list[str]:
         """Names of the models."""
@@ -119,11 +124,11 @@ def sample_gradients(config: Config, num_rows: int, rounds: int | None = None) -
     return (pretrain + (rules.rounds if rounds is None else rounds) * config.train.epochs) * num_rows
 
 
-def num_parameters(config: Config, spec: Spec, **layers: Sequence[int]) -> int:
-    """Parameters of all experts together, with other ``layers`` than the config's where some are given."""
+def num_parameters(config: Config, spec: Spec, **other: Network) -> int:
+    """Parameters of all experts together, with another network than the config's where one is given."""
     make: Callable[..., Expert] = config.expert
     with torch.device("meta"):  # shapes without memory: the search for a width looks at very wide ones
-        expert = make(spec, **layers)
+        expert = make(spec, **other)
     return config.num_experts * sum(p.numel() for p in expert.parameters())
 
 
@@ -147,8 +152,7 @@ def matching(wanted: int, count: Callable[[int], int]) -> int:
 
 def matched(problem: Problem, mixture: Config, single: Config, spec: Spec) -> list[int]:
     """The layers of the one VAE with as many parameters as the mixture's VAEs together."""
-    argument = problem.key.rpartition(".")[2]
-    count = lambda width: num_parameters(single, spec, **{argument: problem.widths(width)})  # noqa: E731
+    count = lambda width: num_parameters(single, spec, network=problem.network(width))  # noqa: E731
     return problem.widths(matching(num_parameters(mixture, spec), count))
 
 
