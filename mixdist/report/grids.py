@@ -8,24 +8,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
-from mixdist.files import aside_of
-from mixdist.report.style import FAINT, INK, colour_of
+from mixdist.report.style import FAINT, INK, colour_of, new_sheet, save
 
-# Of an image grid, in pixels: what small images are enlarged to at most, and what is left white between things.
+# In pixels: what small images are enlarged to at most, and the white between images, rows, blocks and at the border.
 CELL, GAP, ROW_GAP, BLOCK_GAP, MARGIN, BAR = 64, 4, 10, 32, 28, 6
+# Room for the two lines of a title, and for a letter of a heading.
+MIN_HEIGHT, LETTER = 48, 13
 LINE_IMAGES = 16
-PANEL_IMAGES = 8
+DPI = 128  # a power of two: whole pixels stay whole in inches
+TITLE: dict[str, Any] = {"color": INK, "fontsize": 11, "fontweight": "bold"}
+
+Text = tuple[float, float, str, dict[str, Any]]
+"""x and y in pixels of the image, what is written there, and how."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What one expert shows: uint8 images (n, H, W) or (n, H, W, 3), n from 0 to 8 and different for each, if need be.
+    """What one expert shows: uint8 images (n, H, W) or (n, H, W, 3), any n.
 
     Args:
         expert: its global number, which gives its colour.
@@ -43,7 +47,7 @@ class Panel:
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Turn images (n, C, H, W) with values from 0 to 1 into uint8 (n, H, W) or, for C = 3, (n, H, W, 3).
+    """Return images (n, C, H, W) with values from 0 to 1 as uint8 (n, H, W) or, for C = 3, (n, H, W, 3).
 
     Raises:
         ValueError: for another shape, C other than 1 or 3, or a value that is not a number.
@@ -58,163 +62,102 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return pixels[:, 0] if pixels.shape[1] == 1 else pixels.transpose(0, 2, 3, 1)
 
 
-def experts_picture(
-    path: Path, panels: Sequence[Panel], names: Sequence[str] = ("originals", "reconstructions", "samples")
-) -> None:
+def experts_picture(path: Path, panels: Sequence[Panel]) -> None:
     """Write the main picture: a row for each expert, with a block of columns for each of its three kinds of images.
+
+    A block without any image is left out, with its heading.
 
     Args:
         path: of the PNG file.
-        panels: in the order of the rows.
-        names: headings of the three blocks; a block without any image is left out, with its heading.
-
-    Raises:
-        ValueError: for no panels, more than 8 images in a block, or arrays that are no uint8 images.
+        panels: one or more, in the order of the rows.
     """
-    blocks = [[panel.originals, panel.reconstructions, panel.samples] for panel in panels]
-    for panel, row in zip(panels, blocks, strict=True):
-        most = max(map(len, row))
-        if most > PANEL_IMAGES:
-            raise ValueError(
-                f"expert {panel.expert} has {most} images in a block: expected 0 to {PANEL_IMAGES}; cut them."
-            )
-    assert len(names) == 3, names
-    kept = [i for i in range(3) if any(len(row[i]) for row in blocks)]
-    _write_grid(
+    rows = [[panel.originals, panel.reconstructions, panel.samples] for panel in panels]
+    kept = [i for i in range(3) if any(len(row[i]) for row in rows)] or [0]
+    _write_rows(
         path,
-        [[row[i] for i in kept] for row in blocks],
+        [[row[i] for i in kept] for row in rows],
         [panel.title for panel in panels],
-        [names[i] for i in kept],
+        [("originals", "reconstructions", "samples")[i] for i in kept],
         [panel.expert for panel in panels],
     )
 
 
 def sample_picture(path: Path, images: Sequence[np.ndarray], titles: Sequence[str]) -> None:
-    """Write a grid of each expert's images, uint8 (n, H, W) or (n, H, W, 3) with any n, 16 to a line.
-
-    Raises:
-        ValueError: for no experts, titles of another number, or arrays that are no uint8 images.
-    """
-    if len(titles) != len(images):
-        raise ValueError(
-            f"titles ({len(titles)}) and images ({len(images)}) differ in number: give one for each expert."
-        )
-    _write_grid(path, [[block] for block in images], titles, [""], range(len(images)))
+    """Write a grid of each expert's images, uint8 (n, H, W) or (n, H, W, 3) with any n, 16 to a line."""
+    _write_rows(path, [[block] for block in images], titles, [""], range(len(images)))
 
 
 def mixture_picture(path: Path, images: np.ndarray) -> None:
-    """Write images that belong to no expert, as samples of a mixture, in a grid as square as their number allows.
-
-    Args:
-        path: of the PNG file.
-        images: uint8 (n, H, W) or (n, H, W, 3), n from 1; line by line in this order.
-
-    Raises:
-        ValueError: for no images, or arrays that are no uint8 images.
-    """
-    _check_images([[images]], ["the mixture"])
-    if not len(images):
-        raise ValueError("a picture of 0 images cannot be drawn: expected 1 or more; draw some samples.")
+    """Write images, uint8 (n, H, W) or (n, H, W, 3), of no expert, line by line in a grid as square as n allows."""
     columns = math.isqrt(len(images) - 1) + 1
-    zoom = _zoom(*images.shape[1:3])
-    height, width = images.shape[1] * zoom, images.shape[2] * zoom
-    lines = -(-len(images) // columns)
-    size = (columns * (width + GAP) - GAP + 2 * MARGIN, lines * (height + GAP) - GAP + 2 * MARGIN)
-    canvas = Image.new("RGB", size, "white")
-    _paste(canvas, images, MARGIN, MARGIN, (height, width), columns)
-    with aside_of(path) as aside:
-        canvas.save(aside, format="PNG")
+    enlarged = _enlarged(images, "the mixture")
+    tile = _tiled(enlarged, enlarged.shape[1:3], -(-len(images) // columns), columns)
+    _write(path, tile[:-ROW_GAP, BLOCK_GAP:])
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where the parts of an image grid stand, in pixels: cells are (height, width), the size is (width, height)."""
-
-    cell: tuple[int, int]
-    lefts: list[int]
-    tops: list[int]
-    heights: list[int]
-    size: tuple[int, int]
-
-
-def _write_grid(
+def _write_rows(
     path: Path,
     rows: Sequence[Sequence[np.ndarray]],
     titles: Sequence[str],
     headings: Sequence[str],
     experts: Sequence[int],
 ) -> None:
-    """Draw blocks of images, ``rows[row][block]``, with row titles at the left and headings above."""
-    _check_images(rows, titles)
-    bold, plain = _font(20, bold=True), _font(17)
-    labels = [(first.strip(), second.strip()) for first, _, second in (title.partition(":") for title in titles)]
-    text_width = max(max(bold.getlength(first), plain.getlength(second)) for first, second in labels)
-    at = _layout(rows, headings, MARGIN + BAR + 12 + round(text_width))
-    canvas = Image.new("RGB", at.size, "white")
-    draw = ImageDraw.Draw(canvas)
-    for left, heading in zip(at.lefts, headings, strict=True):
-        draw.text((left, MARGIN + 14), heading, fill=INK, font=bold, anchor="ls")
-    for row, (first, second), expert, top, height in zip(rows, labels, experts, at.tops, at.heights, strict=True):
-        draw.rectangle((MARGIN, top, MARGIN + BAR - 1, top + height - 1), fill=colour_of(expert))
-        middle = top + height // 2
-        draw.text((MARGIN + BAR + 12, middle - (12 if second else 0)), first, fill=INK, font=bold, anchor="lm")
-        draw.text((MARGIN + BAR + 12, middle + 13), second, fill=FAINT, font=plain, anchor="lm")
-        for left, block in zip(at.lefts, row, strict=True):
-            _paste(canvas, block, left, top, at.cell)
-    with aside_of(path) as aside:
-        canvas.save(aside, format="PNG")
-
-
-def _layout(rows: Sequence[Sequence[np.ndarray]], headings: Sequence[str], titles_end: int) -> _Layout:
-    shapes = [block.shape[1:3] for row in rows for block in row if len(block)]
-    cell_height = max((height * _zoom(height, width) for height, width in shapes), default=CELL)
-    cell_width = max((width * _zoom(height, width) for height, width in shapes), default=CELL)
-    columns = [min(LINE_IMAGES, max(len(row[i]) for row in rows)) for i in range(len(headings))]
-    lines = [max([1, *(-(-len(block) // LINE_IMAGES) for block in row)]) for row in rows]
-    font = _font(20, bold=True)
-    widths = [
-        max(count * (cell_width + GAP) - GAP, round(font.getlength(heading)))
-        for count, heading in zip(columns, headings, strict=True)
+    """Write blocks of images, ``rows[row][block]``, with titles and bars of colour at the left and headings above."""
+    rows = [[_enlarged(block, title) for block in row] for row, title in zip(rows, titles, strict=True)]
+    cell = np.max([(MIN_HEIGHT, 1), *(block.shape[1:3] for row in rows for block in row)], axis=0).tolist()
+    columns = [
+        max(min(LINE_IMAGES, max(map(len, blocks))), -(-LETTER * len(heading) // (cell[1] + GAP)))
+        for blocks, heading in zip(zip(*rows, strict=True), headings, strict=True)
     ]
-    heights = [max(count * (cell_height + GAP) - GAP, 48) for count in lines]
-    lefts = list(accumulate((width + BLOCK_GAP for width in widths), initial=titles_end + BLOCK_GAP))
-    first_top = MARGIN + (30 if any(headings) else 0)
-    tops = list(accumulate((height + ROW_GAP for height in heights), initial=first_top))
-    size = (lefts[-1] - BLOCK_GAP + MARGIN, tops[-1] - ROW_GAP + MARGIN)
-    return _Layout((cell_height, cell_width), lefts[:-1], tops[:-1], heights, size)
+    strips = []
+    for row, expert in zip(rows, experts, strict=True):
+        lines = -(-max([1, *map(len, row)]) // LINE_IMAGES)
+        tiles = [_tiled(block, cell, lines, count) for block, count in zip(row, columns, strict=True)]
+        strips.append(np.concatenate(tiles, axis=1))
+        strips[-1][:-ROW_GAP, :BAR] = list(bytes.fromhex(colour_of(expert).removeprefix("#")))
+    texts: list[Text] = []
+    left, top = BLOCK_GAP, 0
+    for heading, count in zip(headings, columns, strict=True):
+        texts.append((left, -12, heading, TITLE))
+        left += count * (cell[1] + GAP) - GAP + BLOCK_GAP
+    for strip, title in zip(strips, titles, strict=True):
+        first, second = (part.strip() for part in f"{title}:".split(":", 2)[:2])
+        middle = top + (len(strip) - ROW_GAP) / 2
+        texts.append((-14, middle - 1, first, TITLE | {"ha": "right", "va": "bottom" if second else "center_baseline"}))
+        texts.append((-14, middle + 3, second, {"ha": "right", "va": "top", "color": FAINT, "fontsize": 9.5}))
+        top += len(strip)
+    _write(path, np.concatenate(strips)[:-ROW_GAP], texts)
 
 
-def _paste(
-    canvas: Image.Image, block: np.ndarray, left: int, top: int, cell: tuple[int, int], columns: int = LINE_IMAGES
-) -> None:
-    """Paste the images of a block line by line, each enlarged by a whole number and in the middle of its cell."""
-    for number, image in enumerate(block):
-        line, column = divmod(number, columns)
-        zoom = _zoom(*image.shape[:2])
-        large = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
-        x = left + column * (cell[1] + GAP) + (cell[1] - large.shape[1]) // 2
-        y = top + line * (cell[0] + GAP) + (cell[0] - large.shape[0]) // 2
-        canvas.paste(Image.fromarray(large).convert("RGB"), (x, y))
+def _enlarged(images: np.ndarray, title: str) -> np.ndarray:
+    """Return images enlarged by a whole number to at most ``CELL``, in colour: (n, height, width, 3)."""
+    assert images.dtype == np.uint8, (title, images.dtype)
+    assert images.shape[3:] in ((), (3,)), (title, images.shape)
+    zoom = max(1, CELL // max(images.shape[1:3]))
+    large = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    return large if large.ndim == 4 else large[..., None].repeat(3, axis=3)
 
 
-def _zoom(height: int, width: int) -> int:
-    return max(1, CELL // max(height, width))
+def _tiled(images: np.ndarray, cell: Sequence[int], lines: int, columns: int) -> np.ndarray:
+    """Return images line by line, each in the middle of its cell (height, width), white at the left and below."""
+    step_y, step_x = cell[0] + GAP, cell[1] + GAP
+    canvas = np.full((lines * step_y - GAP + ROW_GAP, BLOCK_GAP + columns * step_x - GAP, 3), 255, dtype=np.uint8)
+    height, width = images.shape[1:3]
+    for number, image in enumerate(images):
+        y = number // columns * step_y + (cell[0] - height) // 2
+        x = BLOCK_GAP + number % columns * step_x + (cell[1] - width) // 2
+        canvas[y : y + height, x : x + width] = image
+    return canvas
 
 
-def _check_images(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> None:
-    if not rows:
-        raise ValueError("a picture of 0 experts cannot be drawn: expected 1 or more; pass a panel for each expert.")
-    for title, row in zip(titles, rows, strict=True):
-        for block in row:
-            if block.dtype != np.uint8 or not (block.ndim == 3 or (block.ndim == 4 and block.shape[3] == 3)):
-                raise ValueError(
-                    f"images of {title!r} are {block.dtype} {block.shape}: expected uint8 (n, height, width) or "
-                    "(n, height, width, 3); convert them with to_uint8."
-                )
+def _write(path: Path, canvas: np.ndarray, texts: Sequence[Text] = ()) -> None:
+    """Write an image pixel by pixel, texts in or beside it, and a margin around all."""
+    from matplotlib.transforms import Bbox
 
-
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    import matplotlib  # heavy, and needed where a picture is drawn alone
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+    figure, axes = new_sheet(canvas.shape[1] / DPI, canvas.shape[0] / DPI, DPI)
+    axes.imshow(canvas, interpolation="nearest", aspect="auto")
+    axes.set_axis_off()
+    drawn = [axes.text(x, y, text, **how).get_window_extent() for x, y, text, how in texts if text]
+    box = Bbox.union([figure.bbox, *drawn])
+    # A border between whole pixels: otherwise the image would be resampled.
+    save(figure, path, Bbox([(np.floor(box.min) - MARGIN) / DPI, (np.ceil(box.max) + MARGIN) / DPI]))

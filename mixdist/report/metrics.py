@@ -1,23 +1,26 @@
 """The record of a run: ``metrics.jsonl``, TensorBoard events, the progress bar, and plain tables for terminals.
 
-All of it belongs to rank 0; nothing here knows of other ranks.
+Only rank 0 uses it; nothing here knows of other ranks.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
+from mixdist.files import write_file
+
 FILE_NAME = "metrics.jsonl"
 EVENTS_NAME = "tensorboard"
+
+_NUMBER = re.compile(r"-?|[-+]?([\d,.]+(e[-+]?\d+)?|nan|inf)%?", re.IGNORECASE)
 
 Record = dict[str, Any]
 """What is logged of one step: "step" (int) and any of numbers, strings, None, and lists or dicts of these."""
@@ -82,9 +85,7 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -122,15 +123,7 @@ def _step(record: Record) -> int:
 
 def _cut(path: Path, last_step: int) -> None:
     """Drop the records after ``last_step`` and a torn last line; the old file stays until the new one is whole."""
-    if not path.exists():
-        return
-    kept = [line + b"\n" for line, record in _lines(path) if record["step"] <= last_step]
-    aside = path.with_name(path.name + ".new")
-    with aside.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    write_file(path, b"".join(line + b"\n" for line, record in _lines(path) if record["step"] <= last_step))
 
 
 def _scalars(value: object, tag: str = "") -> Iterator[tuple[str, float]]:
@@ -163,11 +156,8 @@ class Progress:
 
     def write(self, record: Record) -> None:
         """Move to the record's "step" and show its "loss" (nats a row) and "rows_per_s", where it has them."""
-        shown = {}
-        if record.get("loss") is not None:
-            shown["loss"] = f"{record['loss']:.4g}"
-        if record.get("rows_per_s") is not None:
-            shown["rows/s"] = f"{record['rows_per_s']:,.0f}"
+        formats = {"loss": ("loss", ".4g"), "rows_per_s": ("rows/s", ",.0f")}
+        shown = {name: f"{record[key]:{form}}" for key, (name, form) in formats.items() if record.get(key) is not None}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(record["step"] - self._bar.n)
 
@@ -183,9 +173,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -196,32 +184,12 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
     Args:
         headers: one for each column.
-        rows: their cells; floats as strings, formatted as they shall appear.
-
-    Raises:
-        ValueError: for a row with more or fewer cells than headers.
+        rows: their cells, one for each header; floats as strings, formatted as they shall appear.
     """
-    for number, row in enumerate(rows):
-        if len(row) != len(headers):
-            raise ValueError(
-                f"row {number} of a table has {len(row)} cells: expected {len(headers)}, one for each header; pad it."
-            )
-    columns = [[header, *(str(row[i]) for row in rows)] for i, header in enumerate(headers)]
-    widths = [max(map(len, column)) for column in columns]
-    right = [len(column) > 1 and all(map(_is_number, column[1:])) for column in columns]
-    aligned = [
-        [cell.rjust(width) if is_right else cell.ljust(width) for cell in column]
-        for column, width, is_right in zip(columns, widths, right, strict=True)
-    ]
-    lines = ["  ".join(cells).rstrip() for cells in zip(*aligned, strict=True)]
-    return "\n".join([*lines[:1], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
-def _is_number(cell: str) -> bool:
-    if cell in ("", "-"):
-        return True
-    try:
-        float(cell.replace(",", "").removesuffix("%"))
-    except ValueError:
-        return False
-    return True
+    columns = []
+    for header, *cells in zip(headers, *rows, strict=True):
+        texts = [str(cell) for cell in cells]
+        width = max(map(len, [header, *texts]))
+        side = ">" if texts and all(map(_NUMBER.fullmatch, texts)) else "<"
+        columns.append([f"{text:{side}{width}}" for text in (header, "-" * width, *texts)])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))

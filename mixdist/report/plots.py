@@ -6,14 +6,25 @@ Shape letters: N rows, E experts, C classes, A attributes, G grid points.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mixdist.report.axes import add_legend, new_figure, save, styled
-from mixdist.report.style import FAINT, INK, MARKERS, PALE, PALETTE, colour_of
+from mixdist.report.style import (
+    FAINT,
+    INK,
+    PALE,
+    add_legend,
+    colour_of,
+    draw_stack,
+    marker_of,
+    new_figure,
+    new_sheet,
+    save,
+    styled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,41 +39,25 @@ def contingency_picture(path: Path, counts_EC: np.ndarray, class_names: Sequence
         path: of the PNG file.
         counts_EC: rows of each expert (down) and label (across).
         class_names: of the labels.
-
-    Raises:
-        ValueError: where the names are not as many as the columns.
     """
-    if counts_EC.ndim != 2 or 0 in counts_EC.shape or counts_EC.shape[1] != len(class_names):
-        raise ValueError(
-            f"counts_EC {counts_EC.shape} and class_names ({len(class_names)}) do not fit: expected (experts, classes) "
-            "and a name for each class; pass both from one data set."
-        )
     num_experts, num_classes = counts_EC.shape
-    share_EC = counts_EC / np.maximum(counts_EC.sum(axis=1, keepdims=True), 1)
+    assert num_classes == len(class_names), (counts_EC.shape, class_names)
+    total_E = counts_EC.sum(axis=1)
+    share_EC = counts_EC / np.maximum(total_E[:, None], 1)
     inch = min(0.62, 36 / max(num_experts, num_classes))
-    figure = new_figure(num_classes * inch, num_experts * inch, constrained=False)
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    figure, axes = new_sheet(num_classes * inch, num_experts * inch)
     axes.imshow(share_EC, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     slanted = max(map(len, class_names)) > 5
     axes.set_xticks(range(num_classes), class_names, rotation=40 if slanted else 0, ha="left" if slanted else "center")
+    size = min(10.0, inch * 90 / max(5, *(len(f"{count:,.10g}") for count in counts_EC.flat)))
+    cells = [
+        (f"{count:,.10g}", "white" if share > 0.58 else INK if count else PALE)
+        for count, share in zip(counts_EC.flat, share_EC.flat, strict=True)
+    ]
     names = [f"expert {expert}" for expert in range(num_experts)]
-    axes.set_yticks(range(num_experts), names, va="center_baseline")
-    axes.xaxis.tick_top()
-    axes.tick_params(length=0, colors=INK, labelsize=min(10, inch * 22))
-    axes.spines[:].set_visible(False)
-    axes.hlines(np.arange(1, num_experts) - 0.5, -0.5, num_classes - 0.5, color="white", linewidth=inch * 4)
-    axes.vlines(np.arange(1, num_classes) - 0.5, -0.5, num_experts - 0.5, color="white", linewidth=inch * 4)
-    longest = max(len(f"{count:,.10g}") for count in counts_EC.flat)
-    size = min(10.0, inch * 90 / max(5, longest))
-    for (expert, label), count in np.ndenumerate(counts_EC):
-        colour = "white" if share_EC[expert, label] > 0.58 else INK if count else PALE
-        axes.text(label, expert, f"{count:,.10g}", ha="center", va="center_baseline", color=colour, fontsize=size)
-    for expert, total in enumerate(counts_EC.sum(axis=1)):
-        axes.text(num_classes - 0.35, expert, f"{total:,.10g}", va="center_baseline", color=FAINT, fontsize=size)
+    _write_cells(axes, cells, names, [f"{total:,.10g}" for total in total_E], size, inch)
     caption = "rows of each expert by label, and all of them; darker is a larger share of its rows"
-    axes.set_xlabel(
-        textwrap.fill(caption, max(24, round(num_classes * inch * 13))), color=FAINT, fontsize=9, labelpad=8
-    )
+    _write_caption(axes, num_classes * inch, caption)
     save(figure, path)
 
 
@@ -87,47 +82,55 @@ def attributes_picture(
         rows_E: rows of each expert.
         names: of the attributes.
         num_shown: the most attributes that are shown.
-
-    Raises:
-        ValueError: where experts or names are not as many as the rates.
     """
-    num_experts, num_attributes = len(rows_E), len(names)
-    if not num_experts or not num_attributes or rate_EA.shape != (num_experts, num_attributes):
-        raise ValueError(
-            f"rate_EA {rate_EA.shape} does not fit rows_E ({num_experts}) and names ({num_attributes}): expected "
-            "(experts, attributes), one or more of each; pass all of one evaluation."
-        )
+    num_experts = len(rows_E)
+    assert rate_EA.shape == (num_experts, len(names)), (rate_EA.shape, num_experts, len(names))
     more_EA = 100 * (rate_EA - rate_A)
     order_A = np.argsort(-(np.nan_to_num(more_EA) ** 2 * rows_E[:, None]).sum(0), kind="stable")[:num_shown]
+    more_AE = more_EA[:, order_A].T
     inch = min(0.62, 36 / num_experts)
-    figure = new_figure(num_experts * inch, len(order_A) * 0.3, constrained=False)
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    figure, axes = new_sheet(num_experts * inch, len(order_A) * 0.3)
     # From 10, so that noise stays pale, to 50, so that an expert with a handful of rows does not pale the others.
-    most = min(50.0, max(10.0, float(np.nanmax(np.abs(more_EA[:, order_A]), initial=0.0))))
-    axes.imshow(more_EA[:, order_A].T, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+    most = min(50.0, max(10.0, float(np.nanmax(np.abs(more_AE), initial=0.0))))
+    axes.imshow(more_AE, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
     axes.set_facecolor("#eceff1")  # of an expert without rows
-    _differences(axes, more_EA[:, order_A], most, inch)
-    axes.set_yticks(range(len(order_A)), [names[a] for a in order_A], va="center_baseline")
-    for place, a in enumerate(order_A):
-        axes.text(num_experts - 0.35, place, f"{rate_A[a]:.0%}", va="center_baseline", color=FAINT, fontsize=9)
+    cells = [
+        ("-", FAINT) if np.isnan(more) else (f"{round(more):+d}" if round(more) else "0", "white" if dark else INK)
+        for more, dark in zip(more_AE.flat, np.abs(more_AE.flat) > 0.65 * most, strict=True)
+    ]
+    at_right = [f"{rate:.0%}" for rate in rate_A[order_A]]
+    _write_cells(axes, cells, [names[a] for a in order_A], at_right, min(9.0, inch * 22), inch)
     axes.text(num_experts - 0.35, -0.66, "all rows", va="center_baseline", color=FAINT, fontsize=9)
     caption = "percentage points above (red) or below (blue) the rate of all rows, by expert with its rows"
-    axes.set_xlabel(textwrap.fill(caption, max(36, round(num_experts * inch * 13))), color=FAINT, fontsize=9)
+    _write_caption(axes, num_experts * inch, caption)
     _head_experts(axes, rows_E, inch)
     save(figure, path)
 
 
-def _differences(axes: Axes, more_EA: np.ndarray, most: float, inch: float) -> None:
-    """Write each difference into its cell, and part the cells by white lines."""
-    num_experts, num_attributes = more_EA.shape
-    for (expert, a), more in np.ndenumerate(more_EA):
-        colour = FAINT if np.isnan(more) else "white" if abs(more) > 0.65 * most else INK
-        shown = "-" if np.isnan(more) else f"{round(more):+d}" if round(more) else "0"
-        axes.text(expert, a, shown, ha="center", va="center_baseline", color=colour, fontsize=min(9, inch * 22))
-    axes.tick_params(length=0, colors=INK, labelsize=9)
-    axes.spines[:].set_visible(False)
-    axes.hlines(np.arange(1, num_attributes) - 0.5, -0.5, num_experts - 0.5, color="white", linewidth=1.0)
-    axes.vlines(np.arange(1, num_experts) - 0.5, -0.5, num_attributes - 0.5, color="white", linewidth=inch * 4)
+def _write_cells(
+    axes: Axes,
+    cells: Sequence[tuple[str, str]],
+    names: Sequence[str],
+    at_right: Sequence[str],
+    size: float,
+    inch: float,
+) -> None:
+    """Write a text with its colour into each cell of an image, name the lines, and part the cells by white lines."""
+    down, across = len(names), len(cells) // len(names)
+    for number, (text, colour) in enumerate(cells):
+        place = number % across, number // across
+        axes.text(*place, text, ha="center", va="center_baseline", color=colour, fontsize=size)
+    for line, text in enumerate(at_right):
+        axes.text(across - 0.35, line, text, va="center_baseline", color=FAINT, fontsize=size)
+    axes.set_yticks(range(down), names, va="center_baseline")
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, colors=INK, labelsize=min(10.0, inch * 22))
+    axes.hlines(np.arange(1, down) - 0.5, -0.5, across - 0.5, color="white", linewidth=inch * 3)
+    axes.vlines(np.arange(1, across) - 0.5, -0.5, down - 0.5, color="white", linewidth=inch * 4)
+
+
+def _write_caption(axes: Axes, width: float, caption: str) -> None:
+    axes.set_xlabel(textwrap.fill(caption, max(30, round(13 * width))), color=FAINT, fontsize=9, labelpad=8)
 
 
 def _head_experts(axes: Axes, rows_E: np.ndarray, inch: float) -> None:
@@ -157,14 +160,10 @@ def curves_picture(
         expert_N: the expert in charge of each row.
         grid_G: inputs at which the curves are known, ascending.
         curves_EG: each expert's prediction there.
-
-    Raises:
-        ValueError: for arrays whose lengths differ.
     """
-    _same_length({"x_N": x_N, "y_N": y_N, "expert_N": expert_N})
-    _same_length({"grid_G": grid_G, "the rows of curves_EG": curves_EG.T})
-    figure = new_figure(8.0, 4.8)
-    axes = styled(figure.add_subplot(), "x", "y")
+    assert x_N.shape == y_N.shape == expert_N.shape, (x_N.shape, y_N.shape, expert_N.shape)
+    figure, (axes,) = new_figure(8.0, 4.8)
+    styled(axes, "x", "y")
     _points(axes, np.stack([x_N, y_N], axis=1), expert_N)
     charge_EG = _in_charge(x_N, expert_N, grid_G, len(curves_EG))
     for expert, (curve_G, charge_G) in enumerate(zip(curves_EG, charge_EG, strict=True)):
@@ -200,16 +199,9 @@ def scatter_picture(
         x_N2: rows.
         expert_N: the expert in charge of each row.
         samples_by_expert: (n, 2) for each expert, any n; an empty list leaves the second half out.
-
-    Raises:
-        ValueError: for rows or samples that are not in the plane, or arrays whose lengths differ.
     """
-    _same_length({"x_N2": x_N2, "expert_N": expert_N})
-    for name, points in [("x_N2", x_N2), *((f"samples of expert {e}", s) for e, s in enumerate(samples_by_expert))]:
-        if points.ndim != 2 or points.shape[1] != 2:
-            raise ValueError(f"{name} {points.shape} cannot be drawn: expected shape (n, 2); choose two features.")
-    figure = new_figure(9.6 if samples_by_expert else 5.4, 4.8)
-    halves = figure.subplots(1, 2 if samples_by_expert else 1, sharex=True, sharey=True, squeeze=False)[0]
+    assert x_N2.shape == (len(expert_N), 2), (x_N2.shape, len(expert_N))
+    figure, halves = new_figure(9.6 if samples_by_expert else 5.4, 4.8, columns=2 if samples_by_expert else 1)
     _points(styled(halves[0], "", "", "rows by their expert"), x_N2, expert_N)
     if samples_by_expert:
         owner_M = np.repeat(np.arange(len(samples_by_expert)), [len(samples) for samples in samples_by_expert])
@@ -220,7 +212,9 @@ def scatter_picture(
         _points(halves[1], samples_M2[inside_M], owner_M[inside_M])
     for axes in halves:
         axes.set_aspect("equal")
-    _name_experts(halves[-1], range(max([len(samples_by_expert), *(expert_N + 1).tolist()])))
+    for e in range(max([len(samples_by_expert), *(expert_N + 1).tolist()])):
+        halves[-1].scatter([], [], s=9, c=colour_of(e), marker=marker_of(e), linewidths=0, label=f"expert {e}")
+    add_legend(halves[-1])
     save(figure, path)
 
 
@@ -249,32 +243,15 @@ def training_picture(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     loads = [(record["step"], record["load"]) for record in records if record.get("load")]
     if not losses:
         raise ValueError(f"records ({len(records)}) have no loss: expected one or more; train for a step first.")
-    figure = new_figure(8.0, 5.6 if loads else 3.2)
-    halves = figure.subplots(2 if loads else 1, 1, sharex=True, squeeze=False)[:, 0]
+    figure, halves = new_figure(8.0, 5.6 if loads else 3.2, rows=2 if loads else 1)
     axes = styled(halves[0], "" if loads else "step", "loss, nats a row")
     axes.plot(*zip(*losses, strict=True), color=INK, linewidth=1.4, marker="o" if len(losses) == 1 else "")
     if loads:
-        _draw_loads(styled(halves[1], "step", "share of the load"), loads)
+        axes = styled(halves[1], "step", "share of the load")
+        draw_stack(axes, [step for step, _ in loads], [np.divide(load, sum(load) or 1).tolist() for _, load in loads])
+        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axes.set_ylim(0, 1)
     save(figure, path)
-
-
-def _draw_loads(axes: Axes, loads: Sequence[tuple[int, Sequence[float]]]) -> None:
-    num_experts = max(len(load) for _, load in loads)
-    load_TE = np.array([[*load, *[0.0] * (num_experts - len(load))] for _, load in loads])
-    share_TE = load_TE / np.maximum(load_TE.sum(axis=1, keepdims=True), 1e-300)
-    axes.stackplot(
-        [step for step, _ in loads],
-        share_TE.T,
-        colors=[colour_of(expert) for expert in range(num_experts)],
-        labels=[f"expert {expert}" for expert in range(num_experts)],
-        edgecolor="white",
-        linewidth=0.8,
-    )
-    axes.set_ylim(0, 1)
-    axes.margins(x=0)
-    axes.grid(visible=False)
-    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    add_legend(axes)
 
 
 def _points(axes: Axes, x_N2: np.ndarray, expert_N: np.ndarray) -> None:
@@ -285,23 +262,8 @@ def _points(axes: Axes, x_N2: np.ndarray, expert_N: np.ndarray) -> None:
         own = expert_N == expert
         turn_N[own] = (np.arange(own.sum()) + 0.5) / own.sum()
     order_N = np.argsort(turn_N, kind="stable")
-    marker_N = expert_N // len(PALETTE) % len(MARKERS)
-    for marker in np.unique(marker_N).tolist():
+    marker_N = np.array([marker_of(expert) for expert in expert_N.tolist()])
+    for marker in dict.fromkeys(marker_N.tolist()):
         rows = order_N[marker_N[order_N] == marker]
         colours = [colour_of(expert) for expert in expert_N[rows].tolist()]
-        axes.scatter(x_N2[rows, 0], x_N2[rows, 1], s=size, c=colours, marker=MARKERS[marker], alpha=0.6, linewidths=0)
-
-
-def _name_experts(axes: Axes, experts: Iterable[int]) -> None:
-    """Add a legend of experts by their points."""
-    for expert in experts:
-        marker = MARKERS[expert // len(PALETTE) % len(MARKERS)]
-        axes.scatter([], [], s=9, c=colour_of(expert), marker=marker, linewidths=0, label=f"expert {expert}")
-    add_legend(axes)
-
-
-def _same_length(arrays: Mapping[str, np.ndarray]) -> None:
-    lengths = {name: len(array) for name, array in arrays.items()}
-    if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{name} ({length})" for name, length in lengths.items())
-        raise ValueError(f"{found} differ in length: expected one entry for each row; pass arrays of the same rows.")
+        axes.scatter(x_N2[rows, 0], x_N2[rows, 1], s=size, c=colours, marker=marker, alpha=0.6, linewidths=0)

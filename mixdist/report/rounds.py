@@ -1,6 +1,6 @@
 """How a competition went, round by round.
 
-Shape letters: T rounds, E experts.
+Shape letters: T rounds.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mixdist.report.axes import add_legend, new_figure, save, styled
-from mixdist.report.style import INK, PALE, PALETTE, colour_of
+from mixdist.report.style import INK, PALE, PALETTE, add_legend, draw_stack, new_figure, save, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RISE = PALETTE[2]
-HATCHES = ("", "////", "....", "xxxx")
-"""What tells experts of the same colour apart: the first ten have none."""
 
 Record = Mapping[str, Any]
 
@@ -53,8 +50,7 @@ def rounds_picture(path: Path, records: Sequence[Record]) -> None:
             f"records ({len(records)}) have no round with an objective, changed or counts: expected one or more; train "
             "for a round first."
         )
-    figure = new_figure(8.0, 0.8 + 2.4 * len(shown))
-    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    figure, panels = new_figure(8.0, 0.8 + 2.4 * len(shown), rows=len(shown))
     for axes, name in zip(panels, shown, strict=True):
         draws[name](
             styled(axes, "round" if name == shown[-1] else "", ""), [r for r in rounds if r.get(name) is not None]
@@ -98,28 +94,8 @@ def _draw_changed(axes: Axes, rounds: Sequence[Record]) -> None:
 
 
 def _draw_counts(axes: Axes, rounds: Sequence[Record]) -> None:
-    num_experts = max(len(record["counts"]) for record in rounds)
-    count_TE = np.array([[*r["counts"], *[0] * (num_experts - len(r["counts"]))] for r in rounds], dtype=np.float64)
     # A round is one wide: a single one shows too.
-    edge_T = np.array([*(record["round"] - 0.5 for record in rounds), rounds[-1]["round"] + 0.5])
-    low_T = np.zeros(len(edge_T))
-    for expert, count_T in enumerate(count_TE.T):
-        high_T = low_T + np.append(count_T, count_T[-1])
-        hatch = HATCHES[expert // len(PALETTE) % len(HATCHES)]
-        axes.fill_between(
-            edge_T,
-            low_T,
-            high_T,
-            step="post",
-            facecolor=colour_of(expert),
-            hatch=hatch,
-            edgecolor="white",
-            linewidth=0.4,
-            label=f"expert {expert}",
-        )
-        low_T = high_T
-    axes.set_ylim(0, low_T.max() or 1)
-    axes.grid(visible=False)
+    edges = [*(record["round"] - 0.5 for record in rounds), rounds[-1]["round"] + 0.5]
+    draw_stack(axes, edges, [record["counts"] for record in [*rounds, rounds[-1]]], step="post")
     axes.yaxis.set_major_formatter(lambda rows, _: f"{rows:,.10g}")
     axes.set_ylabel("rows of each expert")
-    add_legend(axes)
