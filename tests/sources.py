@@ -96,12 +96,10 @@ def cifar10(root: Path) -> list[Truth]:
 
 def cifar100(root: Path) -> list[Truth]:
     found: list[Truth] = []
-    for split, num in (("train", 5), ("test", 3)):
+    for first_id, split, num in ((0, "train", 5), (50_000, "test", 3)):
         records = _records(num, 2, 100, num)
         put(root / f"{split}.bin", records.tobytes())
-        found += [
-            Truth(split, len(found) + k, int(row[1]), row[2:].reshape(3, 32, 32)) for k, row in enumerate(records)
-        ]
+        found += [Truth(split, first_id + k, int(row[1]), row[2:].reshape(3, 32, 32)) for k, row in enumerate(records)]
     return found
 
 

@@ -430,7 +430,7 @@ def test_a_mistake_on_one_rank_is_told_once_by_rank_0(folder: Path) -> None:
 # Help.
 
 
-@pytest.mark.parametrize("module", ["cli.main", "cli.prepare", "cli.shards", "data.shards.pool", "data.shards.workers"])
+@pytest.mark.parametrize("module", ["cli.main", "cli.prepare", "cli.shards", "data.workers", "data.shards.reader"])
 def test_what_needs_no_torch_does_not_import_it(module: str) -> None:
     heavy = "torch", "scipy", "sklearn", "matplotlib"
     asked = f"import sys, mixdist.{module}; print(*sorted({set(heavy)} & set(sys.modules)))"

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import resource
 import shutil
 import signal
@@ -32,6 +31,7 @@ from mixdist.data.prepare.recipe import Recipe
 from mixdist.data.prepare.writer import PREPARING, _Sink
 from mixdist.data.shards.index import ShardIndex
 from tests import sources
+from tests.errors import error_of, refusal_of
 from tests.launch import ROOT, descendants, here
 from tests.sources import MAKERS, Truth, make, picture, put
 
@@ -164,12 +164,10 @@ def test_what_is_set_aside_is_listed_with_its_reason(faces: Path, tmp_path: Path
     lines = [json.loads(line) for line in (tmp_path / "set_aside.jsonl").read_text().splitlines()]
     assert lines == [one._asdict() for one in prepared.set_aside]
     assert [(line["id"], line["name"]) for line in lines] == [(1, "000004.jpg"), (7, "000006.jpg")]
-    assert lines[0]["reason"].startswith("it is truncated or damaged (")
-    assert lines[1]["reason"] == "it has 7 x 14 pixels, fewer than min-side (8)"
-    assert count_reasons(prepared.set_aside) == [
-        ("it is truncated or damaged", 1),
-        ("it has W x H pixels, fewer than min-side", 1),
-    ]
+    assert all(number in lines[1]["reason"] for number in ("7 x 14", "8"))
+    # What differs from image to image is left out of what is counted.
+    reasons = [reason for reason, _ in count_reasons([*prepared.set_aside, *prepared.set_aside])]
+    assert [lines[0]["reason"].startswith(reasons[0]), "7" in reasons[1]] == [True, False]
 
 
 def test_a_shard_of_which_all_is_set_aside_is_not_there(tmp_path: Path) -> None:
@@ -298,10 +296,10 @@ def _until(condition: Callable[[], bool], running: subprocess.Popen[bytes] | Non
         time.sleep(0.01)
 
 
-def _start(faces: Path, out: Path, workers: int) -> subprocess.Popen[bytes]:
+def _start(faces: Path, out: Path, workers: int, **options: Any) -> subprocess.Popen[bytes]:
     words = ["prepare", "celeba", str(faces), "--out", str(out), "--shard-samples", "2", "--workers", str(workers)]
     return subprocess.Popen(
-        [sys.executable, "-m", "mixdist", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "mixdist", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )
 
 
@@ -394,7 +392,7 @@ def test_a_second_time_changes_nothing(faces: Path, tmp_path: Path) -> None:
 
 def test_two_at_once(faces: Path, tmp_path: Path) -> None:
     def second(done: int, total: int) -> None:
-        _error(lambda: _prepare(faces, tmp_path / "out"), "is being prepared by another process")
+        error_of(lambda: _prepare(faces, tmp_path / "out"), tmp_path / "out")
 
     _prepare(faces, tmp_path / "out", tell=second)
 
@@ -450,16 +448,12 @@ def test_a_full_disk_is_told_in_one_line_and_gone_on_from(
 def test_a_file_that_may_not_grow(workers: int, faces: Path, whole: dict[str, str], tmp_path: Path) -> None:
     """The same without a disk of its own: the system refuses to write more than 9,000 bytes into a file."""
     out = tmp_path / "out"
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
-        try:
-            _prepare(faces, out, workers=workers)
-        except ValueError as error:
-            told = f"the disk of --out {out} is full ({os.strerror(errno.EFBIG)})"
-            os._exit(7 if str(error).startswith(told) else 8)
-
-    assert _fork(limited) == 7
+    limit = resource.RLIMIT_FSIZE, (9000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    with _start(faces, out, workers) as started:
+        resource.prlimit(started.pid, *limit)  # before it has read its own imports
+        _, err = started.communicate(timeout=300)
+    told = f"mixdist: the disk of --out {out} is full ({os.strerror(errno.EFBIG)})"
+    assert (started.returncode, err.decode().startswith(told), err.count(b"\n")) == (2, True, 1), err
     assert not list(out.glob("*.tar"))
     assert not list(out.rglob("*.partial"))
     _prepare(faces, out)
@@ -469,61 +463,44 @@ def test_a_file_that_may_not_grow(workers: int, faces: Path, whole: dict[str, st
 # What is refused.
 
 
-def _error(call: Callable[[], object], match: str) -> None:
-    with pytest.raises(ValueError, match=match) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-
-
 def test_another_call_does_not_go_on(faces: Path, tmp_path: Path) -> None:
-    changes: list[tuple[dict[str, Any], str]] = [
-        ({"recipe": Recipe(size=8)}, "size unset, asked for is 8: give what it was begun with, or name another folder"),
-        ({"recipe": Recipe(encode="jpg")}, "with encode png, asked for is jpg"),
-        ({"recipe": Recipe(min_side=1)}, "with min-side 8, asked for is 1"),
-        ({"shard_samples": 3}, "with shard-samples 2, asked for is 3"),
+    changes: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+        ({"recipe": Recipe(size=8)}, ("size unset", "8")),
+        ({"recipe": Recipe(encode="jpg")}, ("encode png", "jpg")),
+        ({"recipe": Recipe(min_side=1)}, ("min-side 8", "1")),
+        ({"shard_samples": 3}, ("shard-samples 2", "3")),
     ]
     _fork(_killed_at(40, lambda: _prepare(faces, tmp_path / "begun")))
     assert (tmp_path / "begun" / PREPARING).is_dir()
     _prepare(faces, tmp_path / "finished")
-    for name in ("begun", "finished"):
-        before = _files(tmp_path / name)
-        for settings, match in changes:
-            _error(lambda s=settings, n=name: _prepare(faces, tmp_path / n, **s), f"was begun .*{match}")
-        other = Path(shutil.copytree(faces, tmp_path / f"other {name}"))
+    for out in (tmp_path / "begun", tmp_path / "finished"):
+        before = _files(out)
+        for settings, named in changes:
+            error_of(lambda s=settings, out=out: _prepare(faces, out, **s), out, *named)
+        other = Path(shutil.copytree(faces, tmp_path / f"other {out.name}"))
         (other / "img_align_celeba" / "000001.jpg").write_bytes(b"")
-        _error(lambda o=other, n=name: _prepare(o, tmp_path / n), "was begun of files that are not those of the source")
-        _error(lambda n=name: _prepare(faces / "img_align_celeba", tmp_path / n, "folder"), "lies in no folder")
-        assert _files(tmp_path / name) == before
+        error_of(lambda other=other, out=out: _prepare(other, out), out, "source")
+        assert _files(out) == before
 
 
 def test_folders_of_others_are_left_alone(faces: Path, tmp_path: Path) -> None:
     put(tmp_path / "full" / "thesis.tex", b"text")
-    _error(lambda: _prepare(faces, tmp_path / "full"), "is not empty, and mixdist prepare did not begin it")
-    _error(lambda: _prepare(faces, tmp_path / "full" / "thesis.tex"), "is no folder")
+    for out in (tmp_path / "full", tmp_path / "full" / "thesis.tex"):
+        error_of(lambda out=out: _prepare(faces, out), f"--out {out}")
     assert _files(tmp_path / "full").keys() == {"thesis.tex"}
+    put(tmp_path / "begun" / PREPARING / "plan.json", b"[]")  # a plan that cannot be read
+    error_of(lambda: _prepare(faces, tmp_path / "begun"), tmp_path / "begun", "source unknown", "celeba")
     index = _prepare(faces, tmp_path / "own").index
+    (tmp_path / "own" / "valid-000000.tar").rename(tmp_path / "away")
+    error_of(lambda: _prepare(faces, tmp_path / "own"), tmp_path / "own", "valid-000000.tar")
     ShardIndex(index.shards, index.extensions, index.id_N, index.member_NM2, index.crc_NM).write(tmp_path / "own")
-    _error(lambda: _prepare(faces, tmp_path / "own"), "holds the index of shards that others made")
-
-
-def test_a_finished_folder_that_lacks_a_shard(faces: Path, tmp_path: Path) -> None:
-    _prepare(faces, tmp_path)
-    (tmp_path / "valid-000000.tar").unlink()
-    _error(lambda: _prepare(faces, tmp_path), "was finished, but valid-000000.tar is missing or cut")
-
-
-def test_a_plan_that_cannot_be_read(faces: Path, tmp_path: Path) -> None:
-    put(tmp_path / PREPARING / "plan.json", b"[]")
-    _error(lambda: _prepare(faces, tmp_path), "was begun with source unknown, asked for is celeba")
+    error_of(lambda: _prepare(faces, tmp_path / "own"), tmp_path / "own")
 
 
 def test_no_image_that_can_be_used(tmp_path: Path) -> None:
     for k in range(3):
         put(tmp_path / "in" / "a" / f"{k}.jpg", b"no image" if k else b"")
-    _error(
-        lambda: _prepare(tmp_path / "in", tmp_path / "out", "folder"),
-        "none of the 3 images can be used: 2 times it is no JPEG, .*; 1 times it is empty",
-    )
+    error_of(lambda: _prepare(tmp_path / "in", tmp_path / "out", "folder"), "3 images", "2 times", "1 times")
     assert not (tmp_path / "out" / "index.json").exists()
 
 
@@ -533,10 +510,7 @@ def test_a_file_that_cannot_be_read_ends_it(faces: Path, tmp_path: Path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(Files, "read", broken)
-        _error(
-            lambda: _prepare(faces, tmp_path / "out"),
-            r"image 0 \('000001.jpg'\) cannot be read \(Input/output error\): .* goes on where it stopped",
-        )
+        error_of(lambda: _prepare(faces, tmp_path / "out"), "image 0", "'000001.jpg'", "Input/output error")
     assert not list((tmp_path / "out").rglob("*.partial"))
 
 
@@ -545,25 +519,19 @@ def test_a_worker_that_is_killed(tmp_path: Path) -> None:
     _slow_source(tmp_path / "source")
     with _start(tmp_path / "source", tmp_path / "out", workers=2) as started:
         _until(lambda: bool(list((tmp_path / "out").glob("*.tar"))), started)
-        # The last of its children by number: the first is multiprocessing's own.
+        # The last of its children by number: the first are multiprocessing's own.
         os.kill(max(descendants(started.pid)), signal.SIGKILL)
         _, err = started.communicate(timeout=300)
     assert started.returncode == 2
-    assert err.decode().startswith("mixdist: one of 2 worker processes was killed, perhaps for want of memory")
+    assert err.startswith(b"mixdist: one of 2 worker processes was killed")
+    assert b"--workers" in err
     assert err.count(b"\n") == 1
 
 
 @pytest.mark.slow
 def test_ctrl_c(tmp_path: Path) -> None:
     _slow_source(tmp_path / "source")
-    words = ["prepare", "celeba", "source", "--out", "out", "--shard-samples", "2", "--workers", "2"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "mixdist", *words],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    ) as started:
+    with _start(tmp_path / "source", tmp_path / "out", 2, start_new_session=True) as started:
         _until(lambda: bool(list((tmp_path / "out").glob("*.tar"))), started)
         os.killpg(started.pid, signal.SIGINT)  # as a terminal does: the workers get it as well
         _, err = started.communicate(timeout=300)
@@ -595,30 +563,30 @@ def test_the_command_tells_what_it_did(faces: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "match"),
+    ("words", "named"),
     [
-        (["celeba", "nowhere", "--out", "out"], "'nowhere' is no folder: name the one that holds the files of celeba"),
-        (["svhn", "faces", "--out", "out"], "has no file 'train_32x32.mat': .*it looks like celeba: try mixdist"),
-        (["folder", "empty", "--out", "out"], "'empty' has no image, expected files that end in .jpg"),
-        (["coco", "faces", "--out", "out"], "source"),
-        (["celeba", "faces"], "prepare needs a folder for the shards: .*--out"),
-        (["celeba", "--out", "out"], "prepare needs FOLDER"),
-        (["celeba", "faces", "--out", "full"], "--out full is not empty"),
-        (["celeba", "faces", "--out", "faces"], "--out faces is not empty"),
-        (["celeba", "faces", "--out", "out", "--size", "0"], r"--size \(0\) must be from 1"),
-        (["celeba", "faces", "--out", "out", "--size", "big"], "size"),
-        (["celeba", "faces", "--out", "out", "--crop", "-3"], r"--crop \(-3\) must be from 1"),
-        (["celeba", "faces", "--out", "out", "--channels", "2"], "channels"),
-        (["celeba", "faces", "--out", "out", "--encode", "gif"], "encode"),
-        (["celeba", "faces", "--out", "out", "--shard-samples", "0"], r"--shard-samples \(0\) must be from 1"),
-        (["celeba", "faces", "--out", "out", "--workers", "-1"], r"--workers \(-1\) must be from 0"),
-        (["celeba", "faces", "--out", "out", "--min-side", "0"], r"--min-side \(0\) must be from 1"),
-        (["celeba", "faces", "--out", "out", "--sizes", "8"], "sizes"),
-        (["cifar10", "cifar", "--out", "out", "--crop", "40"], r"--crop \(40\) is more than the 32 x 32 pixels"),
+        ("celeba nowhere --out out", ("'nowhere'", "celeba")),
+        ("svhn faces --out out", ("'train_32x32.mat'", "looks like celeba")),
+        ("folder empty --out out", ("'empty'", ".jpg")),
+        ("coco faces --out out", ("source", "coco")),
+        ("celeba faces", ("--out",)),
+        ("celeba --out out", ("FOLDER",)),
+        ("celeba faces --out full", ("--out full",)),
+        ("celeba faces --out faces", ("--out faces",)),
+        *(
+            (f"celeba faces --out out --{key} {value}", (key, value))
+            for key, value in {"size": 0, "crop": -3, "shard-samples": 0, "workers": -1, "min-side": 0}.items()
+        ),
+        *(
+            (f"celeba faces --out out --{key} {value}", (key, value))
+            for key, value in {"size": "big", "channels": 2, "encode": "gif"}.items()
+        ),
+        ("celeba faces --out out --sizes 8", ("--sizes",)),
+        ("cifar10 cifar --out out --crop 40", ("--crop", 40, "32 x 32")),
     ],
 )
 def test_one_line_says_what_is_wrong(
-    words: list[str], match: str, faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: str, named: tuple[object, ...], faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("faces").symlink_to(faces)
@@ -626,10 +594,7 @@ def test_one_line_says_what_is_wrong(
     Path("empty").mkdir()
     sources.cifar10(Path("cifar"))
     before = sorted(Path().rglob("*"))
-    ended = here("prepare", *words)
-    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1), ended
-    assert ended.err.startswith("mixdist: ")
-    assert re.search(match, ended.err), ended.err
+    assert refusal_of("prepare", *words.split(), named=named).out == ""
     assert sorted(Path().rglob("*")) == before
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mixdist.data.images import Unreadable, decode
 from mixdist.data.prepare.recipe import Encoding, Recipe
+from tests.errors import error_of
 from tests.sources import picture
 
 AS_IS = [("JPEG", {}, "jpg"), ("PNG", {}, "png"), ("WEBP", {"lossless": True}, "webp")]
@@ -167,37 +168,31 @@ def test_nothing_of_the_old_file_is_left_in_a_converted_one() -> None:
         assert opened.info == {}
 
 
+def _bomb() -> bytes:
+    header = _saved(Image.new("1", (8, 8)), "BMP")
+    return header[:18] + (60_000).to_bytes(4, "little") * 2 + header[26:]
+
+
 @pytest.mark.parametrize(
-    ("data", "reason"),
+    ("data", "named"),
     [
-        (b"", "^it is empty$"),
-        (b"no image at all", "^it is no JPEG, PNG, WEBP, BMP, GIF, TIFF image$"),
-        (picture(1)[:-30], r"^it is truncated or damaged \(.+\)$"),
-        (picture(1, kind="PNG")[:-30], r"^it is truncated or damaged \(.+\)$"),
-        (picture(1, (7, 40)), r"^it has 7 x 40 pixels, fewer than min-side \(8\)$"),
-        (_saved(Image.new("1", (8000, 8000)), "PNG"), "^it has 8000 x 8000 pixels, expected from 1 to 50000000$"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n", "^it is no JPEG"),
+        (b"", ()),
+        (b"no image at all", ("JPEG, PNG, WEBP, BMP, GIF, TIFF",)),
+        (picture(1)[:-30], ()),
+        (picture(1, kind="PNG")[:-30], ()),
+        (picture(1, (7, 40)), ("7 x 40", "min-side", 8)),
+        (_saved(Image.new("1", (8000, 8000)), "PNG"), ("8000 x 8000", 50_000_000)),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n", ("JPEG",)),
+        (_bomb(), (50_000_000,)),  # neither decoded nor warned of
+        (picture(1, (9, 9)), ("9 x 9", "crop", 15)),
     ],
 )
-def test_what_cannot_be_used(data: bytes, reason: str) -> None:
-    for recipe in (Recipe(), Recipe(size=10)):
-        with pytest.raises(Unreadable, match=reason) as caught:
-            recipe.apply(data)
-        assert " at 0x" not in str(caught.value)
-
-
-def test_a_bomb_is_not_decoded_and_not_warned_of() -> None:
-    header = _saved(Image.new("1", (8, 8)), "BMP")
-    bomb = header[:18] + (60_000).to_bytes(4, "little") * 2 + header[26:]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(Unreadable, match=r"it has more than 50000000 pixels|it has 60000 x 60000"):
-            Recipe().apply(bomb)
-
-
-def test_smaller_than_the_crop() -> None:
-    with pytest.raises(Unreadable, match=r"it has 20 x 14 pixels, fewer than crop \(15\)"):
-        Recipe(crop=15).apply(picture(1))
+def test_what_cannot_be_used(data: bytes, named: tuple[object, ...]) -> None:
+    for recipe in (Recipe(crop=15), Recipe(size=10, crop=15)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            told = error_of(lambda recipe=recipe: recipe.apply(data), *named, kind=Unreadable)
+        assert " at 0x" not in told
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
@@ -219,18 +214,9 @@ def test_damage_never_ends_in_another_error(kind: str) -> None:
             assert "\n" not in told[0]
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"size": 0}, r"--size \(0\) must be from 1 to 4096"),
-        ({"crop": -1}, r"--crop \(-1\) must be from 1 to 4096"),
-        ({"min_side": 5000}, r"--min-side \(5000\) must be from 1 to 4096"),
-        ({"channels": 4}, r"--channels \(4\) must be 1 for grey or 3"),
-    ],
-)
-def test_senseless_numbers(options: dict[str, Any], match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        Recipe(**options)
+@pytest.mark.parametrize(("name", "value"), [("size", 0), ("crop", -1), ("min_side", 5000), ("channels", 4)])
+def test_senseless_numbers(name: str, value: int) -> None:
+    error_of(lambda: Recipe(**{name: value}), f"--{name.replace('_', '-')} ({value})")  # type: ignore[arg-type]
 
 
 def test_the_shape_is_known_where_it_can_be() -> None:
@@ -239,7 +225,5 @@ def test_the_shape_is_known_where_it_can_be() -> None:
     assert Recipe(channels=1).shape((3, 32, 30)) == (1, 32, 30)
     assert Recipe(crop=20).shape((3, 32, 30)) == (3, 20, 20)
     assert Recipe(size=64, crop=20).shape(None) == (3, 64, 64)
-    with pytest.raises(ValueError, match=r"--crop \(31\) is more than the 32 x 30 pixels of every image"):
-        Recipe(crop=31).shape((3, 32, 30))
-    with pytest.raises(ValueError, match=r"--min-side \(31\) is more than"):
-        Recipe(min_side=31).shape((3, 32, 30))
+    error_of(lambda: Recipe(crop=31).shape((3, 32, 30)), "--crop (31)", "32 x 30")
+    error_of(lambda: Recipe(min_side=31).shape((3, 32, 30)), "--min-side (31)", "32 x 30")

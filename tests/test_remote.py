@@ -23,7 +23,8 @@ from mixdist.data.shards import cache as blocks
 from mixdist.data.shards import http as web
 from mixdist.data.shards.cache import Blocks
 from mixdist.data.shards.remote import Cache, RemoteStorage
-from mixdist.data.shards.storage import Damage, Storage, open_shards
+from mixdist.data.shards.storage import Damage, Storage
+from mixdist.data.sources.shards import open_shards
 from tests import light_reader
 from tests.range_server import RangeServer
 from tests.small_shards import Member, make, rebased

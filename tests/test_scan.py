@@ -16,6 +16,7 @@ import webdataset
 
 from mixdist.data.shards.scan import Scan, assemble, left_out, scan, scan_stream
 from mixdist.data.shards.tar import PIECE
+from tests.errors import error_of
 from tests.tars import sample_of, write_shard
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -28,7 +29,7 @@ SAMPLES = [
 Members = list[tuple[str, bytes]]
 
 
-def _tar(members: Members, kind: str = "ustar", more: Callable[[tarfile.TarInfo], None] = lambda _: None) -> bytes:
+def tar_of(members: Members, kind: str = "ustar", more: Callable[[tarfile.TarInfo], None] = lambda _: None) -> bytes:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=FORMATS[kind]) as tar:
         for name, data in members:
@@ -43,15 +44,13 @@ def _of(data: bytes) -> Scan:
     return scan_stream(io.BytesIO(data), "x.tar")
 
 
-def _refused(data: bytes, match: str) -> None:
-    with pytest.raises(ValueError, match=match) as caught:
-        _of(data)
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith("shard 'x.tar', byte ")
-    assert str(caught.value).count(": ") >= 2  # the place, what is wrong, the remedy
+def _refused(data: bytes, *named: object) -> str:
+    told = error_of(lambda: _of(data), "shard 'x.tar', byte ", *named)
+    assert told.count(": ") >= 2  # the place, what is wrong, the remedy
+    return told
 
 
-def _same(one: Scan, other: Scan) -> bool:
+def same_scan(one: Scan, other: Scan) -> bool:
     return (
         (one.keys, one.extensions) == (other.keys, other.extensions)
         and np.array_equal(one.member_NM2, other.member_NM2)
@@ -94,7 +93,7 @@ def test_tarfile_finds_the_same_members(kind: str, folder: str) -> None:
         for key, size in enumerate((0, 1, 511, 512, 513, 5000, 3 * PIECE + 1))
         for extension in ("cls", "png", "txt", "npy")[: 1 + key % 4]
     ]
-    data = _tar(members, kind)
+    data = tar_of(members, kind)
     one = _of(data)
     assert _found(one) == _judged(data)
     assert (one.num_bytes, len(one.keys)) == (len(data), 7)
@@ -124,9 +123,9 @@ def test_a_stream_in_pieces_of_any_size_is_the_file(tmp_path: Path, size: int) -
             return super().read(min(size, most or size))
 
     path = tmp_path / "x.tar"
-    path.write_bytes(_tar(SAMPLES))
+    path.write_bytes(tar_of(SAMPLES))
     one, other = scan(path), scan_stream(Slow(path.read_bytes()), "x.tar")
-    assert _same(one, other)
+    assert same_scan(one, other)
     assert (one.sha256, one.num_bytes, one.name) == (other.sha256, other.num_bytes, other.name)
 
 
@@ -143,13 +142,14 @@ def test_folders_and_global_headers_are_passed_over() -> None:
 
 
 def test_absent_members_and_labels() -> None:
-    one = _of(_tar([("1.jpg", b"x"), ("2.jpg", b"y"), ("2.cls", b"4")]))
+    one = _of(tar_of([("1.jpg", b"x"), ("2.jpg", b"y"), ("2.cls", b"4")]))
     assert one.extensions == ("cls", "jpg")
     assert one.member_NM2[0, 0].tolist() == [-1, -1]
     assert one.crc_NM[0, 0] == 0
     assert one.label_N is None
-    assert one.left_out == ("labels: 1 of 2 samples of shard 'x.tar' have a cls",)
-    whole = _of(_tar(SAMPLES))
+    (line,) = one.left_out
+    assert line.startswith("labels: 1 of 2 samples of shard 'x.tar'")
+    whole = _of(tar_of(SAMPLES))
     assert whole.label_N is not None
     assert whole.label_N.tolist() == [3, 10, 0]
     assert whole.attributes is not None
@@ -178,85 +178,47 @@ def test_json_that_holds_no_attributes_is_carried(about: list[bytes | None], sai
         for name, data in (("jpg", b""), ("json", text))
         if data is not None
     ]
-    one = _of(_tar(members))
+    one = _of(tar_of(members))
     assert one.attributes is None
     assert "json" in one.extensions
     assert bool(one.left_out) == said
 
 
-# Damage. webdataset's silent cases (cut at a member, damaged header, cut inside a member) are here.
+# Damage where webdataset is silent: cut at a member, a damaged header. All other damage is in test_damage.py.
 
 
-def _marker(data: bytes) -> int:
+def marker_end(data: bytes) -> int:
     """Where the end-of-archive marker ends."""
     last = max(at for at in range(0, len(data), 512) if any(data[at : at + 512]))
     return last + 3 * 512
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_a_shard_cut_at_any_block_is_refused(kind: str) -> None:
-    data = _tar([*SAMPLES, (f"{'l' * (90 if kind == 'ustar' else 200)}.jpg", b"x" * 600)], kind)
-    whole, end = _of(data), _marker(data)
-    for length in range(0, len(data), 512):
-        if length < end:
-            _refused(data[:length], "the archive ends|one block of zeros")
-        else:
-            assert _same(_of(data[:length]), whole)  # zeros after the marker belong to no sample
-    for length in range(1, end, 97):
-        if length % 512:
-            _refused(data[:length], "the archive ends|are left, expected a header|one block of zeros")
-
-
 def test_a_cut_at_any_member_is_refused_where_webdataset_is_silent() -> None:
-    data = _tar(SAMPLES)
+    data = tar_of(SAMPLES)
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         boundaries = [member.offset for member in tar]
     for boundary in boundaries:
-        _refused(data[:boundary], f"byte {boundary}: .*ends without its end-of-archive marker")
+        _refused(data[:boundary], f"byte {boundary}:")
         if boundary:
             url = [{"url": "x", "stream": io.BytesIO(data[:boundary])}]
             list(webdataset.tariterators.tar_file_expander(url))  # says nothing
 
 
-def test_any_flipped_byte_of_a_header_is_found() -> None:
-    data, harmless, told = _tar(SAMPLES, "gnu"), set(), set()
-    whole = _of(data)
-    place = 512 * 2  # the second member's header
-    for byte in range(512):
-        for mask in (*(1 << bit for bit in range(8)), 0xFF):
-            hurt = bytearray(data)
-            hurt[place + byte] ^= mask
-            try:
-                one = _of(bytes(hurt))
-            except ValueError as error:
-                told.add(str(error).partition(":")[0])
-            else:
-                assert _same(one, whole)
-                assert one.sha256 != whole.sha256
-                harmless.add((byte, mask))
-    assert told == {f"shard 'x.tar', byte {place}"}
-    # A space for a NUL or a leading 0, around the digits of the checksum, which it does not cover.
-    assert {byte for byte, _ in harmless} <= set(range(148, 156))
-    assert len(harmless) < 8
-
-
 def test_a_damaged_header_in_the_middle_is_refused_where_webdataset_is_silent() -> None:
-    data = bytearray(_tar(SAMPLES))
+    data = bytearray(tar_of(SAMPLES))
     data[2048 + 3] ^= 1
-    _refused(bytes(data), "byte 2048: the header differs from its checksum")
+    _refused(bytes(data), "byte 2048:")
     found = list(webdataset.tariterators.tar_file_expander([{"url": "x", "stream": io.BytesIO(bytes(data))}]))
     assert len(found) < len(SAMPLES)
 
 
 def test_what_follows_the_marker_is_zeros() -> None:
-    data = _tar(SAMPLES)
-    _refused(data + data, "bytes follow the end-of-archive marker")
-    _refused(data[:-1] + b"\1", "bytes follow the end-of-archive marker")
-    _refused(data + b"\0", "size is no multiple of 512")
-    end = _marker(data)
-    _refused(data[: end - 512] + data, "one block of zeros, expected the end-of-archive marker of two")
-    _refused(b"", "byte 0: the archive ends without its end-of-archive marker")
-    _refused(bytes(10240), "has no sample")
+    data = tar_of(SAMPLES)
+    end = marker_end(data)
+    for hurt in (data + data, data[:-1] + b"\1", data + b"\0", data[: end - 512] + data):
+        _refused(hurt)
+    for empty in (b"", bytes(10240)):
+        _refused(empty, "byte 0:")
 
 
 # Hostile or foreign members.
@@ -272,20 +234,14 @@ def _as(kind: bytes, **values: object) -> Callable[[tarfile.TarInfo], None]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "match"),
+    "kind",
     [
-        (tarfile.LNKTYPE, "is a hard link, expected a plain file"),
-        (tarfile.SYMTYPE, "is a symbolic link, expected a plain file"),
-        (tarfile.CHRTYPE, "is a character device"),
-        (tarfile.BLKTYPE, "is a block device"),
-        (tarfile.FIFOTYPE, "is a fifo"),
-        (tarfile.GNUTYPE_SPARSE, "is a sparse file"),
-        (tarfile.CONTTYPE, "is a member of type b'7'"),
-        (b"Z", "is a member of type b'Z'"),
+        *(tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE),
+        *(tarfile.CONTTYPE, b"Z"),
     ],
 )
-def test_only_plain_files_are_taken(kind: bytes, match: str) -> None:
-    _refused(_tar([("1.jpg", b"")], more=_as(kind, linkname="/etc/passwd")), f"'1.jpg' {match}")
+def test_only_plain_files_are_taken(kind: bytes) -> None:
+    _refused(tar_of([("1.jpg", b"")], more=_as(kind, linkname="/etc/passwd")), "byte 0:", "'1.jpg'")
 
 
 @pytest.mark.parametrize(
@@ -303,58 +259,59 @@ def test_only_plain_files_are_taken(kind: bytes, match: str) -> None:
             "a/./1.jpg",
         ),
         *("a\\1.jpg", "..\\1.jpg", "a\n1.jpg", "a\x1b[31m.jpg", "a\u202e.jpg", "a\x7f/1.jpg", "./../1.jpg"),
-        *("pipe:touch x.jpg", "file:a.jpg", "https://host/1.jpg", "C:1.jpg", "././1.jpg", "/.jpg"),
+        *("pipe:touch x.jpg", "file:a.jpg", "https://host/1.jpg", "C:1.jpg"),
     ],
 )
 @pytest.mark.parametrize("kind", FORMATS)
 def test_unsafe_names_are_refused(name: str, kind: str) -> None:
-    _refused(_tar([("0.jpg", b""), (name, b"")], kind), "byte (512|1536): the name .* is unsafe")
+    told = _refused(tar_of([("0.jpg", b""), (name, b"")], kind), repr(name.removeprefix("./")))
+    assert any(f"byte {place}:" in told for place in (512, 1536))  # after a long name's own header
 
 
 @pytest.mark.parametrize("name", ["..", "a/..", "../a", "/a", "/", "a//b", "a/./b", "a\\b", "a\nb", "a\x1bb"])
 def test_unsafe_folders_are_refused(name: str) -> None:
-    _refused(_header(name.encode(), kind=b"5") + END, "is unsafe")
-    _refused(_header(name.encode() + b"/", kind=b"5") + END, "is unsafe")
+    for end in (b"", b"/"):
+        _refused(_header(name.encode() + end, kind=b"5") + END, "byte 0:", repr(name)[:-1])
 
 
 @pytest.mark.parametrize(
-    ("members", "match"),
+    ("members", "named"),
     [
-        (["1.pkl"], "'1.pkl' has the extension 'pkl': pickles are never read"),
-        (["1.pickle"], "pickles are never read"),
-        (["1.jpg", "1.pyd"], "pickles are never read"),
-        (["1.PT"], "pickles are never read"),
-        (["1.seg.pth"], "pickles are never read"),
-        (["1.exe"], "has the extension 'exe', expected cls, jpeg, jpg, json, npy, png, txt, webp"),
-        (["1.jpg", "1.gz"], "has the extension 'gz'"),
-        (["README"], "has no extension"),
-        (["a/.jpg"], "has no key before its dot"),
-        (["._1.jpg"], "has no key before its dot"),
-        (["1."], "has no extension"),
-        (["img.001.jpg", "img.002.jpg"], "'img.001.jpg' has a dotted key"),
-        (["1.seg.png"], "dotted key"),
-        (["1.jpg", "2.jpg", "1.cls"], "key '1' of '1.cls' comes again after other samples"),
-        (["a/1.jpg", "b/1.jpg", "a/1.jpg"], "key 'a/1' of 'a/1.jpg' comes again"),
-        (["1.jpg", "2.jpg", "1.jpg"], "comes again after other samples .a duplicate, or interleaved."),
-        (["1.jpg", "1.jpg"], "sample '1' has a second 'jpg'"),
-        (["1.jpg", "1.JPG"], "sample '1' has a second 'jpg'"),
-        (["1.jpg", "./1.jpg"], "sample '1' has a second 'jpg'"),
+        (["1.pkl"], ("'1.pkl'", "'pkl'", "pickle")),
+        (["1.pickle"], ("'pickle'",)),
+        (["1.jpg", "1.pyd"], ("'pyd'", "pickle")),
+        (["1.PT"], ("'pt'", "pickle")),
+        (["1.seg.pth"], ("'pth'", "pickle")),
+        (["1.exe"], ("'exe'", "cls, jpeg, jpg, json, npy, png, txt, webp")),
+        (["1.jpg", "1.gz"], ("'gz'",)),
+        (["README"], ("'README'",)),
+        (["a/.jpg"], ("'a/.jpg'",)),
+        (["._1.jpg"], ("'._1.jpg'",)),
+        (["1."], ("'1.'",)),
+        (["img.001.jpg", "img.002.jpg"], ("'img.001.jpg'",)),
+        (["1.seg.png"], ("'1.seg.png'",)),
+        (["1.jpg", "2.jpg", "1.cls"], ("key '1'", "'1.cls'")),
+        (["a/1.jpg", "b/1.jpg", "a/1.jpg"], ("key 'a/1'", "'a/1.jpg'")),
+        (["1.jpg", "2.jpg", "1.jpg"], ("key '1'",)),
+        (["1.jpg", "1.jpg"], ("sample '1'", "'jpg'")),
+        (["1.jpg", "1.JPG"], ("sample '1'", "'jpg'", "'1.JPG'")),
+        (["1.jpg", "./1.jpg"], ("sample '1'", "'jpg'")),
     ],
 )
-def test_members_that_are_no_sample(members: list[str], match: str) -> None:
-    _refused(_tar([(name, b"") for name in members]), match)
+def test_members_that_are_no_sample(members: list[str], named: tuple[str, ...]) -> None:
+    _refused(tar_of([(name, b"") for name in members]), *named)
 
 
 def test_dotted_keys_are_one_sample_to_webdataset() -> None:
-    data = _tar([("img.001.jpg", b"one"), ("img.002.jpg", b"two")])
+    data = tar_of([("img.001.jpg", b"one"), ("img.002.jpg", b"two")])
     files = webdataset.tariterators.tar_file_expander([{"url": "x", "stream": io.BytesIO(data)}])
     assert len(list(webdataset.tariterators.group_by_keys(files))) == 1
-    _refused(data, "dotted key")
+    _refused(data, "'img.001.jpg'")
 
 
 @pytest.mark.parametrize("text", [b"", b"tench", b"-1", b"1.5", b"1_0", b"1" * 30, b"9" * 5000, b"\xb2", b"1 2"])
 def test_a_class_is_a_whole_number(text: bytes) -> None:
-    _refused(_tar([("1.cls", text)]), "'1.cls' holds .*, expected a class as a whole number from 0")
+    _refused(tar_of([("1.cls", text)]), "'1.cls'", repr(text[:20]))
 
 
 def _header(name: bytes = b"1.jpg", size: bytes = b"00000000000\0", kind: bytes = b"0", magic: bytes = b"") -> bytes:
@@ -385,50 +342,50 @@ def _pax(**records: str) -> bytes:
     return b"".join(record(*pair) for pair in records.items())
 
 
+SIZES = (b"0000000000x\0", b"-0000000001\0", b"0o000000001\0", b"1_0 0000000\0", bytes(12), b"\xff" * 12)
+CUT = (b"\x80" + bytes(7) + b"\x00\x00\x04\x00", b"\x80" + b"\xff" * 11)
+
+
 @pytest.mark.parametrize(
-    ("data", "match"),
+    ("data", "named"),
     [
-        (_header(magic=bytes(8)) + END, "no header of a POSIX or GNU tar"),
-        (b"\x1f\x8b" + bytes(510), "the file is packed: unpack it first"),
-        (_header(size=b"0000000000x\0") + END, "the size .* is no number"),
-        (_header(size=b"-0000000001\0") + END, "the size .* is no number"),
-        (_header(size=b"0o000000001\0") + END, "the size .* is no number"),
-        (_header(size=b"1_0 0000000\0") + END, "the size .* is no number"),
-        (_header(size=bytes(12)) + END, "the size .* is no number"),
-        (_header(size=b"\xff" * 12) + END, "the size .* is no number"),
-        (_header(size=b"\x80" + bytes(7) + b"\x00\x00\x04\x00") + END, "ends without its end-of-archive marker"),
-        (_header(size=b"\x80" + b"\xff" * 11) + END, "the archive ends inside"),
-        (_header(size=b"77777777777\0") + END, "the archive ends inside '1.jpg', whose 8589934591 bytes begin at 512"),
-        (_header(b"\xff\xfe.jpg") + END, "is not UTF-8"),
-        (_header(b"a\0../b.jpg" + b"c" * 90) + END, "is unsafe"),
-        (_header(b"") + END, "is unsafe"),
-        (_header(b"a/", kind=b"0") + END, "is unsafe"),
-        (_header(b"a/", b"00000000001\0", b"5") + END, "the folder 'a/' has 1 bytes"),
-        (_extended(b"L", b"../1.jpg\0") + _header() + END, "is unsafe"),
-        (_extended(b"L", b"1.pkl\0") + _header() + END, "pickles are never read"),
-        (_extended(b"L", b"2.jpg\0") * 2 + _header() + END, "has two long names"),
-        (_extended(b"L", b"2.jpg\0") + END, "ends after an extended header"),
-        (_extended(b"L", b"x" * 70_000) + _header() + END, "extended header of 70000 bytes, expected at most 65536"),
-        (_extended(b"K", b"/etc/passwd\0") + _header() + END, "is a long link"),
-        (_extended(b"x", _pax(path="/1.jpg")) + _header() + END, "is unsafe"),
-        (_extended(b"x", _pax(path="a\0.jpg")) + _header() + END, "is unsafe"),
-        (_extended(b"x", _pax(path="2.jpg") * 2) + _header() + END, "has 'path' twice"),
-        (_extended(b"x", _pax(path="2.jpg")) * 2 + _header() + END, "has two long names"),
-        (_extended(b"x", _pax(size="512")) + _header() + END, "has 0 bytes by its header and 512 by its pax header"),
-        (_extended(b"x", _pax(size="-1")) + _header() + END, "the pax size b'-1' is no number"),
-        (_extended(b"x", _pax(size="0")) * 2 + _header() + END, "has two long names or sizes"),
-        (_extended(b"x", _pax(linkpath="/etc")) + _header() + END, "a pax record 'linkpath'"),
-        (_extended(b"x", _pax(GNU__sparse__major="1")) + _header() + END, "a pax record 'GNU.sparse.major'"),
-        (_extended(b"x", _pax(hdrcharset="BINARY")) + _header() + END, "a pax record 'hdrcharset'"),
-        (_extended(b"x", b"99 path=1.jpg\n") + _header() + END, "a pax header is damaged at byte 0"),
-        (_extended(b"x", b"path=1.jpg\n") + _header() + END, "a pax header is damaged"),
-        (_extended(b"x", b"13 path=1.jpgX") + _header() + END, "a pax header is damaged"),
-        (_extended(b"g", _pax(path="1.jpg")) + _header() + END, "a pax record 'path'"),
-        (_extended(b"g", _pax(size="1")) + _header() + END, "a pax record 'size'"),
+        (_header(magic=bytes(8)) + END, ("byte 0:",)),
+        (b"\x1f\x8b" + bytes(510), ("byte 0:", "unpack")),
+        *((_header(size=size) + END, ("byte 0:", repr(size))) for size in SIZES),
+        *((_header(size=size) + END, ("byte 1536:",)) for size in CUT),
+        (_header(size=b"77777777777\0") + END, ("byte 1536:", "'1.jpg'", 8589934591, 512)),
+        (_header(b"\xff\xfe.jpg") + END, (r"b'\xff\xfe.jpg'", "UTF-8")),
+        (_header(b"a\0../b.jpg" + b"c" * 90) + END, ("byte 0:", r"a\x00../b.jpg")),
+        (_header(b"") + END, ("byte 0:", "''")),
+        (_header(b"a/", kind=b"0") + END, ("byte 0:", "'a/'")),
+        (_header(b"a/", b"00000000001\0", b"5") + END, ("'a/'", 1)),
+        (_extended(b"L", b"../1.jpg\0") + _header() + END, ("byte 1024:", "'../1.jpg'")),
+        (_extended(b"L", b"1.pkl\0") + _header() + END, ("'pkl'",)),
+        (_extended(b"L", b"2.jpg\0") * 2 + _header() + END, ("byte 1024:",)),
+        (_extended(b"L", b"2.jpg\0") + END, ("byte 1024:",)),
+        (_extended(b"L", b"x" * 70_000) + _header() + END, ("byte 0:", 70_000, 65_536)),
+        (_extended(b"K", b"/etc/passwd\0") + _header() + END, ("byte 0:", "long link")),
+        (_extended(b"x", _pax(path="/1.jpg")) + _header() + END, ("'/1.jpg'",)),
+        (_extended(b"x", _pax(path="a\0.jpg")) + _header() + END, (r"'a\x00.jpg'",)),
+        (_extended(b"x", _pax(path="2.jpg") * 2) + _header() + END, ("'path'",)),
+        (_extended(b"x", _pax(path="2.jpg")) * 2 + _header() + END, ("byte 1024:",)),
+        (_extended(b"x", _pax(size="512")) + _header() + END, ("'1.jpg'", "0 bytes", 512)),
+        (_extended(b"x", _pax(size="-1")) + _header() + END, ("b'-1'",)),
+        (_extended(b"x", _pax(size="0")) * 2 + _header() + END, ("byte 1024:",)),
+        (_extended(b"x", _pax(linkpath="/etc")) + _header() + END, ("'linkpath'",)),
+        (_extended(b"x", _pax(GNU__sparse__major="1")) + _header() + END, ("'GNU.sparse.major'",)),
+        (_extended(b"x", _pax(hdrcharset="BINARY")) + _header() + END, ("'hdrcharset'",)),
+        *(
+            (_extended(b"x", text) + _header() + END, ("pax", "byte 0"))
+            for text in (b"99 path=1.jpg\n", b"path=1.jpg\n")
+        ),
+        (_extended(b"x", b"13 path=1.jpgX") + _header() + END, ("pax", "byte 0")),
+        (_extended(b"g", _pax(path="1.jpg")) + _header() + END, ("'path'",)),
+        (_extended(b"g", _pax(size="1")) + _header() + END, ("'size'",)),
     ],
 )
-def test_headers_made_to_mislead(data: bytes, match: str) -> None:
-    _refused(data, match)
+def test_headers_made_to_mislead(data: bytes, named: tuple[object, ...]) -> None:
+    _refused(data, *named)
 
 
 def test_extended_headers_that_are_plain() -> None:
@@ -439,31 +396,29 @@ def test_extended_headers_that_are_plain() -> None:
     # A GNU header has other things where a POSIX one has the first part of its name.
     head = bytearray(_header(magic=b"ustar  \0"))
     head[345:356] = b"14000000000"
-    _refused(bytes(head) + END, "no header of a POSIX or GNU tar")
+    _refused(bytes(head) + END, "byte 0:")
 
 
 def test_memory_follows_the_archive_and_not_its_claims() -> None:
     tracemalloc.start()
     try:
         for size in (b"77777777777\0", b"\x80" + b"\xff" * 11):
-            _refused(_header(size=size) + bytes(4 << 20), "the archive ends inside")
+            _refused(_header(size=size) + bytes(4 << 20), "'1.jpg'")
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
 
 
 def test_no_file_and_no_plain_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere.tar' is no file"):
-        scan(tmp_path / "nowhere.tar")
-    with pytest.raises(ValueError, match="is no file"):
-        scan(tmp_path)
+    for path in (tmp_path / "nowhere.tar", tmp_path):
+        error_of(lambda path=path: scan(path), path)
 
 
 # Shards together.
 
 
 def _named(name: str, members: Members) -> Scan:
-    return scan_stream(io.BytesIO(_tar(members)), name)
+    return scan_stream(io.BytesIO(tar_of(members)), name)
 
 
 def test_shards_are_put_together() -> None:
@@ -487,13 +442,13 @@ def test_labels_and_attributes_are_of_all_or_none() -> None:
     full, bare = _named("a.tar", SAMPLES), _named("b.tar", [("x.jpg", b"")])
     index = assemble([full, bare], ["train", "train"], class_names=["c"] * 11)
     assert (index.label_N, index.attribute_NA, index.class_names, index.attribute_names) == (None, None, (), ())
-    assert left_out([full, bare]) == [
-        "labels: shard 'b.tar' has none, others have",
-        "attributes: shard 'b.tar' has none, others have",
+    assert [(line.split(":")[0], "'b.tar'" in line) for line in left_out([full, bare])] == [
+        ("labels", True),
+        ("attributes", True),
     ]
     assert left_out([full]) == left_out([bare]) == []
     other = _named("c.tar", [("y.json", b'{"attributes": {"Tall": 1}}'), ("y.cls", b"1")])
-    assert left_out([full, other]) == ["attributes: their names differ between shards"]
+    assert [line.split(":")[0] for line in left_out([full, other])] == ["attributes"]
     both = assemble([full, _named("d.tar", [(f"z/{n}", d) for n, d in SAMPLES])], ["train", "train"])
     assert both.attribute_NA is not None
     assert both.attribute_NA.tolist() == [[1, 0], [0, 1], [1, 0]] * 2
@@ -501,17 +456,13 @@ def test_labels_and_attributes_are_of_all_or_none() -> None:
 
 def test_shards_that_do_not_fit_each_other() -> None:
     one, two = _named("a.tar", [("1.jpg", b""), ("1.cls", b"4")]), _named("b.tar", [("1.jpg", b"")])
-    with pytest.raises(ValueError, match=r"key '1' is in shards 'a.tar' and 'b.tar' of split 'train'"):
-        assemble([one, two], ["train", "train"])
+    error_of(lambda: assemble([one, two], ["train", "train"]), "key '1'", "'a.tar'", "'b.tar'", "'train'")
     assert len(assemble([one, two], ["train", "test"])) == 2
-    with pytest.raises(ValueError, match=r"shard 'a.tar' is there twice"):
-        assemble([one, one], ["train", "test"])
-    with pytest.raises(ValueError, match="class 4 is in the shards, but class_names has 4 names"):
-        assemble([one], ["train"], class_names=["a", "b", "c", "d"])
-    with pytest.raises(ValueError, match="there is no shard"):
-        assemble([], [])
-    with pytest.raises(ValueError, match=r"shard 'pipe:touch x.tar' must be a plain name"):
-        assemble([_named("pipe:touch x.tar", [("1.jpg", b"")])], ["train"])
+    error_of(lambda: assemble([one, one], ["train", "test"]), "'a.tar'")
+    error_of(lambda: assemble([one], ["train"], class_names=["a", "b", "c", "d"]), "class 4", "class_names", 4)
+    error_of(lambda: assemble([], []))
+    foreign = _named("pipe:touch x.tar", [("1.jpg", b"")])
+    error_of(lambda: assemble([foreign], ["train"]), "'pipe:touch x.tar'")
 
 
 def test_many_samples_are_scanned_in_order(tmp_path: Path) -> None:

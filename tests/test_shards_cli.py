@@ -245,7 +245,7 @@ def test_a_run_goes_on_while_its_server_dies_and_comes_back(tmp_path: Path, rank
         ({"root": "."}, "'.' has no index"),
         ({"train": "training"}, "train (training) is no split of 'shards', which has train, test"),
         ({"test": "valid"}, "test (valid) is no split of 'shards'"),
-        ({"holdout": 0.1}, "holdout (0.1) is for shards without the split 'test'"),
+        ({"holdout": 0.1}, "holdout (0.1) is for data without the split 'test'"),
         ({"label": "Smiling"}, "label (Smiling) is not in the shards of 'shards'"),
         ({"augment": {"shift": 8}}, "needs images larger than the shift"),
         ({"augment": {"shift": -1}}, "augment.shift (-1) must be at least 0"),
@@ -253,7 +253,7 @@ def test_a_run_goes_on_while_its_server_dies_and_comes_back(tmp_path: Path, rank
         ({"crop": 9}, "crop (9) must be at most the side of the images of 'shards', which are 8 x 8"),
         ({"channels": 2}, "channels (2) must be 1 for grey or 3 for colour"),
         ({"order": "random"}, "order"),
-        ({"max_skipped": 2.0}, "max_skipped (2.0) must be a part from 0 to 1"),
+        ({"max_skipped": 2.0}, "max_skipped (2.0) must be between 0 and 1"),
         ({"root": "ftp://example.org/x"}, "ftp"),
     ],
 )
@@ -316,7 +316,9 @@ def test_no_process_is_left_when_one_is_killed(victim: str) -> None:
         ended = started.end()
         if victim == "decoder":
             assert ended.code == 2, ended.err
-            assert ended.err.strip().splitlines()[-1].startswith("mixdist: a decoding process was ended from outside")
+            told = ended.err.strip().splitlines()[-1]
+            assert told.startswith("mixdist: one of 2 worker processes was killed")
+            assert "data.init_args.workers" in told
             assert "Traceback" not in ended.err
         deadline = time.monotonic() + 300
         while any(map(lives, family)) and time.monotonic() < deadline:

@@ -6,7 +6,6 @@ import os
 import pickle
 import threading
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +13,10 @@ import pytest
 
 from mixdist.data.shards import storage
 from mixdist.data.shards.remote import Cache
-from mixdist.data.shards.storage import Damage, LocalStorage, open_shards
+from mixdist.data.shards.storage import Damage, LocalStorage
+from mixdist.data.sources.shards import open_shards
+from tests.errors import error_of
 from tests.small_shards import Member, make, rebased
-
-
-def _error(call: Callable[[], object], match: str, kind: type[Exception] = ValueError) -> None:
-    with pytest.raises(kind, match=match) as caught:
-        call()
-    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture
@@ -93,84 +88,61 @@ def test_threads_get_their_own_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not wrong
 
 
-def test_a_flipped_bit_is_found(folder: Path, members: list[Member]) -> None:
-    one = members[3]
-    whole = bytearray((folder / one.shard).read_bytes())
-    whole[one.offset + one.size - 1] ^= 4
-    (folder / one.shard).write_bytes(whole)
+def test_what_differs_from_the_index_is_named_with_its_place(folder: Path, members: list[Member]) -> None:
+    one, whole = members[3], (folder / members[3].shard).read_bytes()
+    hurt = bytearray(whole)
+    hurt[one.offset + one.size - 1] ^= 4
+    (folder / one.shard).write_bytes(hurt)
     index, local = open_shards(str(folder), Cache())
     local.check(index)  # the size is right
-    at = rf"{one.shard}' has other bytes than its index says in the 3000 at offset {one.offset}: run mixdist verify"
-    _error(lambda: local.read(*one.place), at, Damage)
+    error_of(lambda: local.read(*one.place), one.shard, one.size, one.offset, "mixdist verify", kind=Damage)
     assert local.read(*members[2].place) == members[2].data
-
-
-def test_a_cut_shard_is_found(folder: Path, members: list[Member]) -> None:
-    one = members[3]
-    num_bytes = (folder / one.shard).stat().st_size
     os.truncate(folder / one.shard, one.offset + 1000)
-    index, local = open_shards(str(folder), Cache())
-    _error(lambda: local.read(*one.place), f"ends 2000 bytes too early for the 3000 at offset {one.offset}", Damage)
-    sizes = f"has {one.offset + 1000} bytes in .* but the index says {num_bytes} bytes"
-    has = f"shard '{one.shard}' {sizes}: .*mixdist verify"
-    _error(lambda: local.check(index), has)
-
-
-def test_a_missing_shard_is_named(folder: Path, members: list[Member]) -> None:
-    index, local = open_shards(str(folder), Cache())
+    error_of(lambda: local.read(*one.place), one.shard, one.size - 1000, one.size, one.offset, kind=Damage)
+    sizes = one.offset + 1000, len(whole)
+    error_of(lambda: local.check(index), f"shard '{one.shard}'", *sizes, folder, "mixdist verify")
+    (folder / one.shard).write_bytes(whole)
     (folder / members[4].shard).unlink()
-    _error(lambda: local.read(*members[5].place), f"{members[5].shard}' is missing, wanted for 70000 bytes", Damage)
-    _error(lambda: local.check(index), f"'{members[4].shard}' is missing in .* the index says 81920 bytes")
+    error_of(lambda: local.read(*members[5].place), members[5].shard, 70_000, members[5].offset, kind=Damage)
+    error_of(lambda: local.check(index), f"shard '{members[4].shard}'", folder, 81_920)
 
 
 def test_memory_follows_the_file_and_not_its_claims(folder: Path, members: list[Member]) -> None:
     local = LocalStorage(folder)
     tracemalloc.start()
     try:
-        _error(lambda: local.read(members[0].shard, 512, 1 << 50, 0), "ends .* bytes too early", Damage)
+        error_of(lambda: local.read(members[0].shard, 512, 1 << 50, 0), members[0].shard, 1 << 50, kind=Damage)
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
 
 
 def test_what_is_no_set_of_shards(folder: Path, members: list[Member], tmp_path: Path) -> None:
-    for root, why in {
-        str(tmp_path / "nowhere"): "is not a folder",
-        str(tmp_path): "has no index",
-        "http://example.org/shards": "may be read and changed on its way: give an https address",
-        "http://10.0.0.1/shards": "give an https address",
-        "http://127.0.0.1.example.org/": "give an https address",
-        "https://user:secret@example.org/": "the address at 'example.org' has a user's name or password",
-        "https://example.org/shards?key=1": r"has a '\?' or '#'",
-        "https:///shards": "is not fetched from",
-        "https://example.org:x/": "cannot be read",
-        "https://example.org/a b": "is not fetched from",
-        "file:///etc": "is not fetched from: give one like https://host/folder, or a folder",
-        "ftp://example.org/": "is not fetched from",
-        "pipe:touch it": "is not fetched from",
-        "s3://bucket/shards": "is not fetched from",
-    }.items():
-        _error(lambda root=root: open_shards(root, Cache()), why)
-        rebased(folder, root if ":" in root else None)
-        if ":" in root:
-            _error(lambda: open_shards(str(folder), Cache()), why)
-    with pytest.raises(ValueError, match="password") as caught:
-        open_shards("https://user:secret@example.org/", Cache())
-    assert "secret" not in str(caught.value)
+    for root in (str(tmp_path / "nowhere"), str(tmp_path)):
+        error_of(lambda root=root: open_shards(root, Cache()), root)
+    for root in (
+        *("http://example.org/shards", "http://10.0.0.1/shards", "http://127.0.0.1.example.org/"),
+        *("https://user:secret@example.org/", "https://example.org/shards?key=1", "https:///shards"),
+        *("https://example.org:x/", "https://example.org/a b", "file:///etc", "ftp://example.org/", "pipe:touch it"),
+    ):
+        named = "example.org" if "secret" in root else root
+        assert "secret" not in error_of(lambda root=root: open_shards(root, Cache()), named)
+        rebased(folder, root)
+        error_of(lambda: open_shards(str(folder), Cache()), named)
 
 
 @pytest.mark.parametrize(
-    ("values", "why"),
+    ("values", "named"),
     [
-        ({"folder": ""}, r"cache.folder \(''\) must name a folder"),
-        ({"limit_gb": 0}, r"cache.limit_gb \(0\) must be more than 0"),
-        ({"limit_gb": float("inf")}, "must be more than 0 and finite"),
-        ({"block_mb": float("nan")}, r"cache.block_mb \(nan\)"),
-        ({"block_mb": 1e-7}, "must be at least a byte"),
-        ({"limit_gb": 0.015}, r"limit_gb \(0.015\) must hold at least 4 blocks of block_mb \(4.0\)"),
-        ({"retries": -1}, r"cache.retries \(-1\) must be at least 0"),
-        ({"timeout_s": 0}, r"cache.timeout_s \(0\)"),
+        ({"folder": ""}, ("cache.folder", "''")),
+        ({"limit_gb": 0}, ("cache.limit_gb", 0)),
+        ({"limit_gb": float("inf")}, ("cache.limit_gb", "inf")),
+        ({"block_mb": float("nan")}, ("cache.block_mb", "nan")),
+        ({"block_mb": 1e-7}, ("cache.block_mb", 1e-7)),
+        ({"limit_gb": 0.015}, ("limit_gb", 0.015, "block_mb", 4.0)),
+        ({"retries": -1}, ("cache.retries", -1)),
+        ({"timeout_s": 0}, ("cache.timeout_s", 0)),
     ],
 )
-def test_the_cache_refuses_numbers_out_of_range(values: dict[str, float], why: str) -> None:
-    _error(lambda: Cache(**values), why)  # type: ignore[arg-type]
+def test_the_cache_refuses_numbers_out_of_range(values: dict[str, float], named: tuple[object, ...]) -> None:
+    error_of(lambda: Cache(**values), *named)  # type: ignore[arg-type]

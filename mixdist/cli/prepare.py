@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,9 +16,8 @@ from mixdist.data.formats import SOURCES, open_listing
 from mixdist.data.prepare.prepare import SET_ASIDE, SHARD_SAMPLES, Prepared, count_reasons
 from mixdist.data.prepare.prepare import prepare as make_shards
 from mixdist.data.prepare.recipe import Encoding, Recipe
+from mixdist.data.workers import MOST_WORKERS, default_workers
 from mixdist.messages import counted
-
-_MOST_WORKERS = 16
 
 
 def prepare(argv: Sequence[str]) -> None:
@@ -30,7 +28,7 @@ def prepare(argv: Sequence[str]) -> None:
     out = Path(options.out)
     layout = open_listing(options.source, Path(options.folder), options.labels == "source")
     recipe = Recipe(options.channels or layout.channels, options.size, options.crop, options.encode, options.min_side)
-    workers = min(_cores(), _MOST_WORKERS) if options.workers is None else options.workers
+    workers = default_workers() if options.workers is None else options.workers
     total = sum(part.num for part in layout.parts)
     with tqdm(total=total, unit="image", disable=not sys.stderr.isatty(), smoothing=0) as bar:
         prepared = make_shards(
@@ -90,14 +88,9 @@ def prepare_parser() -> ArgumentParser:
     parser.add_argument(
         "--workers",
         type=int | None,
-        help=f"processes that make shards; 0 or 1: this one; unset, one a core, at most {_MOST_WORKERS}",
+        help=f"processes that make shards; 0 or 1: this one; unset, one a core, at most {MOST_WORKERS}",
     )
     return parser
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _summary(prepared: Prepared, out: Path, passed_over: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,13 +19,14 @@ from mixdist.data.shards.index import HEAD, SAMPLES, ShardIndex, check_names, sp
 from mixdist.data.shards.scan import Scan, assemble, left_out, scan, scan_stream
 from mixdist.data.shards.stream import WebStream, expand
 from mixdist.data.shards.verify import Verdict, examine, missing
-from mixdist.data.shards.workers import default_workers, in_order
+from mixdist.data.workers import MOST_WORKERS, Workers, default_workers
 from mixdist.messages import counted
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 _RETRIES, _TIMEOUT_S = 5, 30.0
-_LARGEST_NAMES = 16 << 20
+_LARGEST_NAMES, _SMALL = 16 << 20, 256 << 20
 
 
 def index(argv: Sequence[str]) -> None:
@@ -45,9 +46,7 @@ def index(argv: Sequence[str]) -> None:
         size = sum((out / name).stat().st_size for name in names)
     _refuse_present(out, options.force)
     class_names = _class_names(options.class_names)
-    workers = default_workers(len(names), size) if options.workers is None else options.workers
-    found = in_order(partial(_scan_one, str(out), base), names, workers)
-    scans = list(_shown(found, len(names)))
+    scans = list(_each(partial(_scan_one, str(out), base), names, size, options.workers))
     made = assemble(
         scans,
         [split_of(name) for name in names],
@@ -78,7 +77,7 @@ def index_parser() -> ArgumentParser:
     return parser
 
 
-_WORKERS = "processes that read shards; 0 or 1: this one; unset, one a core for large data, at most 16"
+_WORKERS = f"processes that read shards; 0 or 1: this one; unset, one a core for large data, at most {MOST_WORKERS}"
 
 
 def verify(argv: Sequence[str]) -> None:
@@ -96,12 +95,10 @@ def verify(argv: Sequence[str]) -> None:
     folder = Path(options.folder)
     known = ShardIndex.read(folder)
     total = sum(shard.num_bytes for shard in known.shards)
-    workers = default_workers(len(known.shards), total) if options.workers is None else options.workers
     parts = [known.part(i) for i in range(len(known.shards))]
-    found = in_order(partial(_verify_one, str(folder), options.decode), parts, workers)
     strangers = _strangers(folder, known)
     bad, hurt, lines = 0, 0, len(strangers)
-    for verdict in _shown(found, len(parts)):
+    for verdict in _each(partial(_verify_one, str(folder), options.decode), parts, total, options.workers):
         for line in verdict.lines:
             tqdm.write(line, file=sys.stdout)
         bad, hurt, lines = bad + bool(verdict.lines), hurt + verdict.num_hurt, lines + len(verdict.lines)
@@ -206,9 +203,12 @@ def _strangers(folder: Path, known: ShardIndex) -> list[str]:
     return [f"shard {name!r} is in the folder, but not in its index" for name in others]
 
 
-def _shown(found: Iterator[T], total: int) -> Iterator[T]:
-    """Pass on what comes, with a progress bar on a terminal."""
-    bar: tqdm[Any] = tqdm(found, total=total, unit="shard", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+def _each(function: Callable[[S], T], shards: Sequence[S], num_bytes: int, workers: int | None) -> Iterator[T]:
+    """Yield a function's result for each shard, in order, with a progress bar on a terminal."""
+    if workers is None:  # none where this process is done before others would have started
+        workers = min(default_workers(), len(shards)) if num_bytes >= _SMALL else 0
+    found = Workers(function, workers, "start again with fewer --workers").map(shards)
+    bar: tqdm[Any] = tqdm(found, total=len(shards), unit="shard", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     yield from bar
 
 

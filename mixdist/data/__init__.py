@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from mixdist.data.loader import Loader, RankBatch, share
     from mixdist.data.order import Epoch
     from mixdist.data.sources.bananas import Bananas
-    from mixdist.data.sources.cifar import Cifar10
     from mixdist.data.sources.digits import Digits
-    from mixdist.data.sources.idx import Idx
+    from mixdist.data.sources.memory import Cifar10, Idx, Memory
     from mixdist.data.sources.shards import Shards
     from mixdist.data.sources.synthetic import Blobs, Parabolas
 
@@ -24,12 +23,13 @@ _HOMES = {
     "Augment": "augment",
     "Bananas": "sources.bananas",
     "Blobs": "sources.synthetic",
-    "Cifar10": "sources.cifar",
+    "Cifar10": "sources.memory",
     "Dataset": "dataset",
     "Digits": "sources.digits",
     "Epoch": "order",
-    "Idx": "sources.idx",
+    "Idx": "sources.memory",
     "Loader": "loader",
+    "Memory": "sources.memory",
     "Parabolas": "sources.synthetic",
     "Samples": "dataset",
     "RankBatch": "loader",
@@ -47,6 +47,7 @@ __all__ = [
     "Epoch",
     "Idx",
     "Loader",
+    "Memory",
     "Parabolas",
     "RankBatch",
     "Samples",

@@ -20,6 +20,7 @@ Decoder = Literal["pillow", "simplejpeg"]
 
 MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "WEBP")
+SOURCE_FORMATS = (*FORMATS, "BMP", "GIF", "TIFF")
 DAMAGED = "it is truncated or damaged"
 _ORIENTATION = 0x0112
 
@@ -134,21 +135,27 @@ def pixels(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def decode(
-    data: bytes, channels: int, size: int | None = None, crop: int | None = None, decoder: Decoder = "pillow"
+    data: bytes,
+    channels: int,
+    size: int | None = None,
+    crop: int | None = None,
+    decoder: Decoder = "pillow",
+    formats: tuple[str, ...] = FORMATS,
 ) -> NDArray[np.uint8]:
     """Decode an image, uint8 (C, H, W).
 
     Args:
-        data: the file's bytes: JPEG, PNG or WebP.
+        data: the file's bytes.
         channels: C, 1 or 3.
         size: see :func:`fit`.
         crop: see :func:`fit`.
         decoder: simplejpeg takes plain JPEGs, Pillow all else.
+        formats: that are allowed, by Pillow's names.
 
     Raises:
         Unreadable: it cannot be decoded.
     """
-    image = open_image(data)
+    image = open_image(data, formats)
     if decoder == "simplejpeg" and image.format == "JPEG" and is_plain(image, channels):
         image = _decode_jpeg(data, channels)
     else:

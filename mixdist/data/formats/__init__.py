@@ -1,8 +1,9 @@
-"""The layouts in which data sets come, as numbered samples."""
+"""The formats in which data sets come, as numbered samples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -26,8 +27,8 @@ class Source(NamedTuple):
 SOURCES = {
     "celeba": Source(celeba.layout, celeba.fits),
     "imagenet": Source(imagenet.layout, imagenet.fits),
-    "cifar10": Source(cifar.layout_10, cifar.fits_10),
-    "cifar100": Source(cifar.layout_100, cifar.fits_100),
+    "cifar10": Source(partial(cifar.layout, cifar.CIFAR_10), partial(cifar.fits, cifar.CIFAR_10)),
+    "cifar100": Source(partial(cifar.layout, cifar.CIFAR_100), partial(cifar.fits, cifar.CIFAR_100)),
     "svhn": Source(svhn.layout, svhn.fits),
     "idx": Source(idx.layout, idx.fits),
     "parquet": Source(parquet.layout, parquet.fits),
@@ -54,5 +55,5 @@ def open_listing(kind: str, root: Path, labels: bool = True) -> Listing:
         return SOURCES[kind].layout(root, labels=labels)
     except Missing as missing:
         other = next((name for name, source in SOURCES.items() if name != kind and source.fits(root)), None)
-        hint = f"; it looks like {other}: try mixdist prepare {other}" if other else ""
+        hint = f"; it looks like {other}: name that kind of source" if other else ""
         raise Missing(f"{missing}{hint}") from None

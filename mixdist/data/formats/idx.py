@@ -43,12 +43,14 @@ def layout(root: Path, labels: bool = True) -> Listing:
         Missing: a file is missing.
         ValueError: a file is damaged or foreign, or two disagree.
     """
-    for name in (f"{prefix}-{kind}" for prefix in PREFIXES for kind in (IMAGES, LABELS)):
-        if not (root / name).is_file() and not (root / f"{name}.gz").is_file():
-            raise Missing(f"{str(root)!r} has no file {name!r} or '{name}.gz': put one of them there")
     parts, told, bodies, sizes, first_id = [], [], [], [], 0
     for prefix, split in _SPLITS.items():
-        images, classes = read_pair(root, prefix)
+        images, classes = read_idx(find(root, f"{prefix}-{IMAGES}"), 3), read_idx(find(root, f"{prefix}-{LABELS}"), 1)
+        if len(images) != len(classes):
+            raise ValueError(
+                f"'{prefix}-{IMAGES}' has {len(images)} images and '{prefix}-{LABELS}' {len(classes)} labels, expected "
+                "as many: take both from one data set"
+            )
         label_N = classes.astype(np.int64) if labels else None
         parts.append(Part(split, first_id, len(images), f"{prefix}-{IMAGES}", label_N=label_N))
         told.append(Entry(prefix, images.size))
@@ -69,32 +71,16 @@ def read_images(path: Path) -> Bytes:
     return read_idx(find(path.parent, path.name), num_dims=3)[:, None]
 
 
-def read_pair(root: Path, prefix: str) -> tuple[Bytes, Bytes]:
-    """Read the images (N, H, W) and labels (N,) of "train" or "t10k", uint8.
-
-    Raises:
-        ValueError: a file is missing, foreign, damaged or too large, or the two disagree.
-    """
-    images = read_idx(find(root, f"{prefix}-{IMAGES}"), num_dims=3)
-    labels = read_idx(find(root, f"{prefix}-{LABELS}"), num_dims=1)
-    if len(images) != len(labels):
-        raise ValueError(
-            f"'{prefix}-{IMAGES}' has {len(images)} images and '{prefix}-{LABELS}' {len(labels)} labels, "
-            f"expected as many: take both from one data set."
-        )
-    return images, labels
-
-
 def find(root: Path, name: str) -> Path:
     """Find a file, as it is or with ``.gz``.
 
     Raises:
-        ValueError: there is neither.
+        Missing: there is neither.
     """
     for path in (root / name, root / f"{name}.gz"):
         if path.is_file():
             return path
-    raise ValueError(f"root ({str(root)!r}) has no file {name!r} or '{name}.gz': put one of them there.")
+    raise Missing(f"{str(root)!r} has no file {name!r} or '{name}.gz': put one of them there")
 
 
 def read_idx(path: Path, num_dims: int) -> Bytes:

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from mixdist.data.crew import make_all
 from mixdist.data.formats import Listing
 from mixdist.data.prepare.recipe import Recipe
 from mixdist.data.prepare.writer import PREPARING, Made, SetAside, ShardWriter, Task
 from mixdist.data.shards.index import HEAD, ShardIndex
 from mixdist.data.shards.scan import assemble
+from mixdist.data.workers import Workers
 from mixdist.files import write_file
 
 SHARD_SAMPLES = 1000
@@ -110,18 +110,17 @@ def _make(
         for split in layout.splits
         for k in range(-(-layout.count(split) // shard_samples))
     ]
-    place = {name: k for k, (name, _, _) in enumerate(tasks)}
     # Samples are listed when a shard's turn comes: those of a million images would fill the memory.
     todo = (Task(name, split, layout.samples(split, first, first + shard_samples)) for name, split, first in tasks)
-    done = 0
-    shards = []
-    tell(done, total)
-    with closing(make_all(writer, todo, min(workers, len(tasks)))) as made:
+    remedy = "give the same command again with fewer --workers: it goes on where it stopped"
+    making = Workers(writer.make, min(workers, len(tasks)), remedy)
+    shards: list[Made] = []
+    tell(0, total)
+    with closing(making.map(todo)) as made:
         for one in made:
             shards.append(one)
-            done += one.num
-            tell(done, total)
-    return sorted(shards, key=lambda one: place[one.shard])
+            tell(sum(shard.num for shard in shards), total)
+    return shards
 
 
 def _finish(
@@ -212,13 +211,9 @@ def _compare(out: Path, before: dict[str, Any], made: dict[str, Any]) -> None:
         if key == "digest":
             what = "of files that are not those of the source now"
         else:
-            was = before.get(key, "unknown")
-            what = f"with {key.replace('_', '-')} {_word(was)}, asked for is {_word(made[key])}"
+            was, now = ("unset" if value is None else value for value in (before.get(key, "unknown"), made[key]))
+            what = f"with {key.replace('_', '-')} {was}, asked for is {now}"
         raise ValueError(f"--out {out} was begun {what}: give what it was begun with, or name another folder")
-
-
-def _word(value: Any) -> str:
-    return "unset" if value is None else str(value)
 
 
 @contextmanager

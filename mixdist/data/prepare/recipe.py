@@ -12,11 +12,15 @@ from typing import Any, Literal
 from PIL import Image
 
 from mixdist.data.formats import Raw
-from mixdist.data.images import DAMAGED, FORMATS, Unreadable, fit, guarded, is_plain, open_image, plain
+from mixdist.data.images import DAMAGED, SOURCE_FORMATS, Unreadable, fit, guarded, is_plain, open_image, plain
 
 Encoding = Literal["png", "jpg", "webp"]
 
-SOURCE_FORMATS = (*FORMATS, "BMP", "GIF", "TIFF")
+_ENCODINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "png": ("PNG", {}),
+    "jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    "webp": ("WEBP", {"quality": 95}),
+}
 _KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with others after it
 
 
@@ -98,12 +102,8 @@ class Recipe:
         image = fit(image, self.size, self.crop)
         image.info.clear()  # colour profiles and comments belong to the image as it was
         stream = io.BytesIO()
-        if self.encode == "png":
-            image.save(stream, "PNG")
-        elif self.encode == "jpg":
-            image.save(stream, "JPEG", quality=95, subsampling=0)
-        else:
-            image.save(stream, "WEBP", quality=95)
+        kind, options = _ENCODINGS[self.encode]
+        image.save(stream, kind, **options)
         return stream.getvalue()
 
     def describe(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -13,6 +12,7 @@ from mixdist.data.formats import Reader, Sample
 from mixdist.data.images import Unreadable
 from mixdist.data.prepare.recipe import Recipe
 from mixdist.data.shards.scan import Scan, scan
+from mixdist.data.workers import stopping
 from mixdist.files import write_file
 
 PREPARING = ".preparing"
@@ -73,19 +73,15 @@ class ShardWriter:
     recipe: Recipe
     attribute_names: tuple[str, ...] = ()
 
-    def make(self, task: Task, stopped: Callable[[], bool] = lambda: False) -> Made:
+    def make(self, task: Task) -> Made:
         """Make a shard, or take the one that was made before.
 
-        Args:
-            task: what to make.
-            stopped: says whether to give up.
-
         Raises:
-            Stopped: it was told to give up.
+            Stopped: the other processes have given up.
             ValueError: a file of the source cannot be read.
             OSError: the shard cannot be written; then nothing is left of it.
         """
-        return self._before(task) or self._write(task, stopped)
+        return self._before(task) or self._write(task)
 
     def _record(self, task: Task) -> Path:
         return self.out / PREPARING / f"{task.shard}.json"
@@ -102,7 +98,7 @@ class ShardWriter:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _write(self, task: Task, stopped: Callable[[], bool]) -> Made:
+    def _write(self, task: Task) -> Made:
         from webdataset.writer import TarWriter  # imports torch: only where a shard is made
 
         # The process in the name: one whose parent was killed may still be at work on the same shard.
@@ -112,7 +108,7 @@ class ShardWriter:
             with open(aside, "wb", buffering=0) as file:
                 with TarWriter(_Sink(file), encoder=False, mtime=0) as tar:
                     for sample in task.samples:
-                        if stopped():
+                        if stopping():
                             raise Stopped
                         try:
                             tar.write(self._members(sample))

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import get_ident
 from typing import Any
 
-from mixdist.data.shards.descriptors import Descriptors
+from mixdist.data.shards.storage import Descriptors
 
 _HEAD = struct.Struct("<8sQI")  # magic, bytes, crc32
 _MAGIC = b"mixblk1\n"

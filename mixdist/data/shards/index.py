@@ -26,12 +26,12 @@ FORMAT = 1
 ABSENT = -1
 EXTENSIONS = ("cls", "jpeg", "jpg", "json", "npy", "png", "txt", "webp")
 """Of members, in small letters: what is read; nothing else is."""
-_BLOCK = 512
 _NOT_OURS = (
     *(ValueError, KeyError, TypeError, AttributeError, AssertionError, OverflowError, OSError, EOFError),
     *(RecursionError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error),
 )
 """What numpy, zipfile and json raise over bytes that are not theirs."""
+_TUPLES, _OTHERS = ("extensions", "class_names", "attribute_names", "image"), ("source", "base", "made")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.tar")
 
 
@@ -159,13 +159,7 @@ class ShardIndex:
         head = {
             "format": FORMAT,
             "shards": [asdict(shard) for shard in self.shards],
-            "extensions": self.extensions,
-            "class_names": self.class_names,
-            "attribute_names": self.attribute_names,
-            "image": self.image,
-            "source": self.source,
-            "base": self.base,
-            "made": self.made,
+            **{name: getattr(self, name) for name in (*_TUPLES, *_OTHERS)},
             "samples_sha256": hashlib.sha256(samples.getvalue()).hexdigest(),
             "fingerprint": self.fingerprint,
         }
@@ -174,7 +168,7 @@ class ShardIndex:
 
     @staticmethod
     def parse(name: str, head: bytes, samples: bytes) -> ShardIndex:
-        """Undo ``write``; every name and number is checked.
+        """Undo ``write``; checksums find damage, and names are checked.
 
         Args:
             name: of the folder or address, for messages.
@@ -192,22 +186,18 @@ class ShardIndex:
                 raise ValueError(f"{SAMPLES} differs from its checksum")
             with np.load(io.BytesIO(samples), allow_pickle=False) as arrays:
                 found = {key: arrays[key] for key in arrays.files}
+            rest: dict[str, Any] = {name: about[name] for name in _OTHERS}
+            rest |= {name: None if about[name] is None else tuple(about[name]) for name in _TUPLES}
             index = ShardIndex(
                 tuple(ShardEntry(**entry) for entry in about["shards"]),
-                tuple(about["extensions"]),
-                found["id"],
-                found["member"],
-                found["crc"],
-                found.get("label"),
-                found.get("attribute"),
-                tuple(about["class_names"]),
-                tuple(about["attribute_names"]),
-                None if about["image"] is None else tuple(about["image"]),
-                about["source"],
-                about["base"],
-                about["made"],
+                id_N=found["id"],
+                member_NM2=found["member"],
+                crc_NM=found["crc"],
+                label_N=found.get("label"),
+                attribute_NA=found.get("attribute"),
+                **rest,
             )
-            _check(index)
+            check_names([shard.name for shard in index.shards])  # whoever made it: a name must not leave the folder
             if index.fingerprint != about["fingerprint"]:
                 raise ValueError(f"{HEAD} differs from its fingerprint")
         except _NOT_OURS as error:
@@ -241,82 +231,12 @@ class ShardIndex:
         return ShardIndex.parse(str(folder), head, samples)
 
 
-def _check(index: ShardIndex) -> None:
-    """Check names and numbers of an index against what they can be.
-
-    Raises:
-        ValueError: one is impossible.
-    """
-    for shard in index.shards:
-        _check_shard(shard)
-    if len({shard.name for shard in index.shards}) < len(index.shards):
-        raise ValueError("a shard is there twice")
-    if not set(index.extensions) <= set(EXTENSIONS) or sorted(set(index.extensions)) != list(index.extensions):
-        raise ValueError(f"extensions {index.extensions} are not some of {', '.join(EXTENSIONS)}, sorted")
-    shapes = (len(index), len(index.extensions), 2)
-    num = sum(shard.num_samples for shard in index.shards)
-    if index.id_N.shape != (num,) or index.member_NM2.shape != shapes or index.crc_NM.shape != shapes[:2]:
-        raise ValueError(f"{num} samples have ids, members and checksums of other shapes")
-    for name, array in index._arrays().items():
-        if array.dtype != {"crc": np.uint32, "attribute": np.uint8}.get(name, np.int64):
-            raise ValueError(f"{name} has type {array.dtype}")
-    _check_samples(index)
-    _check_members(index)
-    texts = (index.source, *index.class_names, *index.attribute_names, *([] if index.base is None else [index.base]))
-    if not all(isinstance(text, str) for text in texts) or not isinstance(index.made, dict):
-        raise ValueError("a text is none")
-    image = index.image
-    if image is not None and (len(image) != 3 or not all(type(side) is int and side > 0 for side in image)):
-        raise ValueError(f"image {image} is no (channels, height, width)")
-
-
-def _check_shard(shard: ShardEntry) -> None:
-    if not isinstance(shard.name, str) or not _SAFE_NAME.fullmatch(shard.name):
-        raise ValueError(f"shard {shard.name!r} is no plain name that ends in .tar")
-    numbers = (shard.num_bytes, shard.num_samples, shard.first_id)
-    if not all(type(number) is int and 0 <= number < 2**62 for number in numbers) or not shard.num_samples:
-        raise ValueError(f"shard {shard.name!r} has impossible numbers {numbers}")
-    if not isinstance(shard.split, str) or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
-        raise ValueError(f"shard {shard.name!r} has no split or sha256")
-
-
-def _check_samples(index: ShardIndex) -> None:
-    num, first_N = len(index), index.starts[:-1]
-    ascends = np.diff(index.id_N) > 0
-    ascends[first_N[1:] - 1] = True  # from shard to shard ids may go back
-    if not ascends.all() or (index.id_N < 0).any() or len(np.unique(index.id_N)) < num:
-        raise ValueError("ids do not ascend within every shard, each from 0 and once")
-    if not np.array_equal(index.id_N[first_N], [shard.first_id for shard in index.shards]):
-        raise ValueError("a shard's first id is another sample's")
-    labels, attributes = index.label_N, index.attribute_NA
-    if labels is not None and (labels.shape != (num,) or (labels < 0).any()):
-        raise ValueError("labels are not one from 0 for each sample")
-    if labels is not None and index.class_names and labels.max() >= len(index.class_names):
-        raise ValueError(f"class {labels.max()} has no name")
-    shape = None if attributes is None else (num, len(index.attribute_names))
-    if attributes is not None and (attributes.shape != shape or (attributes > 1).any()):
-        raise ValueError("attributes are not 0 or 1 for each sample and name")
-
-
-def _check_members(index: ShardIndex) -> None:
-    offset_NM, size_NM = index.member_NM2[..., 0], index.member_NM2[..., 1]
-    absent_NM = offset_NM == ABSENT
-    nums = [shard.num_samples for shard in index.shards]
-    end_N1 = np.repeat([shard.num_bytes for shard in index.shards], nums)[:, None]
-    inside_NM = (offset_NM >= _BLOCK) & (offset_NM % _BLOCK == 0) & (size_NM >= 0) & (size_NM <= end_N1 - offset_NM)
-    if not np.where(absent_NM, (size_NM == ABSENT) & (index.crc_NM == 0), inside_NM).all():
-        raise ValueError("a member lies outside its shard")
-
-
 def split_of(name: str) -> str:
-    """Tell the split from a shard's name: train, valid or test where it says so, else what precedes the number."""
-    words = re.split(r"[^a-z]+", name.lower())
-    for split, kin in {
-        "train": ("train", "training"),
-        "valid": ("val", "valid", "validation"),
-        "test": ("test",),
-    }.items():
-        if any(word in kin for word in words):
+    """Return the split that a shard's name says: train, valid or test, else what precedes the number."""
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    kin = {"train": {"train", "training"}, "valid": {"val", "valid", "validation"}, "test": {"test"}}
+    for split, names in kin.items():
+        if words & names:
             return split
     return re.sub(r"[-_.]*\d*\.tar$", "", name) or "train"
 

@@ -1,4 +1,4 @@
-"""From where a sample lies to its numbers: what a decoding process does. Nothing here needs torch.
+"""From where a sample lies to its numbers, in worker processes or in this one. Nothing here needs torch.
 
 Shape letters: C channels, H height, W width, n samples.
 """
@@ -6,7 +6,9 @@ Shape letters: C channels, H height, W width, n samples.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,10 +16,13 @@ from numpy.typing import NDArray
 
 from mixdist.data.images import Decoder, Unreadable, decode
 from mixdist.data.shards.storage import Damage, Storage
+from mixdist.data.workers import Workers
 
 Content = Literal["image", "npy"]
 MAX_BYTES = 1 << 28
 """Of one array in an npy member."""
+_MOST, _LEAST = 64, 4
+"""Samples that a worker process is sent at once."""
 
 
 class Wanted(NamedTuple):
@@ -34,6 +39,10 @@ class Bad(NamedTuple):
 
     place: int
     reason: str
+
+
+Read = tuple[NDArray[Any], list[Bad]]
+"""Samples (n, *shape), zeros where one is bad, and which are."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,8 @@ class Reading:
             )
         return array
 
-    def several(self, wanted: list[Wanted]) -> tuple[NDArray[Any], list[Bad]]:
-        """Read samples: (n, *shape), zeros where one is bad, and which are."""
+    def several(self, wanted: list[Wanted]) -> Read:
+        """Read n samples."""
         assert self.shape is not None
         arrays, bad = np.zeros((len(wanted), *self.shape), dtype=self.dtype), []
         for place, one in enumerate(wanted):
@@ -89,6 +98,41 @@ class Reading:
             except (Unreadable, Damage) as error:
                 bad.append(Bad(place, str(error)))
         return arrays, bad
+
+
+class Pool:
+    """Reads samples in worker processes or in this one.
+
+    Args:
+        reading: how.
+        workers: processes; 0 reads here, when samples are waited for.
+    """
+
+    def __init__(self, reading: Reading, workers: int) -> None:
+        self.reading, self.workers = reading, workers
+        self._workers = Workers(reading.several, workers, "lower data.init_args.workers")
+
+    def start(self, wanted: list[Wanted]) -> Callable[[], Read]:
+        """Start to read n samples; return a callable that blocks until they are there.
+
+        Raises:
+            ValueError: here or in that callable: a process was killed.
+            OSError: in that callable: storage cannot be reached.
+        """
+        if not self.workers or not wanted:
+            return partial(self.reading.several, wanted)
+        size = min(_MOST, max(_LEAST, -(-len(wanted) // (2 * self.workers))))
+        started = [self._workers.start(wanted[first : first + size]) for first in range(0, len(wanted), size)]
+        return lambda: _joined([read() for read in started], size)
+
+    def close(self) -> None:
+        """End the processes, whatever they were asked for."""
+        self._workers.close()
+
+
+def _joined(parts: list[Read], size: int) -> Read:
+    bad = [Bad(n * size + one.place, one.reason) for n, (_, some) in enumerate(parts) for one in some]
+    return np.concatenate([arrays for arrays, _ in parts]), bad
 
 
 def read_npy(data: bytes) -> NDArray[Any]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixdist.data.shards.cache import Blocks
-from mixdist.data.shards.damage import REMEDY, Damage, hold, hold_sizes
 from mixdist.data.shards.http import Missing, Web
 from mixdist.data.shards.index import HEAD, SAMPLES, ShardEntry, ShardIndex
+from mixdist.data.shards.storage import REMEDY, Damage, check_bytes, check_sizes
 
 _ASKED_AT_ONCE = 8
 _LARGEST_INDEX = 1 << 32
@@ -87,14 +87,14 @@ class RemoteStorage:
         """See :meth:`Storage.read`."""
         num_bytes, stem = self._shards[shard]
         if not 0 <= offset <= offset + size <= num_bytes:
-            hold(self._web.address(shard), offset, size, crc, bytes(max(0, min(num_bytes - offset, size))))
+            check_bytes(self._web.address(shard), offset, size, crc, bytes(max(0, min(num_bytes - offset, size))))
         numbers = range(offset // self._block, -(-(offset + size) // self._block)) if size else range(0)
         data = b"".join([self._part(shard, number, offset, offset + size) for number in numbers])
         if zlib.crc32(data) != crc:
             for number in numbers:
                 self._blocks.drop(f"{stem}-{number:06d}")
             data = b"".join([self._part(shard, number, offset, offset + size) for number in numbers])
-        return hold(self._web.address(shard), offset, size, crc, data)
+        return check_bytes(self._web.address(shard), offset, size, crc, data)
 
     def check(self, index: ShardIndex) -> None:
         """See :meth:`Storage.check`."""
@@ -102,7 +102,7 @@ class RemoteStorage:
         try:
             found = pool.map(lambda shard: self._web.size(shard.name, self._block), index.shards)
             sizes = ((shard.name, shard.num_bytes, size) for shard, size in zip(index.shards, found, strict=True))
-            hold_sizes(self._web.base, sizes)
+            check_sizes(self._web.base, sizes)
         finally:
             pool.shutdown(cancel_futures=True)
 

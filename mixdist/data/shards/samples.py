@@ -20,8 +20,7 @@ from mixdist.data.dataset import Samples
 from mixdist.data.loader import share
 from mixdist.data.order import Epoch, OrderName, shuffled, shuffled_blocks
 from mixdist.data.shards.index import ShardIndex
-from mixdist.data.shards.pool import Pool, Read
-from mixdist.data.shards.reader import Wanted
+from mixdist.data.shards.reader import Pool, Read, Wanted
 from mixdist.terms import Batch, Spec
 
 _SURVEYED_AT_ONCE = 512
@@ -71,6 +70,7 @@ class Shelf:
         return f"sample {self.index.id_N[place]} in shard {shard} at offset {offset}: {reason}"
 
 
+@dataclass(eq=False)
 class ShardSamples(Samples):
     """Samples in shards, read and decoded when they are asked for.
 
@@ -80,31 +80,26 @@ class ShardSamples(Samples):
         spec: the fields: "x", and where they are wanted "y" and "attributes".
         label_N: class of each, as stored; None without "y".
         attribute_NA: attributes of each; None without them.
-        label: "y", or None.
         class_names: of the label.
         attribute_names: A names.
         augment: what happens to images in training; None for nothing.
     """
 
+    shelf: Shelf
+    places: NDArray[np.int64]
+    spec: Spec
+    label_N: Tensor | None = None
+    attribute_NA: Tensor | None = None
+    class_names: tuple[str, ...] = ()
+    attribute_names: tuple[str, ...] = ()
+    augment: Augment | None = None
+
     log_density_N = None
 
-    def __init__(
-        self,
-        shelf: Shelf,
-        places: NDArray[np.int64],
-        spec: Spec,
-        label_N: Tensor | None = None,
-        attribute_NA: Tensor | None = None,
-        label: str | None = None,
-        class_names: tuple[str, ...] = (),
-        attribute_names: tuple[str, ...] = (),
-        augment: Augment | None = None,
-    ) -> None:
-        self.shelf, self.places, self.spec = shelf, places, spec
-        self.label_N, self.attribute_NA, self.label, self.class_names = label_N, attribute_NA, label, class_names
-        self.attribute_names, self.augment = attribute_names, augment
-        self.attribute = "attributes" if attribute_NA is not None else None
-        self._ids = torch.from_numpy(shelf.index.id_N[places])
+    def __post_init__(self) -> None:
+        self.label = None if self.label_N is None else "y"
+        self.attribute = None if self.attribute_NA is None else "attributes"
+        self._ids = torch.from_numpy(self.shelf.index.id_N[self.places])
 
     @property
     def ids(self) -> Tensor:
@@ -124,20 +119,20 @@ class ShardSamples(Samples):
     ) -> Callable[[], Batch]:
         names = self.spec if fields is None else fields
         places = self.places[index.numpy()]
-        begun = self.shelf.pool.start(self.shelf.wanted(places)) if "x" in names else None
-        return partial(self._finish, index, places, begun, names, epoch)
+        started = self.shelf.pool.start(self.shelf.wanted(places)) if "x" in names else None
+        return partial(self._finish, index, places, started, names, epoch)
 
     def _finish(
         self,
         index: Tensor,
         places: NDArray[np.int64],
-        begun: Callable[[], Read] | None,
+        started: Callable[[], Read] | None,
         names: Sequence[str] | Spec,
         epoch: Epoch | None,
     ) -> Batch:
         rows = {"id": self._ids[index]}
-        if begun is not None:
-            arrays, bad = begun()
+        if started is not None:
+            arrays, bad = started()
             if bad:
                 raise ValueError(
                     f"{self.shelf.described(int(places[bad[0].place]), bad[0].reason)}; mixdist verify --decode finds "
@@ -155,18 +150,10 @@ class ShardSamples(Samples):
         return self._of(np.arange(min(num_rows, len(self))))
 
     def _of(self, kept: NDArray[np.int64]) -> ShardSamples:
-        index = torch.from_numpy(kept)
-        return ShardSamples(
-            self.shelf,
-            self.places[kept],
-            self.spec,
-            None if self.label_N is None else self.label_N[index],
-            None if self.attribute_NA is None else self.attribute_NA[index],
-            self.label,
-            self.class_names,
-            self.attribute_names,
-            self.augment,
+        label_N, attribute_NA = (
+            None if c is None else c[torch.from_numpy(kept)] for c in (self.label_N, self.attribute_NA)
         )
+        return replace(self, places=self.places[kept], label_N=label_N, attribute_NA=attribute_NA)
 
     def ordered(self, positions: Tensor, epoch: Epoch, batch_size: int) -> Tensor:
         if self.shelf.order == "full":

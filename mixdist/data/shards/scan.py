@@ -1,4 +1,4 @@
-"""From tar shards that anyone wrote to their index: each is read once, front to back, and every doubt is refused.
+"""From tar shards that anyone wrote to their index: each is read once, front to back; what is ambiguous is refused.
 
 Shape letters: N samples, M members of a sample, A attributes.
 """
@@ -140,27 +140,25 @@ class _Samples:
         """A member's key and the column of its extension."""
         folder, slash, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
-        column = _COLUMN.get(extension)
-        if column is None:
-            column = _COLUMN.get(extension.lower())
+        column = _COLUMN.get(extension.lower())
         if column is None or not stem:
-            self._refuse_name(member, base, stem, extension)
+            self._refuse_name(member, stem, extension)
         return folder + slash + stem, column
 
-    def _refuse_name(self, member: Member, base: str, stem: str, extension: str) -> NoReturn:
+    def _refuse_name(self, member: Member, stem: str, extension: str) -> NoReturn:
+        what = f"has the extension {extension!r}, expected {', '.join(EXTENSIONS)}"
+        remedy = "leave it out, or convert it"
         last = extension.rpartition(".")[2].lower()
         if last in _PICKLES:
-            what = f"{member.name!r} has the extension {last!r}: pickles are never read"
-            self.tar.refuse(member.header, what, f"leave it out, or store it as {', '.join(EXTENSIONS)}")
-        if not stem:
-            self.tar.refuse(member.header, f"{member.name!r} has no key before its dot", _RENAME)
-        if "." in extension:
-            what = f"{member.name!r} has a dotted key: what follows the first dot would be taken for its extension"
-            self.tar.refuse(member.header, what, "name members KEY.EXTENSION, with one dot")
-        if not extension:
-            self.tar.refuse(member.header, f"{member.name!r} has no extension", _RENAME)
-        what = f"{member.name!r} has the extension {extension!r}, expected {', '.join(EXTENSIONS)}"
-        self.tar.refuse(member.header, what, "leave it out, or store it as one of these")
+            what = f"has the extension {last!r}: pickles are never read"
+        elif not stem:
+            what, remedy = "has no key before its dot", _RENAME
+        elif "." in extension:
+            what = "has a dotted key: what follows the first dot would be taken for its extension"
+            remedy = "name members KEY.EXTENSION, with one dot"
+        elif not extension:
+            what, remedy = "has no extension", _RENAME
+        self.tar.refuse(member.header, f"{member.name!r} {what}", remedy)
 
     def _label(self, member: Member, data: bytes) -> int:
         match = _CLASS.fullmatch(data) if member.size <= 64 else None
@@ -179,18 +177,16 @@ class _Samples:
         member_NM2[sample, column, 0], member_NM2[sample, column, 1] = self._offset, self._size
         crc_NM = np.zeros((num, len(used)), dtype=np.uint32)
         crc_NM[sample, column] = self._crc
-        left_out = []
+        shard, left_out = self.tar.shard, []
         if 0 < len(self._labels) < num:
-            left_out.append(f"labels: {len(self._labels)} of {num} samples of shard {self.tar.shard!r} have a cls")
+            left_out.append(f"labels: {len(self._labels)} of {num} samples of shard {shard!r} have a cls")
         attributes = self._attributes.table(num)
-        if attributes is None and self._attributes.some:
-            left_out.append(
-                f"attributes: not every sample of shard {self.tar.shard!r} has the same ones of 0 and 1 in its json"
-            )
+        if attributes is None and self._attributes.names:
+            left_out.append(f"attributes: not all samples of shard {shard!r} have the same ones of 0 and 1 in json")
         return Scan(
-            self.tar.shard,
-            self.tar.offset,
-            self.tar.sha256,
+            shard,
+            self.tar.stream.offset,
+            self.tar.stream.sha256,
             self.keys,
             tuple(EXTENSIONS[c] for c in used),
             member_NM2,
@@ -205,46 +201,32 @@ class _Attributes:
     """The attributes in the json of one sample after another, as long as all have the same names."""
 
     def __init__(self) -> None:
-        self.some = False
-        self._names: tuple[str, ...] = ()
-        self._rows, self._num, self._same = bytearray(), 0, True
+        self.names: tuple[str, ...] = ()
+        self._rows, self._num = bytearray(), 0
 
     def add(self, data: bytes) -> None:
         """Take a sample's json; what is no object with attributes of 0, 1, true and false is none."""
-        found = _attributes(data) if b'"attributes"' in data else None
-        self.some = self.some or found is not None
-        if found is None or not self._same:
-            self._same = False
-            return
-        names = tuple(found)
-        if not self._num:
-            self._names = names
-        if names != self._names:
-            if set(names) != set(self._names):
-                self._same = False
-                return
-            found = {name: found[name] for name in self._names}
-        self._rows += bytes(found.values())
-        self._num += 1
+        found = _attributes(data) if b'"attributes"' in data else {}
+        self.names = self.names or tuple(found)
+        if found and found.keys() == set(self.names):
+            self._rows += bytes([found[name] for name in self.names])
+            self._num += 1
 
     def table(self, num: int) -> Attributes | None:
         """Names and values (N, A), if all ``num`` samples have them."""
-        if not self._same or not self._num or self._num != num:
+        if self._num != num:
             return None
-        return self._names, np.frombuffer(bytes(self._rows), dtype=np.uint8).reshape(num, len(self._names))
+        return self.names, np.frombuffer(bytes(self._rows), dtype=np.uint8).reshape(num, len(self.names))
 
 
-def _attributes(data: bytes) -> dict[str, Any] | None:
+def _attributes(data: bytes) -> dict[str, Any]:
+    """Return the attributes in a sample's json; none unless each is 0, 1, true or false."""
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    found = found.get("attributes") if isinstance(found, dict) else None
-    if not isinstance(found, dict) or not found:
-        return None
-    if not all(value is True or value is False or (type(value) is int and 0 <= value <= 1) for value in found.values()):
-        return None
-    return found
+        found: dict[str, Any] = json.loads(data)["attributes"]
+        values = list(found.values())
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return {}
+    return found if all(type(value) in (bool, int) and 0 <= value <= 1 for value in values) else {}
 
 
 def assemble(
@@ -257,7 +239,7 @@ def assemble(
     image: tuple[int, int, int] | None = None,
     made: dict[str, Any] | None = None,
 ) -> ShardIndex:
-    """Put shards together to an index, in their order.
+    """Make an index of shards, in their order.
 
     Labels are kept if every sample of every shard has one, else left out; so are attributes, which need the same names
     in every shard. :func:`left_out` says which and why.
@@ -283,12 +265,11 @@ def assemble(
     starts = np.cumsum([0, *(len(one.keys) for one in scans)])
     if ids is None:
         ids = [np.arange(starts[i], starts[i + 1]) for i in range(len(scans))]
-    for one, part in zip(scans, ids, strict=True):
-        assert len(part) == len(one.keys), f"{len(part)} ids of {len(one.keys)} samples in {one.name}"
-        assert np.all(np.diff(part) > 0), f"ids in {one.name} do not ascend"
+    assert [len(part) for part in ids] == [len(one.keys) for one in scans], "an id for each sample"
+    assert all(np.all(np.diff(part) > 0) for part in ids), "ids ascend within a shard"
     extensions = tuple(sorted({extension for one in scans for extension in one.extensions}))
     label_N = _labels(scans, class_names)
-    attributes = _same_attributes(scans)
+    attribute_names, attribute_NA = _same_attributes(scans) or ((), None)
     return ShardIndex(
         tuple(
             ShardEntry(one.name, split, one.num_bytes, one.sha256, len(one.keys), int(part[0]))
@@ -299,9 +280,9 @@ def assemble(
         np.concatenate([_widened(one.member_NM2, one.extensions, extensions, ABSENT) for one in scans]),
         np.concatenate([_widened(one.crc_NM, one.extensions, extensions, 0) for one in scans]),
         label_N,
-        None if attributes is None else attributes[1],
+        attribute_NA,
         tuple(class_names) if label_N is not None else (),
-        () if attributes is None else attributes[0],
+        attribute_names,
         image,
         source,
         base,
@@ -310,42 +291,38 @@ def assemble(
 
 
 def left_out(scans: Sequence[Scan]) -> list[str]:
-    """Say of labels and attributes that some shards have and the index has not, which shard lacks them."""
+    """Return a line each for labels and attributes that the index leaves out: which shard lacks them."""
     said = {line.partition(":")[0]: line for one in reversed(scans) for line in one.left_out}
-    lacks = [one.name for one in scans if one.label_N is None]
-    if 0 < len(lacks) < len(scans):
-        said.setdefault("labels", f"labels: shard {lacks[0]!r} has none, others have")
-    lacks = [one.name for one in scans if one.attributes is None]
-    if 0 < len(lacks) < len(scans):
-        said.setdefault("attributes", f"attributes: shard {lacks[0]!r} has none, others have")
-    elif not lacks and _same_attributes(scans) is None:
+    for what in ("labels", "attributes"):
+        lacks = [one.name for one in scans if (one.label_N if what == "labels" else one.attributes) is None]
+        if 0 < len(lacks) < len(scans):
+            said.setdefault(what, f"{what}: shard {lacks[0]!r} has none, others have")
+    if all(one.attributes for one in scans) and _same_attributes(scans) is None:
         said.setdefault("attributes", "attributes: their names differ between shards")
     return list(said.values())
 
 
 def _check_keys(scans: Sequence[Scan], splits: Sequence[str]) -> None:
     names: set[str] = set()
-    seen: dict[str, set[str]] = {}
+    seen: dict[str, dict[str, str]] = {}  # the shard of each key, by split
     for one, split in zip(scans, splits, strict=True):
         if one.name in names:
             raise ValueError(f"shard {one.name!r} is there twice: give every shard a name of its own")
         names.add(one.name)
-        keys = seen.setdefault(split, set())
-        if not keys.isdisjoint(one.keys):
-            twice = next(key for key in one.keys if key in keys)
-            first = next(o.name for o, of in zip(scans, splits, strict=True) if of == split and twice in o.keys)
-            raise ValueError(
-                f"key {twice!r} is in shards {first!r} and {one.name!r} of split {split!r}: "
-                "give every sample a key of its own"
-            )
-        keys.update(one.keys)
+        shard_of = seen.setdefault(split, {})
+        for key in one.keys:
+            first = shard_of.setdefault(key, one.name)
+            if first != one.name:
+                raise ValueError(
+                    f"key {key!r} is in shards {first!r} and {one.name!r} of split {split!r}: "
+                    "give every sample a key of its own"
+                )
 
 
 def _labels(scans: Sequence[Scan], class_names: Sequence[str]) -> NDArray[np.int64] | None:
-    labels = [one.label_N for one in scans if one.label_N is not None]
-    if len(labels) < len(scans):
+    if any(one.label_N is None for one in scans):
         return None
-    label_N = np.concatenate(labels)
+    label_N = np.concatenate([one.label_N for one in scans if one.label_N is not None])
     highest = int(label_N.max())
     if class_names and highest >= len(class_names):
         raise ValueError(
@@ -365,7 +342,7 @@ def _same_attributes(scans: Sequence[Scan]) -> Attributes | None:
 def _widened(
     array_NM: NDArray[Any], extensions: tuple[str, ...], all_extensions: tuple[str, ...], absent: int
 ) -> NDArray[Any]:
-    """Make room for extensions that this shard has not."""
+    """Add columns for the extensions that this shard does not have."""
     shape = (len(array_NM), len(all_extensions), *array_NM.shape[2:])
     wide = np.full(shape, absent, dtype=array_NM.dtype)
     wide[:, [all_extensions.index(extension) for extension in extensions]] = array_NM

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import os
-import re
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from threading import Lock
+from typing import Any, Protocol
 
-from mixdist.data.shards.damage import REMEDY, Damage, hold, hold_sizes
-from mixdist.data.shards.descriptors import Descriptors
 from mixdist.data.shards.index import ShardIndex
-from mixdist.data.shards.remote import Cache, RemoteStorage, read_index
-
-__all__ = ["Damage", "LocalStorage", "Storage", "open_shards"]
 
 MAX_OPEN = 64
 """Shards that a process keeps open: far under the usual limit of 1024 descriptors, with room for others' sockets."""
+REMEDY = "run mixdist verify on the folder, and fetch or make that shard again"
+_LARGE = 1 << 24
+
+
+class Damage(ValueError):
+    """Bytes that are not what the index says; the message is one line with the shard and the offset."""
 
 
 class Storage(Protocol):
     """Gives the bytes of members; picklable, and each process opens its own files and connections."""
 
     def read(self, shard: str, offset: int, size: int, crc: int) -> bytes:
-        """Read a member and hold it against its checksum.
+        """Read a member and check it against its checksum.
 
         Args:
             shard: name of the shard.
@@ -66,36 +70,128 @@ class LocalStorage:
             data = self._files.read(path, offset, size)
         except FileNotFoundError:
             raise Damage(f"{path!r} is missing, wanted for {size} bytes at offset {offset}: {REMEDY}") from None
-        return hold(path, offset, size, crc, data)
+        return check_bytes(path, offset, size, crc, data)
 
     def check(self, index: ShardIndex) -> None:
         """See :meth:`Storage.check`."""
         sizes = ((shard.name, shard.num_bytes, _size(self.folder / shard.name)) for shard in index.shards)
-        hold_sizes(str(self.folder), sizes)
+        check_sizes(str(self.folder), sizes)
 
     def close(self) -> None:
         """See :meth:`Storage.close`."""
         self._files.close()
 
 
-def open_shards(root: str, cache: Cache) -> tuple[ShardIndex, Storage]:
-    """Open a set of shards by its index.
+class Descriptors:
+    """Files opened for reading; the one used least recently is closed for the next.
+
+    Pickling leaves them behind: another process opens its own.
 
     Args:
-        root: a folder with an index, the shards beside it or at the address that the index names; or the https address
-            of such a folder.
-        cache: where and how shards from an address are kept.
+        limit: how many are open at once.
+    """
+
+    def __init__(self, limit: int) -> None:
+        assert limit >= 1, limit
+        self._limit = limit
+        self._open: OrderedDict[str, int] = OrderedDict()
+        # Held over a read: a descriptor that another thread closed could by then be another file's.
+        self._lock = Lock()
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """Read up to ``size`` bytes at a place; fewer where the file ends.
+
+        Raises:
+            OSError: the file cannot be opened or read.
+        """
+        with self._lock:
+            descriptor = self._open.get(path)
+            if descriptor is None:
+                descriptor = self._add(path)
+            else:
+                self._open.move_to_end(path)
+            if size > _LARGE:  # memory follows the file and not its claims
+                size = max(0, min(size, os.fstat(descriptor).st_size - offset))
+            data = os.pread(descriptor, size, offset)
+            while len(data) < size:  # a read of more than 2 GiB, or from a file system that gives less at once
+                more = os.pread(descriptor, size - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+        return data
+
+    def holds(self, path: str) -> bool:
+        """Whether a file is open."""
+        return path in self._open
+
+    def forget(self, path: str) -> None:
+        """Close a file, so that it is opened anew."""
+        with self._lock:
+            descriptor = self._open.pop(path, None)
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def close(self) -> None:
+        """Close all; reading opens them again."""
+        with self._lock:
+            while self._open:
+                os.close(self._open.popitem()[1])
+
+    def _add(self, path: str) -> int:
+        while len(self._open) >= self._limit:
+            os.close(self._open.popitem(last=False)[1])
+        descriptor = os.open(Path(path), os.O_RDONLY | os.O_CLOEXEC)
+        self._open[path] = descriptor
+        return descriptor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"limit": self._limit}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["limit"])  # type: ignore[misc]
+
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):
+            self.close()
+
+
+def check_bytes(where: str, offset: int, size: int, crc: int, data: bytes) -> bytes:
+    """Check a member's bytes against the index.
+
+    Args:
+        where: the shard's path or address, for the message.
+        offset: where the member begins in the shard.
+        size: bytes that the index gives it.
+        crc: its crc32.
+        data: what was read.
 
     Raises:
-        ValueError: root is neither, or has no index that can be used.
-        OSError: the address cannot be reached.
+        Damage: there are too few of them, or their checksum is another.
     """
-    folder = Path(root).expanduser()
-    if not folder.is_dir() and re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", root):
-        index = read_index(root, cache)
-        return index, RemoteStorage(index.base or root, cache, index.shards)
-    index = ShardIndex.read(folder)
-    return index, LocalStorage(folder) if index.base is None else RemoteStorage(index.base, cache, index.shards)
+    if len(data) != size:
+        raise Damage(f"{where!r} ends {size - len(data)} bytes too early for the {size} at offset {offset}: {REMEDY}")
+    if zlib.crc32(data) != crc:
+        raise Damage(f"{where!r} has other bytes than its index says in the {size} at offset {offset}: {REMEDY}")
+    return data
+
+
+def check_sizes(folder: str, sizes: Iterable[tuple[str, int, int | None]]) -> None:
+    """Check the sizes of shards against the index.
+
+    Args:
+        folder: path or address, for the message.
+        sizes: name, bytes by the index, and bytes found or None where there is no such file, of each shard.
+
+    Raises:
+        ValueError: one is missing or of another size.
+    """
+    for name, expected, found in sizes:
+        if found != expected:
+            has = "is missing" if found is None else f"has {found} bytes"
+            raise ValueError(
+                f"shard {name!r} {has} in {folder!r}, but the index says {expected} bytes: put the file that the index "
+                f"was made for there; mixdist verify names what else differs"
+            )
 
 
 def _size(path: Path) -> int | None:

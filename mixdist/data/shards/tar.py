@@ -41,6 +41,48 @@ class Stream(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
+class HashedStream:
+    """A stream that is read once, front to back, with a checksum over all of it."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream, self._sha256 = stream, hashlib.sha256()
+        self._block, self._at, self._start = b"", 0, 0
+
+    @property
+    def offset(self) -> int:
+        """Bytes taken so far; at the end, all of them."""
+        return self._start + self._at
+
+    @property
+    def fetched(self) -> int:
+        """Bytes that came from the stream so far."""
+        return self._start + len(self._block)
+
+    @property
+    def sha256(self) -> str:
+        """Of all that came from the stream so far."""
+        return self._sha256.hexdigest()
+
+    def take(self, length: int) -> bytes:
+        """Read so many bytes, or as many as there are: memory follows what comes and not what is asked for."""
+        if len(self._block) - self._at < length:
+            self._fill(length)
+        data = self._block[self._at : self._at + length]
+        self._at += len(data)
+        return data
+
+    def _fill(self, length: int) -> None:
+        """Have ``length`` bytes in memory from here on, or as many as there are."""
+        pieces = [self._block[self._at :]]
+        self._start += self._at
+        there = len(pieces[0])
+        while there < length and (piece := self._stream.read(PIECE)):
+            self._sha256.update(piece)
+            pieces.append(piece)
+            there += len(piece)
+        self._block, self._at = b"".join(pieces), 0
+
+
 class Member(NamedTuple):
     """A plain file: its name, where its header and its bytes begin, and how many there are."""
 
@@ -59,20 +101,9 @@ class Tar:
     """
 
     def __init__(self, stream: Stream, shard: str) -> None:
-        self.shard = shard
-        self._stream, self._sha256 = stream, hashlib.sha256()
-        self._block, self._at, self._start = b"", 0, 0
+        self.shard, self.stream = shard, HashedStream(stream)
+        self._take = self.stream.take
         self._safe_folder: str | None = None
-
-    @property
-    def offset(self) -> int:
-        """Bytes read so far; at the end, the size of the archive."""
-        return self._start + self._at
-
-    @property
-    def sha256(self) -> str:
-        """Of all that was fetched from the stream; at the end, of the archive."""
-        return self._sha256.hexdigest()
 
     def refuse(self, offset: int, what: str, remedy: str) -> NoReturn:
         """Raise the ValueError that names the shard and the place."""
@@ -86,9 +117,9 @@ class Tar:
         """
         longer: str | None = None
         claimed: int | None = None
-        first = self.offset
+        first = self.stream.offset
         while True:
-            place = self.offset
+            place = self.stream.offset
             head = self._header()
             if head is None:
                 if first != place:
@@ -107,9 +138,9 @@ class Tar:
                 what = f"{name!r} has {size} bytes by its header and {claimed} by its pax header"
                 self.refuse(place, what, REMAKE)
             if kind in _FILE:
-                return Member(self._checked(name, place), first, self.offset, size)
+                return Member(self._checked(name, place), first, self.stream.offset, size)
             self._skip(kind, name, size, place)
-            longer, claimed, first = None, None, self.offset
+            longer, claimed, first = None, None, self.stream.offset
 
     def payload(self, member: Member) -> tuple[int, bytes]:
         """Read a member's bytes: their zlib.crc32, and the last piece of at most 1 MiB (all, of a small member).
@@ -119,47 +150,22 @@ class Tar:
         """
         crc, data, left = 0, b"", member.size
         while left:
-            length = min(left, PIECE)
-            if len(self._block) - self._at < length:
-                self._fill(length)
-            data = self._block[self._at : self._at + length]
-            if len(data) < length:
+            data = self._take(min(left, PIECE))
+            if len(data) < min(left, PIECE):
                 self._cut(f"inside {member.name!r}, whose {member.size} bytes begin at {member.offset}")
             crc = zlib.crc32(data, crc)
-            self._at += length
-            left -= length
+            left -= len(data)
         padding = -member.size % BLOCK
-        if len(self._block) - self._at < padding:
-            self._fill(padding)
-            if len(self._block) - self._at < padding:
-                self._cut(f"inside the padding of {member.name!r}")
-        self._at += padding
+        if len(self._take(padding)) < padding:
+            self._cut(f"inside the padding of {member.name!r}")
         return crc, data
 
     def _cut(self, where: str) -> NoReturn:
-        self.refuse(self._start + len(self._block), f"the archive ends {where}", AGAIN)
-
-    def _fill(self, length: int) -> None:
-        """Have ``length`` bytes in memory from here on, or as many as there are."""
-        pieces = [self._block[self._at :]]
-        self._start += self._at
-        there = len(pieces[0])
-        while there < length and (piece := self._stream.read(PIECE)):
-            self._sha256.update(piece)
-            pieces.append(piece)
-            there += len(piece)
-        self._block, self._at = b"".join(pieces), 0
-
-    def _take(self, length: int) -> bytes:
-        if len(self._block) - self._at < length:
-            self._fill(length)
-        data = self._block[self._at : self._at + length]
-        self._at += len(data)
-        return data
+        self.refuse(self.stream.fetched, f"the archive ends {where}", AGAIN)
 
     def _header(self) -> bytes | None:
         """The next 512 bytes, of which the sum and the magic number are right; None at the end of the archive."""
-        place = self.offset
+        place = self.stream.offset
         head = self._take(BLOCK)
         if len(head) < BLOCK:
             if not head:
@@ -186,8 +192,8 @@ class Tar:
         while rest := self._take(PIECE):
             if any(rest):
                 self.refuse(place, "bytes follow the end-of-archive marker, expected zeros only", AGAIN)
-        if self.offset % BLOCK:
-            self.refuse(self.offset, f"the archive's size is no multiple of {BLOCK}", AGAIN)
+        if self.stream.offset % BLOCK:
+            self.refuse(self.stream.offset, f"the archive's size is no multiple of {BLOCK}", AGAIN)
 
     def _size(self, head: bytes, place: int) -> int:
         field = head[124:136]

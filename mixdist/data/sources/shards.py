@@ -5,8 +5,10 @@ Shape letters: M samples of the index, A attributes.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,14 +20,12 @@ from mixdist.data.augment import Augment
 from mixdist.data.dataset import Source
 from mixdist.data.images import Decoder, Unreadable
 from mixdist.data.order import OrderName
-from mixdist.data.shards.damage import Damage
 from mixdist.data.shards.index import ABSENT, ShardIndex
-from mixdist.data.shards.pool import Pool
-from mixdist.data.shards.reader import Reading
-from mixdist.data.shards.remote import Cache
+from mixdist.data.shards.reader import Pool, Reading
+from mixdist.data.shards.remote import Cache, RemoteStorage, read_index
 from mixdist.data.shards.samples import ShardSamples, Shelf
-from mixdist.data.shards.storage import Storage, open_shards
-from mixdist.noise import Purpose, hashes
+from mixdist.data.shards.storage import Damage, LocalStorage, Storage
+from mixdist.data.sources.splits import choose_splits, class_field
 from mixdist.terms import Field, Spec
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -110,9 +110,8 @@ class Shards(Source):
             raise ValueError(
                 f"channels ({channels}) must be 1 for grey or 3 for colour: set it to one of them, or leave it out."
             )
-        for name, share, top in (("holdout", holdout, 0.9), ("max_skipped", max_skipped, 1.0)):
-            if not 0 <= share <= top:
-                raise ValueError(f"{name} ({share}) must be a part from 0 to {top:g}: fix it.")
+        if not 0 <= max_skipped <= 1:
+            raise ValueError(f"max_skipped ({max_skipped}) must be between 0 and 1")
         if decoder == "simplejpeg" and find_spec("simplejpeg") is None:
             raise ValueError("decoder (simplejpeg) is not installed: pip install 'mixdist[fast]', or take pillow.")
         self.root, self.label, self.train, self.test, self.holdout = root, label, train, test, holdout
@@ -148,31 +147,10 @@ class Shards(Source):
 
     def _splits(self, index: ShardIndex) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The places of the training and of the held-out samples."""
-        has = ", ".join(index.splits)
-        name = self.test or next((split for split in ("test", "valid") if split in index.splits), "test")
-        train, test = index.places(self.train), index.places(name)
-        if not len(train):
-            raise ValueError(f"train ({self.train}) is no split of {self.root!r}, which has {has}: name one of them")
-        if len(test) and self.holdout:
-            raise ValueError(
-                f"holdout ({self.holdout:g}) is for shards without the split {name!r}, and {self.root!r} has it: "
-                f"leave holdout out, or test to another name"
-            )
-        if not len(test):
-            if not self.holdout:
-                raise ValueError(
-                    f"test ({name}) is no split of {self.root!r}, which has {has}: name one of them, or set "
-                    f"holdout to the part of the training samples to hold out, such as 0.1"
-                )
-            # The top 53 bits of a hash are a number from -1/2 to 1/2, whatever the run's seed.
-            chance = hashes(0, 0, 0, torch.from_numpy(index.id_N[train]), purpose=Purpose.DATA).double() / 2.0**64 + 0.5
-            held = (chance < self.holdout).numpy()
-            train, test = train[~held], train[held]
-        if not len(test) or not len(train):
-            raise ValueError(
-                f"holdout ({self.holdout:g}) leaves {len(train)} training and {len(test)} held-out samples"
-            )
-        return train[: self.limit], test[: self.limit]
+        ids_of = {split: index.id_N[index.places(split)] for split in index.splits}
+        chosen = choose_splits(self.root, ids_of, self.train, self.test, self.holdout)
+        train, test = (index.places(split)[places[: self.limit]] for split, places in chosen)
+        return train, test
 
     def _reading(self, index: ShardIndex, storage: Storage, train: NDArray[np.int64]) -> Reading:
         content = "image" if any(extension in IMAGES for extension in index.extensions) else "npy"
@@ -216,9 +194,8 @@ class Shards(Source):
                 f"label ({self.label}) is not in the shards of {self.root!r}: set it to auto, none{_or_one_of(index)}"
             )
         num_classes = max(len(names), int(classes.max()) + 1)
-        kind = torch.uint8 if num_classes <= 256 else torch.int16 if num_classes <= 2**15 else torch.int32
-        names = names if len(names) == num_classes else ()
-        return Labels(Field((), kind, num_classes=num_classes), torch.from_numpy(classes).to(kind), names)
+        field = class_field(num_classes)
+        return Labels(field, torch.from_numpy(classes).to(field.dtype), names if len(names) == num_classes else ())
 
     def _samples(self, shelf: Shelf, places: NDArray[np.int64], spec: Spec, labels: Labels | None) -> ShardSamples:
         index, at = shelf.index, torch.from_numpy(places)
@@ -229,11 +206,30 @@ class Shards(Source):
             spec,
             None if labels is None else labels.stored_M[at],
             None if attribute_MA is None else torch.from_numpy(attribute_MA)[at],
-            None if labels is None else "y",
             () if labels is None else labels.names,
             index.attribute_names if attribute_MA is not None else (),
             self.augment,
         )
+
+
+def open_shards(root: str, cache: Cache) -> tuple[ShardIndex, Storage]:
+    """Open a set of shards by its index.
+
+    Args:
+        root: a folder with an index, the shards beside it or at the address that the index names; or the https address
+            of such a folder.
+        cache: where and how shards from an address are kept.
+
+    Raises:
+        ValueError: root is neither, or has no index that can be used.
+        OSError: the address cannot be reached.
+    """
+    folder = Path(root).expanduser()
+    if not folder.is_dir() and re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", root):
+        index = read_index(root, cache)
+        return index, RemoteStorage(index.base or root, cache, index.shards)
+    index = ShardIndex.read(folder)
+    return index, LocalStorage(folder) if index.base is None else RemoteStorage(index.base, cache, index.shards)
 
 
 def _content(root: str, index: ShardIndex) -> NDArray[np.int64]:
