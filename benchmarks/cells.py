@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,15 +49,15 @@ class Problem:
     train_rows: int = 5000
 
     def widths(self, number: int) -> list[int]:
-        """The layers of VAE-N."""
+        """Return the layers of VAE-N."""
         return [number, number] if self.base is None else [*self.base, number]
 
     def network(self, number: int) -> Network:
-        """The network of VAE-N, as the config has it."""
+        """Return the network of VAE-N, as the config has it."""
         return MLP(self.widths(number)) if self.base is None else Conv(self.widths(number), kernel=4)
 
     def columns(self) -> list[str]:
-        """Names of the models."""
+        """Return the names of the models."""
         return ["kVAEs", "bag", *(f"VAE-{number}" for number in self.numbers), "matched"]
 
 
@@ -125,7 +126,7 @@ def sample_gradients(config: Config, num_rows: int, rounds: int | None = None) -
 
 
 def num_parameters(config: Config, spec: Spec, **other: Network) -> int:
-    """Parameters of all experts together, with another network than the config's where one is given."""
+    """Return the parameters of all experts together, with another network than the config's where one is given."""
     make: Callable[..., Expert] = config.expert
     with torch.device("meta"):  # shapes without memory: the search for a width looks at very wide ones
         expert = make(spec, **other)
@@ -133,25 +134,19 @@ def num_parameters(config: Config, spec: Spec, **other: Network) -> int:
 
 
 def learning_rate(config: Config) -> float:
-    """The optimiser's own learning rate in the main phase."""
+    """Return the optimiser's own learning rate in the main phase."""
     rate: float = config.train.optimizer([torch.nn.Parameter(torch.zeros(1))]).defaults["lr"]
     return rate
 
 
 def matching(wanted: int, count: Callable[[int], int]) -> int:
-    """Give the width from 1 whose count, which grows with it, is nearest to ``wanted``."""
-    high = 1
-    while count(high) < wanted:
-        high *= 2
-    low = max(high // 2, 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) <= wanted else (low, middle)
-    return min((low, high), key=lambda width: (abs(count(width) - wanted), width))
+    """Return the width from 1 whose count, which grows with it, is nearest to ``wanted``."""
+    high = 1 + bisect_left(range(1, 2**20), wanted, key=count)
+    return min((max(high - 1, 1), high), key=lambda width: (abs(count(width) - wanted), width))
 
 
 def matched(problem: Problem, mixture: Config, single: Config, spec: Spec) -> list[int]:
-    """The layers of the one VAE with as many parameters as the mixture's VAEs together."""
+    """Return the layers of the one VAE with as many parameters as the mixture's VAEs together."""
     count = lambda width: num_parameters(single, spec, network=problem.network(width))  # noqa: E731
     return problem.widths(matching(num_parameters(mixture, spec), count))
 
@@ -196,7 +191,7 @@ def _check_fair(path: Path, config: Config, mixture: Config, num_rows: int) -> N
 
 
 def tuning(cells: Sequence[Cell], share: float, rates: Sequence[str]) -> list[Cell]:
-    """Give each baseline, first seed alone, with each learning rate and a share of its epochs."""
+    """Return each baseline, first seed alone, with each learning rate and a share of its epochs."""
     found = []
     for cell in cells:
         if cell.column == "kVAEs" or cell.seed != 0:

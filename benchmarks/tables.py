@@ -1,4 +1,4 @@
-"""How kvaes.py tells its figures: Markdown tables, and a file that they are put into."""
+"""The Markdown tables of kvaes.py, and the file that they are put into."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mixdist.report.metrics import table
 
 
 def likelihoods(problems: Sequence[Problem], found: Sequence[Mapping[str, Any]]) -> str:
-    """Give the table of likelihoods of problems with the same columns."""
+    """Return the table of likelihoods of problems with the same columns."""
     columns, lines, names = problems[0].columns(), [], [problem.name for problem in problems]
     found = [known for known in found if known["problem"] in names]
     exact = any("exact_log_likelihood" in known["figures"]["test"] for known in found)
@@ -31,7 +31,7 @@ def likelihoods(problems: Sequence[Problem], found: Sequence[Mapping[str, Any]])
 
 
 def costs(found: Sequence[Mapping[str, Any]]) -> str:
-    """Give the table of what cells took."""
+    """Return the table of what cells took."""
     lines = []
     for known in found:
         counts = [f"{known[name]:,}" for name in ("parameters", "done")]
@@ -41,13 +41,13 @@ def costs(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Give a Markdown table."""
+    """Return a Markdown table."""
     rows = [headers, ["---"] * len(headers), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def tuned(found: Sequence[Mapping[str, Any]]) -> str:
-    """Give training likelihoods over learning rates, the best of each model marked."""
+    """Return training likelihoods over learning rates, the best of each model marked."""
     rates = sorted({known["rate"] for known in found})
     lines = []
     for name in dict.fromkeys((known["problem"], known["column"]) for known in found):
@@ -76,11 +76,11 @@ def put(text: str, tables: Mapping[str, str]) -> str:
 
 
 def shown_seconds(seconds: float | None) -> str:
-    """Whole seconds; a dash where nobody knows."""
+    """Return whole seconds; a dash where they are not known."""
     return "-" if seconds is None else f"{seconds:.0f}"
 
 
 def pair(known: Mapping[str, Any], digits: int, name: str = "log_likelihood_shares", add: float = 0.0) -> str:
-    """Training and test figure."""
+    """Return the training and test figure."""
     of = [known["figures"][split][name] + add for split in ("train", "test") if split in known["figures"]]
     return " / ".join(f"{value:.{digits}f}" for value in of)
