@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from mixdist.gates import Consistent, Gate, LabelOracle, Softmax, Uniform
-from mixdist.nets import MLP
-from mixdist.nets.mlp import Affine
+from mixdist.nets import MLP, Conv, Network
 from mixdist.stats import entropy
 from mixdist.terms import Batch, Field, Spec
 
@@ -26,7 +25,7 @@ SPEC: Spec = {
     "number": Field((), torch.float64),
     "y": Field((), torch.int64, num_classes=4),
 }
-KINDS = ["uniform", "linear", "mlp", "image", "oracle"]
+KINDS = ["uniform", "linear", "mlp", "image", "conv", "oracle"]
 
 
 def _gate(kind: str, num_experts: int = 4) -> Gate:
@@ -39,6 +38,8 @@ def _gate(kind: str, num_experts: int = 4) -> Gate:
                 gate = LabelOracle(SPEC, num_experts)
             case "mlp":
                 gate = Softmax(SPEC, num_experts, network=MLP([5], "tanh"), temperature=0.5)
+            case "conv":
+                gate = Softmax(SPEC, num_experts, Conv([8, 12], True, "group"), temperature=0.7, field="picture")
             case "image":
                 gate = Softmax(SPEC, num_experts, field="image")
             case _:
@@ -75,6 +76,8 @@ def test_no_rows(kind: str) -> None:
     if log_resp.requires_grad:
         log_resp.sum().backward()
         assert all(p.grad is not None and p.grad.eq(0).all() for p in gate.parameters())
+        gate(_rows(), None).log_resp_BE[:, 1].sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in gate.parameters())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,13 +89,11 @@ def test_a_row_depends_on_no_other(kind: str) -> None:
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
 def test_softmax_against_scipy(temperature: float) -> None:
-    gate, rows = Softmax(SPEC, 3, temperature=temperature).double(), _rows()
-    affine = gate.net.layers[0]
-    assert isinstance(affine, Affine)
-    torch.nn.init.normal_(affine.bias)
-    logits = rows["x"].numpy() @ affine.weight.detach().numpy() + affine.bias.detach().numpy()
-    expected = scipy.special.log_softmax(logits / temperature, axis=1)
-    np.testing.assert_allclose(_log_resp(gate, rows).numpy(), expected, rtol=1e-12, atol=1e-13)
+    for network, field in ((None, "x"), (MLP([5]), "image"), (Conv([8, 12]), "picture")):
+        gate, rows = Softmax(SPEC, 3, network, temperature, field).double(), _rows()
+        logits = gate.net(rows[field].flatten(1)).detach().numpy()
+        expected = scipy.special.log_softmax(logits / temperature, axis=1)
+        np.testing.assert_allclose(_log_resp(gate, rows).numpy(), expected, rtol=1e-12, atol=1e-13)
 
 
 def _at_temperature(temperature: float) -> Gate:
@@ -248,9 +249,13 @@ def test_softmax_refuses_nonsense(given: dict[str, Any], said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_softmax_refuses_an_empty_layer() -> None:
-    with pytest.raises(ValueError, match=r"^layer widths \[6, 0, 4\] must all be at least 1"):
-        Softmax(SPEC, 4, MLP([0]))
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [(MLP([0]), r"layer widths \[6, 0, 4\] must all be at least 1"), (Conv(), r"network Conv needs images .* \(6,\)")],
+)
+def test_softmax_refuses_a_network(network: Network, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said}"):
+        Softmax(SPEC, 4, network)
 
 
 def _on_pictures(spec: Spec, num_experts: int, noise: float = 0.0) -> Gate:
