@@ -178,7 +178,13 @@ def entropy(log_p: Tensor, dim: int) -> Tensor:
 
 
 def ramp(step: int, steps: int) -> float:
-    """Return min(1, step / steps), the linear rise from 0 to 1 that schedules are made of; 1 where ``steps`` is 0."""
+    """Return min(1, step / steps), the linear rise from 0 to 1 that schedules are made of; 1 where ``steps`` is 0.
+
+    Examples:
+        >>> from mixdist.stats import ramp
+        >>> [ramp(step, 4) for step in (0, 1, 4, 100)], ramp(0, 0)
+        ([0.0, 0.25, 1.0, 1.0], 1.0)
+    """
     return min(1.0, step / steps) if steps else 1.0
 
 
