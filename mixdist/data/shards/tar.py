@@ -117,14 +117,8 @@ class Tar:
         """
         longer: str | None = None
         claimed: int | None = None
-        first = self.stream.offset
-        while True:
-            place = self.stream.offset
-            head = self._header()
-            if head is None:
-                if first != place:
-                    self.refuse(place, "the archive ends after an extended header, expected its file", AGAIN)
-                return None
+        first = place = self.stream.offset
+        while (head := self._header(place)) is not None:
             kind, size = head[156], self._size(head, place)
             if kind in (_LONG_NAME, _PAX, _PAX_GLOBAL):
                 found, bytes_found = self._extension(kind, size, place)
@@ -132,15 +126,20 @@ class Tar:
                     self.refuse(place, "a member has two long names or sizes, expected one", REMAKE)
                 longer = longer if found is None else found
                 claimed = claimed if bytes_found is None else bytes_found
+                place = self.stream.offset
                 continue
             name = self._name(head, place) if longer is None else longer
             if claimed is not None and claimed != size:
                 what = f"{name!r} has {size} bytes by its header and {claimed} by its pax header"
                 self.refuse(place, what, REMAKE)
             if kind in _FILE:
-                return Member(self._checked(name, place), first, self.stream.offset, size)
+                return Member(self._checked(name, place), first, place + BLOCK, size)
             self._skip(kind, name, size, place)
-            longer, claimed, first = None, None, self.stream.offset
+            longer, claimed = None, None
+            first = place = self.stream.offset
+        if first != place:
+            self.refuse(place, "the archive ends after an extended header, expected its file", AGAIN)
+        return None
 
     def payload(self, member: Member) -> tuple[int, bytes]:
         """Read a member's bytes: their zlib.crc32, and the last piece of at most 1 MiB (all, of a small member).
@@ -148,24 +147,24 @@ class Tar:
         Raises:
             ValueError: the archive ends before them.
         """
-        crc, data, left = 0, b"", member.size
-        while left:
-            data = self._take(min(left, PIECE))
-            if len(data) < min(left, PIECE):
-                self._cut(f"inside {member.name!r}, whose {member.size} bytes begin at {member.offset}")
-            crc = zlib.crc32(data, crc)
-            left -= len(data)
         padding = -member.size % BLOCK
-        if len(self._take(padding)) < padding:
-            self._cut(f"inside the padding of {member.name!r}")
+        crc, data, left = 0, b"", member.size + padding
+        while left:
+            length = min(left, PIECE)
+            data = self._take(length)
+            if len(data) < length:
+                self._cut(f"inside {member.name!r}, whose {member.size} bytes begin at {member.offset}")
+            left -= length
+            if padding and not left:
+                data = data[:-padding]
+            crc = zlib.crc32(data, crc)
         return crc, data
 
     def _cut(self, where: str) -> NoReturn:
         self.refuse(self.stream.fetched, f"the archive ends {where}", AGAIN)
 
-    def _header(self) -> bytes | None:
+    def _header(self, place: int) -> bytes | None:
         """The next 512 bytes, of which the sum and the magic number are right; None at the end of the archive."""
-        place = self.stream.offset
         head = self._take(BLOCK)
         if len(head) < BLOCK:
             if not head:

@@ -78,9 +78,9 @@ def _member(source: HashedStream, offset: int, size: int, crc: int) -> tuple[byt
     gap = offset - source.offset
     if gap < 0:
         return b"", f"overlaps the member before it, which ends at {source.offset}: the index is not this shard's"
-    while gap and (piece := source.take(min(gap, PIECE))):
-        gap -= len(piece)
-    data = source.take(size)
+    while gap > PIECE and source.take(PIECE):
+        gap -= PIECE
+    data = source.take(gap + size)[gap:]
     if len(data) < size:
         return data, f"is cut off: {len(data)} of its {size} bytes are there"
     if zlib.crc32(data) != crc:
