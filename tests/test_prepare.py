@@ -40,9 +40,9 @@ LARGE = picture(0, (1500, 1500))
 
 
 def _prepare(source: Path, out: Path, kind: str = "celeba", **settings: Any) -> Prepared:
-    layout = open_listing(kind, source)
-    recipe = settings.pop("recipe", Recipe(layout.channels))
-    return prepare(kind, layout, recipe, out, **{**SETTINGS, **settings})
+    listing = open_listing(kind, source)
+    recipe = settings.pop("recipe", Recipe(listing.channels))
+    return prepare(kind, listing, recipe, out, **{**SETTINGS, **settings})
 
 
 def _files(out: Path) -> dict[str, str]:

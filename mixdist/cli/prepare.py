@@ -26,21 +26,21 @@ def prepare(argv: Sequence[str]) -> None:
     if not options.out:
         raise ValueError("prepare needs a folder for the shards: name a new or an empty one, as --out data/shards")
     out = Path(options.out)
-    layout = open_listing(options.source, Path(options.folder), options.labels == "source")
-    recipe = Recipe(options.channels or layout.channels, options.size, options.crop, options.encode, options.min_side)
+    listing = open_listing(options.source, Path(options.folder), options.labels == "source")
+    recipe = Recipe(options.channels or listing.channels, options.size, options.crop, options.encode, options.min_side)
     workers = default_workers() if options.workers is None else options.workers
-    total = sum(part.num for part in layout.parts)
+    total = sum(part.num for part in listing.parts)
     with tqdm(total=total, unit="image", disable=not sys.stderr.isatty(), smoothing=0) as bar:
         prepared = make_shards(
             options.source,
-            layout,
+            listing,
             recipe,
             out,
             options.shard_samples,
             workers,
             lambda done, total: bar.update(done - bar.n) and None,
         )
-    print(_summary(prepared, out, layout.passed_over), flush=True)
+    print(_summary(prepared, out, listing.passed_over), flush=True)
 
 
 def prepare_parser() -> ArgumentParser:

@@ -1,4 +1,4 @@
-"""From an image's bytes to rows of pixels. Formats are an allow-list, sizes are checked before anything is decoded.
+"""Decodes images into rows of pixels. Formats are an allow-list, sizes are checked before anything is decoded.
 
 Shape letters: C channels, H height, W width.
 """
@@ -50,7 +50,7 @@ def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
 
 
 def is_plain(image: Image.Image, channels: int) -> bool:
-    """Whether an image's pixels are those of its file: of the right mode and upright."""
+    """Return whether an image's pixels are those of its file: of the right mode and upright."""
     with guarded(DAMAGED):
         return image.mode == _mode(channels) and image.getexif().get(_ORIENTATION, 1) == 1
 
@@ -81,7 +81,7 @@ def _plain(image: Image.Image, mode: str) -> Image.Image:
 
 @contextmanager
 def guarded(what: str) -> Iterator[None]:
-    """Return one reason for the many ways in which Pillow's plugins fail on damaged files, and pass over its warnings.
+    """Raise one error for the many that Pillow's plugins raise on damaged files, and ignore its warnings.
 
     Damaged EXIF data does not matter, and the number of pixels is checked here.
 
@@ -89,7 +89,7 @@ def guarded(what: str) -> Iterator[None]:
         what: the reason, before Pillow's own words.
 
     Raises:
-        Unreadable: something failed, but for want of memory, which says nothing of the image.
+        Unreadable: something failed, except for lack of memory, which says nothing about the image.
     """
     try:
         with warnings.catch_warnings():
@@ -105,7 +105,7 @@ def guarded(what: str) -> Iterator[None]:
 
 
 def fit(image: Image.Image, size: int | None, crop: int | None) -> Image.Image:
-    """Cut the middle out of an image and bring it to a size.
+    """Crop the middle of an image and resize it.
 
     Args:
         image: the image.
@@ -176,5 +176,5 @@ def _mode(channels: int) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """Put an error into one line, without what says nothing or, as an address in memory, differs from run to run."""
+    """Return an error as one line, without parts that differ from run to run, such as addresses in memory."""
     return re.sub(r"cannot identify image file.*| <[^>]* at 0x[0-9a-f]+>", "", " ".join(str(error).split()))

@@ -58,7 +58,7 @@ class Workers(Generic[T, S]):
         Raises:
             ValueError: here or in that callable: a process was killed.
         """
-        # Ctrl-C is this process's affair: those that start here inherit that it is blocked.
+        # Ctrl-C is handled by this process alone: worker processes inherit that it is blocked.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return partial(self._result, self._processes().submit(_call, item))
@@ -90,7 +90,7 @@ class Workers(Generic[T, S]):
             self.close()
 
     def close(self) -> None:
-        """End the processes: what they have not begun is dropped, and what they are at may ask :func:`stopping`."""
+        """End the processes: tasks not yet started are dropped, and running ones can check :func:`stopping`."""
         if self._executor is not None:
             self._stop.set()
             self._executor.shutdown(wait=True, cancel_futures=True)

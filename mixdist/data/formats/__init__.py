@@ -20,19 +20,19 @@ class _Make(Protocol):
 class Source(NamedTuple):
     """A kind of source: what lists it, and whether a folder looks like it."""
 
-    layout: _Make
+    make_listing: _Make
     fits: Callable[[Path], bool]
 
 
 SOURCES = {
-    "celeba": Source(celeba.layout, celeba.fits),
-    "imagenet": Source(imagenet.layout, imagenet.fits),
-    "cifar10": Source(partial(cifar.layout, cifar.CIFAR_10), partial(cifar.fits, cifar.CIFAR_10)),
-    "cifar100": Source(partial(cifar.layout, cifar.CIFAR_100), partial(cifar.fits, cifar.CIFAR_100)),
-    "svhn": Source(svhn.layout, svhn.fits),
-    "idx": Source(idx.layout, idx.fits),
-    "parquet": Source(parquet.layout, parquet.fits),
-    "folder": Source(folder.layout, folder.fits),  # the last: what fits another fits it as well
+    "celeba": Source(celeba.make_listing, celeba.fits),
+    "imagenet": Source(imagenet.make_listing, imagenet.fits),
+    "cifar10": Source(partial(cifar.make_listing, cifar.CIFAR_10), partial(cifar.fits, cifar.CIFAR_10)),
+    "cifar100": Source(partial(cifar.make_listing, cifar.CIFAR_100), partial(cifar.fits, cifar.CIFAR_100)),
+    "svhn": Source(svhn.make_listing, svhn.fits),
+    "idx": Source(idx.make_listing, idx.fits),
+    "parquet": Source(parquet.make_listing, parquet.fits),
+    "folder": Source(folder.make_listing, folder.fits),  # the last: what fits another fits it as well
 }
 
 
@@ -45,14 +45,14 @@ def open_listing(kind: str, root: Path, labels: bool = True) -> Listing:
         labels: whether to take its classes.
 
     Raises:
-        ValueError: the folder is missing, has another layout, or a file in it is not as it should be.
+        ValueError: the folder is missing, has another format, or a file in it is not as it should be.
     """
     if kind not in SOURCES:
         raise ValueError(f"source {kind!r} is unknown: choose of {', '.join(SOURCES)}")
     if not root.is_dir():
         raise ValueError(f"{str(root)!r} is no folder: name the one that holds the files of {kind}")
     try:
-        return SOURCES[kind].layout(root, labels=labels)
+        return SOURCES[kind].make_listing(root, labels=labels)
     except Missing as missing:
         other = next((name for name, source in SOURCES.items() if name != kind and source.fits(root)), None)
         hint = f"; it looks like {other}: name that kind of source" if other else ""

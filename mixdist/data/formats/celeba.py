@@ -1,4 +1,4 @@
-"""CelebA in its official layout: aligned faces, 40 attributes, the partition.
+"""CelebA in its official form: aligned faces, 40 attributes, the partition.
 
 Shape letters: N samples, A attributes.
 """
@@ -22,7 +22,7 @@ def fits(root: Path) -> bool:
     return (root / ATTRIBUTES).is_file() or (root / PARTITION).is_file() or (root / FOLDERS[0]).is_dir()
 
 
-def layout(root: Path, labels: bool = True) -> Listing:
+def make_listing(root: Path, labels: bool = True) -> Listing:
     """List CelebA: ``img_align_celeba/NNNNNN.jpg`` (or .png), the attributes and the partition.
 
     Args:
@@ -59,7 +59,7 @@ def layout(root: Path, labels: bool = True) -> Listing:
 
 
 def _partition(path: Path, text: str) -> dict[str, int]:
-    """The split's number of each image, by its name without extension, in the file's order."""
+    """Return the split's number of each image, by its name without extension, in the file's order."""
     split_of: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         words = line.split()
@@ -77,7 +77,7 @@ def _partition(path: Path, text: str) -> dict[str, int]:
 
 
 def _attributes(path: Path, text: str) -> tuple[tuple[str, ...], dict[str, int], NDArray[np.uint8]]:
-    """Names, the row of each image by its name without extension, and values (N, A) of 0 and 1."""
+    """Return names, the row of each image by its name without extension, and values (N, A) of 0 and 1."""
     lines = text.splitlines()
     names = tuple(lines[1].split()) if len(lines) > 1 else ()
     if not names or not lines[0].strip().isdecimal() or len(set(names)) != len(names):

@@ -51,7 +51,7 @@ def fits(kind: Cifar, root: Path) -> bool:
     return any((folder_of(root, kind.folder) / name).is_file() for name in kind.files)
 
 
-def layout(kind: Cifar, root: Path, labels: bool = True) -> Listing:
+def make_listing(kind: Cifar, root: Path, labels: bool = True) -> Listing:
     """List CIFAR: ids are places in the official order, so many a file, whichever files are there.
 
     Args:
@@ -119,7 +119,7 @@ def read_records(kind: Cifar, path: Path) -> NDArray[np.uint8]:
 
 
 def _names(kind: Cifar, path: Path) -> tuple[str, ...]:
-    """The names in a file, a line each; none without the file."""
+    """Return the names in a file, a line each; none without the file."""
     names = tuple(line.strip() for line in read_text(path).splitlines() if line.strip()) if path.exists() else ()
     if len(names) not in (0, kind.num_classes):
         raise ValueError(

@@ -16,7 +16,7 @@ def fits(root: Path) -> bool:
     return bool(images(root)[0])
 
 
-def layout(root: Path, labels: bool = True) -> Listing:
+def make_listing(root: Path, labels: bool = True) -> Listing:
     """List all images below a folder.
 
     Where it has a folder train, valid (or val, validation) or test, these are the splits; else all is train. The class
@@ -61,7 +61,7 @@ def layout(root: Path, labels: bool = True) -> Listing:
 
 
 def _splits(root: Path) -> dict[str, str]:
-    """The folder of each split, by the split's name."""
+    """Return the folder of each split, by the split's name."""
     folder_of: dict[str, str] = {}
     for name in subfolders(root):
         split = _KIN.get(name.lower())

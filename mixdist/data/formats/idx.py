@@ -32,7 +32,7 @@ def fits(root: Path) -> bool:
     return any((root / f"{prefix}-{IMAGES}{end}").is_file() for prefix in PREFIXES for end in ("", ".gz"))
 
 
-def layout(root: Path, labels: bool = True) -> Listing:
+def make_listing(root: Path, labels: bool = True) -> Listing:
     """List the four files of :class:`mixdist.data.Idx`, with its ids.
 
     Args:
@@ -123,7 +123,7 @@ def _read_stream(stream: BinaryIO | gzip.GzipFile, path: str, num_dims: int) -> 
 
 
 def _read_at_most(stream: BinaryIO | gzip.GzipFile, size: int) -> bytearray:
-    """Up to ``size`` bytes, in pieces: a header may claim far more than the file has."""
+    """Return up to ``size`` bytes, read in pieces: a header may claim far more than the file has."""
     body = bytearray()
     while len(body) < size and (piece := stream.read(min(_PIECE, size - len(body)))):
         body += piece

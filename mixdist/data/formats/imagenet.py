@@ -18,7 +18,7 @@ def fits(root: Path) -> bool:
     return (root / "train").is_dir() and any(_WNID.fullmatch(name) for name in subfolders(root / "train"))
 
 
-def layout(root: Path, labels: bool = True) -> Listing:
+def make_listing(root: Path, labels: bool = True) -> Listing:
     """List ``train/WNID/*`` and, where it is there, ``val/WNID/*``; the class is the place of the id in sorted order.
 
     Args:
@@ -75,7 +75,7 @@ def _check(folder: Path, wnids: list[str]) -> None:
 
 
 def _class_names(root: Path, wnids: list[str]) -> tuple[str, ...]:
-    """Words for the ids, from a list that lies in the folder, else the ids themselves."""
+    """Return words for the ids, from a list that lies in the folder, else the ids themselves."""
     path = next((root / name for name in _NAMES if (root / name).is_file()), None)
     words = {}
     for line in read_text(path).splitlines() if path else ():

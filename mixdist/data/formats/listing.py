@@ -1,4 +1,4 @@
-"""What every layout gives: numbered samples, known without reading an image, and a reader for worker processes.
+"""A listing of a data set: numbered samples, known without reading an image, and a reader for worker processes.
 
 Shape letters: N samples of a part, A attributes, C channels, H height, W width.
 """
@@ -24,7 +24,7 @@ Raw = bytes | NDArray[np.uint8]
 
 
 class Missing(ValueError):
-    """A file that a layout needs is not there; perhaps the folder has another layout."""
+    """A file that a format needs is missing; perhaps the folder has another format."""
 
 
 class Sample(NamedTuple):
@@ -161,15 +161,15 @@ class Listing:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits, in order."""
+        """Return the names of the splits, in order."""
         return tuple(dict.fromkeys(part.split for part in self.parts))
 
     def count(self, split: str) -> int:
-        """Number of samples in a split."""
+        """Return the number of samples in a split."""
         return sum(part.num for part in self.parts if part.split == split)
 
     def samples(self, split: str, first: int, last: int) -> list[Sample]:
-        """Samples ``first`` to before ``last`` of a split."""
+        """Return samples ``first`` to before ``last`` of a split."""
         found: list[Sample] = []
         start = 0
         for part in (part for part in self.parts if part.split == split):
@@ -180,7 +180,7 @@ class Listing:
 
 
 def by_split(name: str) -> tuple[int, str]:
-    """Order splits: train, valid, test, then others by name."""
+    """Return a sort key for splits: train, valid, test, then others by name."""
     return (SPLITS.index(name) if name in SPLITS else len(SPLITS), name)
 
 

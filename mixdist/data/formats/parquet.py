@@ -29,7 +29,7 @@ def fits(root: Path) -> bool:
     return any(any(folder.glob("*.parquet")) for folder in (root, root / "data"))
 
 
-def layout(root: Path, labels: bool = True) -> Listing:
+def make_listing(root: Path, labels: bool = True) -> Listing:
     """List files such as ``train-00000-of-00002.parquet`` in a folder or in its folder data.
 
     The image is the column image (or img, jpg, png, webp): bytes, or a struct with bytes. The class is the column label
@@ -95,7 +95,7 @@ class Rows:
         return data
 
     def _group(self, sample: Sample) -> tuple[str, int, int, Any]:
-        """The file, first row, number of rows and column of the row group that a sample lies in."""
+        """Return the file, first row, number of rows and column of the row group that a sample lies in."""
         path = self.folder / sample.file
         opened = _open(path)
         first = 0
@@ -112,7 +112,7 @@ class Rows:
 
 
 def _files(root: Path, folder: Path) -> list[tuple[str, str]]:
-    """Split and name of each file, in order of the splits."""
+    """Return split and name of each file, in order of the splits."""
     files: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
     for path in sorted(folder.glob("*.parquet")):
         match = _NAME.fullmatch(path.name)
@@ -142,7 +142,7 @@ def _files(root: Path, folder: Path) -> list[tuple[str, str]]:
 
 
 def _columns(path: Path, schema: Any, labels: bool) -> tuple[str, str | None]:
-    """Names of the columns of images and of labels."""
+    """Return the names of the columns of images and of labels."""
     types = _pyarrow().types
     kinds = {item.name: item.type for item in schema}
 
@@ -174,7 +174,7 @@ def _labels(path: Path, opened: Any, column: str, split: str) -> NDArray[np.int6
 
 
 def _class_names(schema: Any, column: str | None) -> tuple[str, ...]:
-    """The hub's names of the classes, or none."""
+    """Return the hub's names of the classes, or none."""
     if column is None:
         return ()
     try:
@@ -185,7 +185,7 @@ def _class_names(schema: Any, column: str | None) -> tuple[str, ...]:
 
 
 def _tail(path: Path, size: int, num_bytes: int) -> bytes:
-    """The file's own table of contents, with statistics of its columns."""
+    """Return the file's own table of contents, with statistics of its columns."""
     with path.open("rb") as file:
         file.seek(max(size - num_bytes - 8, 0))
         return file.read()

@@ -23,7 +23,7 @@ def fits(root: Path) -> bool:
     return any((root / name).is_file() for name in FILES.values())
 
 
-def layout(root: Path, labels: bool = True) -> Listing:
+def make_listing(root: Path, labels: bool = True) -> Listing:
     """List ``train_32x32.mat`` and ``test_32x32.mat``; the files' class 10 is the digit 0.
 
     Args:
@@ -75,7 +75,7 @@ def _labels(path: Path) -> NDArray[np.int64]:
 
 
 def images_of(path: Path) -> int:
-    """Number of images in a file, from its header.
+    """Return the number of images in a file, from its header.
 
     Raises:
         ValueError: it is damaged or foreign.

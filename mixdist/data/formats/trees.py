@@ -1,4 +1,4 @@
-"""Listing trees of image files."""
+"""Lists trees of image files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Entry(NamedTuple):
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted, without hidden ones."""
+    """Return the names of the folders in a folder, sorted, without hidden ones."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if not _hidden(entry.name) and entry.is_dir())
 
@@ -70,7 +70,7 @@ def _hidden(name: str) -> bool:
 
 
 def digest(entries: Iterable[Entry], *more: bytes) -> str:
-    """Name a listing: sha256 over paths and sizes in their order, and over what else the layout was told by."""
+    """Return a hash of a listing: sha256 over paths and sizes in order, and over other content that it was made of."""
     sha256 = hashlib.sha256()
     for entry in entries:
         sha256.update(b"%s\0%d\n" % (os.fsencode(entry.path), entry.num_bytes))

@@ -1,1 +1,1 @@
-"""From a data set as it comes to shards."""
+"""Makes shards of a data set."""

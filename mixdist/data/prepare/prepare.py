@@ -1,4 +1,4 @@
-"""A source into shards and their index: begun, gone on with after any end, and finished once."""
+"""Turns a source into shards and their index; an interrupted preparation resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Prepared:
 
 def prepare(
     kind: str,
-    layout: Listing,
+    listing: Listing,
     recipe: Recipe,
     out: Path,
     shard_samples: int = SHARD_SAMPLES,
@@ -59,14 +59,14 @@ def prepare(
 ) -> Prepared:
     """Write shards of a source, then their index; the bytes depend on the source and the recipe alone.
 
-    Shard k of a split is made of samples k * shard_samples and on. Whatever ends this, the same call goes on with the
+    Shard k of a split is made of samples k * shard_samples and on. However this ends, the same call resumes with the
     shards that are missing.
 
     Args:
         kind: of the source, a key of ``mixdist.data.formats.SOURCES``.
-        layout: of the source.
+        listing: of the source.
         recipe: what is done to every image.
-        out: the folder of the shards: absent, empty, or begun by the same call.
+        out: the folder of the shards: absent, empty, or started by the same call.
         shard_samples: samples of a shard, before some are set aside.
         workers: processes; with 0 or 1 this process does it.
         tell: is told how many samples of how many are done.
@@ -80,39 +80,39 @@ def prepare(
         raise ValueError(f"--shard-samples ({shard_samples}) must be from 1 to 1000000")
     if not 0 <= workers <= 1024:
         raise ValueError(f"--workers ({workers}) must be from 0 to 1024: 0 makes the shards in this process")
-    image = recipe.shape(layout.image)
-    labels = any(part.label_N is not None for part in layout.parts)
+    image = recipe.shape(listing.image)
+    labels = any(part.label_N is not None for part in listing.parts)
     made = {"source": kind, **recipe.describe(), "labels": labels, "shard_samples": shard_samples}
-    made["digest"] = layout.digest
+    made["digest"] = listing.digest
     index = _finished(out, made)
     before = index is not None
     if index is None:
         _check_out(out, made)
         with _room(out), _held(out):
             write_file(out / PREPARING / _PLAN, _json(made))
-            writer = ShardWriter(out, layout.reader, recipe, layout.attribute_names)
-            shards = _make(writer, layout, shard_samples, workers, tell)
-            index = _finish(shards, layout, image, made, out)
+            writer = ShardWriter(out, listing.reader, recipe, listing.attribute_names)
+            shards = _make(writer, listing, shard_samples, workers, tell)
+            index = _finish(shards, listing, image, made, out)
     if (out / PREPARING).is_dir():  # with an index, nothing in it is needed
         shutil.rmtree(out / PREPARING)
     return Prepared(index, _read_set_aside(out), before)
 
 
 def _make(
-    writer: ShardWriter, layout: Listing, shard_samples: int, workers: int, tell: Callable[[int, int], None]
+    writer: ShardWriter, listing: Listing, shard_samples: int, workers: int, tell: Callable[[int, int], None]
 ) -> list[Made]:
     """Make all shards, in order."""
     for left in (writer.out / PREPARING).glob("*.partial"):
         left.unlink(missing_ok=True)
-    total = sum(part.num for part in layout.parts)
+    total = sum(part.num for part in listing.parts)
     tasks = [
         (f"{split}-{k:06d}.tar", split, k * shard_samples)
-        for split in layout.splits
-        for k in range(-(-layout.count(split) // shard_samples))
+        for split in listing.splits
+        for k in range(-(-listing.count(split) // shard_samples))
     ]
     # Samples are listed when a shard's turn comes: those of a million images would fill the memory.
-    todo = (Task(name, split, layout.samples(split, first, first + shard_samples)) for name, split, first in tasks)
-    remedy = "give the same command again with fewer --workers: it goes on where it stopped"
+    todo = (Task(name, split, listing.samples(split, first, first + shard_samples)) for name, split, first in tasks)
+    remedy = "give the same command again with fewer --workers: it resumes where it stopped"
     making = Workers(writer.make, min(workers, len(tasks)), remedy)
     shards: list[Made] = []
     tell(0, total)
@@ -124,7 +124,7 @@ def _make(
 
 
 def _finish(
-    shards: list[Made], layout: Listing, image: tuple[int, int, int] | None, made: dict[str, Any], out: Path
+    shards: list[Made], listing: Listing, image: tuple[int, int, int] | None, made: dict[str, Any], out: Path
 ) -> ShardIndex:
     """Write the list of what was set aside, then the index, which makes the folder complete."""
     set_aside = [one for shard in shards for one in shard.set_aside]
@@ -140,7 +140,7 @@ def _finish(
         scans,
         [split for _, split in full],
         ids=[np.array([int(key) for key in scan.keys], dtype=np.int64) for scan in scans],
-        class_names=layout.class_names,
+        class_names=listing.class_names,
         source=_source(made),
         image=image,
         made=made,
@@ -169,7 +169,7 @@ def _read_set_aside(out: Path) -> list[SetAside]:
 
 
 def _finished(out: Path, made: dict[str, Any]) -> ShardIndex | None:
-    """The index of a folder that the same call finished.
+    """Return the index of a folder that the same call finished, else None.
 
     Raises:
         ValueError: it is the index of something else, or a shard is missing.
@@ -188,23 +188,23 @@ def _finished(out: Path, made: dict[str, Any]) -> ShardIndex | None:
 
 
 def _check_out(out: Path, made: dict[str, Any]) -> None:
-    """Refuse a folder that holds anything but what the same call began."""
+    """Refuse a folder that holds anything but what the same call wrote."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is no folder: name a new or an empty one")
     plan = out / PREPARING / _PLAN
     if plan.exists():
         try:
-            begun = json.loads(plan.read_bytes())
-            begun = begun if isinstance(begun, dict) else {}
+            started = json.loads(plan.read_bytes())
+            started = started if isinstance(started, dict) else {}
         except (OSError, ValueError):
-            begun = {}
-        _compare(out, begun, made)
+            started = {}
+        _compare(out, started, made)
     elif out.exists() and any(path.name != PREPARING for path in out.iterdir()):
-        raise ValueError(f"--out {out} is not empty, and mixdist prepare did not begin it: name a new or an empty one")
+        raise ValueError(f"--out {out} is not empty, and mixdist prepare did not make it: name a new or an empty one")
 
 
 def _compare(out: Path, before: dict[str, Any], made: dict[str, Any]) -> None:
-    """Refuse to go on with something else, naming the first thing that differs."""
+    """Refuse to resume with other settings, naming the first one that differs."""
     for key in made:
         if key in before and before[key] == made[key]:
             continue
@@ -213,12 +213,12 @@ def _compare(out: Path, before: dict[str, Any], made: dict[str, Any]) -> None:
         else:
             was, now = ("unset" if value is None else value for value in (before.get(key, "unknown"), made[key]))
             what = f"with {key.replace('_', '-')} {was}, asked for is {now}"
-        raise ValueError(f"--out {out} was begun {what}: give what it was begun with, or name another folder")
+        raise ValueError(f"--out {out} was started {what}: give what it was started with, or name another folder")
 
 
 @contextmanager
 def _held(out: Path) -> Iterator[None]:
-    """Keep the folder for this process: two that write one would spoil it."""
+    """Lock the folder: two processes must not write it at once."""
     (out / PREPARING).mkdir(parents=True, exist_ok=True)
     with open(out / PREPARING / _LOCK, "a") as lock:
         try:
@@ -230,7 +230,7 @@ def _held(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _room(out: Path) -> Iterator[None]:
-    """Say plainly that the disk is full; whatever was being written is gone then, and the rest is complete."""
+    """Report a full disk in one line; what was being written is removed, and the rest is complete."""
     try:
         yield
     except OSError as error:
@@ -238,7 +238,7 @@ def _room(out: Path) -> Iterator[None]:
             raise
         raise ValueError(
             f"the disk of --out {out} is full ({error.strerror}): make room, then give the same command again: it "
-            "goes on where it stopped"
+            "resumes where it stopped"
         ) from None
 
 

@@ -26,7 +26,7 @@ _KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JP
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is asked of every image.
+    """What is done to every image.
 
     Args:
         channels: C, 1 for grey or 3 for RGB.
@@ -53,7 +53,7 @@ class Recipe:
                 raise ValueError(f"--{name} ({value}) must be from 1 to 4096 pixels")
 
     def shape(self, image: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
-        """The shape (C, H, W) that every image has afterwards, where it is known.
+        """Return the shape (C, H, W) that every image has afterwards, where it is known.
 
         Args:
             image: the shape that every image of the source has, or None.
@@ -107,5 +107,5 @@ class Recipe:
         return stream.getvalue()
 
     def describe(self) -> dict[str, Any]:
-        """Return it in JSON."""
+        """Return the settings for JSON."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""Samples of a source into one shard, which is complete or absent; what is known of it lies beside, to go on from."""
+"""Writes one shard, which is complete or absent, and a record of it from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class Made:
 
 
 class Stopped(Exception):
-    """The others have given up."""
+    """The other processes have given up."""
 
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Makes shards; it travels to worker processes.
+    """Makes shards; it is sent to worker processes.
 
     Args:
         out: the folder of the shards; its folder ``PREPARING`` is there.
@@ -87,7 +87,7 @@ class ShardWriter:
         return self.out / PREPARING / f"{task.shard}.json"
 
     def _before(self, task: Task) -> Made | None:
-        """What was made and recorded before, if it still is what it was."""
+        """Return what was made and recorded before, if the shard is unchanged."""
         try:
             record = json.loads(self._record(task).read_bytes())
             found = scan(self.out / task.shard) if record["sha256"] else None
@@ -130,7 +130,7 @@ class ShardWriter:
         except OSError as error:
             raise ValueError(
                 f"image {sample.id} ({sample.name!r}) cannot be read ({error.strerror}): fix it, then give the same "
-                "command again: it goes on where it stopped"
+                "command again: it resumes where it stopped"
             ) from None
         extension, image = self.recipe.apply(raw)
         about: dict[str, object] = {"name": sample.name}

@@ -97,7 +97,7 @@ class Blocks:
 
     @contextmanager
     def turn(self, name: str, until: float) -> Iterator[None]:
-        """Let one process of the machine at a time fetch a block; nobody waits beyond a time.
+        """Let one process of the machine at a time fetch a block; waits end at a time limit.
 
         Args:
             name: of the block.
@@ -175,7 +175,7 @@ class Blocks:
         return sum(size for _, size, _ in self._listed())
 
     def _shrink(self, goal: int) -> int:
-        """Remove the blocks used least recently until the rest has at most ``goal`` bytes; give what is left."""
+        """Remove the blocks used least recently until the rest has at most ``goal`` bytes; return how many are left."""
         listed = sorted(self._listed())
         left = sum(size for _, size, _ in listed)
         for _, size, path in listed:
@@ -189,7 +189,7 @@ class Blocks:
         return left
 
     def _listed(self) -> Iterator[tuple[float, int, str]]:
-        """Time of use, bytes and path of every file; those whose writers died are removed."""
+        """Yield time of use, bytes and path of every file; those whose writers died are removed."""
         now = time.time()
         with os.scandir(self.folder / "blocks") as entries:
             for entry in entries:
@@ -225,7 +225,7 @@ def _lock(descriptor: int, until: float) -> bool | None:
 
 
 def _unlock(descriptor: int) -> None:
-    """Unlock by word and not only by closing: a process forked meanwhile has the descriptor too."""
+    """Unlock explicitly and not only by closing: a process forked meanwhile has the descriptor too."""
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)

@@ -30,7 +30,7 @@ _NOT_OURS = (
     *(ValueError, KeyError, TypeError, AttributeError, AssertionError, OverflowError, OSError, EOFError),
     *(RecursionError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error),
 )
-"""What numpy, zipfile and json raise over bytes that are not theirs."""
+"""What numpy, zipfile and json raise on foreign bytes."""
 _TUPLES, _OTHERS = ("extensions", "class_names", "attribute_names", "image"), ("source", "base", "made")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.tar")
 
@@ -103,22 +103,22 @@ class ShardIndex:
 
     @property
     def starts(self) -> NDArray[np.int64]:
-        """The place of each shard's first sample, and at the end the number of samples."""
+        """Return the place of each shard's first sample, and at the end the number of samples."""
         return np.cumsum([0, *(shard.num_samples for shard in self.shards)], dtype=np.int64)
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The names of the parts, in order of appearance."""
+        """Return the names of the parts, in order of appearance."""
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
     def places(self, split: str) -> NDArray[np.int64]:
-        """The places of the samples of a part, ascending."""
+        """Return the places of the samples of a part, ascending."""
         starts = self.starts
         parts = [np.arange(starts[i], starts[i + 1]) for i, shard in enumerate(self.shards) if shard.split == split]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def part(self, i: int) -> ShardIndex:
-        """The index of shard ``i`` alone."""
+        """Return the index of shard ``i`` alone."""
         start, stop = self.starts[i : i + 2]
         return replace(
             self,
@@ -132,7 +132,7 @@ class ShardIndex:
 
     @property
     def fingerprint(self) -> str:
-        """Name the content: sha256 over the shards' checksums, samples and labels, wherever they lie."""
+        """Return a hash of the content: sha256 over the shards' checksums, samples and labels, wherever they lie."""
         digest = hashlib.sha256(json.dumps([asdict(shard) for shard in self.shards], sort_keys=True).encode())
         digest.update(json.dumps([self.extensions, self.class_names, self.attribute_names, self.image]).encode())
         for array in self._arrays().values():
@@ -197,7 +197,7 @@ class ShardIndex:
                 attribute_NA=found.get("attribute"),
                 **rest,
             )
-            check_names([shard.name for shard in index.shards])  # whoever made it: a name must not leave the folder
+            check_names([shard.name for shard in index.shards])  # even if signed: a name must stay in the folder
             if index.fingerprint != about["fingerprint"]:
                 raise ValueError(f"{HEAD} differs from its fingerprint")
         except _NOT_OURS as error:
@@ -242,7 +242,7 @@ def split_of(name: str) -> str:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse names of shards that are no plain names.
+    """Refuse names of shards with more than letters, digits, "_", "-" and ".".
 
     Raises:
         ValueError: a name has a folder, begins with a dot, or does not end in .tar.

@@ -1,4 +1,4 @@
-"""From where a sample lies to its numbers, in worker processes or in this one. Nothing here needs torch.
+"""Reads and decodes samples, in worker processes or in this one. Nothing here needs torch.
 
 Shape letters: C channels, H height, W width, n samples.
 """
@@ -126,7 +126,7 @@ class Pool:
         return lambda: _joined([read() for read in started], size)
 
     def close(self) -> None:
-        """End the processes, whatever they were asked for."""
+        """End the processes, whatever they are doing."""
         self._workers.close()
 
 

@@ -1,4 +1,4 @@
-"""Samples that lie in tar shards, as a data set.
+"""Samples in tar shards, as a data set.
 
 Shape letters: N samples of this data set, M all samples of the index, A attributes.
 """
@@ -107,7 +107,7 @@ class ShardSamples(Samples):
 
     @property
     def fingerprint(self) -> str:
-        """Name the samples: sha256 over the index, which of its samples these are, and how they are decoded."""
+        """Return the sha256 of the index, of which of its samples these are, and of how they are decoded."""
         digest = hashlib.sha256(self.shelf.index.fingerprint.encode())
         how = replace(self.shelf.pool.reading, storage=None)  # type: ignore[arg-type]
         digest.update(f"{how} {self.label} {self.class_names}".encode())
@@ -169,7 +169,7 @@ class ShardSamples(Samples):
         return self.shelf.ahead if self.shelf.pool.workers else 0
 
     def unreadable(self, rank: int, world_size: int) -> list[tuple[int, str]]:
-        """Name the samples in a rank's share that cannot be read: each is read and decoded once.
+        """Return id and reason of the samples in a rank's share that cannot be read: each is read and decoded once.
 
         Known before the first step, the samples that are left out are the same on any layout, and no batch is short.
         """

@@ -1,4 +1,4 @@
-"""From tar shards that anyone wrote to their index: each is read once, front to back; what is ambiguous is refused.
+"""Makes the index of tar shards that anyone wrote: each is read once, front to back; what is ambiguous is refused.
 
 Shape letters: N samples, M members of a sample, A attributes.
 """
@@ -137,7 +137,7 @@ class _Samples:
             self._attributes.add(data if member.size <= PIECE else b"")
 
     def _place(self, member: Member) -> tuple[str, int]:
-        """A member's key and the column of its extension."""
+        """Return a member's key and the column of its extension."""
         folder, slash, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
         column = _COLUMN.get(extension.lower())
@@ -169,7 +169,7 @@ class _Samples:
         return int(match[1])
 
     def scan(self) -> Scan:
-        """Put the members of each sample side by side."""
+        """Return arrays with a row for each sample."""
         num = len(self.keys)
         sample = np.frombuffer(self._sample, dtype=np.int64)
         used, column = np.unique(np.frombuffer(self._column, dtype=np.uint8), return_inverse=True)
@@ -213,7 +213,7 @@ class _Attributes:
             self._num += 1
 
     def table(self, num: int) -> Attributes | None:
-        """Names and values (N, A), if all ``num`` samples have them."""
+        """Return names and values (N, A), if all ``num`` samples have them."""
         if self._num != num:
             return None
         return self.names, np.frombuffer(bytes(self._rows), dtype=np.uint8).reshape(num, len(self.names))

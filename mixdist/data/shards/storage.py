@@ -121,7 +121,7 @@ class Descriptors:
         return data
 
     def holds(self, path: str) -> bool:
-        """Whether a file is open."""
+        """Return whether a file is open."""
         return path in self._open
 
     def forget(self, path: str) -> None:

@@ -50,21 +50,21 @@ class HashedStream:
 
     @property
     def offset(self) -> int:
-        """Bytes taken so far; at the end, all of them."""
+        """Return the number of bytes taken so far; at the end, all of them."""
         return self._start + self._at
 
     @property
     def fetched(self) -> int:
-        """Bytes that came from the stream so far."""
+        """Return the number of bytes that came from the stream so far."""
         return self._start + len(self._block)
 
     @property
     def sha256(self) -> str:
-        """Of all that came from the stream so far."""
+        """Return the sha256 of all that came from the stream so far."""
         return self._sha256.hexdigest()
 
     def take(self, length: int) -> bytes:
-        """Read so many bytes, or as many as there are: memory follows what comes and not what is asked for."""
+        """Read so many bytes, or as many as there are: memory grows with what comes, not with what is asked for."""
         if len(self._block) - self._at < length:
             self._fill(length)
         data = self._block[self._at : self._at + length]
@@ -72,7 +72,7 @@ class HashedStream:
         return data
 
     def _fill(self, length: int) -> None:
-        """Have ``length`` bytes in memory from here on, or as many as there are."""
+        """Buffer ``length`` bytes from here on, or as many as there are."""
         pieces = [self._block[self._at :]]
         self._start += self._at
         there = len(pieces[0])
@@ -93,7 +93,7 @@ class Member(NamedTuple):
 
 
 class Tar:
-    """Members one after the other; ask for :meth:`member`, then for its :meth:`payload`, until there is none.
+    """Yields members one after the other: call :meth:`member`, then for its :meth:`payload`, until there is none.
 
     Args:
         stream: the archive.
@@ -164,7 +164,7 @@ class Tar:
         self.refuse(self.stream.fetched, f"the archive ends {where}", AGAIN)
 
     def _header(self, place: int) -> bytes | None:
-        """The next 512 bytes, of which the sum and the magic number are right; None at the end of the archive."""
+        """Return the next 512 bytes, with checksum and magic number checked; None at the end of the archive."""
         head = self._take(BLOCK)
         if len(head) < BLOCK:
             if not head:
@@ -216,7 +216,7 @@ class Tar:
             self.refuse(place, f"the name {name!r} is not UTF-8", "rename it and make the shard again")
 
     def _checked(self, name: str, place: int) -> str:
-        """A file's name, without ``./`` before it.
+        """Return a file's name, without ``./`` before it.
 
         Raises:
             ValueError: it leaves its folder, or has characters that no file's name needs.
@@ -237,7 +237,7 @@ class Tar:
             self._unsafe(name, place)
 
     def _skip(self, kind: int, name: str, size: int, place: int) -> None:
-        """Pass over a folder; refuse all else."""
+        """Skip a folder; refuse everything else."""
         if kind != _FOLDER:
             what = _KINDS.get(bytes([kind]), f"a member of type {bytes([kind])!r}")
             self.refuse(place, f"{name!r} is {what}, expected a plain file", REMAKE)
@@ -252,7 +252,7 @@ class Tar:
         self.refuse(place, what, "rename it and make the shard again")
 
     def _extension(self, kind: int, size: int, place: int) -> tuple[str | None, int | None]:
-        """The name and the size in the bytes of a long name or a pax header, where it gives them."""
+        """Return the name and the size in the bytes of a long name or a pax header, where it gives them."""
         if size > _MAX_EXTENSION:
             self.refuse(place, f"an extended header of {size} bytes, expected at most {_MAX_EXTENSION}", REMAKE)
         data = self._take(size)
@@ -276,7 +276,7 @@ class Tar:
         return name, int(records["size"])
 
     def _records(self, data: bytes, place: int) -> dict[str, bytes]:
-        """Pax records, "LENGTH KEY=VALUE" with a line end each, no key twice."""
+        """Return pax records, "LENGTH KEY=VALUE" with a line end each, no key twice."""
         records: dict[str, bytes] = {}
         at = 0
         while at < len(data):

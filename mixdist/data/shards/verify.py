@@ -17,7 +17,7 @@ MOST_TOLD = 100
 
 
 class Verdict(NamedTuple):
-    """What was found in a shard: a line each, and how many of its samples are hurt."""
+    """What was found in a shard: a line each, and how many of its samples are damaged."""
 
     lines: list[str]
     num_hurt: int
@@ -67,14 +67,14 @@ def examine(stream: Stream, part: ShardIndex, decode: bool) -> Verdict:
     elif sha256 != shard.sha256 and len(hurt) == len(part) > 1:
         lines = [f"shard {shard.name!r} is another file than the index was made for: no sample is where it should be"]
     elif sha256 != shard.sha256 and not hurt:
-        lines = [f"shard {shard.name!r} differs from its sha256, but in headers or padding only: no sample is hurt"]
+        lines = [f"shard {shard.name!r} differs from its sha256, but in headers or padding only: no sample is damaged"]
     elif sha256 != shard.sha256:
         lines.insert(0, f"shard {shard.name!r} differs from its sha256")
     return Verdict(lines, len(hurt))
 
 
 def _member(source: HashedStream, offset: int, size: int, crc: int) -> tuple[bytes, str | None]:
-    """Go to a member and read it: its bytes, and what is wrong with them."""
+    """Return the bytes of the member at a place, and what is wrong with them."""
     gap = offset - source.offset
     if gap < 0:
         return b"", f"overlaps the member before it, which ends at {source.offset}: the index is not this shard's"

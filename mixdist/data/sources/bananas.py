@@ -121,7 +121,7 @@ class Bananas(Source):
         return math.sqrt(spread / 2)
 
     def log_density(self, x_N2: Tensor) -> Tensor:
-        """The exact log p(x) of values, float64 (N,), nats.
+        """Return the exact log p(x) of values, float64 (N,), nats.
 
         With (u, v) = x * unit - m_c, bending moves points along v only and keeps volumes, so
         p(x) = unit^2 * mean_c N(u; 0, 100) N(v - 0.04 u^2 + 4; 0, 1).
@@ -134,7 +134,7 @@ class Bananas(Source):
         return log_p_CN.logsumexp(0) - math.log(len(centres_C2)) + 2 * math.log(self.unit)
 
     def entropy(self) -> float:
-        """The entropy of values, -E[log p(x)], nats; not an estimate from rows.
+        """Return the entropy of values, -E[log p(x)], nats; not an estimate from rows.
 
         It is the trapezoid rule over the unbent noise of each component, 721 x 721 points from -9 to 9 standard
         deviations: half the points change it by less than 1e-6. Where modes do not overlap it is

@@ -1,4 +1,4 @@
-"""Tar shards as a source: what to take of them, how images become rows.
+"""Tar shards as a source: splits, fields, and how images become rows.
 
 Shape letters: M samples of the index, A attributes.
 """
@@ -50,8 +50,8 @@ class Shards(Source):
 
     Fields: "x", images uint8 (channels, height, width) with scale 1/255, or what .npy members hold; "y", the class,
     where there is one; "attributes", binary ones, where there are some. The id of a sample is the one in the index.
-    Nothing is in memory but the index; samples are decoded in processes of their own, each once an epoch in the whole
-    cluster for a soft mixture.
+    Only the index is in memory; samples are decoded in worker processes, each once an epoch in the whole cluster for a
+    soft mixture.
 
     Args:
         root: the folder, or the https address of one.
@@ -146,7 +146,7 @@ class Shards(Source):
         return self._samples(shelf, train, spec, labels), self._samples(shelf, test, spec, labels)
 
     def _splits(self, index: ShardIndex) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The places of the training and of the held-out samples."""
+        """Return the places of the training and of the held-out samples."""
         ids_of = {split: index.id_N[index.places(split)] for split in index.splits}
         chosen = choose_splits(self.root, ids_of, self.train, self.test, self.holdout)
         train, test = (index.places(split)[places[: self.limit]] for split, places in chosen)
@@ -233,7 +233,7 @@ def open_shards(root: str, cache: Cache) -> tuple[ShardIndex, Storage]:
 
 
 def _content(root: str, index: ShardIndex) -> NDArray[np.int64]:
-    """Which member of each sample holds its content: an image, else an .npy array."""
+    """Return which member of each sample holds its content: an image, else an .npy array."""
     wanted = [e for e in IMAGES if e in index.extensions] or [e for e in ("npy",) if e in index.extensions]
     if not wanted:
         has = ", ".join(index.extensions)

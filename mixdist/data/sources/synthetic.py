@@ -72,7 +72,7 @@ class Blobs(Source):
         return _split({"id": ids, "x": x, "y": y.to(torch.uint8)}, spec, self.rows, "y")
 
     def centres(self) -> Tensor:
-        """The centres (classes, D), float64."""
+        """Return the centres (classes, D), float64."""
         classes = torch.arange(self.num_classes)
         centres = Draw(self.seed, Purpose.DATA).normal(classes, [0], (self.num_features,), torch.float64)[0]
         if self.num_classes == 1:
@@ -141,7 +141,7 @@ class Parabolas(Source):
 def _split(
     rows: Batch, spec: Spec, num_train: int, label: str, class_names: tuple[str, ...] = ()
 ) -> tuple[Dataset, Dataset]:
-    """The first ``num_train`` rows for training, the rest for testing."""
+    """Split into the first ``num_train`` rows for training, the rest for testing."""
     train = {name: column[:num_train] for name, column in rows.items()}
     test = {name: column[num_train:] for name, column in rows.items()}
     return Dataset(train, spec, label, class_names), Dataset(test, spec, label, class_names)
