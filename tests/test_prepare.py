@@ -15,7 +15,7 @@ import sys
 import tarfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -400,48 +400,38 @@ def test_two_at_once(faces: Path, tmp_path: Path) -> None:
 # A full disk.
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Gives a disk of so many kilobytes; called again it gets another size."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def size(kilobytes: int) -> Path:
-        again = "remount," if os.path.ismount(disk) else ""
-        words = ["mount", "-t", "tmpfs", "-o", f"{again}size={kilobytes}k", "tmpfs", str(disk)]
-        ended = subprocess.run(words, capture_output=True, text=True)
-        if ended.returncode:
-            pytest.skip(f"a small disk cannot be mounted here ({ended.stderr.strip()}): not tried on one")
-        return disk
-
-    try:
-        yield size
-    finally:
-        if os.path.ismount(disk):
-            subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_full_disk_is_told_in_one_line_and_gone_on_from(
-    faces: Path, whole: dict[str, str], small_disk: Callable[[int], Path]
+@pytest.mark.parametrize(("of", "name", "every"), [(_Sink, "write", 7), (os, "fsync", 1), (os, "replace", 1)])
+def test_a_disk_that_is_full_at_any_moment_is_told_in_one_line_and_gone_on_from(
+    of: Any, name: str, every: int, faces: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not shutil.which("mount"):
-        pytest.skip("there is no mount here: a small disk was not tried")
-    failed = 0
-    for kilobytes in range(8, 200, 12):
-        out = small_disk(kilobytes) / "out"
-        told = ""
-        try:
-            _prepare(faces, out)
-        except ValueError as error:
-            told = str(error)
-            failed += 1
-        assert not told or told.startswith(f"the disk of --out {out} is full (No space left on device): make room")
-        assert "\n" not in told
-        there = {name: sha for name, sha in _files(out).items() if "/" not in name}
+    real, number, left = getattr(of, name), 1, 0
+
+    def full(*given: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*given)
+
+    while left <= 0:  # else there are fewer calls
+        out, left = tmp_path / str(number), number
+        with monkeypatch.context() as patch:
+            patch.setattr(of, name, full)
+            told = ""
+            try:
+                _prepare(faces, out)
+            except ValueError as error:
+                told = str(error)
+        if left <= 0:
+            assert told.startswith(f"the disk of --out {out} is full (No space left on device)")
+            assert "\n" not in told
+        there = {path: sha for path, sha in _files(out).items() if "/" not in path}
         assert there.items() <= whole.items()
         assert not list(out.rglob("*.partial"))
-    assert failed > 3
-    assert _files(out) == whole
+        _prepare(faces, out)
+        assert _files(out) == whole
+        number += every
+    assert number > 8
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
