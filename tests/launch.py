@@ -46,13 +46,33 @@ SMALL: dict[str, Any] = {
     "log_every": 1,
 }
 """A config of a run that takes three steps."""
+HARD: dict[str, Any] = {
+    "data": {
+        "class_path": "mixdist.data.Blobs",
+        "init_args": {"num_classes": 3, "rows": 120, "test_rows": 30, "spread": 0.2},
+    },
+    "expert": {
+        "class_path": "mixdist.experts.VAE",
+        "init_args": {"network": mlp(6), "latent": 2, "likelihood": "gaussian", "mean": "identity"},
+    },
+    "num_experts": 3,
+    "competition": {
+        "rounds": 2,
+        "score": {
+            "class_path": "mixdist.competition.Discriminators",
+            "init_args": {"network": mlp(8), "batch_size": 40},
+        },
+    },
+    "train": {"epochs": 1, "batch_size": 30},
+}
+"""A config of a competition of two rounds."""
 
 REMOVED = object()
 
 
-def changed(**changes: Any) -> dict[str, Any]:
-    """Return SMALL with other values: ``changed(gate__init_args__hidden=[3])``; REMOVED takes a key away."""
-    config = copy.deepcopy(SMALL)
+def changed(base: dict[str, Any] = SMALL, /, **changes: Any) -> dict[str, Any]:
+    """Return a config with other values: ``changed(gate__init_args__hidden=[3])``; REMOVED takes a key away."""
+    config = copy.deepcopy(base)
     for path, value in changes.items():
         *outer, last = path.split("__")
         section = config
@@ -186,3 +206,27 @@ def descendants(pid: int) -> list[int]:
     for one in found:
         found += children.get(one, [])
     return found[1:]
+
+
+def complaint(ended: Ended) -> str:
+    """Check a command that failed against the rule, exit code 2 and one line on stderr; return the line."""
+    assert (ended.code, ended.out) == (2, ""), ended
+    assert ended.err.startswith("mixdist: ")
+    assert ended.err.count("\n") == 1, ended.err
+    assert "Traceback" not in ended.err
+    assert "  " not in ended.err
+    return ended.err.removeprefix("mixdist: ").strip()
+
+
+def refused(*argv: str, names: str = "") -> str:
+    """Run a command that must be refused, name these words, and leave the working directory as it was."""
+    before = _files()
+    line = complaint(here(*argv))
+    assert _files() == before
+    assert [word for word in names.split() if word not in line] == [], line
+    return line
+
+
+def _files() -> dict[Path, bytes]:
+    kept = [path for path in Path().rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {path: path.read_bytes() for path in kept}

@@ -19,10 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 from mixdist.report.metrics import read_metrics
-from tests.launch import Started, descendants, here, mlp, together, write_config
+from tests.launch import Started, descendants, here, mlp, refused, together, write_config
 from tests.range_server import RangeServer
 from tests.tars import COUNTS, make_index, make_shards, sample_of, write_shard
-from tests.test_cli import refused
 
 IN_MEMORY = '''
 """The rows of the shards, in memory."""
@@ -239,36 +238,35 @@ def test_a_run_goes_on_while_its_server_dies_and_comes_back(tmp_path: Path, rank
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "names"),
     [
-        ({"root": "nowhere"}, "'nowhere' is not a folder"),
-        ({"root": "."}, "'.' has no index"),
-        ({"train": "training"}, "train (training) is no split of 'shards', which has train, test"),
-        ({"test": "valid"}, "test (valid) is no split of 'shards'"),
-        ({"holdout": 0.1}, "holdout (0.1) is for data without the split 'test'"),
-        ({"label": "Smiling"}, "label (Smiling) is not in the shards of 'shards'"),
-        ({"augment": {"shift": 8}}, "needs images larger than the shift"),
-        ({"augment": {"shift": -1}}, "augment.shift (-1) must be at least 0"),
-        ({"workers": -1}, "workers (-1) must be at least 0"),
-        ({"crop": 9}, "crop (9) must be at most the side of the images of 'shards', which are 8 x 8"),
-        ({"channels": 2}, "channels (2) must be 1 for grey or 3 for colour"),
-        ({"order": "random"}, "order"),
-        ({"max_skipped": 2.0}, "max_skipped (2.0) must be between 0 and 1"),
+        ({"root": "nowhere"}, "nowhere"),
+        ({"root": "."}, "'.'"),
         ({"root": "ftp://example.org/x"}, "ftp"),
+        ({"train": "training"}, "train (training) test"),
+        ({"test": "valid"}, "test (valid)"),
+        ({"holdout": 0.1}, "holdout (0.1)"),
+        ({"label": "Smiling"}, "label (Smiling)"),
+        ({"augment": {"shift": 8}}, "shift"),
+        ({"augment": {"shift": -1}}, "augment.shift (-1)"),
+        ({"workers": -1}, "workers (-1)"),
+        ({"crop": 9}, "crop (9)"),
+        ({"channels": 2}, "channels (2)"),
+        ({"order": "random"}, "order (random)"),
+        ({"max_skipped": 2.0}, "max_skipped (2.0)"),
     ],
 )
-def test_mistakes_are_told_in_one_line(data: dict[str, Any], told: str) -> None:
-    assert told in refused("train", "--config", config_of(SOFT, data), "--out", "r")
-    assert not Path("r").exists()
+def test_what_makes_no_sense_on_shards_is_refused(data: dict[str, Any], names: str) -> None:
+    refused("train", "--config", config_of(SOFT, data), names=names)
 
 
 @pytest.mark.parametrize("name", ["train-000002.tar", "test-000000.tar"])
 def test_shards_that_do_not_fit_their_index_are_refused(name: str) -> None:
     shard = Path("shards") / name
     shard.write_bytes(shard.read_bytes()[:-512])
-    assert name in refused("train", "--config", config_of(SOFT, {}))
+    refused("train", "--config", config_of(SOFT, {}), names=name)
     shard.unlink()
-    assert name in refused("train", "--config", config_of(SOFT, {}))
+    refused("train", "--config", config_of(SOFT, {}), names=name)
 
 
 def test_labels_asked_for_where_there_are_none() -> None:
@@ -277,10 +275,9 @@ def test_labels_asked_for_where_there_are_none() -> None:
         write_shard(Path("shards") / name, [s | {"__key__": f"{name[:-4]}-{n}"} for n, s in enumerate(samples)])
     index = make_index(Path("shards"), list(COUNTS))
     assert index.label_N is None
-    told = refused("train", "--config", config_of(SOFT, {"label": "y"}))
-    assert "label (y) asks for classes, and the shards of 'shards' have none" in told
+    refused("train", "--config", config_of(SOFT, {"label": "y"}), names="label (y) 'shards'")
     oracle = {**HARD, "competition": {"score": {"class_path": "mixdist.competition.LabelOracle"}}}
-    assert "y" in refused("train", "--config", config_of(oracle, {}))
+    refused("train", "--config", config_of(oracle, {}), names="y")
 
 
 def test_a_run_on_shards_is_loaded_without_them() -> None:

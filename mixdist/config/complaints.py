@@ -1,311 +1,148 @@
 """The parser's complaints in plain words: one line with the key, the value, what was expected and the remedy.
 
-jsonargparse's complaints nest like the config, ``Parser key "gate": ... Parser key "hidden": Expected a ...``: keys and
-classes on the way say where, the innermost sentence says what. ``explain`` turns both into one line.
+jsonargparse's complaints nest like the config, ``Parser key "gate": ... Parser key "hidden": Expected a ...``: the keys
+and classes on the way say where, the innermost sentence says what. What can stand there is read from the annotations
+of the classes on the way, so that no key needs to be known here.
 """
 
 from __future__ import annotations
 
-import ast
-import difflib
-import importlib
-import inspect
 import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
+from mixdist.config.places import Place, near
 from mixdist.messages import one_line
 
+CONFIG = "mixdist.config.config.Config"
 EXAMPLE = "configs/digits_moe.yaml"
+_HEADER = re.compile(
+    r'Parser key "(?P<key>[^"]+)":\s*'
+    r"|Problem with given class_path '(?P<path>[^']+)':\s*"
+    r"|(?P<factory>Type .*? expects a function or a callable class: )"
+)
+_NOISE = re.compile(
+    r'Does not|Subtypes:|Errors:|Given value|Subclass types|a class path|a dict with|.*": Unable to load'
+)
+_UNKNOWN = re.compile(r"(?:Group '([^']+)' does not accept o|O)ption '([^']+)'|unrecognized arguments: --(\w+)\.(\w+)=")
+_NO_CLASS = re.compile(r"import path|Import path|subclass|class_path|is abstract|Unable to load config")
+_VALUE = re.compile(
+    r"(?:G[oi][tv]\w* value:|import path string:|Import path|Unable to load config) (?:NestedArg\(key='\w+', val=)?(.*)"
+)
+_PLAIN = {
+    "int": "a whole number such as 10",
+    "float": "a number such as 0.1",
+    "bool": "true or false",
+    "str": "text",
+    "NoneType": "null",
+    "list": "a list such as [128, 64]",
+    "tuple": "a list such as [128, 64]",
+    "collections.abc.Sequence": "a list such as [128, 64]",
+    "dict": "a section of keys",
+}
 
 
 def explain(message: str, parser: ArgumentParser) -> str:
-    """Say in one line what the parser objects to, and what to write instead."""
-    for pattern, tell in _COMPLAINTS:
-        found = re.search(pattern, message, flags=re.M)
-        if found:
-            return one_line(tell(found, _Place.of(message, found.start()), parser))
-    return f"{one_line(message)}; see {parser.prog} --help"
-
-
-class _Place(NamedTuple):
-    """Where in a config a complaint belongs: the dotted key, and the class whose argument it is."""
-
-    key: str
-    class_path: str | None
-    text: str
-
-    @staticmethod
-    def of(message: str, position: int) -> _Place:
-        """Read the place of the complaint that begins at a position of the parser's message."""
-        before, after = message[:position], message[position:]
-        first, *rest = [*re.findall(r'Parser key "([^"]+)"', before), ""]
-        key = first + "".join(f".init_args.{name}" for name in rest if name)
-        for section in ("pretrain", "competition"):  # one is a list of sections, one may be left out: no classes
-            key = key.replace(f"{section}.init_args.", f"{section}.")
-        # A factory's class stands behind the complaint, any other class before it.
-        path = re.findall(r"given class_path '([^']+)'|(expects a function or a callable class)", before)
-        if path and path[-1][1]:
-            path = [*re.findall(r"class_path='([^']+)'()", after)[:1]]
-        return _Place(key, path[-1][0] if path else None, message)
-
-    def inner(self, name: str) -> str:
-        """Return the key of an argument of this place's class."""
-        return f"{self.key}.{name}" if _is_section(self.class_path) else f"{self.key}.init_args.{name}"
-
-
-def _is_section(class_path: str | None) -> bool:
-    """Return whether what the parser calls a class is a section of a config."""
-    return class_path is None or class_path.endswith((".Phase", ".Rules"))
-
-
-Teller = Callable[[re.Match[str], _Place, ArgumentParser], str]
-
-
-def _unknown_option(found: re.Match[str], place: _Place, parser: ArgumentParser) -> str:
-    name = found["key"]
-    if place.class_path:
-        kind = KINDS.get(last_part(place.key))
-        if kind is not None and find(place.class_path) is kind.base:
-            return f"{place.key} has init_args ({name}) but no class_path: {choose(place.key)}"
-        taken = _init_args(place.class_path)
-        owner = place.key if _is_section(place.class_path) else place.class_path
-        return f"unknown config key {place.inner(name)}: {_instead(name, taken)}{owner} takes {_listed(taken)}"
-    group = found.groupdict().get("group")
-    if group:
-        taken = [k.removeprefix(f"{group}.") for k in keys_of(parser) if k.startswith(f"{group}.")]
-        return f"unknown config key {group}.{name}: {_instead(name, taken)}{group} takes {_listed(taken)}"
-    near = _instead(name, keys_of(parser))
-    fields = [*find("mixdist.config.config.Config").__dataclass_fields__]
-    return f"unknown config key {name}: {near}a config takes {_listed(fields)}"
-
-
-def _unrecognized(found: re.Match[str], place: _Place, parser: ArgumentParser) -> str:
-    word = found["words"].split()[0]
-    if not word.startswith("-"):
-        hint = f"write --config {word}" if word.endswith((".yaml", ".yml")) else "options begin with --"
-        return f"unexpected word {word}: {hint}; see {parser.prog} --help"
-    near = _near(word.lstrip("-").partition("=")[0], keys_of(parser)).replace("did you mean ", "did you mean --")
-    return f"unknown option {word}: {near}see {parser.prog} --help for all options"
-
-
-def _wrong_type(found: re.Match[str], place: _Place, parser: ArgumentParser) -> str:
-    value = found["value"].partition(". Got value: Namespace(")[0]
-    whole = re.search(rf"\b{last_part(place.key)}=(\[[^\]]*\])", place.text)
-    return _expected(place.key, value if whole is None or value == whole[1] else f"{value} in {whole[1]}", [found[1]])
-
-
-def _wrong_types(found: re.Match[str], place: _Place, parser: ArgumentParser) -> str:
-    inside = place.text[found.start() :].partition("Given value type")
-    value = re.search(r"Given value: (.*)", inside[2])
-    text = value[1].partition(". Got value: Namespace(")[0] if value else "?"
-    return _expected(place.key, text, re.findall(rf"- {_EXPECTED}", inside[0]))
-
-
-def _expected(key: str, value: str, types: Sequence[str]) -> str:
-    known = [_PLAIN[t] for t in types if t in _PLAIN]
-    for text in types:
-        if text.startswith("typing.Literal"):
-            words = re.findall(r"'([^']*)'", text)
-            known += [(word, word) for word in words]
-    if not known:
-        return f"{key} ({value}) has the wrong type: expected {' or '.join(types)}"
-    if known == [_PLAIN["<class 'NoneType'>"]]:  # what else may stand there is a section, which has no plain type
-        return f"{key} ({value}) must be a section of keys, or null: write them below {last_part(key)}:"
-    spelled, examples = zip(*known, strict=True)
-    close = difflib.get_close_matches(value, [e for e in examples if e.isalpha() and e != "null"], n=1, cutoff=0.5)
-    example = "[{epochs: 1}]" if key == "pretrain" else [*close, *(e for e in examples if e != "null"), "null"][0]
-    return f"{key} ({value}) must be {_alternatives(spelled)}: write {last_part(key)}: {example}, for example"
-
-
-def _missing(found: re.Match[str], place: _Place, parser: ArgumentParser) -> str:
-    keys = found["keys"].strip().split(", ")
-    listed = ", ".join(place.inner(key) if place.key else key for key in keys)
-    if "config" not in keys_of(parser):
-        return f"{parser.prog} needs {', '.join(key.upper() for key in keys)}: see {parser.prog} --help"
-    if place.class_path:
-        return f"the config lacks {listed}, without which {place.class_path} cannot be made: add it"
-    add = "add it" if len(keys) == 1 else "add them"
-    return f"the config lacks {listed}: {add}, or begin with --config and a file such as {EXAMPLE}"
-
-
-def _no_value(found: re.Match[str], place: _Place, parser: ArgumentParser) -> str:
-    return f"{found['option']} has no value: write one behind it; see {parser.prog} --help"
-
-
-def _no_class(found: re.Match[str], place: _Place, parser: ArgumentParser) -> str:
-    sought = found["path"].strip("'\" ")
-    if "member" in found.groupdict():
-        sought = f"{sought}.{found['member']}"
-    dotless = found[0].startswith("Expected a dot")  # the word itself was refused, nothing was imported
-    path = sought if dotless else place.class_path or _given(place) or sought
-    if path != sought and not path.startswith(f"{sought}."):
-        return f"{place.key} names {path}, whose import failed ({found[0]}): fix that file, or install what it needs"
-    near = _near(last_part(path), _known(place.key))
-    own = "a file of your own must lie in the working directory or on PYTHONPATH"
-    return f"{place.key} names the class {path}, which cannot be found: {near or choose(place.key) + '; '}{own}"
-
-
-def _given(place: _Place) -> str | None:
-    found = re.search(r"Got value: (?:Namespace\(class_path=')?([\w.]+)", place.text)
-    return found[1] if found else None
-
-
-def _wrong_kind(found: re.Match[str], place: _Place, parser: ArgumentParser) -> str:
-    return f"{place.key} ({found['path']}) must be a subclass of {found['base']}: {choose(place.key)}"
-
-
-def _abstract(found: re.Match[str], place: _Place, parser: ArgumentParser) -> str:
-    return f"{place.key} ({found['path']}) is the base class of what can stand there: {choose(place.key)}"
-
-
-def _no_python(found: re.Match[str], place: _Place, parser: ArgumentParser) -> str:
-    return f"{found['file']} line {found['line']}, imported for {place.key}, is not Python ({found['what']}): fix it"
-
-
-def _no_spec(found: re.Match[str], place: _Place, parser: ArgumentParser) -> str:
-    value = found["value"].partition(". Got value: ")[0]
-    with suppress(ValueError, SyntaxError):
-        given = ast.literal_eval(value)
-        extra = [name for name in given if name not in ("class_path", "init_args")] if isinstance(given, dict) else []
-        if extra:
-            near = _instead(extra[0], ("class_path", "init_args"))
-            return f"unknown config key {place.key}.{extra[0]}: {near}a class takes class_path and init_args"
-    return f"{place.key} ({value}) must have class_path and, where needed, init_args, no more: {choose(place.key)}"
-
-
-_EXPECTED = r"Expected an? (<class '[^']+'>|typing\.Literal\[[^\]]*\])"
-_COMPLAINTS: tuple[tuple[str, Teller], ...] = (
-    (r"unrecognized arguments: (?P<words>.*)", _unrecognized),
-    (r"argument (?P<option>--\S+): expected one argument", _no_value),
-    (r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'", _unknown_option),
-    (r"Option '(?P<key>[^']+)' is not accepted", _unknown_option),
-    (r"arguments are required: (?P<keys>[\w., ]*\w)", _missing),
-    (r"module '(?P<path>[^']+)' has no attribute '(?P<member>[^']+)'", _no_class),
-    (r"No module named (?P<path>'[^']+')", _no_class),
-    (r"Problem importing '(?P<path>[^']+)'", _no_class),
-    (r"Expected '(?P<path>[^']+)' to be a subclass of <class '(?P<base>\w+)'>", _wrong_kind),
-    (r"- (?P<what>[^\n]*) \((?P<file>\S+\.py), line (?P<line>\d+)\)", _no_python),
-    (r"Expected an instantiatable class, but (?P<path>\S+) is abstract", _abstract),
-    (r"Import path (?P<path>\S+) does not correspond to a subclass of (?P<base>\w+)", _wrong_kind),
-    (r"Dict must include a class_path and optionally init_args, but got (?P<value>.*)", _no_spec),
-    (r"Expected an import path or a subclass spec, but got (?P<value>.*)", _no_spec),
-    (r"Not a valid subclass of \w+\. Got value: (?P<value>.*)", _no_spec),
-    (rf"{_EXPECTED}\. Got value: (?P<value>.*)", _wrong_type),
-    (rf"- (?!Expected a <class 'NoneType'>){_EXPECTED}$", _wrong_types),
-    (r"Expected a dot import path string: (?P<path>\S+)", _no_class),
-)
-_LIST = ("a list", "[128, 64]")
-_PLAIN = {
-    "<class 'int'>": ("a whole number", "10"),
-    "<class 'float'>": ("a number", "0.1"),
-    "<class 'bool'>": ("true or false", "true"),
-    "<class 'str'>": ("text", '"text"'),
-    "<class 'NoneType'>": ("null", "null"),
-    "<class 'list'>": _LIST,
-    "<class 'tuple'>": _LIST,
-    "<class 'collections.abc.Sequence'>": _LIST,
-    "<class 'dict'>": ("a section of keys", "{}"),
-}
-
-
-class _Kind(NamedTuple):
-    """What can stand at a key: subclasses of a base class, which is imported only where a complaint is about it."""
-
-    module: str
-    base_name: str
-    example: str
-
-    @property
-    def base(self) -> type:
-        made: type = getattr(importlib.import_module(self.module), self.base_name)
-        return made
-
-
-KINDS = {
-    "data": _Kind("mixdist.data", "Source", "Digits"),
-    "gate": _Kind("mixdist.gates", "Gate", "Softmax"),
-    "expert": _Kind("mixdist.experts", "Expert", "VAE"),
-    "objective": _Kind("mixdist.mixtures", "Objective", "WeightedLoss"),
-    "score": _Kind("mixdist.competition", "Score", "Discriminators"),
-    "network": _Kind("mixdist.nets", "Network", "MLP"),
-    "balance": _Kind("mixdist.mixtures", "Balance", "VarianceBalance"),
-    "optimizer": _Kind("torch.optim", "Optimizer", "Adam"),
-    "schedule": _Kind("torch.optim.lr_scheduler", "LRScheduler", "StepLR"),
-}
-
-
-def _known(key: str) -> list[str]:
-    """Name the classes that can stand at a key."""
-    kind = KINDS.get(last_part(key))
-    if kind is None:
-        return []
-    members = inspect.getmembers(importlib.import_module(kind.module))
-    fitting = [n for n, m in members if inspect.isclass(m) and issubclass(m, kind.base) and m is not kind.base]
-    return sorted(f"{kind.module}.{name}" for name in fitting if not name.startswith("_"))
-
-
-def choose(key: str) -> str:
-    known, kind = _known(key), KINDS.get(last_part(key))
-    if kind is None:
-        return "write class_path: package.module.Class"
-    if len(known) > 8:
-        return f"choose one of {kind.module}, such as {kind.module}.{kind.example}"
-    return f"choose {_alternatives([*known, f'your own subclass of {kind.base_name}'])}"
-
-
-def last_part(key: str) -> str:
-    return re.sub(r"\[\d+\]", "", key).rpartition(".")[2]
+    """Return in one line what the parser objects to, and what to write instead."""
+    place, sentences, rest = _innermost(message, Place("", None, CONFIG if "config" in keys_of(parser) else None))
+    for sentence in sentences:
+        told = _unknown(sentence, place, parser) or _missing(sentence, place, parser)
+        if told:
+            return one_line(told)
+    value = _VALUE.search(rest)
+    given = re.split(r"\. Got value: Namespace\(| does not correspond", value[1])[0] if value else ""
+    expected, why = _expected(sentences, place)
+    if not expected or not place.key:
+        return f"{place.key}: {one_line(sentences[0])}; see {parser.prog} --help".removeprefix(": ")
+    return one_line(place.must_be(expected, place.path if place.path and place.wants() in expected else given, why))
 
 
 def keys_of(parser: ArgumentParser) -> list[str]:
-    kept = [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
-    return list(dict.fromkeys(key for key in kept if not key.endswith(".help")))
+    """Return the keys of a parser, those of its sections dotted."""
+    kept = [action.dest for action in parser._actions if not action.dest.endswith("help")]
+    return list(dict.fromkeys(key for key in kept if not key.startswith("print_")))
 
 
-def _near(word: str, known: Sequence[str]) -> str:
-    """Ask for the known name most like a word, in whole or by its last part; empty where none is."""
-    whole, last = {k.lower(): k for k in known}, {last_part(k).lower(): k for k in reversed(known)}
-    for names, sought, cutoff in ((whole, word, 0.8), (last, last_part(word), 0.6)):
-        close = difflib.get_close_matches(sought.lower(), names, n=1, cutoff=cutoff)
-        if close:
-            return f"did you mean {names[close[0]]}? "
-    return ""
+def _innermost(message: str, root: Place) -> tuple[Place, list[str], str]:
+    """Return the deepest place that a message speaks of, what it says there, and the message from there on."""
+    stack: list[tuple[int, re.Match[str]]] = []
+    leaves: list[tuple[list[re.Match[str]], str, str]] = []
+    lines = message.splitlines()
+    for number, line in enumerate(lines):
+        text = line.lstrip().removeprefix("- ")
+        depth = len(line) - len(text)
+        while stack and stack[-1][0] >= depth + (not line.lstrip().startswith("- ")):
+            stack.pop()
+        while not _NOISE.match(text) and (header := _HEADER.match(text)):
+            stack.append((depth, header))
+            text = text[header.end() :]
+        if text and not _NOISE.match(text):
+            leaves.append(([header for _, header in stack], text, "\n".join([text, *lines[number + 1 :]])))
+    depths = [sum(bool(header["key"]) for header in headers) for headers, _, _ in leaves]
+    headers, _, rest = leaves[depths.index(max(depths))]
+    sentences = [text for (_, text, _), depth in zip(leaves, depths, strict=True) if depth == max(depths)]
+    return _follow(headers, rest, root), sentences, rest
 
 
-def _instead(name: str, taken: Sequence[str]) -> str:
-    return _near(name, taken) or "remove it; "
+def _follow(headers: Sequence[re.Match[str]], rest: str, place: Place) -> Place:
+    """Go from the root to where the headers lead."""
+    # The class of a factory is told behind what is wrong with it, the innermost first.
+    made = re.findall(r"Got value: Namespace\((?:init_args=.*?, )?class_path='([^']+)'", rest)
+    factories = made[: sum(bool(header["factory"]) for header in headers)]
+    for header in headers:
+        if header["key"]:
+            for name in header["key"].split("."):
+                place = place.inner(name)
+        elif header["path"] or factories:
+            place = place._replace(path=header["path"] or factories.pop())
+    return place
 
 
-def _alternatives(words: Sequence[str]) -> str:
-    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
-def _listed(words: Sequence[str]) -> str:
-    return ", ".join(words) or "no arguments"
-
-
-def find(class_path: str) -> Any:
-    module, _, name = class_path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
+def _unknown(sentence: str, place: Place, parser: ArgumentParser) -> str | None:
+    """Return what to say of a key or a word that nothing takes."""
+    found = _UNKNOWN.search(sentence)
+    if found:
+        group, name = found[1] or found[3], found[2] or found[4]
+        place = place.inner(group) if group else place
+        if place.path and place.is_base():
+            return f"{place.key} has no class_path ({name} is given): {place.remedy('')}"
+        taken = place.arguments() if place.key else keys_of(parser)
+        owner = (place.key and (place.path or place.key)) or "a config"
+        listed = ", ".join(dict.fromkeys(key.partition(".")[0] for key in taken if key != "config")) or "no arguments"
+        return f"unknown config key {place.inner(name).key}: {near(name, taken) or 'remove it; '}{owner} takes {listed}"
+    if not sentence.startswith("unrecognized arguments: "):
         return None
+    word = sentence.split()[2]
+    guess = near(word.lstrip("-").partition("=")[0], keys_of(parser)).replace("mean ", "mean --")
+    what, guess = ("option", guess) if word.startswith("-") else ("word", "options begin with --, as --config FILE; ")
+    return f"unknown {what} {word}: {guess}see {parser.prog} --help"
 
 
-def _init_args(class_path: str) -> list[str]:
-    """Name what a class takes from a config."""
-    try:
-        parameters = list(inspect.signature(find(class_path)).parameters.values())
-    except (ValueError, TypeError):
-        return []
-    made = find(class_path)
-    nothing = _is_section(class_path) or (inspect.isclass(made) and issubclass(made, find("mixdist.competition.Score")))
-    handed_in = () if nothing else ("spec", "num_experts", "params", "optimizer")
-    if any(p.kind == p.VAR_KEYWORD for p in parameters):
-        # What **options hand on to a base class only the parser knows.
-        return ArgumentParser().add_class_arguments(find(class_path), fail_untyped=False, skip=set(handed_in))
-    return [p.name for p in parameters if p.kind != p.VAR_POSITIONAL and p.name not in handed_in]
+def _missing(sentence: str, place: Place, parser: ArgumentParser) -> str | None:
+    """Return what to say of keys that are not given."""
+    found = re.search(r"arguments are required: ([\w., ]*\w)", sentence)
+    if not found:
+        return None
+    if "config" not in keys_of(parser):
+        return f"{parser.prog} needs {found[1].upper()}: see {parser.prog} --help"
+    keys = ", ".join(place.inner(name).key for name in found[1].split(", "))
+    if place.key:
+        return f"the config lacks {keys}, which {place.path or place.key} needs: add it"
+    return f"the config lacks {keys}: add it, or begin with --config and a file such as {EXAMPLE}"
+
+
+def _expected(sentences: Sequence[str], place: Place) -> tuple[list[str], str]:
+    """Return what could stand at a place by what the parser tried in turn, and why no class could."""
+    expected, why = [], ""
+    for sentence in sentences:
+        plain = re.match(r"Expected an? <class '([\w.]+)'>", sentence)
+        if plain and plain[1] in _PLAIN:
+            expected.append(_PLAIN[plain[1]] if place.base is None else _PLAIN[plain[1]].partition(" such as")[0])
+        elif sentence.startswith("Expected a typing.Literal"):
+            expected += re.findall(r"'([^']*)'", sentence.partition("]")[0])
+        elif place.base is not None and "a number" not in expected:
+            expected.append(place.wants())
+            said = sentence.partition(". Got value")[0]
+            why = "" if _NO_CLASS.search(said) else said
+    return list(dict.fromkeys(expected)), why

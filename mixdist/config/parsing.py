@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import re
 import warnings
-from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 import mixdist.data
 from mixdist.competition.scores import Discriminators
-from mixdist.config.complaints import KINDS, choose, find, last_part
+from mixdist.config.complaints import CONFIG
 from mixdist.config.config import Config, check
 from mixdist.config.options import explained, parse, plain_parser
+from mixdist.config.places import Place
 from mixdist.engines import OptimizerFactory, ScheduleFactory
 from mixdist.messages import one_line
 
@@ -41,10 +38,9 @@ def make_config(parser: ArgumentParser, parsed: Namespace) -> Config:
     Raises:
         ValueError: a value that makes no sense.
     """
-    for key, class_path, init_args in _classes(parsed):
-        _check_class(key, class_path)
-        _check_nulls(key, class_path, init_args)
-    with explained(parser, ArgumentError):
+    for name in Config.__dataclass_fields__:
+        Place("", None, CONFIG).inner(name).check(parsed[name])
+    with explained(parser):
         made = parser.instantiate(parsed)
     config = Config(**{name: made[name] for name in Config.__dataclass_fields__})
     check(config)
@@ -71,43 +67,6 @@ def read_config(path: Path) -> Config:
     """
     parser = config_parser("mixdist train")
     return make_config(parser, parse(parser, ["--config", str(path)]))
-
-
-def _classes(node: object, key: str = "") -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Find every class that a parsed config names, with its key and its arguments."""
-    if isinstance(node, list):
-        for i, inner in enumerate(node):
-            yield from _classes(inner, f"{key}[{i}]")
-    elif isinstance(node, Namespace):
-        if isinstance(node.get("class_path"), str):
-            yield key, node.class_path, vars(node.get("init_args") or Namespace())
-        for name, inner in vars(node).items():
-            yield from _classes(inner, f"{key}.{name}".lstrip("."))
-
-
-def _check_class(key: str, class_path: str) -> None:
-    """The parser accepts functions, and base classes that cannot be made."""
-    made = find(class_path)
-    kind = KINDS.get(last_part(key))
-    if made is not None and not inspect.isclass(made):
-        raise ValueError(f"{key} ({class_path}) must be a class: {choose(key)}")
-    if kind is not None and made is kind.base:
-        raise ValueError(f"{key} ({class_path}) is the base class of what can stand there: {choose(key)}")
-
-
-def _check_nulls(key: str, class_path: str, init_args: Mapping[str, Any]) -> None:
-    """The parser accepts null for an argument of any type."""
-    try:
-        parameters = inspect.signature(find(class_path)).parameters
-    except (TypeError, ValueError):
-        return
-    for name, value in init_args.items():
-        taken = parameters.get(name)
-        if value is not None or taken is None or taken.default is None or taken.default is taken.empty:
-            continue
-        if not re.search("None|Optional", str(taken.annotation)):
-            told = f"{key}.init_args.{name} (null) must have a value"
-            raise ValueError(f"{told}: leave it out for its default, {taken.default}")
 
 
 def _try_out(name: str, make: OptimizerFactory, schedule: ScheduleFactory | None = None) -> None:
