@@ -376,13 +376,13 @@ def test_sizes_lie_between_the_limits() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"field": "x"}, r"moves the picture 'x' \(channels, height, width\), but the data has .*: set field"),
-        ({"field": "none"}, "moves the picture 'none'"),
-        ({"field": "image"}, r"moves the field 'image', but Softmax reads \['picture'\]: set the same field for both"),
+        ({"field": "x"}, r"needs an image \(channels, height, width\), not 'x': the data has .*: set field"),
+        ({"field": "none"}, r"needs an image .*, not 'none'"),
+        ({"field": "image"}, r"s field is 'image', but Softmax reads \['picture'\]: set the same field for both"),
     ],
 )
 def test_consistent_refuses_a_field(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=f"^Consistent {said}") as caught:
+    with pytest.raises(ValueError, match=f"^Consistent.{said}") as caught:
         Consistent(SPEC, 4, _on_pictures, **given)
     assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Discriminators: each tells the data from one expert's samples, and so how much of the data that expert explains.
+"""Discriminators of the data against one expert's samples, whose logits score how well that expert explains a row.
 
 Shape letters: R rows, S rows of samples.
 """
@@ -17,8 +17,8 @@ from mixdist.terms import Spec
 class Discriminator(nn.Module):
     """A network with one output, the logit of "x is data".
 
-    Like an expert it is pure: it draws nothing and never communicates, and a row's logit depends on no other row. Your
-    own is a :class:`mixdist.nets.Network` whose ``encoder`` gives one number a row.
+    Like an expert it is pure: it draws no random numbers and does not communicate, and a row's logit depends on no
+    other row. For a network of your own, subclass :class:`mixdist.nets.Network`.
 
     Args:
         spec: the data set's fields.

@@ -1,4 +1,4 @@
-"""Experts: each says, for rows handed to it, how well it models them."""
+"""Experts: modules that compute, for each row, how well they model it."""
 
 from mixdist.experts.bank import Compute, Execution, ExpertBank, Noise
 from mixdist.experts.centroid import Centroid

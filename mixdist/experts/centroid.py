@@ -38,6 +38,16 @@ class Centroid(Expert):
 
     Raises:
         ValueError: a field that is missing or holds classes; a scale that is not positive.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.experts import Centroid
+        >>> from mixdist.terms import Field
+        >>> expert = Centroid({"x": Field((2,), torch.float32)})
+        >>> with torch.no_grad():
+        ...     losses = expert({"x": expert.mean + torch.tensor([[0.0, 0.0], [3.0, 4.0]])}, None).loss_R
+        >>> losses.diff()  # half the squared distance
+        tensor([12.5000])
     """
 
     stackable = True
@@ -59,7 +69,7 @@ class Centroid(Expert):
         return ExpertTerms(-log_px, log_px)
 
     def reconstruct(self, rows: Batch) -> Tensor:
-        # repeat, not expand: a view of a parameter asks for its gradient even where none is wanted.
+        # repeat, not expand: a view of a parameter requires its gradient even under no_grad.
         return self.mean.repeat(len(rows[self.field]), 1).reshape(-1, *self.shape)
 
     def sample(self, eps: Tensor) -> Tensor:
@@ -70,6 +80,6 @@ class Centroid(Expert):
 
 
 def _middle(field: Field) -> float:
-    """The middle of the values that a field may have, as far as its description tells."""
+    """Return the middle of a field's values, as far as its description determines it."""
     are_levels = field.dtype == torch.uint8 and field.scale < 1 and not field.offset
     return 0.5 if are_levels else field.offset

@@ -1,4 +1,4 @@
-"""Classifying experts of the supervised mixture (seed document 001, section 4): a label from x.
+"""The classifying expert of the supervised mixture (seed document 001, section 4): a label from x.
 
 Shape letters: R rows, E experts (leading, only in a stack), C classes.
 """
@@ -71,7 +71,7 @@ class Classifier(Expert):
 
 
 def _label_classes(spec: Spec, name: str) -> int:
-    """Classes of the label ``name``."""
+    """Return the number of classes of the label ``name``."""
     labels = sorted(n for n, f in spec.items() if f.num_classes is not None and f.shape == ())
     if name not in labels:
         has = f"labels {labels}" if labels else "no labels"

@@ -1,4 +1,4 @@
-"""What every expert is: a pure module that says how well it models each row.
+"""The base class of experts.
 
 Shape letters: R rows routed here, E experts on this rank, D features of a row, L latent.
 """
@@ -13,9 +13,9 @@ from mixdist.terms import Batch, ExpertTerms, Field, Spec
 class Expert(nn.Module):
     """Base of all experts: subclass it, set ``fields`` and ``noise_shape``, and return :class:`ExpertTerms`.
 
-    An expert never draws random numbers and never communicates: its noise is handed in, keyed by row, and dispatch
-    brings the rows. The first argument of ``__init__`` is the data set's :data:`mixdist.terms.Spec`; all others come
-    from ``init_args`` in a config.
+    An expert is pure: it draws no random numbers (its noise is an argument, keyed by row) and does not communicate
+    (the dispatch sends it its rows). The first argument of ``__init__`` is the data set's :data:`mixdist.terms.Spec`;
+    all others come from ``init_args`` in a config.
 
     Attributes:
         fields: the fields of a row that it needs; only those cross the wire.
@@ -29,26 +29,26 @@ class Expert(nn.Module):
     stackable: bool = False
 
     def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
-        """Return what this expert makes of R rows of real numbers, given standard normal noise (R, *noise_shape)."""
+        """Return the terms of R rows of real numbers, given standard normal noise (R, *noise_shape)."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def can(self, ability: str) -> bool:
-        """Return whether this expert has a method of its own where this base class has none: can("sample")."""
+        """Return whether this class implements an optional method of the base class, such as ``can("sample")``."""
         return getattr(type(self), ability) is not getattr(Expert, ability)
 
     def anneal(self, step: int) -> None:
-        """Set what a schedule changes, before training step ``step`` of the phase (from 0): KL warm-up and the like."""
+        """Set the values of schedules, such as KL warm-up, for training step ``step`` of the phase (from 0)."""
 
     def reconstruct(self, rows: Batch) -> Tensor:
-        """Return x as this expert would, without noise: (R, *shape of x)."""
+        """Return the reconstruction of each row, without noise: (R, *shape of x)."""
         raise NotImplementedError(f"{type(self).__name__} does not reconstruct")
 
     def sample(self, eps: Tensor) -> Tensor:
-        """Turn standard normal noise (R, *noise_shape) into the mean of p(x|z): (R, *shape of x)."""
+        """Return the mean of p(x|z) for standard normal z (R, *noise_shape): (R, *shape of x)."""
         raise NotImplementedError(f"{type(self).__name__} does not sample")
 
     def draw(self, eps: Tensor, uniform: Tensor) -> Tensor:
-        """Return samples of this expert's p(x), noise of p(x|z) and all: (R, *shape of x).
+        """Return samples of this expert's p(x), with the noise of p(x|z): (R, *shape of x).
 
         Args:
             eps: independent standard normal numbers (R, *noise_shape).

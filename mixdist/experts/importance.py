@@ -1,4 +1,4 @@
-"""How probable rows are under one expert: importance sampling, keyed by row. Pure.
+"""The likelihood of rows under one expert by importance sampling, with draws keyed by row.
 
 Shape letters: R rows, S importance samples.
 """
@@ -17,14 +17,14 @@ from mixdist.terms import Batch
 
 SAMPLES_AT_ONCE = 20
 """Samples of a row that are drawn under one key: chunk c has step c. It is part of the key of every draw, so another
-number is another estimate; S samples start with those of any smaller S."""
+number gives another estimate; S samples begin with those of any smaller S."""
 
 DECODES_AT_ONCE = {"cpu": 800, "cuda": 200_000}
-"""(row, sample) pairs that an expert works on at once; no result depends on it. On a CPU they stay in its cache."""
+"""(row, sample) pairs that an expert decodes at once; no result depends on it. On a CPU they fit its cache."""
 
 
 class Evidence(NamedTuple):
-    """What is known of rows under experts, nats, float64; rows first, then experts where there are several.
+    """Log-likelihoods of rows under experts, nats, float64; rows first, then experts where there are several.
 
     Args:
         log_px: log p(x): an importance-sampled estimate, or exact (log p(y|x)) for experts without latent variables.
@@ -42,8 +42,8 @@ class Weights:
 
     With w_s = p(x, z_s) / q(z_s|x): log p(x) is estimated by log(1/S sum_s w_s) (Burda et al. 2016, eq. 8), whose
     expectation rises with S towards log p(x). Its standard error, by the delta method, is sd(w) / (sqrt(S) mean(w))
-    = sqrt((S Q - 1) / (S - 1)) with Q = sum w^2 / (sum w)^2 and sd's divisor S - 1. It is at most 1, which it nears
-    where one weight outdoes all others: then it says no more than that S is too small.
+    = sqrt((S Q - 1) / (S - 1)) with Q = sum w^2 / (sum w)^2 and sd's divisor S - 1. It is at most 1; close to 1, where
+    one weight exceeds the sum of all others, it means only that S is too small.
 
     Args:
         num_rows: R.
@@ -78,8 +78,8 @@ class Weights:
 def importance(expert: Expert, rows: Batch, number: int, at: Moment, num_samples: int, dtype: torch.dtype) -> Evidence:
     """Estimate log p(x) of rows under one expert from S posterior samples.
 
-    eps is a function of (seed, phase, sample id, expert, sample) alone: neither the batch that a row is in nor the
-    rank that computes it matters, but for rounding. Memory is bounded whatever R and S are.
+    eps is a function of (seed, phase, sample id, expert, sample) alone, so up to rounding the result depends neither on
+    the batch that a row is in nor on the rank that computes it. Memory is bounded whatever R and S are.
 
     Args:
         expert: has ``log_weights`` and a ``noise_shape``.

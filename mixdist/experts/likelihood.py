@@ -1,4 +1,4 @@
-"""p(x|z) and p(y|x): what the last layer of an expert means.
+"""p(x|z) and p(y|x): the distributions that an expert's outputs parametrise.
 
 Shape letters: R rows, E experts (leading, only in a stack), D features.
 """
@@ -28,14 +28,16 @@ _FIRST_SCALE = {"gaussian": 1.0, "laplace": 1.0, "logistic": 0.1}
 
 
 class Likelihood(nn.Module):
-    """log p(x | output), nats a row: summed over features, pixels and colours alike; its mean, and samples of it.
+    """The distribution of x given a network's output: its log density in nats a row, its mean, and samples.
+
+    The log density is summed over all features of a row (pixels and colours of an image).
 
     Gaussian, Laplace and logistic have the location ``mean(output)`` and one scale for all features: fixed, or learned
     as a parameter of the expert (``scale="learned"``, from 1; from 0.1 for logistic). Bernoulli reads the output as
     logits and accepts x in [0, 1].
 
     Gaussian and Laplace are densities, logistic is a probability mass over levels k / (num_levels - 1) and never above
-    0 nats. To hold a density of pixels on [0, 1] against a mass of 256 levels, add -D log 256 to its log.
+    0 nats. To compare a density of pixels on [0, 1] with a mass of 256 levels, add -D log 256 to its log.
 
     Args:
         name: gaussian, laplace, bernoulli, or logistic: :func:`mixdist.stats.logistic_log_prob`.
@@ -45,6 +47,16 @@ class Likelihood(nn.Module):
 
     Raises:
         ValueError: a scale that is not positive.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.experts.likelihood import Likelihood
+        >>> likelihood = Likelihood("gaussian", scale=0.5, mean="sigmoid")
+        >>> likelihood.mean(torch.zeros(2, 3))
+        tensor([[0.5000, 0.5000, 0.5000],
+                [0.5000, 0.5000, 0.5000]])
+        >>> likelihood.log_prob(torch.full((2, 3), 0.5), torch.zeros(2, 3))
+        tensor([-0.6774, -0.6774])
     """
 
     def __init__(
@@ -99,7 +111,7 @@ class Likelihood(nn.Module):
 
 
 def check_levels(field: Field, name: str, asked_by: str) -> int:
-    """Return the number of levels that a field is stored in: k / (levels - 1) on [0, 1], 256 for scale 1/255.
+    """Return the number of levels of a field's values, k / (levels - 1) on [0, 1]: 256 for scale 1/255.
 
     Raises:
         ValueError: it is not stored so; a mass over levels would then mean nothing.

@@ -1,4 +1,4 @@
-"""Experts of the supervised mixture (seed documents 000 and 001): y from x.
+"""The regression expert of the supervised mixture (seed documents 000 and 001): y from x.
 
 Shape letters: R rows, E experts (leading, only in a stack), D features.
 """

@@ -1,4 +1,4 @@
-"""Gates: which expert is responsible for a row."""
+"""Gates: modules that compute the responsibility of each expert for each row."""
 
 from mixdist.gates.consistent import Consistent
 from mixdist.gates.fixed import LabelOracle, Uniform

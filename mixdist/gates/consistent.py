@@ -1,4 +1,4 @@
-"""A gate around a gate: the same answer for a picture and for the picture moved a little.
+"""A gate around another gate, trained to give the same responsibilities for an image and for a moved copy of it.
 
 Shape letters: B rows on this rank, E experts.
 """
@@ -18,33 +18,42 @@ from mixdist.stats import ramp
 from mixdist.terms import Batch, Gating, Spec
 
 NUM_VIEW = 6
-"""Standard normal numbers that name a view: shift and size in x and y, rotation, shear."""
+"""Standard normal numbers that determine a view: shift and scale in x and y, rotation, shear."""
 
 
 class Consistent(Gate):
     """q(e|x) of another gate, with the loss w KL(q(e|x) || q(e|x')) in training, nats, x' a random view of x.
 
-    The view is an affine map of the picture, drawn anew for each row at every step, with each of its numbers uniform
+    The view is an affine map of the image, drawn anew for each row at every step, with each of its parameters uniform
     within the limits given. With mutual information (:class:`mixdist.mixtures.Information`) this is a discriminative
-    clusterer: IMSAT (Hu et al. 2017, eq. 5 with affine maps as T), but that both sides of the divergence learn. The
-    experts see rows as they are; so does the gate in evaluation.
+    clusterer: IMSAT (Hu et al. 2017, eq. 5 with affine maps as T), except that the gradient flows through both sides of
+    the divergence. The experts read the rows unchanged; so does the gate in evaluation.
 
     Args:
         spec: the data set's fields.
         num_experts: the number of experts.
-        gate: class of mixdist.gates, or your own Gate: whose answer it is.
-        weight: w; too large a one wins over what asks for decisions, by one answer for all pictures: that costs nothing
-            here.
+        gate: class of mixdist.gates, or your own Gate, that computes the responsibilities.
+        weight: w; where it is too large, the gate gives all images the same responsibilities, for which this loss is 0.
         shift: largest move along each axis, pixels.
-        rotation: largest turn, degrees.
-        scale: largest growth along each axis: sizes lie between 1 / (1 + scale) and 1 + scale.
-        shear: largest slant, pixels a pixel.
-        padding: what lies outside of a picture: zeros, or its border or reflection.
-        field: the picture, (channels, height, width).
-        warmup_steps: training steps of a phase over which w rises linearly from 0, so that the gate first decides.
+        rotation: largest rotation, degrees.
+        scale: largest scaling along each axis: factors lie between 1 / (1 + scale) and 1 + scale.
+        shear: largest shear, pixels a pixel.
+        padding: values outside of an image: zeros, or its border or reflection.
+        field: the image, (channels, height, width).
+        warmup_steps: training steps of a phase over which w rises linearly from 0, so that the responsibilities become
+            clear first.
 
     Raises:
-        ValueError: a field that is no picture or that the inner gate does not read; a negative or infinite limit.
+        ValueError: a field that is no image or that the inner gate does not read; a negative or infinite limit.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.gates import Consistent, Softmax
+        >>> from mixdist.terms import Field
+        >>> gate = Consistent({"x": Field((1, 8, 8), torch.float32)}, num_experts=3, gate=Softmax)
+        >>> gating = gate({"x": torch.zeros(5, 1, 8, 8)}, torch.randn(5, *gate.noise_shape))
+        >>> gating.log_resp_BE.shape, gating.loss_B.shape
+        (torch.Size([5, 3]), torch.Size([5]))
     """
 
     def __init__(
@@ -65,7 +74,7 @@ class Consistent(Gate):
         if field not in spec or spec[field].num_classes is not None or len(spec[field].shape) != 3:
             has = {name: f.shape for name, f in spec.items()}
             raise ValueError(
-                f"Consistent moves the picture {field!r} (channels, height, width), but the data has {has}: set field"
+                f"Consistent needs an image (channels, height, width), not {field!r}: the data has {has}: set field"
             )
         limits = {"weight": weight, "shift": shift, "rotation": rotation, "scale": scale, "shear": shear}
         for name, value in {**limits, "warmup_steps": warmup_steps}.items():
@@ -74,10 +83,10 @@ class Consistent(Gate):
         self.gate = gate(spec, num_experts)
         if field not in self.gate.fields:
             reads = f"{type(self.gate).__name__} reads {list(self.gate.fields)}"
-            raise ValueError(f"Consistent moves the field {field!r}, but {reads}: set the same field for both")
+            raise ValueError(f"Consistent's field is {field!r}, but {reads}: set the same field for both")
         self.field, self.fields, self.padding = field, self.gate.fields, padding
         self.weight, self.warmup_steps = weight, warmup_steps
-        # In float64 until the module is moved, so that no digit of the config is lost on the way.
+        # In float64 until the module is moved, so that the config's value is rounded once.
         self.weight_now: Tensor
         self.register_buffer("weight_now", torch.tensor(weight, dtype=torch.float64), persistent=False)
         self.shift, self.rotation, self.scale, self.shear = shift, rotation, scale, shear
@@ -96,12 +105,12 @@ class Consistent(Gate):
             return gating
         assert eps is not None
         moved = {**rows, self.field: self.view(rows[self.field], eps[:, :NUM_VIEW])}
-        # With the same noise inside: what differs is the view alone.
+        # With the same noise in the inner gate, so that only the view differs.
         loss_B = self.weight_now * _divergence(gating.log_resp_BE, self.gate(moved, inner).log_resp_BE)
         return Gating(gating.log_resp_BE, loss_B if gating.loss_B is None else gating.loss_B + loss_B)
 
     def view(self, x: Tensor, eps: Tensor) -> Tensor:
-        """Move pictures (B, C, H, W) by the affine maps that standard normal numbers (B, 6) name."""
+        """Return images (B, C, H, W) moved by the affine maps of standard normal numbers (B, 6)."""
         if not len(x):  # affine_grid refuses no rows
             return x
         height, width = x.shape[-2:]
@@ -109,10 +118,10 @@ class Consistent(Gate):
         shift, size = self.shift * u[:, 0:2], (1.0 + self.scale) ** u[:, 2:4]
         angle, shear = math.radians(self.rotation) * u[:, 4], self.shear * u[:, 5]
         cos, sin = angle.cos(), angle.sin()
-        # Where an output pixel is read: turn, slant and size about the centre, in pixels.
+        # Where an output pixel is read: rotation, shear and scaling about the centre, in pixels.
         across = torch.stack([cos, shear * cos - sin], -1) * size
         down = torch.stack([sin, shear * sin + cos], -1) * size
-        # affine_grid measures both axes from -1 to 1, so that of pictures that are not square the pixels are not.
+        # affine_grid measures both axes from -1 to 1, so the pixels of an image that is not square are not square.
         half = x.new_tensor([width / 2, height / 2])
         turn = torch.stack([across / half[0], down / half[1]], 1) * half
         grid = F.affine_grid(torch.cat([turn, (shift / half)[..., None]], -1), list(x.shape), align_corners=False)
@@ -120,7 +129,7 @@ class Consistent(Gate):
 
 
 def _divergence(log_q_BE: Tensor, log_p_BE: Tensor) -> Tensor:
-    """KL(q || p) over E, nats, with 0 log 0 = 0."""
+    """Return KL(q || p) over E, nats, with 0 log 0 = 0."""
     absent = log_q_BE == -math.inf
     ratio = log_q_BE.masked_fill(absent, 0.0) - log_p_BE.masked_fill(absent, 0.0)
     return (log_q_BE.exp().masked_fill(absent, 0.0) * ratio).sum(-1)

@@ -1,4 +1,4 @@
-"""Gates without parameters: the bag, and the oracle that reads the label.
+"""Gates without parameters: equal responsibilities, and the label's own.
 
 Shape letters: B rows on this rank, E experts.
 """
@@ -13,7 +13,14 @@ from mixdist.terms import Batch, Gating, Spec
 
 
 class Uniform(Gate):
-    """Every expert is responsible for every row alike, q(e|x) = 1/E: a bag of experts."""
+    """Equal responsibilities, q(e|x) = 1/E: a bag of experts.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.gates import Uniform
+        >>> Uniform({}, num_experts=4)({"id": torch.arange(1)}, None).log_resp_BE.exp()
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
 
     fields = ()
 
@@ -28,7 +35,7 @@ class Uniform(Gate):
 
 
 class LabelOracle(Gate):
-    """Class c goes to expert c: the "cheating" baseline of seed document 000.
+    """Responsibility 1 of expert c for class c: the "cheating" baseline of seed document 000.
 
     Args:
         spec: the data set's fields.
@@ -37,6 +44,15 @@ class LabelOracle(Gate):
 
     Raises:
         ValueError: no such label, or more classes than experts.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.gates import LabelOracle
+        >>> from mixdist.terms import Field
+        >>> gate = LabelOracle({"y": Field((), torch.uint8, num_classes=2)}, num_experts=3)
+        >>> gate({"y": torch.tensor([1, 0])}, None).log_resp_BE.exp()
+        tensor([[0., 1., 0.],
+                [1., 0., 0.]])
     """
 
     def __init__(self, spec: Spec, num_experts: int, field: str = "y") -> None:

@@ -1,4 +1,4 @@
-"""What every gate is: a module that says which expert is responsible for each row. The seeds call it the manager."""
+"""The base class of gates, which the seed documents call managers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,19 @@ class Gate(nn.Module):
     Attributes:
         fields: the fields of a row that it reads.
         noise_shape: the standard normal numbers that it needs for a row, or None.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.gates import Gate
+        >>> from mixdist.terms import Gating
+        >>> class Sign(Gate):
+        ...     def forward(self, rows, eps):
+        ...         logits_BE = torch.stack([rows["x"], -rows["x"]], dim=1)
+        ...         return Gating(torch.log_softmax(logits_BE, dim=1))
+        >>> Sign()({"x": torch.tensor([-1.0, 0.0, 5.0])}, None).log_resp_BE.exp()
+        tensor([[1.1920e-01, 8.8080e-01],
+                [5.0000e-01, 5.0000e-01],
+                [9.9995e-01, 4.5398e-05]])
     """
 
     fields: tuple[str, ...] = ("x",)
@@ -27,4 +40,4 @@ class Gate(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def anneal(self, step: int) -> None:
-        """Set what a schedule changes, before training step ``step`` of the phase (from 0)."""
+        """Set the values of schedules for training step ``step`` of the phase (from 0)."""

@@ -20,9 +20,9 @@ from mixdist.terms import Batch, Gating, Spec
 class Softmax(Gate):
     """q(e|x) = softmax((f(x) + s eps_E) / t), with temperature t and, in training alone, noise of standard deviation s.
 
-    Both may be annealed, so that all experts learn before the gate decides: with u = min(1, step / anneal_steps), t
-    moves geometrically, t = temperature^(1 - u) final_temperature^u, and s linearly, s = (1 - u) noise + u final_noise.
-    The step is the phase's own, from 0. Evaluation takes the final temperature and no noise, whatever was reached.
+    Both may be annealed, so that all experts learn before the responsibilities become clear: with
+    u = min(1, step / anneal_steps), t = temperature^(1 - u) final_temperature^u and s = (1 - u) noise + u final_noise.
+    The step counts from 0 in each phase. Evaluation uses the final temperature and no noise, at any step.
     Noise on the logits before a softmax is that of Shazeer et al. 2017, eq. 4, with a standard deviation that is given.
 
     Args:
@@ -73,7 +73,7 @@ class Softmax(Gate):
         self.noises = noise, noise if final_noise is None else final_noise
         if max(self.noises):
             self.noise_shape = (num_experts,)
-        # In float64 until the module is moved, so that no digit of the config is lost on the way.
+        # In float64 until the module is moved, so that the config's value is rounded once.
         self.temperature: Tensor
         self.noise: Tensor
         self.register_buffer("temperature", torch.tensor(temperature, dtype=torch.float64), persistent=False)
@@ -85,14 +85,14 @@ class Softmax(Gate):
         self.net = network.encoder(spec[field].shape, num_experts)
 
     def anneal(self, step: int) -> None:
-        # Computed on the host and only then rounded: every rank and every resume sets the same number.
+        # Computed on the host and rounded once, so that every rank and every resumed run sets the same number.
         u = ramp(step, self.anneal_steps)
         (hot, cold), (loud, quiet) = self.temperatures, self.noises
         self.temperature.fill_(hot ** (1 - u) * cold**u)
         self.noise.fill_((1 - u) * loud + u * quiet)
 
     def logits(self, rows: Batch) -> Tensor:
-        """Return f(x), (B, E): what a gate with another f overrides."""
+        """Return f(x), (B, E); override it for another f."""
         return self.net(flat(rows[self.field]))
 
     def forward(self, rows: Batch, eps: Tensor | None) -> Gating:

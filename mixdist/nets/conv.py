@@ -189,13 +189,13 @@ def _image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(
             f"network Conv needs images (channels, height, width), but rows have shape {shape}: "
-            "set field to one that holds images, or take mixdist.nets.MLP"
+            "set field to one that holds images, or use mixdist.nets.MLP"
         )
     return shape[0], shape[1], shape[2]
 
 
 def _sizes(image: tuple[int, int, int], channels: Sequence[int], norm: NormName, kernel: int) -> list[tuple[int, int]]:
-    """Height and width of the image and after each level."""
+    """Return height and width of the image and after each level."""
     if kernel not in _KERNELS:
         raise ValueError(f"kernel ({kernel}) must be one of {list(_KERNELS)}: choose a side")
     if not channels or min(channels) < 1:
@@ -216,7 +216,7 @@ def _sizes(image: tuple[int, int, int], channels: Sequence[int], norm: NormName,
 
 
 def _padding(size: tuple[int, int], kernel: int) -> tuple[int, int]:
-    """What makes sides h to ceil(h / 2): for kernels of an even side it depends on h."""
+    """Return the padding that maps sides h to ceil(h / 2); for kernels of an even side it depends on h."""
     return (kernel - 1 + size[0] % 2) // 2, (kernel - 1 + size[1] % 2) // 2
 
 
@@ -224,7 +224,7 @@ def _after(width: int, norm: NormName, activation: ActivationName) -> list[nn.Mo
     act = ACTIVATIONS[activation]()
     if norm == "none":
         return [act]
-    # Groups of one channel would take the level of every plane away, and at 1x1 all there is.
+    # Groups of one channel would remove the mean of every plane, which at 1x1 is all that it has.
     groups = next(g for g in (8, 4, 2, 1) if g == 1 or (width % g == 0 and width // g >= 4))
     return [nn.GroupNorm(groups, width), act]
 

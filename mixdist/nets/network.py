@@ -1,4 +1,4 @@
-"""What a network is to those who use one: a description that makes encoders and decoders for rows of any shape.
+"""The base class of networks: descriptions that make encoders and decoders for rows of a given shape.
 
 Shape letters: R rows, E experts (leading, only in a stack), D numbers of a row.
 """
@@ -18,6 +18,18 @@ class Network:
     Attributes:
         stackable: True when the modules also accept parameters with a leading expert axis, as those of
             :class:`mixdist.nets.MLP` do: (R, D) or (E, R, D) to (E, R, ...).
+
+    Examples:
+        >>> import math, torch
+        >>> from mixdist.gates import Softmax
+        >>> from mixdist.nets import Network
+        >>> from mixdist.terms import Field
+        >>> class Linear(Network):
+        ...     def encoder(self, shape, num_outputs):
+        ...         return torch.nn.Linear(math.prod(shape), num_outputs)
+        >>> gate = Softmax({"x": Field((1, 8, 8), torch.float32)}, num_experts=3, network=Linear())
+        >>> gate({"x": torch.zeros(5, 1, 8, 8)}, None).log_resp_BE.shape
+        torch.Size([5, 3])
     """
 
     stackable: bool = False
