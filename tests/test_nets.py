@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from mixdist.nets import MLP, Conv, Network
-from mixdist.nets.conv import ConvDecoder, ConvEncoder
 from mixdist.nets.mlp import Affine
 from tests.test_experts import close, random
 
@@ -59,15 +58,15 @@ def test_an_mlp_is_affine_maps_with_an_activation_between_them(activation: Any) 
 @pytest.mark.parametrize("kernel", [3, 4, 5])
 @pytest.mark.parametrize("image", SIZES, ids=str)
 def test_the_sizes_of_levels_are_mirrored(image: tuple[int, int, int], kernel: int) -> None:
-    channels, sizes = [4, 6, 8], []
-    encoder, decoder = ConvEncoder(image, channels, 5, kernel=kernel), ConvDecoder(5, image, channels, kernel=kernel)
+    network, sizes = Conv([4, 6, 8], kernel=kernel), []
+    encoder, decoder = network.encoder(image, 5), network.decoder(5, image)
     for module in (*encoder.levels, *decoder.levels):
         if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
             module.register_forward_hook(
                 lambda _, inputs, output: sizes.append((inputs[0].shape[1:], output.shape[1:]))
             )
     with torch.no_grad():
-        decoder(encoder(torch.rand(1, *image)))
+        decoder(encoder(torch.rand(1, math.prod(image))))
     inward, outward = sizes[:3], sizes[3:]
     assert outward == [(b, a) for a, b in reversed(inward)]
     assert [b[1:] for _, b in inward] == [tuple(-(-side // 2**n) for side in image[1:]) for n in (1, 2, 3)]
@@ -76,11 +75,12 @@ def test_the_sizes_of_levels_are_mirrored(image: tuple[int, int, int], kernel: i
 @pytest.mark.parametrize("kernel", [3, 4, 5])
 def test_a_level_of_the_decoder_is_the_transpose_of_the_encoders(kernel: int) -> None:
     # <A x, y> = <x, A' y> with the same weights, so the two are padded alike, whatever the parity of the sides.
+    network = Conv([3], kernel=kernel)
     for height in range(2, 41):
         image = (2, height, 42 - height)
         (down,), (up,) = (
             [m for m in net.double().levels if isinstance(m, torch.nn.Conv2d | torch.nn.ConvTranspose2d)]
-            for net in (ConvEncoder(image, [3], 1, kernel=kernel), ConvDecoder(1, image, [3], kernel=kernel))
+            for net in (network.encoder(image, 1), network.decoder(1, image))
         )
         assert up.weight.shape == down.weight.shape
         up.weight = down.weight

@@ -51,13 +51,49 @@ class Conv(Network):
         self.activation, self.kernel = activation, kernel
 
     def encoder(self, shape: tuple[int, ...], num_outputs: int) -> ConvEncoder:
-        image = _image_shape(shape)
-        return ConvEncoder(image, self.channels, num_outputs, self.residual, self.norm, self.activation, self.kernel)
+        return ConvEncoder(self, _image_shape(shape), num_outputs)
 
     def decoder(self, num_inputs: int, shape: tuple[int, ...], num_maps: int = 1) -> ConvDecoder:
         channels, height, width = _image_shape(shape)
-        image = (num_maps * channels, height, width)
-        return ConvDecoder(num_inputs, image, self.channels, self.residual, self.norm, self.activation, self.kernel)
+        return ConvDecoder(self, num_inputs, (num_maps * channels, height, width))
+
+    def sizes(self, image: tuple[int, int, int]) -> list[tuple[int, int]]:
+        """Return height and width of an image and after each level.
+
+        Raises:
+            ValueError: no level, a width below 1, another kernel, an image too small for so many levels, or a norm over
+                a single value.
+        """
+        if self.kernel not in _KERNELS:
+            raise ValueError(f"kernel ({self.kernel}) must be one of {list(_KERNELS)}: choose a side")
+        channels, size = list(self.channels), image[1:]
+        if not channels or min(channels) < 1:
+            raise ValueError(f"channels {channels} must be at least one number from 1: give one for each level")
+        sizes = [size]
+        for level, width in enumerate(channels):
+            if min(size) < 2:
+                raise ValueError(
+                    f"channels {channels} have {len(channels)} levels, but images of {image[1]}x{image[2]} are "
+                    f"{size[0]}x{size[1]} after {level}, and each level halves both sides: give at most {level}"
+                )
+            size = (-(-size[0] // 2), -(-size[1] // 2))
+            sizes.append(size)
+            if self.norm == "group" and width * math.prod(size) == 1:
+                raise ValueError(f"norm 'group' has a single value at level {level} of channels {channels}: widen it")
+        return sizes
+
+    def padding(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the padding that maps sides h to ceil(h / 2); for kernels of an even side it depends on h."""
+        return (self.kernel - 1 + size[0] % 2) // 2, (self.kernel - 1 + size[1] % 2) // 2
+
+    def after(self, width: int) -> list[nn.Module]:
+        """Return norm and activation of a convolution with ``width`` channels."""
+        activation = ACTIVATIONS[self.activation]()
+        if self.norm == "none":
+            return [activation]
+        # Groups of one channel would remove the mean of every plane, which at 1x1 is all that it has.
+        groups = next(g for g in (8, 4, 2, 1) if g == 1 or (width % g == 0 and width // g >= 4))
+        return [nn.GroupNorm(groups, width), activation]
 
 
 class ConvEncoder(nn.Module):
@@ -70,42 +106,25 @@ class ConvEncoder(nn.Module):
     start at zero. The affine map is drawn as in :class:`mixdist.nets.mlp.Affine`.
 
     Args:
+        net: the options of all levels. A residual block x + conv(activation(norm(conv(x)))) (He et al. 2016) starts
+            near the identity: its second convolution at a tenth. GroupNorm (Wu and He 2018) has at most 8 groups of at
+            least 4 channels.
         image: (C, H, W).
-        channels: of each level, from the image inwards.
         num_out: features given.
-        residual: adds a 3x3 block x + conv(activation(norm(conv(x)))) to each level (He et al. 2016); its second
-            convolution starts at a tenth, so that the block starts near the identity.
-        norm: none, or group: GroupNorm (Wu and He 2018) with at most 8 groups of at least 4 channels.
-        activation: by name.
-        kernel: side k of each level's kernel, 3 to 5.
-
-    Raises:
-        ValueError: no level, a width below 1, another kernel, an image too small for so many levels, or a norm over a
-            single value.
     """
 
-    def __init__(
-        self,
-        image: tuple[int, int, int],
-        channels: Sequence[int],
-        num_out: int,
-        residual: bool = False,
-        norm: NormName = "none",
-        activation: ActivationName = "relu",
-        kernel: int = 3,
-    ) -> None:
+    def __init__(self, net: Conv, image: tuple[int, int, int], num_out: int) -> None:
         super().__init__()
-        sizes = _sizes(image, channels, norm, kernel)
-        self.image = image
+        sizes, self.image = net.sizes(image), image
         levels: list[nn.Module] = []
-        for num_in, width, size in zip((image[0], *channels), channels, sizes, strict=False):
-            down = nn.Conv2d(num_in, width, kernel, _STRIDE, padding=_padding(size, kernel))
-            _start(down, num_in * kernel**2)
-            levels += [down, *_after(width, norm, activation)]
-            if residual:
-                levels.append(Residual(width, norm, activation))
+        for num_in, width, size in zip((image[0], *net.channels), net.channels, sizes, strict=False):
+            down = nn.Conv2d(num_in, width, net.kernel, _STRIDE, padding=net.padding(size))
+            _start(down, num_in * net.kernel**2)
+            levels += [down, *net.after(width)]
+            if net.residual:
+                levels.append(Residual(net, width))
         self.levels = nn.Sequential(*levels)
-        self.head = Affine(channels[-1] * math.prod(sizes[-1]), _positive("num_out", num_out))
+        self.head = Affine(net.channels[-1] * math.prod(sizes[-1]), num_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (R, num_out) for flat rows (R, D), or images (R, C, H, W)."""
@@ -122,42 +141,26 @@ class ConvDecoder(nn.Module):
     have. The weights start as in the encoder.
 
     Args:
+        net: the options of all levels; a residual block stands before its level's size is doubled.
         num_in: features taken.
         image: (channels_out, H, W).
-        channels: of each level, from the image inwards, as in the encoder.
-        residual: adds a block to each level, before its size is doubled.
-        norm: none or group.
-        activation: by name.
-        kernel: side of each level's kernel, 3 to 5.
-
-    Raises:
-        ValueError: as the encoder.
     """
 
-    def __init__(
-        self,
-        num_in: int,
-        image: tuple[int, int, int],
-        channels: Sequence[int],
-        residual: bool = False,
-        norm: NormName = "none",
-        activation: ActivationName = "relu",
-        kernel: int = 3,
-    ) -> None:
+    def __init__(self, net: Conv, num_in: int, image: tuple[int, int, int]) -> None:
         super().__init__()
-        sizes = _sizes(image, channels, norm, kernel)
+        sizes, channels = net.sizes(image), net.channels
         self.start = (channels[-1], *sizes[-1])
-        self.stem = Affine(_positive("num_in", num_in), math.prod(self.start))
-        self.activation = ACTIVATIONS[activation]()
+        self.stem = Affine(num_in, math.prod(self.start))
+        self.activation = ACTIVATIONS[net.activation]()
         levels: list[nn.Module] = []
         for i in reversed(range(len(channels))):
             width, num_out = channels[i], channels[i - 1] if i else image[0]
-            if residual:
-                levels.append(Residual(width, norm, activation))
-            more = ((sizes[i][0] + kernel) % 2, (sizes[i][1] + kernel) % 2)
-            up = nn.ConvTranspose2d(width, num_out, kernel, _STRIDE, _padding(sizes[i], kernel), more)
-            _start(up, width * kernel**2 / _STRIDE**2)
-            levels += [up, *_after(num_out, norm, activation)] if i else [up]
+            if net.residual:
+                levels.append(Residual(net, width))
+            more = ((sizes[i][0] + net.kernel) % 2, (sizes[i][1] + net.kernel) % 2)
+            up = nn.ConvTranspose2d(width, num_out, net.kernel, _STRIDE, net.padding(sizes[i]), more)
+            _start(up, width * net.kernel**2 / _STRIDE**2)
+            levels += [up, *net.after(num_out)] if i else [up]
         self.levels = nn.Sequential(*levels)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -166,20 +169,14 @@ class ConvDecoder(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + conv(activation(norm(conv(x)))), 3x3, at one size and width (He et al. 2016).
+    """x + conv(activation(norm(conv(x)))), 3x3, at one size and width."""
 
-    Args:
-        width: channels.
-        norm: none or group.
-        activation: by name.
-    """
-
-    def __init__(self, width: int, norm: NormName, activation: ActivationName) -> None:
+    def __init__(self, net: Conv, width: int) -> None:
         super().__init__()
         first, second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
         _start(first, width * 3**2)
         _start(second, width * 3**2, _BRANCH_GAIN)
-        self.branch = nn.Sequential(first, *_after(width, norm, activation), second)
+        self.branch = nn.Sequential(first, *net.after(width), second)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.branch(x)
@@ -194,49 +191,8 @@ def _image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def _sizes(image: tuple[int, int, int], channels: Sequence[int], norm: NormName, kernel: int) -> list[tuple[int, int]]:
-    """Return height and width of the image and after each level."""
-    if kernel not in _KERNELS:
-        raise ValueError(f"kernel ({kernel}) must be one of {list(_KERNELS)}: choose a side")
-    if not channels or min(channels) < 1:
-        raise ValueError(f"channels {list(channels)} must be at least one number from 1: give one for each level")
-    size = image[1:]
-    sizes = [size]
-    for level, width in enumerate(channels):
-        if min(size) < 2:
-            raise ValueError(
-                f"channels {list(channels)} have {len(channels)} levels, but images of {image[1]}x{image[2]} are "
-                f"{size[0]}x{size[1]} after {level}, and each level halves both sides: give at most {level}"
-            )
-        size = (-(-size[0] // 2), -(-size[1] // 2))
-        sizes.append(size)
-        if norm == "group" and width * math.prod(size) == 1:
-            raise ValueError(f"norm 'group' has a single value at level {level} of channels {list(channels)}: widen it")
-    return sizes
-
-
-def _padding(size: tuple[int, int], kernel: int) -> tuple[int, int]:
-    """Return the padding that maps sides h to ceil(h / 2); for kernels of an even side it depends on h."""
-    return (kernel - 1 + size[0] % 2) // 2, (kernel - 1 + size[1] % 2) // 2
-
-
-def _after(width: int, norm: NormName, activation: ActivationName) -> list[nn.Module]:
-    act = ACTIVATIONS[activation]()
-    if norm == "none":
-        return [act]
-    # Groups of one channel would remove the mean of every plane, which at 1x1 is all that it has.
-    groups = next(g for g in (8, 4, 2, 1) if g == 1 or (width % g == 0 and width // g >= 4))
-    return [nn.GroupNorm(groups, width), act]
-
-
 def _start(conv: nn.Conv2d | nn.ConvTranspose2d, num_inputs: float, gain: float = 1.0) -> None:
     bound = gain * math.sqrt(6 / num_inputs)
     nn.init.uniform_(conv.weight, -bound, bound)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)
-
-
-def _positive(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name} ({value}) must be at least 1: fix the widths")
-    return value
