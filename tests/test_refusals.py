@@ -16,15 +16,6 @@ import torch
 from tests.launch import HARD, REMOVED, SMALL, refused, write_config
 
 LR = "torch.optim.lr_scheduler"
-SOFT: dict[str, Any] = {
-    **SMALL,
-    "routing": {"k": 2},
-    "compute": {"bf16": False},
-    "mesh": {"device": "cpu"},
-    "checkpoint": {"keep": 2},
-    "pretrain": [{"epochs": 1}],
-    "train": {**SMALL["train"], "schedule": {"class_path": f"{LR}.StepLR", "init_args": {"step_size": 3}}},
-}
 OWN_ROWS = '''
 """A source as a user would write it."""
 import os
@@ -115,6 +106,24 @@ def refused_config(config: Any, names: str = "") -> str:
     return refused("train", "--config", write_config(Path("changed.yaml"), config), names=names)
 
 
+def altered(config: Any, changes: dict[str, Any]) -> Any:
+    """Return a config with other values by dotted keys."""
+    for path, value in changes.items():
+        config = put(config, placed(path), value)
+    return config
+
+
+SOFT = altered(
+    SMALL,
+    {
+        "routing.k": 2,
+        "compute.bf16": False,
+        "mesh.device": "cpu",
+        "checkpoint.keep": 2,
+        "pretrain": [{"epochs": 1}],
+        "train.schedule": of(f"{LR}.StepLR", step_size=3),
+    },
+)
 EVERY_KEY = [(config, at) for config in (SOFT, HARD) for at in entries(config)]
 
 
@@ -254,9 +263,7 @@ MEANINGLESS: list[tuple[Any, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("config", "changes", "words"), MEANINGLESS, ids=[words for *_, words in MEANINGLESS])
 def test_what_makes_no_sense_is_refused_before_training(config: Any, changes: dict[str, Any], words: str) -> None:
-    for path, value in changes.items():
-        config = put(config, placed(path), value)
-    refused_config(config, words)
+    refused_config(altered(config, changes), words)
 
 
 @pytest.mark.parametrize(
@@ -312,4 +319,4 @@ def test_a_layout_that_does_not_fit_lists_those_that_do(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    refused_config(put(SMALL, placed("num_experts"), num_experts), words)
+    refused_config(altered(SMALL, {"num_experts": num_experts}), words)

@@ -28,7 +28,8 @@ _NOISE = re.compile(
 _UNKNOWN = re.compile(r"(?:Group '([^']+)' does not accept o|O)ption '([^']+)'|unrecognized arguments: --(\w+)\.(\w+)=")
 _NO_CLASS = re.compile(r"import path|Import path|subclass|class_path|is abstract|Unable to load config")
 _VALUE = re.compile(
-    r"(?:G[oi][tv]\w* value:|import path string:|Import path|Unable to load config) (?:NestedArg\(key='\w+', val=)?(.*)"
+    r"(?:G[oi][tv]\w* value:|import path string:|Import path|class, but|Unable to load config) "
+    r"(?:NestedArg\(key='\w+', val=)?(.*)"
 )
 _PLAIN = {
     "int": "a whole number such as 10",
@@ -51,11 +52,19 @@ def explain(message: str, parser: ArgumentParser) -> str:
         if told:
             return one_line(told)
     value = _VALUE.search(rest)
-    given = re.split(r"\. Got value: Namespace\(| does not correspond", value[1])[0] if value else ""
+    given = re.split(r"\. Got value: Namespace\(| does not correspond| is abstract", value[1])[0] if value else ""
     expected, why = _expected(sentences, place)
     if not expected or not place.key:
         return f"{place.key}: {one_line(sentences[0])}; see {parser.prog} --help".removeprefix(": ")
     return one_line(place.must_be(expected, place.path if place.path and place.wants() in expected else given, why))
+
+
+def said(message: str) -> str:
+    """Return in one line what a class said of its arguments, without what the parser tried beside it."""
+    if "Does not validate" in message:
+        sentences = _innermost(message, Place("", None))[1]
+        message = next((text for text in sentences if not text.startswith("Expected a")), message)
+    return one_line(message)
 
 
 def keys_of(parser: ArgumentParser) -> list[str]:
@@ -107,10 +116,11 @@ def _unknown(sentence: str, place: Place, parser: ArgumentParser) -> str | None:
         place = place.inner(group) if group else place
         if place.path and place.is_base():
             return f"{place.key} has no class_path ({name} is given): {place.remedy('')}"
-        taken = place.arguments() if place.key else keys_of(parser)
+        taken = place.arguments() if place.made else keys_of(parser)
         owner = (place.key and (place.path or place.key)) or "a config"
-        listed = ", ".join(dict.fromkeys(key.partition(".")[0] for key in taken if key != "config")) or "no arguments"
-        return f"unknown config key {place.inner(name).key}: {near(name, taken) or 'remove it; '}{owner} takes {listed}"
+        listed = ", ".join(dict.fromkeys(key.partition(".")[0] for key in taken)) or "no arguments"
+        guess = near(name, taken if place.key else keys_of(parser)) or "remove it; "
+        return f"unknown config key {place.inner(name).key}: {guess}{owner} takes {listed}"
     if not sentence.startswith("unrecognized arguments: "):
         return None
     word = sentence.split()[2]
@@ -129,7 +139,7 @@ def _missing(sentence: str, place: Place, parser: ArgumentParser) -> str | None:
     keys = ", ".join(place.inner(name).key for name in found[1].split(", "))
     if place.key:
         return f"the config lacks {keys}, which {place.path or place.key} needs: add it"
-    return f"the config lacks {keys}: add it, or begin with --config and a file such as {EXAMPLE}"
+    return f"the config lacks {keys}: write what is missing, or begin with --config and a file such as {EXAMPLE}"
 
 
 def _expected(sentences: Sequence[str], place: Place) -> tuple[list[str], str]:

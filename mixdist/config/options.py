@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
-from mixdist.config.complaints import EXAMPLE, explain
+from mixdist.config.complaints import EXAMPLE, explain, said
 from mixdist.config.places import near
 from mixdist.messages import one_line
 
@@ -82,6 +82,8 @@ def explained(parser: ArgumentParser) -> Iterator[None]:
         raise ValueError(f"{line}, imported for a class of the config, is not Python ({error.msg}): fix it") from None
     except (ArgumentError, TypeError, AttributeError, ImportError) as error:
         raise ValueError(explain(str(error), parser)) from None
+    except ValueError as error:
+        raise ValueError(said(str(error))) from None
 
 
 def _check_yaml(path: str) -> None:

@@ -48,7 +48,7 @@ def make_config(parser: ArgumentParser, parsed: Namespace) -> Config:
         _try_out(f"pretrain[{i}]", phase.optimizer, phase.schedule)
     _try_out("train", config.train.optimizer, config.train.schedule)
     if config.competition is not None and isinstance(config.competition.score, Discriminators):
-        _try_out("competition.score.init_args", config.competition.score.optimizer)
+        _try_out("competition.score", config.competition.score.optimizer)
     return config
 
 
