@@ -58,6 +58,11 @@ def centres(run: Path, total: int) -> np.ndarray:
     return torch.cat([load_file(file)["model.mean"] for file in files]).numpy()
 
 
+def points() -> np.ndarray:
+    digits = Digits().load()[0]
+    return digits.spec["x"].values(digits.rows["x"], torch.float64).flatten(1).numpy()
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_rounds_are_the_iterations_of_lloyd(ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -66,8 +71,7 @@ def test_rounds_are_the_iterations_of_lloyd(ranks: int, tmp_path: Path, monkeypa
     words = ["train", "--config", write_config(tmp_path / "c.yaml", CONFIG), "--out", "run"]
     ended = here(*words) if ranks == 1 else together(*words, ranks=ranks, folder=tmp_path)
     assert ended.code == 0, ended.err
-    digits = Digits().load()[0]
-    x = digits.spec["x"].values(digits.rows["x"], torch.float64).flatten(1).numpy()
+    digits, x = Digits().load()[0], points()
     made = build_experts(read_config(tmp_path / "c.yaml"), digits.spec, range(10))
     first = torch.cat([expert.get_parameter("mean").detach() for expert in made.values()]).numpy()
     records = [record for record in read_metrics(tmp_path / "run") if "round" in record]
@@ -95,8 +99,7 @@ def test_the_config_clusters_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     last = read_metrics(tmp_path / "run")[-1]
     assert last["changed"] == 0
     assert last["round"] < yaml.safe_load(path.read_text())["competition"]["rounds"]
-    digits = Digits().load()[0]
-    x = digits.spec["x"].values(digits.rows["x"], torch.float64).flatten(1).numpy()
+    x = points()
     inertia = (last["objective"] - 32 * np.log(2 * np.pi)) * 2 * len(x)
     others = [KMeans(10, init="random", n_init=1, random_state=seed).fit(x).inertia_ for seed in range(9)]
     assert inertia <= 1.02 * np.median(others)

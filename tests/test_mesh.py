@@ -37,35 +37,20 @@ def _advised(message: str) -> list[int]:
 
 
 @pytest.mark.parametrize("num_experts", SIZES)
-def test_each_expert_once_in_each_replica(num_experts: int) -> None:
-    for world_size in SIZES:
-        for ep_size in (p for p in SIZES if _fits(num_experts, world_size, p)):
-            placement = Placement.plan(num_experts, world_size, ep_size)
-            blocks = [placement.experts_of(member) for member in range(ep_size)]
-            # In order and without gaps: that is once each, and contiguous.
-            assert [e for block in blocks for e in block] == list(range(num_experts))
-            sizes = [len(block) for block in blocks]
-            assert min(sizes) >= 1
-            assert max(sizes) - min(sizes) <= 1
-
-
-@pytest.mark.parametrize("num_experts", SIZES)
-def test_groups_partition_the_ranks(num_experts: int) -> None:
-    for world_size in SIZES:
-        for ep_size in (p for p in SIZES if _fits(num_experts, world_size, p)):
-            placement = Placement.plan(num_experts, world_size, ep_size)
-            ep_groups = [placement.ep_ranks(replica) for replica in range(placement.num_replicas)]
-            replica_groups = [placement.replica_ranks(member) for member in range(ep_size)]
-            assert {len(group) for group in ep_groups} == {ep_size}
-            assert {len(group) for group in replica_groups} == {placement.num_replicas}
-            for groups in (ep_groups, replica_groups):
-                assert sorted(rank for group in groups for rank in group) == list(range(world_size))
-            for rank in range(world_size):
-                replica, member = placement.replica_of(rank), placement.member_of(rank)
-                assert ep_groups[replica][member] == rank
-                assert replica_groups[member][replica] == rank
-            # Neighbours, so that an EP group stays inside a node.
-            assert all(group == list(range(group[0], group[0] + ep_size)) for group in ep_groups)
+def test_replicas_hold_each_expert_once_and_groups_partition_the_ranks(num_experts: int) -> None:
+    for world_size, ep_size in ((w, p) for w in SIZES for p in SIZES if _fits(num_experts, w, p)):
+        placement = Placement.plan(num_experts, world_size, ep_size)
+        blocks = [placement.experts_of(member) for member in range(ep_size)]
+        # In order and without gaps: that is once each, and contiguous.
+        assert [e for block in blocks for e in block] == list(range(num_experts))
+        assert 1 <= min(map(len, blocks)) <= max(map(len, blocks)) <= min(map(len, blocks)) + 1
+        ep_groups = [placement.ep_ranks(replica) for replica in range(placement.num_replicas)]
+        replica_groups = [placement.replica_ranks(member) for member in range(ep_size)]
+        assert [rank for group in ep_groups for rank in group] == list(range(world_size)), "neighbours inside a node"
+        assert {len(group) for group in ep_groups} == {ep_size}
+        assert replica_groups == [list(ranks) for ranks in zip(*ep_groups, strict=True)]
+        for rank in range(world_size):
+            assert ep_groups[placement.replica_of(rank)][placement.member_of(rank)] == rank
 
 
 @pytest.mark.parametrize("num_experts", SIZES)
@@ -74,12 +59,10 @@ def test_a_refused_ep_size_is_told_exactly_what_works(num_experts: int) -> None:
         works = [p for p in SIZES if _fits(num_experts, world_size, p)]
         assert works == [p for p in SIZES if _refusal(num_experts, world_size, p) is None]
         for ep_size in sorted({-1, 0, *SIZES, LARGEST + 1} - set(works)):
-            message = _refusal(num_experts, world_size, ep_size)
-            assert message is not None
+            message = _refusal(num_experts, world_size, ep_size) or ""
             assert _advised(message) == works
             assert "\n" not in message
-            for said in (f"num_experts ({num_experts})", f"{world_size} ranks", f"ep_size {ep_size}:"):
-                assert said in message
+            assert all(f"{value}" in message for value in (num_experts, world_size, ep_size))
 
 
 @pytest.mark.parametrize("num_experts", SIZES)
@@ -92,9 +75,7 @@ def test_without_ep_size_all_ranks_or_whole_replicas(num_experts: int) -> None:
             continue
         assert message is not None
         assert "\n" not in message
-        assert f"{num_experts} experts cannot be placed on {world_size} ranks" in message
         assert _advised(message) == [p for p in SIZES if _fits(num_experts, world_size, p)]
-        assert f"start at most {num_experts} ranks or a multiple of {num_experts}" in message
 
 
 @pytest.mark.parametrize("num_experts", [0, -3])
@@ -122,36 +103,30 @@ SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2", 
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, Launch(0, 1, 0)),
     ],
 )
-def test_launch_is_read_from_the_environment(env: dict[str, str], expected: Launch) -> None:
+def test_launch_is_read_from_the_environment(
+    env: dict[str, str], expected: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert Launch.read(env) == expected
-
-
-def test_launch_reads_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in TORCHRUN.items():
+    for name in TORCHRUN | SRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert Launch.read() == Launch(5, 8, 1, 4)
+    assert Launch.read() == expected
 
 
-@pytest.fixture
-def devices(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    """A machine that has this many CUDA devices, as far as torch can tell."""
-    count: int = request.param
+def _devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Make torch see this many CUDA devices."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    return count
 
 
-@pytest.mark.parametrize("devices", [0], indirect=True)
-def test_device_without_cuda(devices: int) -> None:
-    assert choose_device("auto", Launch(3, 4, 3, 4)) == torch.device("cpu")
-    assert choose_device("cpu", Launch(3, 4, 3, 4)) == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"^mesh\.device \(cuda\) needs a CUDA device and none is here: set"):
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    _devices(monkeypatch, 0)
+    assert {choose_device(name, Launch(3, 4, 3, 4)) for name in ("auto", "cpu")} == {torch.device("cpu")}
+    with pytest.raises(ValueError, match=r"^mesh\.device \(cuda\)"):
         choose_device("cuda", Launch())
-
-
-@pytest.mark.parametrize("devices", [2], indirect=True)
-def test_device_with_cuda(devices: int) -> None:
+    _devices(monkeypatch, 2)
     two, three = ([Launch(rank, n, rank, n) for rank in range(n)] for n in (2, 3))
     assert choose_device("cpu", two[1]) == torch.device("cpu")
     for name in ("auto", "cuda"):
@@ -159,7 +134,7 @@ def test_device_with_cuda(devices: int) -> None:
     # More processes than devices: all of a host compute on the CPU, or all fail, and never some of them.
     assert [choose_device("auto", one) for one in three] == [torch.device("cpu")] * 3
     for one in three:
-        with pytest.raises(ValueError, match=r"^3 processes on this host have 2 CUDA devices: start at most 2"):
+        with pytest.raises(ValueError, match=r"^3 processes .* 2 CUDA devices"):
             choose_device("cuda", one)
 
 

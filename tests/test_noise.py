@@ -37,14 +37,11 @@ def test_philox_gives_the_published_words() -> None:
 
 
 def test_philox_broadcasts_counters_and_keys() -> None:
-    c0, c1, c2, c3 = torch.tensor([vector[0] for vector in VECTORS]).unbind(1)
+    counters = torch.tensor([vector[0] for vector in VECTORS]).unbind(1)
     k0, k1 = torch.tensor([vector[1] for vector in VECTORS]).unbind(1)
-    words = philox((c0, c1, c2, c3), (k0[:, None], k1[:, None]))
-    for word in words:
-        assert word.shape == (3, 3)
-        assert word.dtype == torch.int64
-    diagonal = torch.stack([word.diagonal() for word in words], 1)
-    assert diagonal.tolist() == [list(vector[2]) for vector in VECTORS]
+    words = torch.stack(philox(counters, (k0[:, None], k1[:, None])))  # type: ignore[arg-type]
+    assert (words.shape, words.dtype) == ((4, 3, 3), torch.int64)
+    assert words.diagonal(dim1=1, dim2=2).T.tolist() == [list(vector[2]) for vector in VECTORS]
 
 
 def test_derive_is_philox_of_the_names() -> None:
@@ -65,21 +62,8 @@ def test_keys_and_weight_seeds_are_all_different() -> None:
 
 
 def test_purposes_keep_their_numbers() -> None:
-    assert {purpose.name: purpose.value for purpose in Purpose} == {
-        "WEIGHTS": 1,
-        "POSTERIOR": 2,
-        "GATE": 3,
-        "ORDER": 4,
-        "PRIOR": 5,
-        "DATA": 6,
-        "IMPORTANCE": 7,
-        "RIVAL": 8,
-        "OBSERVATION": 9,
-        "DISCRIMINATOR": 10,
-        "CHANCE": 11,
-        "BLOCKS": 12,
-        "AUGMENT": 13,
-    }
+    names = "WEIGHTS POSTERIOR GATE ORDER PRIOR DATA IMPORTANCE RIVAL OBSERVATION DISCRIMINATOR CHANCE BLOCKS AUGMENT"
+    assert {purpose.name: purpose.value for purpose in Purpose} == {n: i + 1 for i, n in enumerate(names.split())}
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
@@ -110,18 +94,10 @@ def test_a_row_is_drawn_the_same_in_any_company(kind: str, dtype: torch.dtype) -
 
 
 def test_rows_of_many_steps_are_drawn_as_step_by_step() -> None:
-    steps = (5, 6, 2**32 + 1)
-    sizes = (3, 100, 7)
-    together = DRAW.normal(
-        torch.cat([IDS[:n] for n in sizes]),
-        [0, 3],
-        (10,),
-        steps_R=torch.tensor(steps).repeat_interleave(torch.tensor(sizes)),
-    )
-    alone = [
-        Draw(7, Purpose.POSTERIOR, 1, step).normal(IDS[:n], [0, 3], (10,)) for step, n in zip(steps, sizes, strict=True)
-    ]
-    assert torch.equal(together, torch.cat(alone, dim=1))
+    parts = [(5, IDS[:3]), (6, IDS), (2**32 + 1, IDS[:7])]
+    ids, steps = torch.cat([ids for _, ids in parts]), torch.cat([torch.full_like(ids, step) for step, ids in parts])
+    alone = [Draw(7, Purpose.POSTERIOR, 1, step).normal(ids, [0, 3], (10,)) for step, ids in parts]
+    assert torch.equal(DRAW.normal(ids, [0, 3], (10,), steps_R=steps), torch.cat(alone, dim=1))
 
 
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
