@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from mixdist.data.formats import celeba, cifar, folder, idx, imagenet, parquet, svhn
 from mixdist.data.formats.listing import Listing, Missing, Part, Raw, Reader, Sample
@@ -13,26 +11,25 @@ from mixdist.data.formats.listing import Listing, Missing, Part, Raw, Reader, Sa
 __all__ = ["SOURCES", "Listing", "Missing", "Part", "Raw", "Reader", "Sample", "open_listing"]
 
 
-class _Make(Protocol):
-    def __call__(self, root: Path, labels: bool = True) -> Listing: ...
+class Format(Protocol):
+    """How a kind of source comes: a module of this package, or an object."""
+
+    def fits(self, root: Path) -> bool:
+        """Return whether a folder looks like it."""
+
+    def make_listing(self, root: Path, labels: bool = True) -> Listing:
+        """List a folder."""
 
 
-class Source(NamedTuple):
-    """A kind of source: what lists it, and whether a folder looks like it."""
-
-    make_listing: _Make
-    fits: Callable[[Path], bool]
-
-
-SOURCES = {
-    "celeba": Source(celeba.make_listing, celeba.fits),
-    "imagenet": Source(imagenet.make_listing, imagenet.fits),
-    "cifar10": Source(partial(cifar.make_listing, cifar.CIFAR_10), partial(cifar.fits, cifar.CIFAR_10)),
-    "cifar100": Source(partial(cifar.make_listing, cifar.CIFAR_100), partial(cifar.fits, cifar.CIFAR_100)),
-    "svhn": Source(svhn.make_listing, svhn.fits),
-    "idx": Source(idx.make_listing, idx.fits),
-    "parquet": Source(parquet.make_listing, parquet.fits),
-    "folder": Source(folder.make_listing, folder.fits),  # the last: what fits another fits it as well
+SOURCES: dict[str, Format] = {
+    "celeba": celeba,
+    "imagenet": imagenet,
+    "cifar10": cifar.CIFAR_10,
+    "cifar100": cifar.CIFAR_100,
+    "svhn": svhn,
+    "idx": idx,
+    "parquet": parquet,
+    "folder": folder,  # the last: what fits another fits it as well
 }
 
 

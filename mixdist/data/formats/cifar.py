@@ -40,47 +40,44 @@ class Cifar(NamedTuple):
     num_classes: int
     num_labels: int
 
+    def fits(self, root: Path) -> bool:
+        return any((folder_of(root, self.folder) / name).is_file() for name in self.files)
+
+    def make_listing(self, root: Path, labels: bool = True) -> Listing:
+        """List CIFAR: ids are places in the official order, so many a file, whichever files are there.
+
+        Args:
+            root: the folder of the files, or the one that holds the official archive's folder.
+            labels: whether to take the classes; those of CIFAR-100 are the fine ones.
+
+        Raises:
+            Missing: there is no training file, or no test file.
+            ValueError: a file is damaged or foreign.
+        """
+        folder = folder_of(root, self.folder)
+        *train, test = self.files
+        if not any((folder / name).is_file() for name in train):
+            raise Missing(f"{str(folder)!r} has none of the files {', '.join(map(repr, train))}: put one there")
+        if not (folder / test).is_file():
+            raise Missing(f"{str(folder)!r} has no file {test!r}: put it there")
+        parts, listed, bodies = [], [], []
+        for place, name in enumerate(self.files):
+            if (folder / name).is_file():
+                records = read_records(self, folder / name)
+                label_N = records[:, self.num_labels - 1].astype(np.int64) if labels else None
+                split = "test" if name == test else "train"
+                parts.append(Part(split, place * self.most, len(records), name, label_N=label_N))
+                listed.append(Entry(name, records.size))
+                bodies.append(records.tobytes())
+        names = _names(self, folder / self.names) if labels else ()
+        content = digest(listed, *bodies, "\n".join(names).encode())
+        return Listing(tuple(parts), Arrays(folder, partial(images, self)), content, names, image=SHAPE)
+
 
 FILES_10 = (*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin")
 CIFAR_10 = Cifar("CIFAR-10", "cifar-10-batches-bin", FILES_10, 10_000, "batches.meta.txt", 10, 1)
 FILES_100 = ("train.bin", "test.bin")
 CIFAR_100 = Cifar("CIFAR-100", "cifar-100-binary", FILES_100, 50_000, "fine_label_names.txt", 100, 2)
-
-
-def fits(kind: Cifar, root: Path) -> bool:
-    return any((folder_of(root, kind.folder) / name).is_file() for name in kind.files)
-
-
-def make_listing(kind: Cifar, root: Path, labels: bool = True) -> Listing:
-    """List CIFAR: ids are places in the official order, so many a file, whichever files are there.
-
-    Args:
-        kind: which of the two.
-        root: the folder of the files, or the one that holds the official archive's folder.
-        labels: whether to take the classes; those of CIFAR-100 are the fine ones.
-
-    Raises:
-        Missing: there is no training file, or no test file.
-        ValueError: a file is damaged or foreign.
-    """
-    folder = folder_of(root, kind.folder)
-    *train, test = kind.files
-    if not any((folder / name).is_file() for name in train):
-        raise Missing(f"{str(folder)!r} has none of the files {', '.join(map(repr, train))}: put one there")
-    if not (folder / test).is_file():
-        raise Missing(f"{str(folder)!r} has no file {test!r}: put it there")
-    parts, listed, bodies = [], [], []
-    for place, name in enumerate(kind.files):
-        if (folder / name).is_file():
-            records = read_records(kind, folder / name)
-            label_N = records[:, kind.num_labels - 1].astype(np.int64) if labels else None
-            split = "test" if name == test else "train"
-            parts.append(Part(split, place * kind.most, len(records), name, label_N=label_N))
-            listed.append(Entry(name, records.size))
-            bodies.append(records.tobytes())
-    names = _names(kind, folder / kind.names) if labels else ()
-    content = digest(listed, *bodies, "\n".join(names).encode())
-    return Listing(tuple(parts), Arrays(folder, partial(images, kind)), content, names, image=SHAPE)
 
 
 def images(kind: Cifar, path: Path) -> NDArray[np.uint8]:
