@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import gzip
 import os
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -35,20 +33,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work in an empty folder, which is where a user's own classes are looked for."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def idx_folder(folder: Path) -> dict[str, Any]:
-    """Write eight images of 2x2 pixels and their labels twice; give the data section of a config."""
-    for name, packed in (("train", False), ("t10k", True)):
-        images = struct.pack(">4B3I", 0, 0, 8, 3, 8, 2, 2) + bytes(range(32))
-        labels = struct.pack(">4BI", 0, 0, 8, 1, 8) + bytes(range(8))
-        for kind, content in (("images-idx3-ubyte", images), ("labels-idx1-ubyte", labels)):
-            path = folder / f"{name}-{kind}"
-            if packed:
-                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content))
-            else:
-                path.write_bytes(content)
-    return {"class_path": "mixdist.data.Idx", "init_args": {"root": str(folder)}}
 
 
 def test_a_loss_that_is_not_finite_names_the_expert(folder: Path) -> None:

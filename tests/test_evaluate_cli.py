@@ -13,8 +13,8 @@ import pytest
 import mixdist
 from mixdist.data import Digits
 from mixdist.training.manifest import MANIFEST
+from tests import sources
 from tests.launch import SMALL, Ended, changed, here, refused, together, write_config
-from tests.test_cli import idx_folder
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +118,15 @@ def test_the_figures_are_the_run_s_own(run: Path) -> None:
 
 def test_data_may_move_but_not_change(folder: Path) -> None:
     (folder / "here").mkdir()
-    config = changed(data=idx_folder(folder / "here"), train__batch_size=4, mesh={"ep_size": 1})
+    sources.idx(folder / "here")
+    data = {"class_path": "mixdist.data.Idx", "init_args": {"root": "here"}}
+    config = changed(data=data, train__batch_size=4, mesh={"ep_size": 1})
     ended = here("train", "--config", write_config(folder / "c.yaml", config), "--out", "run")
     assert ended.code == 0, ended
     (folder / "here").rename(folder / "there")
     refused("evaluate", "run", names="here")
     words = ["run", "--data.root", "there", "--num_samples", "3"]
-    assert evaluated(folder / "run", *words[1:])[1]["protocol"]["rows"] == 8
+    assert evaluated(folder / "run", *words[1:])[1]["protocol"]["rows"] == 3
     (folder / "run" / "evaluation.json").unlink()
     own = json.loads((folder / "run/checkpoints/step-000000002/state.json").read_text())["run"]["data"]
     for path in (folder / "there").glob("train-images*"):

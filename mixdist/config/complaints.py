@@ -112,7 +112,7 @@ def _unknown(sentence: str, place: Place, parser: ArgumentParser) -> str | None:
     """Return what to say of a key or a word that nothing takes."""
     found = _UNKNOWN.search(sentence)
     if found:
-        group, name = found[1] or found[3], found[2] or found[4]
+        group, name = found[1] or found[3], (found[2] or found[4]).partition(".")[0]
         place = place.inner(group) if group else place
         if place.path and place.is_base():
             return f"{place.key} has no class_path ({name} is given): {place.remedy('')}"
