@@ -73,6 +73,40 @@ Spec = Mapping[str, Field]
 """The fields of a data set by name, without "id"."""
 
 
+def real_field(spec: Spec, name: str, asked_by: str) -> Field:
+    """Return the field ``name`` of real numbers.
+
+    Raises:
+        ValueError: the data set has no such field, or it holds classes.
+    """
+    if name not in spec:
+        raise ValueError(
+            f"{asked_by} needs the field {name!r}, but the data has {sorted(spec)}: set its field argument"
+        )
+    field = spec[name]
+    if field.num_classes is not None:
+        raise ValueError(f"{asked_by} needs real numbers, but the field {name!r} holds {field.num_classes} classes")
+    return field
+
+
+def label_classes(spec: Spec, name: str, asked_by: str, num_experts: int | None = None) -> int:
+    """Return the number of classes of the label ``name``.
+
+    Raises:
+        ValueError: the data set has no such label, or the label has more classes than ``num_experts``, where given.
+    """
+    labels = {n: f.num_classes for n, f in spec.items() if f.num_classes is not None and f.shape == ()}
+    if name not in labels:
+        has = f"labels {sorted(labels)}" if labels else "no labels"
+        raise ValueError(f"{asked_by} needs the label {name!r}, but the data has {has}: set field, or choose another")
+    num_classes = labels[name]
+    if num_experts is not None and num_classes > num_experts:
+        raise ValueError(
+            f"{asked_by} has {num_classes} classes for {num_experts} experts: set num_experts to {num_classes}"
+        )
+    return num_classes
+
+
 class Gating(NamedTuple):
     """The output of a gate for B rows.
 

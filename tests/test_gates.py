@@ -226,7 +226,7 @@ def test_oracle_refuses(spec: Spec, num_experts: int, field: str, said: str) -> 
 
 @pytest.mark.parametrize("field", ["z", "y"])
 def test_softmax_refuses_what_holds_no_real_numbers(field: str) -> None:
-    with pytest.raises(ValueError, match=rf"^Softmax reads the field '{field}' of real numbers, but .*: set field$"):
+    with pytest.raises(ValueError, match=rf"^Softmax needs .*'{field}'.*"):
         Softmax(SPEC, 4, field=field)
 
 

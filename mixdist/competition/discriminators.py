@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixdist.experts.expert import real_field
 from mixdist.nets.mlp import MLP, flat
 from mixdist.nets.network import Network
-from mixdist.terms import Spec
+from mixdist.terms import Spec, real_field
 
 
 class Discriminator(nn.Module):

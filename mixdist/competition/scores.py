@@ -18,7 +18,7 @@ from mixdist.experts import Expert
 from mixdist.experts.importance import importance
 from mixdist.nets import Network
 from mixdist.noise import Moment, Purpose
-from mixdist.terms import Batch, Spec
+from mixdist.terms import Batch, Spec, label_classes
 
 
 class Score(ABC):
@@ -186,18 +186,7 @@ class LabelOracle(Score):
         self.field, self.fields = field, (field,)
 
     def check(self, spec: Spec, num_experts: int, template: Expert) -> None:
-        num_classes = spec[self.field].num_classes if self.field in spec else None
-        if num_classes is None:
-            labels = [name for name, f in spec.items() if f.num_classes is not None]
-            has = f"labels {labels}" if labels else "no labels"
-            raise ValueError(
-                f"the score LabelOracle needs the label {self.field!r}, but the data has {has}: choose another score"
-            )
-        if num_classes > num_experts:
-            raise ValueError(
-                f"the score LabelOracle has {num_classes} classes for {num_experts} experts: set num_experts to "
-                f"{num_classes}"
-            )
+        label_classes(spec, self.field, "the score LabelOracle", num_experts)
 
     def column(
         self, e: int, expert: Expert, judge: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype

@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mixdist.experts.expert import Expert, real_field
+from mixdist.experts.expert import Expert
 from mixdist.nets.mlp import flat
 from mixdist.stats import normal_sum_log_prob
-from mixdist.terms import Batch, ExpertTerms, Field, Spec
+from mixdist.terms import Batch, ExpertTerms, Field, Spec, real_field
 
 _FIRST_SPREAD = 0.1
 

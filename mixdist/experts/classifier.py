@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixdist.experts.expert import Expert, real_field
+from mixdist.experts.expert import Expert
 from mixdist.nets.mlp import MLP, flat
 from mixdist.nets.network import Network
-from mixdist.terms import Batch, ExpertTerms, Spec
+from mixdist.terms import Batch, ExpertTerms, Spec, label_classes, real_field
 
 
 class Classifier(Expert):
@@ -50,7 +50,7 @@ class Classifier(Expert):
         super().__init__()
         x = real_field(spec, input, "Classifier")
         self.input, self.target, self.fields = input, target, (input, target)
-        self.num_classes = _label_classes(spec, target)
+        self.num_classes = label_classes(spec, target, "Classifier")
         network = MLP([]) if network is None else network
         self.input_shape, self.stackable = x.shape, network.stackable
         self.net = network.encoder(x.shape, self.num_classes)
@@ -68,16 +68,3 @@ class Classifier(Expert):
     def predict(self, rows: Batch) -> Tensor:
         """Return p(y|x) of every class: (R, C)."""
         return self.log_probs(rows).exp()
-
-
-def _label_classes(spec: Spec, name: str) -> int:
-    """Return the number of classes of the label ``name``."""
-    labels = sorted(n for n, f in spec.items() if f.num_classes is not None and f.shape == ())
-    if name not in labels:
-        has = f"labels {labels}" if labels else "no labels"
-        raise ValueError(
-            f"Classifier needs the label {name!r}, but the data has {has}: set its target, or take Regressor"
-        )
-    num_classes = spec[name].num_classes
-    assert num_classes is not None
-    return num_classes

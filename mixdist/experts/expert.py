@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mixdist.terms import Batch, ExpertTerms, Field, Spec
+from mixdist.terms import Batch, ExpertTerms
 
 
 class Expert(nn.Module):
@@ -66,19 +66,3 @@ class Expert(nn.Module):
     def predict(self, rows: Batch) -> Tensor:
         """Return the target's mean for each row: (R, *shape of y)."""
         raise NotImplementedError(f"{type(self).__name__} does not predict")
-
-
-def real_field(spec: Spec, name: str, asked_by: str) -> Field:
-    """Return the field ``name`` of real numbers.
-
-    Raises:
-        ValueError: the data set has no such field, or it holds classes.
-    """
-    if name not in spec:
-        raise ValueError(
-            f"{asked_by} needs the field {name!r}, but the data has {sorted(spec)}: set its field argument"
-        )
-    field = spec[name]
-    if field.num_classes is not None:
-        raise ValueError(f"{asked_by} needs real numbers, but the field {name!r} holds {field.num_classes} classes")
-    return field

@@ -9,11 +9,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from mixdist.experts.expert import Expert, real_field
+from mixdist.experts.expert import Expert
 from mixdist.experts.likelihood import Likelihood
 from mixdist.nets.mlp import MLP, flat
 from mixdist.nets.network import Network
-from mixdist.terms import Batch, ExpertTerms, Spec
+from mixdist.terms import Batch, ExpertTerms, Spec, real_field
 
 
 class Regressor(Expert):

@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mixdist.experts.expert import Expert, real_field
+from mixdist.experts.expert import Expert
 from mixdist.experts.likelihood import Likelihood, LikelihoodName, MeanName, check_levels
 from mixdist.nets.mlp import MLP, flat
 from mixdist.nets.network import Network
 from mixdist.stats import normal_kl, ramp
-from mixdist.terms import Batch, ExpertTerms, Spec
+from mixdist.terms import Batch, ExpertTerms, Spec, real_field
 
 
 class VAE(Expert):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixdist.gates.gate import Gate
-from mixdist.terms import Batch, Gating, Spec
+from mixdist.terms import Batch, Gating, Spec, label_classes
 
 
 class Uniform(Gate):
@@ -57,17 +57,7 @@ class LabelOracle(Gate):
 
     def __init__(self, spec: Spec, num_experts: int, field: str = "y") -> None:
         super().__init__()
-        num_classes = spec[field].num_classes if field in spec else None
-        if num_classes is None:
-            labels = [name for name, f in spec.items() if f.num_classes is not None]
-            has = f"labels {labels}" if labels else "no labels"
-            raise ValueError(
-                f"LabelOracle needs the label {field!r}, but the data has {has}: choose another gate or data"
-            )
-        if num_classes > num_experts:
-            raise ValueError(
-                f"LabelOracle has {num_classes} classes for {num_experts} experts: set num_experts to {num_classes}"
-            )
+        num_classes = label_classes(spec, field, "LabelOracle", num_experts)
         self.field, self.fields = field, (field,)
         self.log_one_hot: Tensor
         self.register_buffer("log_one_hot", torch.eye(num_experts)[:num_classes].log(), persistent=False)

@@ -14,7 +14,7 @@ from mixdist.gates.gate import Gate
 from mixdist.nets.mlp import MLP, Affine, flat
 from mixdist.nets.network import Network
 from mixdist.stats import ramp
-from mixdist.terms import Batch, Gating, Spec
+from mixdist.terms import Batch, Gating, Spec, real_field
 
 
 class Softmax(Gate):
@@ -63,10 +63,7 @@ class Softmax(Gate):
     ) -> None:
         super().__init__()
         kind = type(self).__name__
-        if field not in spec or spec[field].num_classes is not None:
-            raise ValueError(
-                f"{kind} reads the field {field!r} of real numbers, but the data has {sorted(spec)}: set field"
-            )
+        shape = real_field(spec, field, kind).shape
         _check_schedule(kind, temperature, final_temperature, noise, final_noise, anneal_steps)
         self.field, self.fields, self.anneal_steps = field, (field,), anneal_steps
         self.temperatures = temperature, temperature if final_temperature is None else final_temperature
@@ -81,8 +78,8 @@ class Softmax(Gate):
         network = MLP([]) if network is None else network
         if not isinstance(network, MLP):
             # Drawn and dropped: where this class begins with a linear map, the weights of a seed stay what they were.
-            Affine(spec[field].num_values, num_experts)
-        self.net = network.encoder(spec[field].shape, num_experts)
+            Affine(math.prod(shape), num_experts)
+        self.net = network.encoder(shape, num_experts)
 
     def anneal(self, step: int) -> None:
         # Computed on the host and rounded once, so that every rank and every resumed run sets the same number.
