@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from mixdist.config.config import Config
 from tests.launch import HARD, REMOVED, SMALL, refused, write_config
 
 LR = "torch.optim.lr_scheduler"
@@ -64,14 +65,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-FAMILY = ""
-"""What stands before the keys of a family in a config."""
-TOP = ("data", "seed", "dtype", "mesh", "pretrain", "train", "checkpoint", "log_every", "epochs")
-
-
 def placed(path: str) -> tuple[str, ...]:
-    """Return the way to a key of a config."""
-    return tuple((path if path.split(".")[0] in TOP else FAMILY + path).split("."))
+    """Return the way to a key of a config; what is no key of its own is the mixture's."""
+    keys = path.split(".")
+    return tuple(keys if keys[0] in Config.__dataclass_fields__ else ["mixture", "init_args", *keys])
 
 
 def of(class_path: str, **init_args: Any) -> dict[str, Any]:
@@ -153,7 +150,11 @@ def test_null_is_refused_where_something_must_be(config: Any, at: tuple[Any, ...
 
 
 def test_a_mistake_in_one_of_several_sections_is_found() -> None:
-    refused_config(put(SOFT, ("pretrain",), [{"epochs": 1}, {"eepochs": 2}]), "eepochs")
+    refused_config({**SOFT, "pretrain": [{"epochs": 1}, {"eepochs": 2}]}, "eepochs")
+
+
+def test_a_key_in_the_wrong_section_is_told_its_own() -> None:
+    refused_config({**SOFT, "epochs": 4}, "epochs train.epochs")
 
 
 ORACLE, LIKELIHOOD = of("mixdist.competition.LabelOracle"), of("mixdist.competition.Likelihood")
@@ -180,7 +181,6 @@ MEANINGLESS: list[tuple[Any, dict[str, Any], str]] = [
     # a key that is not there, or means nothing
     (SOFT, {"gate": REMOVED}, "gate"),
     (SOFT, {"num_experts": REMOVED}, "num_experts"),
-    (SOFT, {"epochs": 4}, "epochs train.epochs"),
     (HARD, {"gate": of("mixdist.gates.Softmax")}, "gate competition"),
     (HARD, {"competition": REMOVED}, "gate competition"),
     (HARD, {"routing": {"k": 2}}, "routing competition"),
@@ -280,11 +280,11 @@ def test_what_makes_no_sense_is_refused_before_training(config: Any, changes: di
         ("train --config c.yaml --epochs 3", "--epochs --train.epochs"),
         ("train --config c.yaml --train.epoch 3", "--train.epoch --train.epochs"),
         ("train --config c.yaml --log_evry 3", "--log_evry --log_every"),
-        ("train --config c.yaml --FAMILYgate.init_args.feild 3", "gate.feild field"),
+        ("train --config c.yaml --data.init_args.test_fractoin 3", "data.test_fractoin test_fraction"),
         ("train --config c.yaml --train.epochs=x", "train.epochs x"),
         ("train --config c.yaml --train 3", "train 3"),
         ("train --config c.yaml --out c.yaml", "c.yaml --out"),
-        ("train --FAMILYgate.help Nope", "gate Nope"),
+        ("train --data.help Nope", "data Nope"),
         ("train --config flow.yaml", "flow.yaml 2"),
         ("train --config tab.yaml", "tab.yaml 2"),
         ("train --config list.yaml", "list.yaml"),
@@ -308,7 +308,7 @@ def test_what_makes_no_sense_is_refused_before_training(config: Any, changes: di
     ],
 )
 def test_a_command_that_cannot_be_is_refused(argv: str, words: str) -> None:
-    refused(*argv.replace("FAMILY", FAMILY).split(), names=words)
+    refused(*argv.split(), names=words)
 
 
 @pytest.mark.parametrize(
