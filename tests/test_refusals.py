@@ -168,7 +168,7 @@ MEANINGLESS: list[tuple[Any, dict[str, Any], str]] = [
     (SOFT, {"data": "nowhere.Mnist"}, "data nowhere.Mnist mixdist.data.Digits"),
     (SOFT, {"train.optimizer.class_path": "torch.optim.Adan"}, "train.optimizer torch.optim.Adan torch.optim.Adam"),
     (SOFT, {"gate": of("broken_import.Mine")}, "gate broken_import.Mine nix_of_that_name"),
-    (SOFT, {"gate": of("broken_syntax.Mine")}, "gate broken_syntax.py 1"),
+    (SOFT, {"gate": of("broken_syntax.Mine")}, "broken_syntax.py 1"),
     (SOFT, {"expert": of("mixdist.gates.Softmax")}, "expert mixdist.gates.Softmax Expert mixdist.experts.VAE"),
     (SOFT, {"data": of("mixdist.experts.VAE")}, "data mixdist.experts.VAE Source mixdist.data.Digits"),
     (SOFT, {"gate": of("os.getcwd")}, "gate os.getcwd Gate mixdist.gates.Softmax"),
