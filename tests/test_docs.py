@@ -52,9 +52,12 @@ def test_a_data_set_an_expert_a_gate_and_an_objective_of_your_own(examples: Path
     (soft,) = blocks(DOCS / "extend.md", "yaml")
     (examples / "own.yaml").write_text(soft + "log_every: 1\n")
     assert "1000 held-out rows: loss" in train(examples, "own.yaml", "--train.epochs", "3", "--out", "run")
-    losses = [record["loss"] for record in read_metrics(examples / "run")]
+    records = list(read_metrics(examples / "run"))
+    losses = [record["loss"] for record in records]
     assert len(losses) == 30
     assert losses[-1] < losses[0]
+    explained = (DOCS / "evaluation.md").read_text()
+    assert all(f"`{key}`" in explained for record in records for key in record if not key.startswith("loss_"))
 
 
 def test_a_score_of_your_own_and_the_competition_of_the_docs(examples: Path) -> None:
