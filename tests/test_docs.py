@@ -43,7 +43,7 @@ def examples(tmp_path: Path) -> Path:
         named = re.match(r"# (my_\w+\.py)\n", block)
         assert named, block
         (tmp_path / named[1]).write_text(block)
-    kinds = ("data", "expert", "gate", "objective", "score")
+    kinds = ("data", "expert", "gate", "network", "objective", "score")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"my_{kind}.py" for kind in kinds]
     return tmp_path
 
@@ -66,8 +66,8 @@ def test_a_score_of_your_own_and_the_competition_of_the_docs(examples: Path) -> 
     (examples / "hard.yaml").write_text(hard + competition)
     argv = ["--competition.rounds", "2", "--train.epochs", "1", "--out"]
     assert "round 2: " in train(examples, "hard.yaml", *argv, "hard")
-    own = ["--competition.score", "my_score.Reconstruction", *argv, "own"]
-    assert "round 2: " in train(examples, "hard.yaml", *own)
+    own = ["--competition.score", "my_score.Reconstruction", "--expert.init_args.network", "my_network.Gated"]
+    assert "round 2: " in train(examples, "hard.yaml", *own, *argv, "own")
 
 
 def test_the_expert_of_the_readme_is_that_of_the_docs() -> None:
