@@ -21,10 +21,10 @@ if "mixdist.data" not in sys.modules:  # the package's own __init__ imports sour
 
 def read_all(remote: Storage, members: list[Member], seed: int | None, pause_s: float | None = None) -> list[int]:
     """Read members in order, or in one of the seed's; give those whose bytes were right, in order."""
-    from mixdist.data.shards import http as web
+    from mixdist.data.shards import fetch
 
     if pause_s is not None:
-        web.FIRST_PAUSE_S = pause_s
+        fetch.FIRST_PAUSE_S = pause_s
     order = range(len(members)) if seed is None else np.random.default_rng(seed).permutation(len(members)).tolist()
     return sorted(i for i in order if remote.read(*members[i].place) == members[i].data)
 

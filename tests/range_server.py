@@ -72,7 +72,12 @@ class RangeServer:
 
     @property
     def requests(self) -> list[str]:
-        return (self._control / LOG).read_text().splitlines()
+        return [line.rpartition(" ")[0] for line in (self._control / LOG).read_text().splitlines()]
+
+    @property
+    def connections(self) -> list[str]:
+        """The connection of each request, by its port at the client."""
+        return [line.rpartition(" ")[2] for line in (self._control / LOG).read_text().splitlines()]
 
 
 def _write_moods(control: Path, moods: list[dict[str, Any]]) -> None:
@@ -82,6 +87,7 @@ def _write_moods(control: Path, moods: list[dict[str, Any]]) -> None:
 
 
 class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # keeps connections open
     folder: Path
     control: Path
     lock = threading.Lock()
@@ -93,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Note the request, and take the next mood."""
         with self.lock:
             with open(self.control / LOG, "a") as log:
-                log.write(f"{self.path} {self.headers.get('Range')}\n")
+                log.write(f"{self.path} {self.headers.get('Range')} {self.client_address[1]}\n")
             moods = json.loads((self.control / MOODS).read_text())
             for mood in moods:
                 if mood.get("times", 1) > 0:
@@ -114,6 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response(302 if what == "redirect" else value)
             if what == "redirect":
                 self.send_header("Location", value.replace("{path}", self.path))
+            if "retry_after" in mood:
+                self.send_header("Retry-After", mood["retry_after"])
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -131,6 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
             if first >= total:
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{total}")
+                self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
             if what == "another range":

@@ -14,10 +14,10 @@ from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from mixdist.config.options import parse, plain_parser
-from mixdist.data.shards.http import Missing, Web
+from mixdist.data.shards.address import Missing, expand
+from mixdist.data.shards.fetch import RemoteFolder
 from mixdist.data.shards.index import HEAD, SAMPLES, ShardIndex, check_names, split_of
 from mixdist.data.shards.scan import Scan, assemble, left_out, scan, scan_stream
-from mixdist.data.shards.stream import WebStream, expand
 from mixdist.data.shards.verify import Verdict, examine, missing
 from mixdist.data.workers import MOST_WORKERS, Workers, default_workers
 from mixdist.messages import counted
@@ -25,7 +25,7 @@ from mixdist.messages import counted
 S = TypeVar("S")
 T = TypeVar("T")
 
-_RETRIES, _TIMEOUT_S = 5, 30.0
+_BLOCK, _RETRIES, _TIMEOUT_S = 4_000_000, 5, 30.0
 _LARGEST_NAMES, _SMALL = 16 << 20, 256 << 20
 
 
@@ -66,10 +66,11 @@ def index_parser() -> ArgumentParser:
         "Make the index of webdataset tar shards that others wrote: where every member of every sample lies, with "
         "checksums. Every shard is read once. Refused are shards that are cut or damaged, links, unsafe names, "
         "pickles and other foreign members, and keys with dots, that come twice or are interleaved. The split is told "
-        "from a shard's name (train, val, test). Shards that mixdist prepare made have an index. Examples: mixdist "
+        "from a shard's name (train, val, test). Shards that mixdist prepare made have an index. Addresses: https://; "
+        "s3://, gs://, hf:// and az:// with the extra of that name (pip install 'mixdist[s3]'). Examples: mixdist "
         "index data/shards; mixdist index 'https://host/train-{000000..000146}.tar' --out data/shards",
     )
-    parser.add_argument("source", type=str, help="a folder with files ending in .tar, or an https address with braces")
+    parser.add_argument("source", type=str, help="a folder with files ending in .tar, or an address with braces")
     parser.add_argument("--out", type=str | None, help="the folder for the index, where the source is an address")
     parser.add_argument("--class_names", type=str | None, help="a text file with the name of a class in each line")
     parser.add_argument("--force", action="store_true", help="replace an index that is there, with its ids")
@@ -171,7 +172,7 @@ def _check_workers(workers: int | None) -> None:
 def _scan_one(folder: str, base: str | None, name: str) -> Scan:
     if base is None:
         return scan(Path(folder) / name)
-    with WebStream(Web(base, _RETRIES, _TIMEOUT_S), name) as stream:
+    with RemoteFolder(base, _BLOCK, _RETRIES, _TIMEOUT_S).stream(name) as stream:
         return scan_stream(stream, name)
 
 
@@ -179,7 +180,7 @@ def _verify_one(folder: str, decode: bool, part: ShardIndex) -> Verdict:
     name = part.shards[0].name
     try:
         if part.base is not None:
-            with WebStream(Web(part.base, _RETRIES, _TIMEOUT_S), name) as stream:
+            with RemoteFolder(part.base, _BLOCK, _RETRIES, _TIMEOUT_S).stream(name) as stream:
                 return examine(stream, part, decode)
         path = Path(folder) / name
         if not path.is_file():  # opening a fifo would wait for ever

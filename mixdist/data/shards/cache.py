@@ -1,4 +1,4 @@
-"""A folder of limited size with blocks of files, for all processes of a machine at once."""
+"""A folder of limited size with blocks of files, for all processes of a machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import get_ident
-from typing import Any
 
 from mixdist.data.shards.storage import Descriptors
 
@@ -39,9 +38,6 @@ class Blocks:
         self.folder, self._limit, self._wait_s = folder, limit, wait_s
         self._files = Descriptors(_MAX_OPEN)
         self._sound: dict[str, int] = {}  # inode of the blocks whose checksum this process has seen
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sound": {}}
 
     def read(self, name: str, size: int, start: int, stop: int) -> bytes | None:
         """Read a part of a block; None where it is absent or damaged.
@@ -103,18 +99,8 @@ class Blocks:
             name: of the block.
             until: time.monotonic() after which it is fetched without a turn.
         """
-        number = zlib.crc32(name.encode()) % _NUM_TURNS
-        try:
-            os.makedirs(self.folder / "turns", exist_ok=True)
-            descriptor = _open_lock(self.folder / "turns" / f"{number:03d}")
-        except OSError:  # store says why
+        with _locked(self.folder / "turns" / f"{zlib.crc32(name.encode()) % _NUM_TURNS:03d}", until):
             yield
-            return
-        try:
-            _lock(descriptor, until)
-            yield
-        finally:
-            _unlock(descriptor)
 
     def close(self) -> None:
         """Close what is open; reading opens it again."""
@@ -157,18 +143,15 @@ class Blocks:
 
     def _reserve(self, size: int) -> bool:
         """Note a block before it is written, so that a writer that dies is counted; make room where there is none."""
-        descriptor = _open_lock(self.folder / "used")
-        try:
-            locked = _lock(descriptor, time.monotonic() + self._wait_s)
+        note = self.folder / "used"
+        with _locked(note, time.monotonic() + self._wait_s) as locked:
             if locked is False:
                 return False
-            noted = os.pread(descriptor, 32, 0).strip()
+            noted = note.read_bytes().strip()
             used = int(noted) if locked and noted.isdigit() else self._total()
             if used + size > self._limit:
                 used = self._shrink(int(_KEPT * self._limit) - size)
-            os.pwrite(descriptor, b"%-31d\n" % (used + size), 0)
-        finally:
-            _unlock(descriptor)
+            note.write_bytes(b"%d\n" % (used + size))
         return True
 
     def _total(self) -> int:
@@ -203,12 +186,24 @@ class Blocks:
                         yield now, status.st_size, entry.path
 
 
-def _open_lock(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+@contextmanager
+def _locked(path: Path, until: float) -> Iterator[bool | None]:
+    """Hold a file's lock; yields False where the time is over, None where it has none: whoever writes there fails."""
+    try:
+        os.makedirs(path.parent, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:
+        yield None
+        return
+    try:
+        yield _lock(descriptor, until)
+    finally:
+        with suppress(OSError):  # not by closing alone: a process forked meanwhile has the descriptor too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
 
 
 def _lock(descriptor: int, until: float) -> bool | None:
-    """Lock a file; False where the time is over, None where its file system has no locks."""
     pause = 0.001
     while True:
         try:
@@ -218,14 +213,7 @@ def _lock(descriptor: int, until: float) -> bool | None:
                 return False
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
-        except OSError:
+        except OSError:  # a file system without locks
             return None
         else:
             return True
-
-
-def _unlock(descriptor: int) -> None:
-    """Unlock explicitly and not only by closing: a process forked meanwhile has the descriptor too."""
-    with suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)

@@ -73,7 +73,7 @@ class ShardIndex:
         attribute_names: A names, or empty.
         image: (channels, height, width) where every image is known to have it, else None.
         source: what the shards were made of and how, for people.
-        base: the https address of the folder of the shards; None where they lie beside the index.
+        base: the address of the folder of the shards; None where they lie beside the index.
         made: what ``mixdist prepare`` was asked for, to tell whether an interrupted one goes on; empty for others'
             shards.
     """

@@ -1,4 +1,4 @@
-"""Shards at an https address, read block-wise through a folder of limited size."""
+"""Shards at an address, read block-wise through a folder of limited size."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixdist.data.shards.address import Missing, without_secrets
 from mixdist.data.shards.cache import Blocks
-from mixdist.data.shards.http import Missing, Web
+from mixdist.data.shards.fetch import RemoteFolder
 from mixdist.data.shards.index import HEAD, SAMPLES, ShardEntry, ShardIndex
 from mixdist.data.shards.storage import REMEDY, Damage, check_bytes, check_sizes
 
@@ -22,7 +23,7 @@ _LARGEST_INDEX = 1 << 32
 
 @dataclass(frozen=True)
 class Cache:
-    """How shards from an https address are fetched and kept; local shards need none of it.
+    """How shards from an address are fetched and kept; local shards need none of it.
 
     Args:
         folder: where blocks are kept, for all runs and processes of a machine.
@@ -43,19 +44,17 @@ class Cache:
     def __post_init__(self) -> None:
         if not self.folder:
             raise ValueError("cache.folder ('') must name a folder: give one on a disk with room for limit_gb")
-        for name in ("limit_gb", "block_mb", "timeout_s"):
+        for name, lowest in {"limit_gb": 0.0, "block_mb": 1e-6, "timeout_s": 0.0}.items():  # at least a byte
             value = getattr(self, name)
-            if not (0 < value < math.inf):
-                raise ValueError(f"cache.{name} ({value}) must be more than 0 and finite: give such a number")
-        if self.block_mb * 1e6 < 1:
-            raise ValueError(f"cache.block_mb ({self.block_mb}) must be at least a byte: give 1 or more")
-        if self.limit_gb * 1e9 < 4 * self.block_mb * 1e6:
+            if not (lowest <= value < math.inf and value > 0):
+                raise ValueError(f"cache.{name} ({value}) must be positive and finite, and block_mb at least a byte")
+        if self.limit_gb * 1e3 < 4 * self.block_mb:
             raise ValueError(
                 f"cache.limit_gb ({self.limit_gb}) must hold at least 4 blocks of block_mb ({self.block_mb}): "
                 f"raise it, or lower block_mb"
             )
         if self.retries < 0:
-            raise ValueError(f"cache.retries ({self.retries}) must be at least 0: give 0 or more")
+            raise ValueError(f"cache.retries ({self.retries}) must be at least 0")
 
     @property
     def block_bytes(self) -> int:
@@ -69,17 +68,16 @@ class RemoteStorage:
     A member whose checksum differs is fetched once more, past what is kept.
 
     Args:
-        base: https address of their folder; http where it is this machine.
+        base: address of their folder.
         cache: where and how they are kept.
         shards: of the index.
 
     Raises:
-        ValueError: the address is not fetched from.
+        ValueError: the address is not read from.
     """
 
     def __init__(self, base: str, cache: Cache, shards: Sequence[ShardEntry]) -> None:
-        self._web = _web(base, cache)
-        self._block = cache.block_bytes
+        self._folder = _folder(base, cache)
         self._blocks = Blocks(Path(cache.folder).expanduser(), int(cache.limit_gb * 1e9), cache.timeout_s)
         self._shards = {shard.name: (shard.num_bytes, self._stem(shard)) for shard in shards}
 
@@ -87,22 +85,22 @@ class RemoteStorage:
         """See :meth:`Storage.read`."""
         num_bytes, stem = self._shards[shard]
         if not 0 <= offset <= offset + size <= num_bytes:
-            check_bytes(self._web.address(shard), offset, size, crc, bytes(max(0, min(num_bytes - offset, size))))
-        numbers = range(offset // self._block, -(-(offset + size) // self._block)) if size else range(0)
+            check_bytes(self._folder.address(shard), offset, size, crc, bytes(max(0, min(num_bytes - offset, size))))
+        numbers = range(offset // self._folder.block, -(-(offset + size) // self._folder.block)) if size else range(0)
         data = b"".join([self._part(shard, number, offset, offset + size) for number in numbers])
         if zlib.crc32(data) != crc:
             for number in numbers:
                 self._blocks.drop(f"{stem}-{number:06d}")
             data = b"".join([self._part(shard, number, offset, offset + size) for number in numbers])
-        return check_bytes(self._web.address(shard), offset, size, crc, data)
+        return check_bytes(self._folder.address(shard), offset, size, crc, data)
 
     def check(self, index: ShardIndex) -> None:
         """See :meth:`Storage.check`."""
         pool = ThreadPoolExecutor(_ASKED_AT_ONCE)
         try:
-            found = pool.map(lambda shard: self._web.size(shard.name, self._block), index.shards)
+            found = pool.map(self._num_bytes, [shard.name for shard in index.shards])
             sizes = ((shard.name, shard.num_bytes, size) for shard, size in zip(index.shards, found, strict=True))
-            check_sizes(self._web.base, sizes)
+            check_sizes(self._folder.base, sizes)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -113,13 +111,13 @@ class RemoteStorage:
     def _part(self, shard: str, number: int, start: int, stop: int) -> bytes:
         """Return what a block has of the bytes from ``start`` to ``stop`` of a shard."""
         num_bytes, stem = self._shards[shard]
-        first = number * self._block
-        size = min(self._block, num_bytes - first)
+        first = number * self._folder.block
+        size = min(self._folder.block, num_bytes - first)
         start, stop = max(start - first, 0), min(stop - first, size)
         name = f"{stem}-{number:06d}"
         part = self._blocks.read(name, size, start, stop)
         if part is None:
-            until = time.monotonic() + self._web.patience_s
+            until = time.monotonic() + self._folder.patience_s
             with self._blocks.turn(name, until):
                 part = self._blocks.read(name, size, start, stop)  # another process may have fetched it meanwhile
                 if part is None:
@@ -129,21 +127,26 @@ class RemoteStorage:
         return part
 
     def _fetch(self, shard: str, first: int, size: int, until: float) -> bytes:
-        address, num_bytes = self._web.address(shard), self._shards[shard][0]
+        address, num_bytes = self._folder.address(shard), self._shards[shard][0]
         try:
-            block, total = self._web.get(shard, first, size, until)
+            block, now = self._folder.read(shard, first, size, until)
+            found = now.num_bytes if now else num_bytes if len(block) == size else self._num_bytes(shard)
+            if found != num_bytes:
+                has = f"has {found} bytes, but the index says {num_bytes}"
+                raise Damage(f"{address!r} {has} (wanted for {size} at offset {first}): {REMEDY}")
         except Missing as missing:
             raise Damage(f"{missing}; wanted for {size} bytes at offset {first}") from None
-        if total != num_bytes:
-            raise Damage(
-                f"{address!r} has {total} bytes, but the index says {num_bytes} (wanted for {size} at offset {first}): "
-                f"{REMEDY}"
-            )
         return block
+
+    def _num_bytes(self, shard: str) -> int | None:
+        try:
+            return self._folder.info(shard).num_bytes
+        except Missing:
+            return None
 
     def _stem(self, shard: ShardEntry) -> str:
         """Name the content of a shard's blocks: a shard that is changed has others."""
-        content = f"{self._web.address(shard.name)}\n{shard.sha256}\n{self._block}"
+        content = f"{self._folder.address(shard.name)}\n{shard.sha256}\n{self._folder.block}"
         return hashlib.sha256(content.encode()).hexdigest()[:40]
 
 
@@ -151,20 +154,23 @@ def read_index(address: str, cache: Cache) -> ShardIndex:
     """Read the index in a folder at an address.
 
     Raises:
-        ValueError: the address is not fetched from, has no index, or one that cannot be used.
+        ValueError: the address is not read from, has no index, or one that cannot be used.
         OSError: it cannot be reached.
     """
-    web = _web(address, cache)
+    folder = _folder(address, cache)
     try:
-        head, samples = (web.whole(name, cache.block_bytes, _LARGEST_INDEX) for name in (HEAD, SAMPLES))
+        head, samples = (folder.whole(name, _LARGEST_INDEX) for name in (HEAD, SAMPLES))
     except Missing as missing:
         raise ValueError(f"{address!r} has no index ({missing}); mixdist index makes one") from None
     index = ShardIndex.parse(address, head, samples)
-    if index.base is not None and not index.base.startswith("https:") and address.startswith("https:"):
-        raise ValueError(f"the index of {address} leads to {index.base!r}, expected an https address: make it anew")
+    scheme = address.partition(":")[0]
+    if index.base is not None and index.base.partition(":")[0] not in (scheme, "https"):
+        raise ValueError(
+            f"the index of {address} leads to {without_secrets(index.base)!r}, expected {scheme} or https: make it anew"
+        )
     return index
 
 
-def _web(base: str, cache: Cache) -> Web:
+def _folder(base: str, cache: Cache) -> RemoteFolder:
     settings = f"cache.retries ({cache.retries}) or cache.timeout_s ({cache.timeout_s:g})"
-    return Web(base, cache.retries, cache.timeout_s, settings)
+    return RemoteFolder(base, cache.block_bytes, cache.retries, cache.timeout_s, settings)

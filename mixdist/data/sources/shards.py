@@ -46,7 +46,7 @@ class Labels(NamedTuple):
 
 
 class Shards(Source):
-    """A folder or https address of tar shards with an index, as ``mixdist prepare`` and ``mixdist index`` make them.
+    """A folder or address of tar shards with an index, as ``mixdist prepare`` and ``mixdist index`` make them.
 
     Fields: "x", images uint8 (channels, height, width) with scale 1/255, or what .npy members hold; "y", the class,
     where there is one; "attributes", binary ones, where there are some. The id of a sample is the one in the index.
@@ -54,7 +54,7 @@ class Shards(Source):
     soft mixture.
 
     Args:
-        root: the folder, or the https address of one.
+        root: the folder, or its address: https://, or s3://, gs://, hf:// or az:// with the extra of that name.
         size: bring images to this side: the largest square in their middle, resized; unset, they must have one size.
         crop: keep a square of this side in the middle first.
         channels: 3 for colour, 1 for grey; unset, what the index says, or 3.
@@ -216,8 +216,8 @@ def open_shards(root: str, cache: Cache) -> tuple[ShardIndex, Storage]:
     """Open a set of shards by its index.
 
     Args:
-        root: a folder with an index, the shards beside it or at the address that the index names; or the https address
-            of such a folder.
+        root: a folder with an index, the shards beside it or at the address that the index names; or the address of
+            such a folder.
         cache: where and how shards from an address are kept.
 
     Raises:
