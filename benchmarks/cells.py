@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from mixdist.competition import Competition
 from mixdist.config.config import Config
 from mixdist.config.options import parse
 from mixdist.config.parsing import config_parser, make_config
@@ -61,7 +62,7 @@ class Problem:
         return ["kVAEs", "bag", *(f"VAE-{number}" for number in self.numbers), "matched"]
 
 
-NETWORK = "--expert.init_args.network.init_args"
+NETWORK = "--mixture.expert.init_args.network.init_args"
 HIDDEN, CHANNELS = f"{NETWORK}.hidden", f"{NETWORK}.channels"
 PROBLEMS = {
     problem.name: problem
@@ -118,19 +119,21 @@ def sample_gradients(config: Config, num_rows: int, rounds: int | None = None) -
         num_rows: N.
         rounds: T; None for all that the rules allow.
     """
-    rules = config.competition
-    assert rules is not None
-    each = config.num_experts if rules.start == "all" else 1
+    mixture = config.mixture
+    assert isinstance(mixture, Competition)
+    each = mixture.num_experts if mixture.rules.start == "all" else 1
     pretrain = each * sum(phase.epochs for phase in config.pretrain)
-    return (pretrain + (rules.rounds if rounds is None else rounds) * config.train.epochs) * num_rows
+    return (pretrain + (mixture.rules.rounds if rounds is None else rounds) * config.train.epochs) * num_rows
 
 
 def num_parameters(config: Config, spec: Spec, **other: Network) -> int:
     """Return the parameters of all experts together, with another network than the config's where one is given."""
-    make: Callable[..., Expert] = config.expert
+    mixture = config.mixture
+    assert isinstance(mixture, Competition)
+    make: Callable[..., Expert] = mixture.make_experts[0]
     with torch.device("meta"):  # shapes without memory: the search for a width looks at very wide ones
         expert = make(spec, **other)
-    return config.num_experts * sum(p.numel() for p in expert.parameters())
+    return mixture.num_experts * sum(p.numel() for p in expert.parameters())
 
 
 def learning_rate(config: Config) -> float:

@@ -73,7 +73,7 @@ def main(words: Sequence[str] | None = None) -> None:
     rows = {"x": torch.rand(options.rows, 1, 28, 28), "id": torch.arange(options.rows)}
     eps = torch.randn(options.experts, options.rows, 10)
 
-    def noise(ids: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
+    def noise(ids: torch.Tensor, experts: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
         return eps[list(experts)]
 
     timed = time_executions(make_experts(options.kind, options.experts), rows, noise, Compute())

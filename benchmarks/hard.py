@@ -34,8 +34,7 @@ from rounds import Rounds, Work, seeded, shares, skewed
 from torch import nn
 from turns import figures, meet, ms, parser_of, plain, positive, ratio, take_turns, tell, write
 
-from mixdist.competition.discriminators import Discriminator
-from mixdist.competition.table import Assignment
+from mixdist.competition import Assignment
 from mixdist.data import Dataset
 from mixdist.experts import VAE, Expert
 from mixdist.nets import MLP, Conv
@@ -92,7 +91,7 @@ def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = gather_json(folder, mesh.world)[0]
         hand = ByHand(dataset, table, options, mesh, Path(path) / "taken")
-        work = Work(EXPERTS[options.kind], Discriminator, options.epochs, options.batch, options.judge_batches)
+        work = Work(EXPERTS[options.kind], None, options.epochs, options.batch, options.judge_batches)
         ours = {name: Rounds(WAYS[name], dataset, table, work, mesh) for name in options.ways}
         moved = {name: rounds.settle() for name, rounds in ours.items()}
         runs: dict[str, Callable[[int], None]] = {"hand": hand.run, **{name: one.run for name, one in ours.items()}}

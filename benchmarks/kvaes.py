@@ -16,7 +16,7 @@ runs these models alone and prints their figures instead of the tables, which ne
 Every baseline has the mixture's likelihood, latent dimensions and batch size, and as many sample-gradients (a row in a
 batch of an expert counts once): else the command refuses. `--tune SHARE` prints, instead of the tables, training
 likelihoods after that part of the epochs for each of `--rates`; the best stand in the configs. What stands after `--`
-goes to every `mixdist train`: `-- --data.init_args.rows 300 --pretrain [] --competition.rounds 1 --train.epochs 1`
+goes to every `mixdist train`: `-- --data.init_args.rows 300 --pretrain [] --mixture.rounds 1 --train.epochs 1`
 tries all of it in seconds.
 """
 
@@ -84,7 +84,8 @@ def finish(cell: Cell, options: argparse.Namespace, splits: Sequence[str] = ("te
         figures[split], protocol = written["figures"], written["protocol"]
     # Of a cell that was interrupted nobody knows how long it took.
     seconds = {"train": None if resumed else trained - begin, "evaluate": time.monotonic() - trained}
-    units = None if protocol["likelihood"] == "bernoulli" else protocol["add_for_stored_units"]
+    likelihood = protocol["mixture"]["init_args"]["expert"]["init_args"]["likelihood"]
+    units = None if likelihood == "bernoulli" else protocol["add_for_stored_units"]
     known = {**about, "done": done(run), "figures": figures, "add_for_stored_units": units, "seconds": seconds}
     replace_text(told, json.dumps(known, indent=2))
     return known

@@ -17,17 +17,14 @@ from torch.optim import Optimizer
 
 from mixdist.data import Dataset, Loader, RankBatch
 from mixdist.engines import Native
-from mixdist.experts import VAE, Compute, Expert, ExpertBank
+from mixdist.experts import VAE, Compute, Expert
 from mixdist.gates import Gate, Softmax
-from mixdist.mixtures import Soft
-from mixdist.mixtures.objectives import KLBalance, WeightedLoss
-from mixdist.mixtures.routing import TopK
+from mixdist.mixtures import Context, KLBalance, Soft, TopK, WeightedLoss
 from mixdist.nets import Conv
 from mixdist.noise import Moment, Purpose, weights_seed
-from mixdist.parallel.dispatch import Dispatch
 from mixdist.parallel.mesh import Mesh
 from mixdist.parallel.wire import Wire
-from mixdist.terms import Field
+from mixdist.terms import Field, Spec
 
 SEED = 7
 SIZES: dict[str, dict[str, Any]] = {
@@ -70,16 +67,25 @@ class Problem:
     def expert(self, number: int, dataset: Dataset) -> Expert:
         """Make one, with the weights that belong to its number."""
         torch.manual_seed(weights_seed(SEED, Purpose.WEIGHTS, number))
-        return VAE(dataset.spec, **SIZES[self.size])
+        return self.make_expert(dataset.spec)
+
+    def make_expert(self, spec: Spec) -> Expert:
+        """Make one with weights from torch's generator."""
+        return VAE(spec, **SIZES[self.size])
 
     def gate(self, dataset: Dataset) -> Gate:
         """Make the gate."""
         torch.manual_seed(weights_seed(SEED, Purpose.GATE))
-        return Softmax(dataset.spec, self.num_experts, Conv([16, 32]))
+        return make_gate(dataset.spec, self.num_experts)
 
     def objective(self) -> WeightedLoss:
         """sum_e r_e l_e, and the balance term."""
         return WeightedLoss(KLBalance(self.balance) if self.balance else None)
+
+
+def make_gate(spec: Spec, num_experts: int) -> Gate:
+    """Make a gate with weights from torch's generator."""
+    return Softmax(spec, num_experts, Conv([16, 32]))
 
 
 def adam(parameters: Iterable[Tensor]) -> Optimizer:
@@ -209,13 +215,11 @@ class ExpertParallel(Rival):
         wire: Wire | None = None,
     ) -> None:
         super().__init__(problem, dataset, mesh.rank, mesh.world_size, mesh.device)
-        self.mesh, self.wire, self.prefetch = mesh, wire or Wire(mesh.device), prefetch
-        gate = problem.gate(dataset).to(mesh.device)
-        bank = ExpertBank(
-            {e: problem.expert(e, dataset).to(mesh.device) for e in mesh.experts}, "loop", Compute(micro_batch)
-        )
-        dispatch = Dispatch(mesh, self.wire, dataset.spec)
-        self.mixture = Soft(gate, bank, dispatch, dataset.spec, torch.float32, routing, one_way)
+        self.mesh, self.wire = mesh, wire or Wire(mesh.device)
+        how: dict[str, Any] = {"routing": routing, "one_way": one_way, "prefetch": prefetch, "execution": "loop"}
+        compute = Compute(micro_batch)
+        self.mixture = Soft(make_gate, problem.make_expert, problem.num_experts, **how, compute=compute)
+        self.mixture.setup(Context(SEED, torch.float32, dataset.spec, mesh, self.wire))
         self.engine = Native(self.mixture.parts, mesh, self.wire, adam)
         self.objective = problem.objective()
         self.upcoming: RankBatch | None = None
@@ -227,9 +231,10 @@ class ExpertParallel(Rival):
             getattr(owned.module, "anneal", lambda step: None)(self.done)
         self.objective.anneal(self.done)
         shard = self.upcoming or self.take()
-        self.upcoming = self.take() if self.prefetch else None
+        self.upcoming = self.take() if self.mixture.prefetch else None
         self.engine.zero_grad()
-        outcome = self.mixture.backward(shard, self.objective, Moment(SEED, 0, self.done), 1, self.upcoming)
+        with self.engine.accumulating():
+            outcome = self.mixture.backward(shard, self.objective, Moment(SEED, 0, self.done), 1, self.upcoming)
         totals = self.engine.step(outcome, self.done)
         if self.first_loss is None:
             self.first_loss = totals.outcome.loss.item()

@@ -16,19 +16,15 @@ from rivals import SEED, adam
 from torch import nn
 from turns import figures
 
-from mixdist.competition.competition import Competition, RoundPosition
-from mixdist.competition.discriminators import Discriminator
-from mixdist.competition.entrant import EntrantContext
-from mixdist.competition.mixture import HardMixture
-from mixdist.competition.rules import Rules
-from mixdist.competition.scores import Discriminators
-from mixdist.competition.table import Assignment
+from mixdist import competition
+from mixdist.competition import Assignment, Competition, Discriminators
+from mixdist.competition.rounds import RoundPosition
 from mixdist.data import Dataset
 from mixdist.data.loader import share
-from mixdist.experts import Compute, Expert, ExpertBank
+from mixdist.experts import Expert
+from mixdist.mixtures import Context
+from mixdist.nets import Network
 from mixdist.noise import Purpose, weights_seed
-from mixdist.parallel.agreement import gather_json
-from mixdist.parallel.dispatch import Dispatch
 from mixdist.parallel.mesh import Mesh
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Spec
@@ -43,14 +39,14 @@ class Work:
 
     Args:
         expert: makes one for a data set's fields.
-        judge: makes a discriminator.
+        judge: network of a discriminator; None for its own.
         epochs: of the experts.
         batch: rows of an expert's batch.
         judge_batches: of each discriminator.
     """
 
     expert: Callable[[Spec], Expert]
-    judge: Callable[[Spec], Discriminator]
+    judge: Network | None
     epochs: int
     batch: int
     judge_batches: int
@@ -76,7 +72,7 @@ def skewed(dataset: Dataset, num_experts: int, skew: float) -> Assignment:
     return Assignment.of(expert_N[order_N], num_experts, dataset.fingerprint)
 
 
-class Rounds(Competition):
+class Rounds(competition.Rounds):
     """A competition whose table stays: each round's expert epochs begin with the same skewed split.
 
     Args:
@@ -97,29 +93,14 @@ class Rounds(Competition):
         mesh: Mesh,
         wire: Wire | None = None,
     ) -> None:
-        spec, wire = dataset.spec, wire or Wire(mesh.device)
-        judging = Discriminators(batches=work.judge_batches, optimizer=adam)
-
-        def make(number: int, round: int) -> Expert:
-            return seeded(work.expert, spec, Purpose.WEIGHTS, number, round).to(mesh.device)
-
-        def judge(number: int, round: int) -> Discriminator:
-            return seeded(work.judge, spec, Purpose.DISCRIMINATOR, number, round).to(mesh.device)
-
-        ring = EntrantContext(SEED, spec, torch.float32, mesh, wire, Compute(), make, judge, judging)
-        bank = ExpertBank({e: make(e, 0) for e in mesh.experts})
-        mixture = HardMixture(bank, Dispatch(mesh, wire, spec), spec, torch.float32, judging)
-        phase = Phase(work.epochs, work.batch, optimizer=adam)
-        rules = Rules(2**20, "table", "skewed", judging, **way)
-        super().__init__(mixture, dataset, [phase], rules, ring, table)
+        spec, judging = dataset.spec, Discriminators(work.judge, batches=work.judge_batches, optimizer=adam)
+        rules: dict[str, Any] = {"rounds": 2**20, "start": "table", "table": "skewed", "score": judging, **way}
+        mixture = Competition(work.expert, table.num_experts, **rules)
+        mixture.setup(Context(SEED, torch.float32, spec, mesh, wire or Wire(mesh.device)))
+        super().__init__(mixture, dataset, [Phase(work.epochs, work.batch, optimizer=adam)], fresh=False)
+        self.table = table
         self.split, self.width = table, spec["x"].num_bytes
         self.first_loss: float | None = None
-        self.records: list[dict[str, Any]] = []
-        self.history.recorders = [self]  # type: ignore[list-item]
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Take a record, on rank 0."""
-        self.records.append(record)
 
     def run(self, rounds: int) -> None:
         """Train the experts for some rounds, on the same split."""
@@ -137,7 +118,11 @@ class Rounds(Competition):
         self.first_loss = record["loss"]
         self.run(1)
         record = self._record({})
-        return {"moving_s": record.get("moving_s", 0.0), "moved_bytes": record["sync_bytes"], "homes": self.homes}
+        return {
+            "moving_s": record.get("moving_s", 0.0),
+            "moved_bytes": record["sync_bytes"],
+            "homes": self.entrants.homes,
+        }
 
     def traffic(self) -> dict[str, Any]:
         """Give the bytes that all ranks send in a round's epochs, and the least."""
@@ -147,7 +132,7 @@ class Rounds(Competition):
         least = 0
         if self.rules.delivery == "wire":
             held = [share(len(self.split), rank, mesh.world_size) for rank in range(mesh.world_size)]
-            owned = [np.isin(self.split.expert_N, experts) for experts in self.homes]
+            owned = [np.isin(self.split.expert_N, experts) for experts in self.entrants.homes]
             away = [mine.sum() - mine[held[rank].start : held[rank].stop].sum() for rank, mine in enumerate(owned)]
             least = int(sum(away)) * self.width * self.phase.epochs
         sent = record["wire_bytes"] + record["sync_bytes"]
@@ -158,9 +143,9 @@ class Rounds(Competition):
         found = []
         for _ in range(rounds + 1):
             self.history.reset()
-            self._round()
+            record = self._round().record
             self.table = self.split
-            record = self.records[-1] if self.mesh.rank == 0 else None
-            found.append(gather_json(record, self.mesh.world)[0])
+            assert record is not None
+            found.append(record)
         names = ("discriminators_s", "scoring_s")
         return {name: figures([record[name] for record in found[1:]]) for name in names}

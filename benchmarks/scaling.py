@@ -40,7 +40,6 @@ from rounds import Rounds, Work, skewed
 from turns import figures, meet, now, parser_of, positive, refuse, take_turns, tell, write
 from wire_model import CountingWire, fit_wire
 
-from mixdist.competition.discriminators import Discriminator
 from mixdist.experts import VAE
 from mixdist.mixtures.routing import TopK
 from mixdist.nets import Conv
@@ -62,7 +61,7 @@ round: what else a competition's round is, in words; it and the last four are em
 """
 
 JUDGE = Conv([16, 32])
-"""Channels of a discriminator."""
+"""Network of a discriminator."""
 
 TIMED_STEPS = 5
 
@@ -174,7 +173,7 @@ def hard(mode: str, problem: Problem, mesh: Mesh, wire: Wire, options: argparse.
     dataset = replace(problem, batch_size=num_rows, num_batches=1).data()
     work = Work(
         lambda spec: VAE(spec, **SIZES[options.size]),
-        lambda spec: Discriminator(spec, JUDGE),
+        JUDGE,
         options.epochs,
         options.batch,
         options.judge_batches,

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from mixdist.model import Model
+from typing import Any
 
 __all__ = ["load"]
 
 
-def load(run: str | PathLike[str]) -> Model:
+def load(run: str | PathLike[str]) -> Any:
     """Return the trained mixture of a run's directory, on one process: responsibilities, reconstructions, samples.
 
     Raises:

@@ -214,6 +214,10 @@ class Draw:
         return philox((block, (ids_R & _MASK)[:, None], _high(ids_R)[:, None], step), (key[:, 0], key[:, 1]))
 
 
+EVALUATION_PHASE = 2**31
+"""A phase number that no training phase has: it keys the noise of evaluation."""
+
+
 @dataclass(frozen=True)
 class Moment:
     """The position of a step in a run; with a row's id and an expert it is the key of every random draw.

@@ -120,45 +120,38 @@ class Gating(NamedTuple):
 
 
 class ExpertTerms(NamedTuple):
-    """What an expert says of R rows; every field has the row axis first, and all but the loss may be absent.
+    """What an expert computes for R rows; every field has the row axis first, and any may be absent.
 
     Args:
         loss_R: the loss to be minimised for each row, in nats for likelihoods.
         log_px_R: log p(x|z) or log p(y|x), nats.
         kl_R: KL(q(z|x) || p(z)), nats, without beta, warm-up or free bits.
+        features: any other fields of a row by name, of any width, such as a feature map for a shared decoder.
     """
 
-    loss_R: Tensor
+    loss_R: Tensor | None = None
     log_px_R: Tensor | None = None
     kl_R: Tensor | None = None
+    features: Mapping[str, Tensor] = {}
 
 
 class Outcome(NamedTuple):
-    """What one step of a mixture leaves behind on this rank; every field is a sum over its rows, float64.
+    """What one step of a mixture leaves on this rank; every tensor is a sum over its rows.
 
     Summed over ranks each field is the global figure: local losses sum to the global loss, never average.
 
     Args:
         loss: this rank's part of the global loss.
         parts: the loss's named parts, of the same kind.
-        load_E: sum of responsibilities for each expert, rows.
-        loss_E: sum of the expert's losses over all rows it saw, nats.
-        seen_E: rows that each expert saw.
-        bad_E: rows for which the expert's loss is not finite.
-        bad_gate: rows for which a responsibility is not a number.
-        entropy: sum over rows of the entropy of their responsibilities, nats.
-        lost: responsibility that capacity refused, rows.
+        sums: other sums over rows that the family wants of the whole batch, by name, of any shape.
+        faults: rows with a value that is not finite, by the name of that value, such as "the gate's output". Where the
+            count is a vector, the name has ``{}`` for the place in it, such as "the loss of expert {}".
     """
 
     loss: Tensor
     parts: dict[str, Tensor]
-    load_E: Tensor
-    loss_E: Tensor
-    seen_E: Tensor
-    bad_E: Tensor
-    bad_gate: Tensor
-    entropy: Tensor
-    lost: Tensor
+    sums: Mapping[str, Tensor] = {}
+    faults: Mapping[str, Tensor] = {}
 
 
 class Owned(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,18 +16,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixdist.competition.competition import Competition
-from mixdist.competition.discriminators import Discriminator
-from mixdist.competition.entrant import EntrantContext
-from mixdist.competition.mixture import HardMixture
+from mixdist.competition import (
+    Assignment,
+    Competition,
+    Discriminators,
+    Elbo,
+    Fixed,
+    LabelOracle,
+    Likelihood,
+    Random,
+    Rounds,
+    Score,
+)
 from mixdist.competition.reassign import Verdict
-from mixdist.competition.rules import Rules
-from mixdist.competition.scores import Discriminators, Elbo, Fixed, LabelOracle, Likelihood, Random, Score
-from mixdist.competition.table import Assignment
-from mixdist.experts import Compute, Expert, ExpertBank
+from mixdist.experts import Compute
+from mixdist.mixtures import Context, MakeExpert
 from mixdist.nets import MLP, Conv
-from mixdist.noise import Purpose, weights_seed
-from mixdist.parallel.dispatch import Dispatch
 from mixdist.parallel.mesh import Mesh
 from mixdist.parallel.wire import Wire
 from mixdist.training.phases import Phase
@@ -69,9 +73,10 @@ def make_score(case: Contest) -> Score:
     def adam(params: Any) -> torch.optim.Optimizer:
         return torch.optim.Adam(params, 1e-2, eps=1e-5)
 
+    network = Conv([3, 4]) if case.expert == "conv" else MLP([9])
     kinds: dict[str, Callable[[], Score]] = {
-        "fresh": lambda: Discriminators(epochs=2, batch_size=13, optimizer=adam),
-        "kept": lambda: Discriminators(batches=3, fresh=False, batch_size=20, optimizer=adam, observe=False),
+        "fresh": lambda: Discriminators(network, epochs=2, batch_size=13, optimizer=adam),
+        "kept": lambda: Discriminators(network, batches=3, fresh=False, batch_size=20, optimizer=adam, observe=False),
         "elbo": Elbo,
         "normalised": lambda: Elbo(normalized=True),
         "likelihood": lambda: Likelihood(num_samples=25),
@@ -80,11 +85,6 @@ def make_score(case: Contest) -> Score:
         "fixed": Fixed,
     }
     return kinds[case.score]()
-
-
-def make_judge(case: Contest) -> Discriminator:
-    spec = data().spec
-    return Discriminator(spec, Conv([3, 4]) if case.expert == "conv" else MLP([9]))
 
 
 def make_phase(case: Contest, epochs: int) -> Phase:
@@ -107,90 +107,83 @@ def skewed(num_experts: int) -> Assignment:
     return Assignment.of(mixed_N, num_experts, data().fingerprint)
 
 
-def make_ring(case: Contest, mesh: Mesh, wire: Wire) -> EntrantContext:
-    score = make_score(case)
-    judging = score if isinstance(score, Discriminators) else None
+def make_experts(case: Contest) -> MakeExpert | list[MakeExpert]:
+    """One for all; or, for "unlike", experts with other likelihoods."""
+    kinds = ("bernoulli", "laplace", "gaussian", "bernoulli", "laplace")[: case.num_experts]
 
-    def seeded(make: Callable[[], Any], purpose: Purpose, e: int, round: int) -> Any:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(weights_seed(SEED, purpose, e, round))
-            return make().double()
+    def maker(kind: str) -> MakeExpert:
+        return lambda spec: make_expert(Case(expert=kind), spec)
 
-    def expert(e: int, round: int) -> Expert:
-        return seeded(lambda: make_expert(Case(expert=case.expert), data().spec), Purpose.WEIGHTS, e, round)
-
-    def judge(e: int, round: int) -> Discriminator:
-        return seeded(lambda: make_judge(case), Purpose.DISCRIMINATOR, e, round)
-
-    compute = Compute(micro_batch=case.micro_batch)
-    return EntrantContext(
-        SEED, data().spec, torch.float64, mesh, wire, compute, expert, judge if judging else None, judging
-    )
+    return [maker(kind) for kind in kinds] if case.expert == "unlike" else maker(case.expert)
 
 
-def make_competition(case: Contest, mesh: Mesh, wire: Wire) -> Competition:
-    """Two epochs of pretraining, then rounds of two epochs."""
-    ring, spec = make_ring(case, mesh, wire), data().spec
-    bank = ExpertBank({e: ring.make_expert(e, 0) for e in mesh.experts}, "loop", ring.compute)
-    score = ring.judging or make_score(case)
-    rules = Rules(
+def make_mixture(case: Contest, mesh: Mesh, wire: Wire) -> Competition:
+    mixture = Competition(
+        make_experts(case),
+        case.num_experts,
+        Compute(micro_batch=case.micro_batch),
         rounds=case.rounds,
-        start=case.start,  # type: ignore[arg-type]
+        start=case.start,
         table="given" if case.start == "table" else None,
-        score=score,
-        starved=case.starved,  # type: ignore[arg-type]
+        score=make_score(case),
+        starved=case.starved,
         starved_below=0.5,
-        delivery=case.delivery,  # type: ignore[arg-type]
-        placement=case.placement,  # type: ignore[arg-type]
+        delivery=case.delivery,
+        placement=case.placement,
         block=case.block,
     )
-    mixture = HardMixture(bank, Dispatch(mesh, wire, spec), spec, ring.dtype, score)
-    table = skewed(case.num_experts) if case.start == "table" else None
-    return Competition(mixture, data(), [make_phase(case, 2), make_phase(case, 2)], rules, ring, table)
+    mixture.setup(Context(SEED, torch.float64, data().spec, mesh, wire))
+    return mixture
 
 
-class Keeper:
-    """Keeps records."""
+def make_rounds(case: Contest, mesh: Mesh, wire: Wire) -> Rounds:
+    """Two epochs of pretraining, then rounds of two epochs."""
+    phases = [make_phase(case, 2), make_phase(case, 2)]
+    rounds = Rounds(make_mixture(case, mesh, wire), data(), phases, fresh=False)
+    if case.start == "table":
+        rounds.table = skewed(case.num_experts)
+    return rounds
 
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
 
-    def write(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-
-    def close(self) -> None: ...
+def records_of(rounds: Rounds) -> Iterator[dict[str, Any]]:
+    """Run to the end; yield each record."""
+    rounds.begin()
+    while not rounds.finished:
+        record = rounds.advance().record
+        if record is not None:
+            yield record
+    rounds.end()
 
 
 def run(case: Contest) -> dict[str, Any]:
     """Pretrain and compete on this rank; report what every scoring decided, all records, and all that experts are."""
     mesh = mesh_of(case.num_experts, case.ranks, case.ep_size)
-    made = make_competition(case, mesh, Wire(mesh.device))
-    keeper, verdicts, tables = Keeper(), list[Verdict](), list[list[int]]()
-    made.history.recorders = [keeper]
+    made = make_rounds(case, mesh, Wire(mesh.device))
+    verdicts, tables, records = list[Verdict](), list[list[int]](), list[dict[str, Any]]()
     made.scoring.needs_best = True
-    verdict, report = made.scoring.verdict, made.history.round
+    verdict = made.scoring.verdict
 
     def judge(*words: Any) -> Verdict:
         verdicts.append(verdict(*words))
         return verdicts[-1]
 
-    def note(table: Assignment, record: dict[str, Any]) -> None:
-        tables.append(table.expert_N.tolist())
-        report(table, record)
-
-    made.scoring.verdict, made.history.round = judge, note  # type: ignore[method-assign]
+    made.scoring.verdict = judge  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mixdist.competition.placement.MOVES_A_SECOND", math.inf)
         patch.setattr("mixdist.competition.pieces.PIECE_BYTES", case.piece_bytes)
-        made.fit()
+        for record in records_of(made):
+            records.append(record)
+            if "round" in record:
+                assert made.table is not None
+                tables.append(made.table.expert_N.tolist())
     assert list(made.entrants) == list(mesh.experts) == made.mixture.bank.ids
     return {
         "tables": tables,
-        "records": keeper.records,
+        "records": records,
         "scores": {f"round {i} scores": torch.as_tensor(v.best_N) for i, v in enumerate(verdicts)},
         "log_z": {f"round {i} log Z": v.log_z_E for i, v in enumerate(verdicts)},
         "experts": {f"{e} {n}": t for e, entrant in made.entrants.items() for n, t in entrant.tensors().items()},
-        "losses": {e: [entrant.loss, entrant.judge_loss] for e, entrant in made.entrants.items()},
+        "losses": {e: [entrant.loss, entrant.discriminator_loss_mean] for e, entrant in made.entrants.items()},
     }
 
 

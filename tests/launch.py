@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from mixdist.cli.main import main
+from mixdist.config.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 HANG_S = 300.0
@@ -32,9 +33,14 @@ def mlp(*hidden: int) -> dict[str, Any]:
 
 SMALL: dict[str, Any] = {
     "data": {"class_path": "mixdist.data.Digits"},
-    "num_experts": 4,
-    "gate": {"class_path": "mixdist.gates.Softmax", "init_args": {"network": mlp(8)}},
-    "expert": {"class_path": "mixdist.experts.VAE", "init_args": {"network": mlp(8), "latent": 2}},
+    "mixture": {
+        "class_path": "mixdist.mixtures.Soft",
+        "init_args": {
+            "num_experts": 4,
+            "gate": {"class_path": "mixdist.gates.Softmax", "init_args": {"network": mlp(8)}},
+            "expert": {"class_path": "mixdist.experts.VAE", "init_args": {"network": mlp(8), "latent": 2}},
+        },
+    },
     "train": {
         "epochs": 1,
         "batch_size": 500,
@@ -52,16 +58,19 @@ HARD: dict[str, Any] = {
         "class_path": "mixdist.data.Blobs",
         "init_args": {"num_classes": 3, "rows": 120, "test_rows": 30, "spread": 0.2},
     },
-    "expert": {
-        "class_path": "mixdist.experts.VAE",
-        "init_args": {"network": mlp(6), "latent": 2, "likelihood": "gaussian", "mean": "identity"},
-    },
-    "num_experts": 3,
-    "competition": {
-        "rounds": 2,
-        "score": {
-            "class_path": "mixdist.competition.Discriminators",
-            "init_args": {"network": mlp(8), "batch_size": 40},
+    "mixture": {
+        "class_path": "mixdist.competition.Competition",
+        "init_args": {
+            "expert": {
+                "class_path": "mixdist.experts.VAE",
+                "init_args": {"network": mlp(6), "latent": 2, "likelihood": "gaussian", "mean": "identity"},
+            },
+            "num_experts": 3,
+            "rounds": 2,
+            "score": {
+                "class_path": "mixdist.competition.Discriminators",
+                "init_args": {"network": mlp(8), "batch_size": 40},
+            },
         },
     },
     "train": {"epochs": 1, "batch_size": 30},
@@ -72,11 +81,15 @@ REMOVED = object()
 
 
 def changed(base: dict[str, Any] = SMALL, /, **changes: Any) -> dict[str, Any]:
-    """Return a config with other values: ``changed(gate__init_args__hidden=[3])``; REMOVED takes a key away."""
+    """Return a config with other values: ``changed(train__epochs=3)``; REMOVED takes a key away.
+
+    What is no key of a config is the mixture's: ``changed(expert__init_args__latent=3)``.
+    """
     config = copy.deepcopy(base)
     for path, value in changes.items():
         *outer, last = path.split("__")
-        section = config
+        own = [*outer, last][0] in Config.__dataclass_fields__
+        section = config if own else config["mixture"]["init_args"]
         for key in outer:
             section = section.setdefault(key, {})
         if value is REMOVED:

@@ -17,20 +17,18 @@ from torch import Tensor
 from mixdist.data import Dataset, Loader
 from mixdist.engines import Native
 from mixdist.evaluation.evaluate import evaluate
-from mixdist.experts import VAE, Classifier, Compute, Expert, ExpertBank, Regressor
+from mixdist.experts import VAE, Centroid, Classifier, Compute, Expert, Regressor
 from mixdist.gates import Consistent, Gate, LabelOracle, Softmax, Uniform
-from mixdist.mixtures import Mixture, Soft
+from mixdist.mixtures import Context, ExpertEvaluation, MakeExpert, Mixture, Soft
 from mixdist.mixtures.objectives import Balance, KLBalance, MixtureLikelihood, Objective, VarianceBalance, WeightedLoss
 from mixdist.mixtures.routing import TopK
 from mixdist.nets import MLP, Conv
-from mixdist.noise import Draw, Moment, Purpose, weights_seed
-from mixdist.parallel.dispatch import Dispatch
+from mixdist.noise import Draw, Moment, Purpose
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement
 from mixdist.parallel.wire import Wire
-from mixdist.report.gallery import targets
 from mixdist.terms import Batch, Field, Gating, Spec
-from tests.two_stage import WIDTH, Component, TwoStage
+from tests.two_stage import TwoStage
 
 SEED = 11
 NUM_ROWS = 45
@@ -170,9 +168,18 @@ def make_objective(case: Case) -> Objective:
     return kind(balances[case.balance])
 
 
-def seeded(make: Any, *args: Any, purpose: Purpose = Purpose.WEIGHTS, number: int = 0) -> Any:
-    torch.manual_seed(weights_seed(SEED, purpose, number))
-    return make(*args)
+def make_experts(case: Case) -> MakeExpert | list[MakeExpert]:
+    """One for all; or, for "unlike", experts that read other fields, of which some have no bound."""
+    if case.expert != "unlike":
+        return lambda spec: make_expert(case, spec)
+    makers: list[MakeExpert] = [
+        lambda spec: make_expert(replace(case, expert="bernoulli"), spec),
+        lambda spec: VAE(spec, 2, MLP([5], "tanh"), "gaussian", "learned", "identity", field="y"),
+        lambda spec: make_expert(replace(case, expert="classifier"), spec),
+        lambda spec: make_expert(replace(case, expert="regressor"), spec),
+        lambda spec: Centroid(spec),
+    ]
+    return makers[: case.num_experts]
 
 
 @functools.cache
@@ -183,15 +190,21 @@ def mesh_of(num_experts: int, ranks: int, ep_size: int) -> Mesh:
 
 def make_mixture(case: Case, mesh: Mesh, wire: Wire) -> Mixture:
     spec, dtype = data().spec, getattr(torch, case.dtype)
-    dispatch = Dispatch(mesh, wire, spec)
     if case.family == "two-stage":
-        components = {e: seeded(Component, 16, number=e).to(dtype) for e in mesh.experts}
-        decoder = seeded(MLP([]).decoder, WIDTH, (16,), purpose=Purpose.GATE).to(dtype)
-        return TwoStage(components, decoder, dispatch, spec)
-    gate = seeded(make_gate, case, spec, purpose=Purpose.GATE).to(dtype)
-    experts = {e: seeded(make_expert, case, spec, number=e).to(dtype) for e in mesh.experts}
-    bank = ExpertBank(experts, case.execution, COMPUTE[case.memory])  # type: ignore[arg-type]
-    return Soft(gate, bank, dispatch, spec, dtype, make_routing(case), case.way == "ahead")
+        mixture: Mixture = TwoStage(case.num_experts)
+    else:
+        mixture = Soft(
+            lambda spec, num_experts: make_gate(case, spec),
+            make_experts(case),
+            case.num_experts,
+            make_routing(case),
+            case.way == "ahead",
+            case.prefetch,
+            case.execution,  # type: ignore[arg-type]
+            COMPUTE[case.memory],
+        )
+    mixture.setup(Context(SEED, dtype, spec, mesh, wire))
+    return mixture
 
 
 def make_engine(case: Case, mixture: Mixture, mesh: Mesh, wire: Wire) -> Native:
@@ -245,8 +258,7 @@ def run(case: Case) -> dict[str, Any]:
 def figures(outcome: Any, grad_norm: float) -> dict[str, Tensor]:
     # Parts are one tensor: near balance the balance term is a small difference of large numbers.
     parts = {"parts": torch.stack(list(outcome.parts.values()))}
-    fields = {name: getattr(outcome, name) for name in ("loss", "load_E", "loss_E", "seen_E", "lost", "entropy")}
-    return {**fields, **parts, "grad_norm": torch.tensor(grad_norm, dtype=torch.float64)}
+    return {"loss": outcome.loss, **outcome.sums, **parts, "grad_norm": torch.tensor(grad_norm, dtype=torch.float64)}
 
 
 def keep(report: dict[str, Any], mixture: Mixture, mesh: Mesh, kind: str, get: Any) -> None:
@@ -259,7 +271,8 @@ def keep(report: dict[str, Any], mixture: Mixture, mesh: Mesh, kind: str, get: A
 
 def judge(report: dict[str, Any], case: Case, mixture: Soft) -> None:
     """Evaluate, and keep how far the gate was from deciding otherwise."""
-    evaluation = evaluate(mixture, data(), case.batch_size, SEED, targets(mixture))
+    evaluation = evaluate(mixture, data(), case.batch_size, SEED)
+    assert isinstance(evaluation, ExpertEvaluation)
     report["decided"] = evaluation.expert_N.tolist()
     report["figures"] = evaluation.figures
     if case.gate not in ("oracle", "uniform", "noisy", "tied"):

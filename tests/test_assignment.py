@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from itertools import product
 
 import numpy as np
 import pytest
 
-from mixdist.competition.history import in_words, write_table
+from mixdist.competition.history import in_words, table_files
 from mixdist.competition.placement import load_balanced
 from mixdist.competition.table import Assignment, reseeded, starved, winners
 
@@ -44,12 +45,13 @@ def test_a_table_comes_back() -> None:
     assert about["counts"] == [10] * 5
 
 
-def test_a_table_is_written_complete_with_what_it_is(tmp_path) -> None:
+def test_a_table_is_left_complete_with_what_it_is() -> None:
     table = Assignment.uniform(50, 5, "data", 0)
-    path = write_table(tmp_path / "assignments", table)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["round-0000.json", "round-0000.npy"]
-    assert np.array_equal(np.load(path, allow_pickle=False), table.expert_N)
-    assert json.loads(path.with_suffix(".json").read_text()) == table.describe()
+    files = table_files(table)
+    assert sorted(files) == ["assignments/round-0000.json", "assignments/round-0000.npy"]
+    found = np.load(io.BytesIO(files["assignments/round-0000.npy"]), allow_pickle=False)
+    assert np.array_equal(found, table.expert_N)
+    assert json.loads(files["assignments/round-0000.json"]) == table.describe()
 
 
 def test_ties_go_to_the_lowest_expert() -> None:

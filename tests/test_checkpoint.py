@@ -59,7 +59,7 @@ class Run:
             for parameter in one.module.parameters():
                 parameter.grad = torch.full_like(parameter, step)
         zero = torch.zeros(1, dtype=torch.float64)
-        self.engine.step(Outcome(zero, {}, *[zero] * 7), step)
+        self.engine.step(Outcome(zero, {}), step)
         self.store.save(step, {"position": {"total": step}}, self.owned, self.engine)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -105,7 +105,7 @@ def test_files_are_plain_and_an_expert_travels_alone(tmp_path: Path) -> None:
 
     manifest = json.loads((path / MANIFEST).read_text())
     assert manifest.keys() == {"format", "num_experts", "files", "sha256"}
-    assert (manifest["format"], manifest["num_experts"]) == (1, NUM_EXPERTS)
+    assert (manifest["format"], manifest["num_experts"]) == (2, NUM_EXPERTS)
     assert sorted([*manifest["files"], MANIFEST]) == FILES
     for name, entry in manifest["files"].items():
         assert entry.keys() == {"bytes", "sha256"}
@@ -304,8 +304,8 @@ def test_a_manifest_of_another_shape_is_damage(files: Any, tmp_path: Path) -> No
 def test_another_versions_checkpoint_is_refused(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1)
-    rewrite_manifest(tmp_path / "step-000000001", lambda m: m.update(format=2))
-    with pytest.raises(ValueError, match="has format 2, expected 1: use the version that wrote it"):
+    rewrite_manifest(tmp_path / "step-000000001", lambda m: m.update(format=1))
+    with pytest.raises(ValueError, match="has format 1, expected 2: use the version that wrote it"):
         run.store.choose()
 
 

@@ -19,9 +19,8 @@ from sklearn.datasets import load_digits
 
 import mixdist
 from mixdist.cli.train import train_parser
-from mixdist.config.config import CheckpointConfig, Config, DispatchConfig, MeshConfig
+from mixdist.config.config import CheckpointConfig, Config, MeshConfig
 from mixdist.data import Blobs, Digits
-from mixdist.experts import Compute
 from mixdist.training.manifest import MANIFEST
 from mixdist.training.phases import Phase
 from tests.launch import SMALL, changed, complaint, here, refused, torchrun, write_config
@@ -77,8 +76,7 @@ def test_what_needs_no_torch_does_not_import_it(module: str) -> None:
 def test_every_key_is_in_the_help() -> None:
     text = " ".join(train_parser().format_help().split())
     keys = [field.name for field in dataclasses.fields(Config)]
-    sections = {"train": Phase, "mesh": MeshConfig, "checkpoint": CheckpointConfig, "dispatch": DispatchConfig}
-    sections["compute"] = Compute
+    sections = {"train": Phase, "mesh": MeshConfig, "checkpoint": CheckpointConfig}
     for section, kind in sections.items():
         keys += [f"{section}.{field.name}" for field in dataclasses.fields(kind)]
     missing = [key for key in [*keys, "config", "out", "resume"] if f"--{key} " not in text]
@@ -94,7 +92,8 @@ def test_every_key_is_in_the_help() -> None:
         ([], "usage: mixdist COMMAND"),
         (["--help"], "usage: mixdist COMMAND"),
         (["train", "--help"], "passes over the training rows"),
-        (["train", "--expert.help", "mixdist.experts.VAE"], "standard deviation (gaussian)"),
+        (["train", "--mixture.help", "mixdist.mixtures.Soft"], "--mixture.compute.micro_batch"),
+        (["train", "--mixture.help", "mixdist.competition.Competition"], "--mixture.starved_below"),
         (["sample", "--help"], "usage: mixdist sample"),
     ],
 )
@@ -144,8 +143,8 @@ def test_a_run_is_loaded_as_it_ended(own: bool, folder: Path, monkeypatch: pytes
     if own:
         (folder / "own_parts.py").write_text(OWN_PARTS)
         monkeypatch.syspath_prepend(folder)
-        config["gate"] = {"class_path": "own_parts.Noisy", "init_args": {"spread": 0.2}}
-        config["expert"] = {"class_path": "own_parts.Narrow", "init_args": {"width": 6}}
+        own_gate = {"class_path": "own_parts.Noisy", "init_args": {"spread": 0.2}}
+        config = changed(config, gate=own_gate, expert={"class_path": "own_parts.Narrow", "init_args": {"width": 6}})
     ended = here("train", "--config", write_config(folder / "c.yaml", config), "--out", "run")
     assert (ended.code, ended.err) == (0, "")
 
@@ -216,7 +215,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train --config c.yaml --out run", "--out run --resume"),
         ("train --resume run --out other", "--out other --resume run"),
         ("train --resume run --seed 7", "seed 0 7"),
-        ("train --resume run --expert.init_args.latent 3", "expert 0"),
+        ("train --resume run --mixture.expert.latent 3", "expert 0"),
         ("train --resume run --train.optimizer torch.optim.RMSprop --train.epochs 9", "Adam RMSprop"),
         ("train --resume run --data.test_fraction 0.3 --train.epochs 9", "data"),
         ("train --resume run --train.epochs 1", "2 train.epochs 1"),
@@ -225,9 +224,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("evaluate run --rows 0", "--rows (0)"),
         ("evaluate run --split held-out", "split (held-out) test train"),
         ("evaluate run --samples 3", "--samples"),
-        ("evaluate run --num_experts 5", "num_experts 4 5"),
+        ("evaluate run --mixture.num_experts 5", "num_experts 4 5"),
         ("evaluate run --data.scale 3", "data scale"),
-        ("evaluate run --expert.init_args.latent 3", "expert 0"),
+        ("evaluate run --mixture.expert.latent 3", "expert 0"),
         ("evaluate run other", "other"),
         ("sample run --out c.yaml/samples.png", "c.yaml"),
     ],

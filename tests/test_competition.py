@@ -15,7 +15,7 @@ import torch
 from mixdist.data.loader import share
 from mixdist.parallel.mesh import Placement
 from mixdist.parallel.wire import Wire
-from tests.contest import COUNTS, Contest, Keeper, make_competition, make_ring, merge, run, skewed, tensors
+from tests.contest import COUNTS, Contest, make_mixture, make_rounds, merge, records_of, run, skewed, tensors
 from tests.parity import mesh_of
 from tests.pool import Pool
 from tests.test_parity import covering
@@ -33,7 +33,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "delivery": ("read", "wire"),
     "placement": ("fixed", "load"),
     "piece_bytes": (1 << 28, 1000),
-    "expert": ("bernoulli", "gaussian", "conv"),
+    "expert": ("bernoulli", "gaussian", "conv", "unlike"),
     "optimizer": ("adam", "clipped"),
     "batch_size": (10, 3, 100),
     "block": (16, 7, 100),
@@ -160,10 +160,9 @@ def test_a_starved_expert_waits_or_begins_anew(score: str) -> None:
 def test_an_expert_that_began_anew_is_trained_before_the_end() -> None:
     """It may get the very samples that it had, so that nothing moves: the run would end with one that knows nothing."""
     case = case_of((1, 1), start="table", score="oracle", starved="reseed")
-    made, keeper = make_competition(case, mesh_of(4, 1, 1), Wire(torch.device("cpu"))), Keeper()
-    made.rules, made.history.recorders = replace(made.rules, stop_below=0.01), [keeper]
-    made.fit()
-    rounds = [record for record in keeper.records if "round" in record]
+    made = make_rounds(case, mesh_of(4, 1, 1), Wire(torch.device("cpu")))
+    made.rules = replace(made.rules, stop_below=0.01)
+    rounds = [record for record in records_of(made) if "round" in record]
     assert [record["changed"] == 0 for record in rounds] == [False, True, False]
     assert [record["starved"] for record in rounds] == [[3]] * 3
     assert [record["starved_rule"] for record in rounds] == ["reseed", "reseed", "none"]
@@ -186,7 +185,7 @@ def test_reseeding_gives_new_weights_and_the_worst_samples() -> None:
     assert one["records"][-1]["counts"][3] == 0  # no class is left for the fourth expert
     assert first["starved"] == [3]
     assert first["counts"][3] == 12
-    fresh = make_ring(case_of((1, 1)), mesh_of(4, 1, 1), Wire(torch.device("cpu"))).make_expert(3, 2)
+    fresh = make_mixture(case_of((1, 1)), mesh_of(4, 1, 1), Wire(torch.device("cpu"))).make_expert(3, 2)
     assert two["experts"]["3 steps"][0].item() == 2 * 2  # two epochs of its 12 samples, from the first step on
     for name, begun in fresh.named_parameters():
         # Adam moves a weight by little more than its learning rate, 0.01, in a step.
@@ -199,11 +198,11 @@ def test_reseeding_gives_new_weights_and_the_worst_samples() -> None:
 
 def test_scores_are_shares_of_the_training_set() -> None:
     """exp(s_j) sums to 1 over all samples for each expert: Z is over the whole set, on any layout."""
-    made = make_competition(case_of((1, 1), score="fresh", rounds=1), mesh_of(4, 1, 1), Wire(torch.device("cpu")))
+    made = make_rounds(case_of((1, 1), score="fresh", rounds=1), mesh_of(4, 1, 1), Wire(torch.device("cpu")))
     kept: list[torch.Tensor] = []
     decide = made.scoring._decide
     made.scoring._decide = lambda scores, *rest: kept.append(scores) or decide(scores, *rest)  # type: ignore
-    made.fit()
+    list(records_of(made))
     assert len(kept) == 2
     for scores_NE in kept:
         assert scores_NE.shape == (45, 4)

@@ -83,16 +83,16 @@ DAMAGES: dict[str, Callable[[], Any]] = {
 def test_a_table_that_does_not_belong_is_refused(damage: Callable[[], Any]) -> None:
     write_table(even())
     damage()
-    config = changed(HARD, competition__start="table", competition__table="table.npy")
+    config = changed(HARD, start="table", table="table.npy")
     refused("train", "--config", write_config(Path("c.yaml"), config), names="table.npy")
 
 
 def test_a_run_goes_on_without_the_table_that_it_started_from(folder: Path) -> None:
     path = write_table(even())
-    config = changed(HARD, competition__start="table", competition__table="table.npy", competition__rounds=1)
+    config = changed(HARD, start="table", table="table.npy", rounds=1)
     assert here("train", "--config", write_config(folder / "c.yaml", config), "--out", "run").code == 0
     path.unlink()
-    ended = here("train", "--resume", "run", "--competition.rounds", "2")
+    ended = here("train", "--resume", "run", "--mixture.rounds", "2")
     assert (ended.code, ended.err) == (0, "")
     assert ended.out.startswith("round 2: ")
 
@@ -147,8 +147,8 @@ def test_an_expert_that_is_not_finite_is_named(folder: Path) -> None:
 @pytest.mark.parametrize("sick", ["expert", "discriminator"])
 def test_one_rank_that_is_not_finite_ends_all(sick: str, folder: Path) -> None:
     (folder / "sick.py").write_text(SICK)
-    changes: dict[str, Any] = {"competition__delivery": "wire", "mesh": {"timeout_s": 60.0}, "competition__block": 40}
-    changes |= ILL if sick == "expert" else {"competition__score__init_args__network": JUDGE}
+    changes: dict[str, Any] = {"delivery": "wire", "mesh": {"timeout_s": 60.0}, "block": 40}
+    changes |= ILL if sick == "expert" else {"score__init_args__network": JUDGE}
     config = write_config(folder / "c.yaml", changed(HARD, **changes))
     ended = together("train", "--config", config, "--out", "run", ranks=2, folder=folder)
     assert ended.code == 1  # torchrun's own
@@ -169,7 +169,7 @@ def test_a_score_that_is_no_number_names_the_expert(folder: Path) -> None:
         here(
             "train",
             "--config",
-            write_config(folder / "c.yaml", changed(HARD, competition__score="odd.Odd")),
+            write_config(folder / "c.yaml", changed(HARD, score="odd.Odd")),
             "--out",
             "run",
         )
@@ -232,7 +232,7 @@ def test_a_run_is_evaluated_and_sampled(run: Path) -> None:
     assert (ended.code, ended.err) == (0, "")
     told = json.loads((run / "evaluation.json").read_text())
     counts = json.loads((run / "assignments" / "round-0003.json").read_text())["counts"]
-    assert told["protocol"]["gate"] is None
+    assert told["protocol"]["mixture"]["init_args"]["rounds"] == 3
     assert told["figures"]["routing_entropy"] == 0
     # The winner's likelihood is at least its share of the mixture's, and the mixture's is a density.
     own, shares = told["figures"]["log_likelihood_gate"], told["figures"]["log_likelihood_shares"]
@@ -264,7 +264,7 @@ def test_a_run_before_its_first_scores_is_no_mixture(command: str, run: Path) ->
 @pytest.mark.parametrize("start", ["split", "table"])
 def test_a_first_split_is_no_mixture_yet(start: str, folder: Path) -> None:
     write_table(even())
-    rules = {"competition__start": start, "competition__table": "table.npy" if start == "table" else None}
+    rules = {"start": start, "table": "table.npy" if start == "table" else None}
     config = changed(HARD, checkpoint={"every": 1, "keep": 9}, **rules)
     assert here("train", "--config", write_config(folder / "c.yaml", config), "--out", "run").code == 0
     shutil.rmtree(folder / "run" / "checkpoints" / "step-000000004")
@@ -281,19 +281,19 @@ def test_pretraining_may_have_another_optimiser_and_a_changed_one_is_told(folder
     config = changed(HARD, pretrain=[{"epochs": 1}], train={"epochs": 1, "batch_size": 30, "optimizer": SGD})
     for words in (["--config", write_config(Path("c.yaml"), config), "--out", "run"], ["--resume", "run"]):
         assert here("train", *words).code == 0
-    other = ("--train.optimizer", "torch.optim.Adam", "--competition.rounds", "3")
+    other = ("--train.optimizer", "torch.optim.Adam", "--mixture.rounds", "3")
     refused("train", "--resume", "run", *other, names="SGD Adam")
 
 
 def test_a_run_that_stopped_goes_on_when_its_rule_is_lowered(folder: Path) -> None:
-    config = write_config(Path("c.yaml"), changed(HARD, competition__stop_below=1.0, competition__rounds=4))
+    config = write_config(Path("c.yaml"), changed(HARD, stop_below=1.0, rounds=4))
     assert here("train", "--config", config, "--out", "run").code == 0
     tables = lambda: len(list(Path("run/assignments").glob("*.npy")))  # noqa: E731
     stopped = tables()
     assert stopped < 4
     assert here("train", "--resume", "run").code == 0
     assert tables() == stopped
-    assert here("train", "--resume", "run", "--competition.stop_below", "0").code == 0
+    assert here("train", "--resume", "run", "--mixture.stop_below", "0").code == 0
     assert tables() == stopped + 4 - int(sorted(Path("run/assignments").glob("*.npy"))[stopped - 1].stem[-4:])
 
 
@@ -303,7 +303,7 @@ def test_a_bag_s_split_is_for_good_whoever_starves(folder: Path) -> None:
     few[3:50] = 2
     write_table(Assignment.of(few, 3, TRAIN.fingerprint))
     rules = {"start": "table", "table": "table.npy", "starved": "reseed", "starved_below": 0.5, "rounds": 2}
-    config = changed(HARD, competition={**rules, "score": {"class_path": "mixdist.competition.Fixed"}})
+    config = changed(HARD, **rules, score={"class_path": "mixdist.competition.Fixed"})
     assert here("train", "--config", write_config(Path("c.yaml"), config), "--out", "run").code == 0
     last = sorted(Path("run/assignments").glob("*.npy"))
     assert all(np.array_equal(np.load(path), few) for path in last)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mixdist.competition.competition import TABLE
+from mixdist.competition.rounds import TABLE
 from mixdist.report.metrics import read_metrics
 from tests.launch import here, mlp, start, together, write_config
 
@@ -43,25 +43,31 @@ CONFIG: dict[str, Any] = {
         "class_path": "mixdist.data.Blobs",
         "init_args": {"num_classes": 3, "rows": 240, "test_rows": 40, "spread": 0.2},
     },
-    "expert": {
-        "class_path": "stalling.Stalling",
-        "init_args": {"network": mlp(6), "latent": 2, "likelihood": "gaussian", "mean": "identity", "kl_warmup": 9},
-    },
-    "num_experts": 4,
-    "dtype": "float64",
-    "competition": {
-        "rounds": 3,
-        "starved": "freeze",
-        "starved_below": 0.3,
-        "block": 90,
-        "score": {
-            "class_path": "mixdist.competition.Discriminators",
-            "init_args": {
-                "batch_size": 40,
-                "network": mlp(8),
+    "mixture": {
+        "class_path": "mixdist.competition.Competition",
+        "init_args": {
+            "expert": {
+                "class_path": "stalling.Stalling",
+                "init_args": {
+                    "network": mlp(6),
+                    "latent": 2,
+                    "likelihood": "gaussian",
+                    "mean": "identity",
+                    "kl_warmup": 9,
+                },
+            },
+            "num_experts": 4,
+            "rounds": 3,
+            "starved": "freeze",
+            "starved_below": 0.3,
+            "block": 90,
+            "score": {
+                "class_path": "mixdist.competition.Discriminators",
+                "init_args": {"batch_size": 40, "network": mlp(8)},
             },
         },
     },
+    "dtype": "float64",
     "pretrain": [{"epochs": 2, "batch_size": 60}],
     "train": {
         "epochs": 2,
@@ -76,7 +82,7 @@ CONFIG: dict[str, Any] = {
 def config_of(folder: Path, **rules: Any) -> str:
     (folder / "stalling.py").write_text(OWN)
     config = copy.deepcopy(CONFIG)
-    config["competition"] |= rules
+    config["mixture"]["init_args"] |= rules
     return write_config(folder / "config.yaml", config)
 
 
@@ -209,7 +215,7 @@ def test_a_run_goes_on_bit_for_bit(total: int, whole: Path) -> None:
 
 def test_kept_discriminators_go_on_bit_for_bit(folder: Path) -> None:
     config = copy.deepcopy(CONFIG)
-    config["competition"]["score"]["init_args"] |= {"fresh": False, "batches": 3}
+    config["mixture"]["init_args"]["score"]["init_args"] |= {"fresh": False, "batches": 3}
     assert here("train", "--config", write_config(folder / "kept.yaml", config), "--out", "kept").code == 0
     run = until(folder / "kept", 7, "kept-again")
     assert here("train", "--resume", run.name).code == 0
@@ -246,9 +252,9 @@ def test_a_damaged_table_is_passed_over(whole: Path) -> None:
 
 def test_rounds_may_be_added(whole: Path, folder: Path) -> None:
     config = config_of(folder)
-    assert here("train", "--config", config, "--out", "short", "--competition.rounds", "1").code == 0
+    assert here("train", "--config", config, "--out", "short", "--mixture.rounds", "1").code == 0
     assert len(records(folder / "short")) == 4
-    assert here("train", "--resume", "short", "--competition.rounds", "3").code == 0
+    assert here("train", "--resume", "short", "--mixture.rounds", "3").code == 0
     assert_same(folder / "short", whole)
     assert here("train", "--resume", "short").code == 0  # at its end already: evaluates and ends
     assert_same(folder / "short", whole)
@@ -256,7 +262,7 @@ def test_rounds_may_be_added(whole: Path, folder: Path) -> None:
 
 def test_fewer_rounds_than_done_are_refused(whole: Path) -> None:
     run = until(whole, LAST, "fewer")
-    ended = here("train", "--resume", run.name, "--competition.rounds", "2")
+    ended = here("train", "--resume", run.name, "--mixture.rounds", "2")
     assert (ended.code, ended.out) == (2, "")
     assert "is in phase 1, round 4, but the config has 1 phases of pretraining and 2 rounds" in ended.err
     assert_same(run, whole)
@@ -265,6 +271,6 @@ def test_fewer_rounds_than_done_are_refused(whole: Path) -> None:
 @pytest.mark.parametrize("rule", ["starved_below", "block"])
 def test_other_rules_are_refused(rule: str, whole: Path) -> None:
     run = until(whole, 5, f"other-{rule}")
-    ended = here("train", "--resume", run.name, f"--competition.{rule}", "1")
+    ended = here("train", "--resume", run.name, f"--mixture.{rule}", "1")
     assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
-    assert "was made with competition" in ended.err
+    assert f"was made with {rule} " in ended.err

@@ -10,6 +10,7 @@ import torch
 from mixdist.config.parsing import read_config
 from mixdist.experts import Expert
 from mixdist.gates import Gate
+from mixdist.mixtures import Ensemble, Soft
 from mixdist.terms import Field
 from tests.launch import ROOT
 
@@ -34,11 +35,13 @@ def test_a_config_is_read_and_its_networks_fit_its_data(path: Path) -> None:
     with torch.device("meta"):  # shapes alone: some networks are large
         rows = {key: f.values(torch.zeros(2, *f.shape, dtype=f.dtype), torch.float32) for key, f in spec.items()}
         rows["id"] = torch.zeros(2, dtype=torch.int64)
-        expert = config.expert(spec)
+        mixture = config.mixture
+        assert isinstance(mixture, Ensemble)
+        expert = mixture.make_experts[0](spec)
         assert expert(rows, eps_for(expert)).loss_R.shape == (2,)
-        if config.gate is not None:
-            gate = config.gate(spec, config.num_experts)
-            assert gate(rows, eps_for(gate)).log_resp_BE.shape == (2, config.num_experts)
+        if isinstance(mixture, Soft):
+            gate = mixture.make_gate(spec, mixture.num_experts)
+            assert gate(rows, eps_for(gate)).log_resp_BE.shape == (2, mixture.num_experts)
 
 
 def eps_for(module: Expert | Gate) -> torch.Tensor | None:

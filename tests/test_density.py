@@ -11,30 +11,39 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixdist.config.build import Session, build, build_mesh
+from mixdist.config.build import build, build_mesh
 from mixdist.config.parsing import read_config
-from mixdist.evaluation.density import apportioned, samples_of
+from mixdist.mixtures import Ensemble
+from mixdist.mixtures.samples import apportioned, samples_of
 from mixdist.noise import Moment
-from tests.launch import SMALL, here, mlp, together, write_config
+from tests.launch import SMALL, changed, here, mlp, together, write_config
 
 OPTIMIZER = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.005}}
 HARD: dict[str, Any] = {
     "data": {"class_path": "mixdist.data.Bananas", "init_args": {"modes": 3, "rows": 900, "test_rows": 300}},
-    "expert": {
-        "class_path": "mixdist.experts.VAE",
-        "init_args": {"network": mlp(32), "latent": 2, "likelihood": "gaussian", "mean": "identity"},
+    "mixture": {
+        "class_path": "mixdist.competition.Competition",
+        "init_args": {
+            "expert": {
+                "class_path": "mixdist.experts.VAE",
+                "init_args": {"network": mlp(32), "latent": 2, "likelihood": "gaussian", "mean": "identity"},
+            },
+            "num_experts": 3,
+            "rounds": 2,
+            "score": {"class_path": "mixdist.competition.Elbo"},
+        },
     },
-    "num_experts": 3,
-    "competition": {"rounds": 2, "score": {"class_path": "mixdist.competition.Elbo"}},
     "pretrain": [{"epochs": 2, "batch_size": 50, "optimizer": OPTIMIZER}],
     "train": {"epochs": 3, "batch_size": 50, "optimizer": OPTIMIZER},
 }
 
 
-def session_of(config: str) -> Session:
-    """Build what a config says, untrained, in one process."""
+def untrained(config: str) -> Ensemble:
+    """Build the mixture of a config in one process."""
     made = read_config(Path(config))
-    return build(made, build_mesh(made))
+    mixture = build(made, build_mesh(made)).mixture
+    assert isinstance(mixture, Ensemble)
+    return mixture
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +98,7 @@ def test_the_largest_remainders_win_and_ties_go_to_the_lowest(
 
 
 def test_a_sample_depends_on_its_number_and_expert_alone(tmp_path: Path) -> None:
-    mixture = session_of(write_config(tmp_path / "c.yaml", HARD)).mixture
+    mixture = untrained(write_config(tmp_path / "c.yaml", HARD))
     few, many = (samples_of(mixture, np.array(counts), Moment(3), True) for counts in ([2, 0, 5], [1203, 4, 5]))
     assert [len(few[e]) for e in range(3)] == [2, 0, 5]
     np.testing.assert_allclose(many[0][:2], few[0], rtol=1e-6)
@@ -120,10 +129,10 @@ def test_the_bar_and_the_bounds_of_a_hard_mixture(run: Path) -> None:
     # Both estimate the density of one mixture; the kernels blur it.
     assert figures["kde_log_likelihood"] == pytest.approx(figures["log_likelihood_shares"], abs=1.0)
     assert figures["routing_entropy"] == 0
-    assert "table of the last round" in protocol["weights_of_shares"]
+    assert "the last round's table" in protocol["weights_of_shares"]
     assert "log p of the winner" in protocol["weights_of_gate"]
-    assert protocol["routing"] == "hard"
-    assert protocol["competition"]["score"]["class_path"] == "mixdist.competition.Elbo"
+    assert protocol["mixture"]["class_path"] == "mixdist.competition.Competition"
+    assert protocol["mixture"]["init_args"]["score"]["class_path"] == "mixdist.competition.Elbo"
     weights = [expert["weight"] for expert in found["experts"]]
     assert math.fsum(weights) == pytest.approx(1)
     (table,) = sorted((run / "assignments").glob("round-0002.json"))
@@ -157,12 +166,12 @@ def test_a_number_of_samples_that_cannot_be(words: list[str], told: str, run: Pa
 
 def test_experts_that_do_not_draw_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = dict(SMALL, data={"class_path": "mixdist.data.Parabolas"}, num_experts=2)
-    config |= {"expert": {"class_path": "mixdist.experts.Regressor"}}
+    expert = {"class_path": "mixdist.experts.Regressor"}
+    config = changed(data={"class_path": "mixdist.data.Parabolas"}, num_experts=2, expert=expert)
     assert here("train", "--config", write_config(tmp_path / "c.yaml", config), "--out", "run").code == 0
     ended = here("evaluate", "run", "--kde", "10")
     assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
-    assert "--kde (10) needs experts that draw x, and Regressor does not: set --kde 0" in ended.err
+    assert "--kde (10) needs experts that draw x, and these do not: set --kde 0" in ended.err
 
 
 def test_a_soft_mixture_has_a_kernel_density(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

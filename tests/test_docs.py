@@ -43,7 +43,7 @@ def examples(tmp_path: Path) -> Path:
         named = re.match(r"# (my_\w+\.py)\n", block)
         assert named, block
         (tmp_path / named[1]).write_text(block)
-    kinds = ("data", "expert", "gate", "network", "objective", "score")
+    kinds = ("data", "expert", "family", "gate", "network", "objective", "score")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"my_{kind}.py" for kind in kinds]
     return tmp_path
 
@@ -62,12 +62,19 @@ def test_a_data_set_an_expert_a_gate_and_an_objective_of_your_own(examples: Path
 
 def test_a_score_of_your_own_and_the_competition_of_the_docs(examples: Path) -> None:
     (competition,) = blocks(DOCS / "competition.md", "yaml")
-    hard = "data: {class_path: my_data.Waves}\nexpert: {class_path: mixdist.experts.VAE}\nnum_experts: 3\n"
-    (examples / "hard.yaml").write_text(hard + competition)
-    argv = ["--competition.rounds", "2", "--train.epochs", "1", "--out"]
+    (examples / "hard.yaml").write_text("data: {class_path: my_data.Waves}\n" + competition)
+    argv = ["--mixture.rounds", "2", "--train.epochs", "1", "--out"]
     assert "round 2: " in train(examples, "hard.yaml", *argv, "hard")
-    own = ["--competition.score", "my_score.Reconstruction", "--expert.init_args.network", "my_network.Gated"]
+    own = ["--mixture.score", "my_score.Reconstruction", "--mixture.expert.network", "my_network.Gated"]
     assert "round 2: " in train(examples, "hard.yaml", *own, *argv, "own")
+
+
+def test_a_family_of_your_own(examples: Path) -> None:
+    (named,) = (block for block in blocks(DOCS / "extend.md", "text") if block.startswith("mixture:"))
+    (examples / "family.yaml").write_text(f"data: {{class_path: my_data.Waves}}\nlog_every: 1\n{named}")
+    assert "squared_error" in train(examples, "family.yaml", "--train.epochs", "3", "--out", "run")
+    losses = [record["loss"] for record in read_metrics(examples / "run")]
+    assert losses[-1] < losses[0]
 
 
 def test_the_expert_of_the_readme_is_that_of_the_docs() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mixdist.engines import Native, NotFinite
@@ -19,8 +22,12 @@ from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Field, Outcome, Parts
+from mixdist.training.phases import Phase
+from mixdist.training.trainer import Trainer
+from tests.launch import changed, here, write_config
 from tests.parity import SEED, Case, Loader, data, make_mixture, make_objective
 
+MESH4 = Mesh(Placement.plan(4, 1), Launch(), torch.device("cpu"))
 MESH = Mesh(Placement.plan(3, 1), Launch(), torch.device("cpu"))
 
 
@@ -30,9 +37,8 @@ def parts() -> Parts:
 
 
 def outcome(**changed: Any) -> Outcome:
-    zero, zeros = torch.zeros((), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    fields = {"loss": zero, "parts": {}, "load_E": zeros, "loss_E": zeros, "seen_E": zeros + 4}
-    return Outcome(**{**fields, "bad_E": zeros, "bad_gate": zero, "entropy": zero, "lost": zero, **changed})
+    zero, seen = torch.zeros((), dtype=torch.float64), torch.full((3,), 4.0, dtype=torch.float64)
+    return Outcome(**{"loss": zero, "parts": {}, "sums": {"seen": seen}, **changed})
 
 
 def engine_of(made: Parts, optimizer: Callable[..., Any] | None = None, **arguments: Any) -> Native:
@@ -83,8 +89,11 @@ def test_a_missing_gradient_is_zero_and_its_optimizer_steps() -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"bad_E": torch.tensor([0.0, 0.0, 2.0])}, "step 7: the loss of expert 2 is not finite for 2 of 4 rows"),
-        ({"bad_gate": torch.tensor(3.0)}, "step 7: the gate's output is not a number for 3 rows"),
+        (
+            {"faults": {"the loss of expert {}": torch.tensor([0.0, 0.0, 2.0])}},
+            "step 7: the loss of expert 2 is not finite for 2 of 4 rows",
+        ),
+        ({"faults": {"the gate's output": torch.tensor(3.0)}}, "step 7: the gate's output is not finite for 3 rows"),
         ({"loss": torch.tensor(torch.inf)}, r"step 7: the loss \(inf\) is not finite"),
     ],
 )
@@ -180,7 +189,7 @@ def stacked_or_loop(execution: Any, steps: int, first: dict[str, dict[str, Tenso
         rows = {"id": torch.arange(7), "x": torch.rand(7, 1, 4, 4, generator=generator, dtype=torch.float64)}
         eps = torch.randn(3, 7, 2, generator=generator, dtype=torch.float64)
         engine.zero_grad()
-        bank(rows, lambda ids, numbers, eps=eps: eps[list(numbers)]).loss_R.sum().backward()
+        bank(rows, lambda ids, numbers, shape, eps=eps: eps[list(numbers)]).loss_R.sum().backward()
         engine.step(outcome(), step)
     kept = {f"{o.name} model": {n: v.clone() for n, v in o.module.state_dict().items()} for o in made.owned()}
     return kept | {
@@ -200,3 +209,68 @@ def test_a_stack_s_optimiser_is_those_of_its_experts() -> None:
     fresh = stacked_or_loop("loop", 3, {n: {} if n.endswith("state") else v for n, v in halves["loop"].items()})
     difference = fresh["expert 1 model"]["encoder.layers.0.weight"] - whole["expert 1 model"]["encoder.layers.0.weight"]
     assert difference.abs().max() > 1e-4  # the state is what makes it the same
+
+
+class Watching(Native):
+    """Sees every gradient that reaches a parameter, and whether that is within ``accumulating``."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.inside, self.seen = False, []
+        for _, parameters in self.trained:
+            for parameter in parameters:
+                parameter.register_hook(lambda grad: self.seen.append(self.inside))
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        self.inside = True
+        yield
+        self.inside = False
+
+
+@pytest.mark.parametrize("way", ["back", "ahead"])
+def test_an_engine_sees_every_backward_pass(way: str) -> None:
+    case = Case(way=way, accumulate=3, gate="noisy", balance="kl")
+    mixture = make_mixture(case, MESH4, Wire(MESH4.device))
+    phase = Phase(epochs=1, batch_size=16, accumulate=3, objective=make_objective(case), optimizer=torch.optim.SGD)
+    trainer = Trainer(mixture, data(), [phase], Watching)
+    while not trainer.finished:
+        trainer.advance()
+    engine = trainer.engine
+    assert isinstance(engine, Watching)
+    assert all(engine.seen)
+    assert len(engine.seen) >= 3 * 3 * sum(len(parameters) for _, parameters in engine.trained[1:])
+
+
+OWN_ENGINE = '''
+"""Sign descent: the native engine with other steps, from a file of a user's own."""
+import torch
+from mixdist.engines import Native
+
+
+class Signs(Native):
+    def __init__(self, parts, mesh, wire, optimizer, schedule=None, clip_norm=None, rate: float = 0.1):
+        super().__init__(parts, mesh, wire, optimizer, schedule, clip_norm)
+        self.rate = rate
+
+    def step(self, outcome, step):
+        before = {p: p.detach().clone() for _, parameters in self.trained for p in parameters}
+        totals = super().step(outcome, step)
+        with torch.no_grad():
+            for parameter, old in before.items():
+                parameter.copy_(old - self.rate * parameter.grad.sign())
+        return totals
+'''
+
+
+def test_an_engine_of_ones_own_is_named_in_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "signs.py").write_text(OWN_ENGINE)
+    engine = {"class_path": "signs.Signs", "init_args": {"rate": 0.01}}
+    config = write_config(tmp_path / "c.yaml", changed(engine=engine, mixture__init_args__execution="loop"))
+    assert here("train", "--config", config, "--out", "two").code == 0
+    assert here("train", "--config", config, "--out", "one", "--engine.rate", "0.02").code == 0
+    one, two = (load_file(tmp_path / run / "checkpoints/step-000000003/gate.safetensors") for run in ("one", "two"))
+    moved = [(one[name] - two[name]).abs().max() for name in one if name.startswith("model.")]
+    assert 0 < max(moved) <= 0.09 + 1e-6  # three steps, in which the rates differ by 0.01 or add up to 0.03

@@ -15,15 +15,14 @@ from mixdist.engines.state import read_optimizer, write_optimizer
 from mixdist.noise import Moment, Purpose
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Outcome, Parts
-from tests.contest import Contest, make_phase, make_ring
+from tests.contest import Contest, make_mixture, make_phase
 from tests.parity import SEED, data, mesh_of
 from tests.pool import Pool
 
 
 def trained(case: Contest, wire: Wire, number: int = 2, epochs: int = 2, ranks: int = 1) -> Entrant:
     """An expert and its discriminator that have trained for some epochs of 45 rows in batches of 16."""
-    ring = make_ring(case, mesh_of(4, ranks, ranks), wire)
-    entrant = Entrant(number, ring, make_phase(case, 1))
+    entrant = Entrant(number, make_mixture(case, mesh_of(4, ranks, ranks), wire), make_phase(case, 1))
     places = [(part, len(part)) for part in torch.arange(45).split(16)]
     for _ in range(epochs):
         entrant.train(data().rows, places, 1)
@@ -37,14 +36,13 @@ def trained(case: Contest, wire: Wire, number: int = 2, epochs: int = 2, ranks: 
 def test_alone_is_as_with_the_engine_of_mixtures(optimizer: str) -> None:
     case, mesh = Contest(optimizer=optimizer, expert="gaussian"), mesh_of(1, 1, 1)
     entrant, phase = trained(case, Wire(mesh.device)), make_phase(case, 1)
-    ring = entrant.ring
-    expert = ring.make_expert(2, 0)
+    expert = entrant.mixture.make_expert(2, 0)
     engine = Native(Parts({}, {0: expert}), mesh, Wire(mesh.device), phase.optimizer, clip_norm=phase.clip_norm)
     schedule = phase.schedule(next(iter(engine.optimizers.values()))) if phase.schedule else None
     norms = []
     for step in range(6):
         ids = torch.arange(45).split(16)[step % 3]
-        rows = ring.values({n: column[ids] for n, column in data().rows.items()}, expert.fields)
+        rows = entrant.context.values({n: column[ids] for n, column in data().rows.items()}, expert.fields)
         engine.zero_grad()
         expert.anneal(step)
         assert expert.noise_shape is not None
@@ -52,7 +50,7 @@ def test_alone_is_as_with_the_engine_of_mixtures(optimizer: str) -> None:
         loss = expert(rows, eps[0]).loss_R.sum() / len(ids)
         loss.backward()
         nothing = torch.zeros(1, dtype=torch.float64)
-        outcome = Outcome(loss.detach().reshape(1), {}, *[nothing] * 7)
+        outcome = Outcome(loss.detach(), {}, {"seen": nothing})
         norms.append(engine.step(outcome, step).grad_norm)
         if schedule is not None and step % 3 == 2:  # alone, a schedule counts epochs
             schedule.step()
@@ -96,7 +94,7 @@ def there_and_back(ranks: int, optimizer: str) -> dict[str, Tensor]:
 
     def make(e: int) -> Entrant:
         made.append(e)
-        return Entrant(e, make_ring(case, mesh, wire), make_phase(case, 1))
+        return Entrant(e, make_mixture(case, mesh, wire), make_phase(case, 1))
 
     home = [list(mesh.placement.experts_of(member)) for member in range(ranks)]
     around, crowd = [home[-1], *home[:-1]], [[] for _ in range(ranks - 1)] + [[0, 1, 2, 3]]

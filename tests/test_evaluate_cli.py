@@ -14,7 +14,7 @@ import mixdist
 from mixdist.data import Digits
 from mixdist.training.manifest import MANIFEST
 from tests import sources
-from tests.launch import SMALL, Ended, changed, here, refused, together, write_config
+from tests.launch import Ended, changed, here, refused, together, write_config
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,11 @@ def test_one_process_and_two_ranks_agree_and_say_how(run: Path, folder: Path) ->
     assert not list(run.glob("*.partial"))
 
     protocol = one["protocol"]
-    names = ("mixdist", "checkpoint", "step", "split", "rows", "seed", "num_samples", "likelihood", "scale")
-    wanted = [mixdist.__version__, "step-000000009", 9, "test", 359, 0, 30, "gaussian", "learned"]
+    names = ("mixdist", "checkpoint", "step", "split", "rows", "seed", "num_samples")
+    wanted = [mixdist.__version__, "step-000000009", 9, "test", 359, 0, 30]
     assert [protocol[name] for name in names] == wanted
+    expert = protocol["mixture"]["init_args"]["expert"]["init_args"]
+    assert (expert["likelihood"], expert["scale"]) == ("gaussian", "learned")
     assert protocol["data"] == Digits().load()[1].fingerprint
     figures = one["figures"]
     assert figures["elbo"] <= figures["bound"] <= figures["log_likelihood_gate"]
@@ -150,7 +152,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(run: Path) -> None:
 
 
 def test_a_mistake_is_told_once_by_rank_0(run: Path, folder: Path) -> None:
-    ended = together("evaluate", "run", "--num_experts", "5", ranks=2, folder=folder)
+    ended = together("evaluate", "run", "--mixture.num_experts", "5", ranks=2, folder=folder)
     assert ended.code == 1  # torchrun's own
     assert ended.err.count("mixdist: ") == 1
     assert "was made with num_experts 4, here is 5" in ended.err
@@ -165,8 +167,8 @@ def test_help_tells() -> None:
 
 
 def test_a_supervised_run_is_evaluated(folder: Path) -> None:
-    config = dict(SMALL, data={"class_path": "mixdist.data.Parabolas"}, num_experts=2)
-    config |= {"expert": {"class_path": "mixdist.experts.Regressor", "init_args": {"likelihood": "gaussian"}}}
+    expert = {"class_path": "mixdist.experts.Regressor", "init_args": {"likelihood": "gaussian"}}
+    config = changed(data={"class_path": "mixdist.data.Parabolas"}, num_experts=2, expert=expert)
     ended = here("train", "--config", write_config(folder / "c.yaml", config), "--out", "run")
     assert ended.code == 0, ended
     found = evaluated(folder / "run")[1]

@@ -12,18 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixdist.cli.evaluate import described
 from mixdist.data import Dataset, Loader
-from mixdist.evaluation.evaluate import EVALUATION_PHASE, Evaluation, evaluate, expert_table, stands_out
-from mixdist.evaluation.evidence import duplicate_pairs, mixture_log_likelihood
-from mixdist.evaluation.health import dead, duplicates, in_words
-from mixdist.experts import VAE, Expert, ExpertBank
+from mixdist.evaluation.evaluate import evaluate
+from mixdist.experts import VAE, Expert
 from mixdist.experts import importance as subject
 from mixdist.experts.importance import SAMPLES_AT_ONCE, Evidence, importance
 from mixdist.gates import Uniform
-from mixdist.mixtures import Soft
+from mixdist.mixtures import Context, ExpertEvaluation, Soft
+from mixdist.mixtures.evidence import duplicate_pairs, mixture_log_likelihood
+from mixdist.mixtures.health import dead, duplicates, in_words
 from mixdist.nets import MLP
-from mixdist.noise import Draw, Moment, Purpose, weights_seed
+from mixdist.noise import EVALUATION_PHASE, Draw, Moment, Purpose, weights_seed
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Batch, ExpertTerms, Field, Spec
 from tests.parity import SEED, Case, data, make_expert, make_mixture, mesh_of
@@ -153,14 +152,24 @@ def test_a_mixture_lies_between_its_terms_and_its_best_expert() -> None:
 # Evaluations of whole mixtures.
 
 
-def judged(case: Case, num_samples: int | None = 25, change: Callable[[Soft], None] | None = None) -> Evaluation:
+def soft(case: Case) -> Soft:
     mesh = mesh_of(case.num_experts, case.ranks, case.ep_size)
     mixture = make_mixture(case, mesh, Wire(mesh.device))
     assert isinstance(mixture, Soft)
-    if change is not None:
-        change(mixture)
-    target = "y" if case.expert == "regressor" else None
-    return evaluate(mixture, data(), case.batch_size, SEED, target, num_samples, data())
+    return mixture
+
+
+def judged(
+    case: Case,
+    num_samples: int | None = 25,
+    change: Callable[[Soft], None] = lambda mixture: None,
+    dataset: Dataset | None = None,
+) -> ExpertEvaluation:
+    mixture = soft(case)
+    change(mixture)
+    found = evaluate(mixture, dataset or data(), case.batch_size, SEED, num_samples, data())
+    assert isinstance(found, ExpertEvaluation)
+    return found
 
 
 def attributed(*names: str) -> Dataset:
@@ -172,9 +181,8 @@ def attributed(*names: str) -> Dataset:
     return replace(known, rows=rows, spec=spec, attribute="marks", attribute_names=names)
 
 
-def rates(case: Case) -> Evaluation:
-    mesh = mesh_of(case.num_experts, case.ranks, case.ep_size)
-    return evaluate(make_mixture(case, mesh, Wire(mesh.device)), attributed(), case.batch_size, SEED)
+def rates(case: Case) -> ExpertEvaluation:
+    return judged(case, None, dataset=attributed())
 
 
 def test_experts_are_held_against_attributes_on_any_layout(pool: Callable[[int], Pool]) -> None:
@@ -192,27 +200,27 @@ def test_experts_are_held_against_attributes_on_any_layout(pool: Callable[[int],
 
 
 def test_a_table_names_the_attribute_that_stands_out() -> None:
-    found, dataset = rates(Case(gate="starved", batch_size=13)), attributed("Bright", "Of_2")
-    assert found.attribute_A is not None
     rate_EA = np.array([[0.5, 0.61], [math.nan] * 2, [0.2, 0.0], [0.5, 0.5]])
-    found = found._replace(attribute_EA=rate_EA, attribute_A=np.array([0.5, 0.15]), rows_E=np.array([9, 0, 8, 7]))
-    assert [stands_out(found, dataset, e) for e in range(4)] == [
-        "Of_2 61% (15%)",
-        "",
-        "Bright 20% (50%)",
-        "Of_2 50% (15%)",
-    ]
-    headers, lines = expert_table(found, dataset)
+    found = replace(
+        rates(Case(gate="starved", batch_size=13)),
+        dataset=attributed("Bright", "Of_2"),
+        attribute_EA=rate_EA,
+        attribute_A=np.array([0.5, 0.15]),
+        rows_E=np.array([9, 0, 8, 7]),
+    )
+    told = ["Of_2 61% (15%)", "", "Bright 20% (50%)", "Of_2 50% (15%)"]
+    assert [found.stands_out(e) for e in range(4)] == told
+    headers, lines = found.table()
     assert headers[-2:] == ["took label", "attribute (of all rows)"]
-    assert [line[-1] for line in lines] == ["Of_2 61% (15%)", "-", "Bright 20% (50%)", "Of_2 50% (15%)"]
-    assert stands_out(found, attributed(), 0) == "1 61% (15%)"
-    assert stands_out(found._replace(attribute_EA=np.array([[0.5, 0.15]])), dataset, 0) == ""
-    told = described(found, dataset)
-    assert (told["attribute"], told["attribute_names"]) == ("marks", ["Bright", "Of_2"])
-    np.testing.assert_array_equal(told["attribute_EA"], rate_EA)
+    assert [line[-1] for line in lines] == [one or "-" for one in told]
+    assert replace(found, dataset=attributed()).stands_out(0) == "1 61% (15%)"
+    assert replace(found, attribute_EA=np.array([[0.5, 0.15]])).stands_out(0) == ""
+    about = found.describe()
+    assert (about["attribute"], about["attribute_names"]) == ("marks", ["Bright", "Of_2"])
+    np.testing.assert_array_equal(about["attribute_EA"], rate_EA)
     plain = judged(Case())
-    assert expert_table(plain, data())[0][-1] == "took label"
-    assert described(plain, data())["attribute_EA"] is None
+    assert plain.table()[0][-1] == "took label"
+    assert plain.describe()["attribute_EA"] is None
 
 
 def numbers(case: Case) -> dict[str, Any]:
@@ -243,9 +251,7 @@ def test_figures_keep_their_order() -> None:
 
 def test_supervised_likelihoods_are_exact() -> None:
     case = Case(expert="regressor")
-    found = judged(case)
-    mixture = make_mixture(case, mesh_of(4, 1, 1), Wire(torch.device("cpu")))
-    assert isinstance(mixture, Soft)
+    found, mixture = judged(case), soft(case)
     with torch.no_grad():
         rows = mixture.values(data().rows, ("x", "y"))
         log_resp = mixture.gate(rows, None).log_resp_BE
@@ -261,9 +267,7 @@ def test_supervised_likelihoods_are_exact() -> None:
 
 
 def test_reconstruction_routing_and_purity_are_as_defined() -> None:
-    found = judged(Case(), None)
-    mixture = make_mixture(Case(), mesh_of(4, 1, 1), Wire(torch.device("cpu")))
-    assert isinstance(mixture, Soft)
+    found, mixture = judged(Case(), None), soft(Case())
     with torch.no_grad():
         rows = mixture.values(data().rows, ("x",))
         resp = mixture.gate(rows, None).log_resp_BE.exp()
@@ -300,11 +304,10 @@ class Guess(Expert):
 
 
 def test_classifiers_are_judged_by_accuracy_and_nll() -> None:
-    base = make_mixture(Case(num_experts=2), mesh_of(2, 1, 1), Wire(torch.device("cpu")))
-    assert isinstance(base, Soft)
-    bank = ExpertBank({0: Guess([0.7, 0.2, 0.1]), 1: Guess([0.5, 0.2, 0.3])})
-    mixture = Soft(Uniform(data().spec, 2).double(), bank, base.dispatch, data().spec, torch.float64)
-    found = evaluate(mixture, data(), 16, SEED, "label", 3).figures
+    guesses = iter([[0.7, 0.2, 0.1], [0.5, 0.2, 0.3]])
+    mixture, mesh = Soft(Uniform, lambda spec: Guess(next(guesses)), 2), mesh_of(2, 1, 1)
+    mixture.setup(Context(SEED, torch.float64, data().spec, mesh, Wire(mesh.device)))
+    found = evaluate(mixture, data(), 16, SEED, 3).figures
     label = data().rows["label"].long()
     nll = -torch.tensor([0.6, 0.2, 0.2], dtype=torch.float64).log()[label].mean().item()
     assert found["prediction_accuracy"] == pytest.approx((label == 0).double().mean().item())
@@ -343,10 +346,8 @@ def test_copies_are_found_on_a_batch_by_every_layout(pool: Callable[[int], Pool]
 def found_on_a_batch(ranks: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Duplicates before expert 2 becomes what expert 0 is, and after."""
     case = Case(ranks=ranks, ep_size=ranks)
-    mesh = mesh_of(case.num_experts, ranks, ranks)
-    mixture = make_mixture(case, mesh, Wire(mesh.device))
-    assert isinstance(mixture, Soft)
-    shard = Loader(data(), 16, SEED, 0, mesh.rank, ranks).batch(0, 0)
+    mixture = soft(case)
+    shard = Loader(data(), 16, SEED, 0, mixture.context.mesh.rank, ranks).batch(0, 0)
     before = duplicate_pairs(mixture, shard)
     if 2 in mixture.bank.owned():
         torch.manual_seed(weights_seed(SEED, Purpose.WEIGHTS, 0))

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 import mixdist
-from mixdist.data import Bananas, Digits
-from mixdist.evaluation.evaluate import Evaluation
-from mixdist.report.gallery import NUM_POINTS, NUM_SAMPLES, NUM_WHOLE, samples
-from tests.launch import changed, here, together, write_config
-from tests.test_density import HARD, session_of
+from mixdist.data import Bananas, Dataset, Digits
+from mixdist.mixtures import ExpertEvaluation
+from mixdist.mixtures.pictures import Mosaic, Panels, Plane
+from mixdist.mixtures.shown import NUM_POINTS, NUM_SAMPLES, NUM_WHOLE
+from tests.launch import SMALL, changed, here, together, write_config
+from tests.test_density import HARD, untrained
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +30,8 @@ def pictures(run: Path) -> dict[str, bytes]:
 
 
 def test_a_hard_run_on_images_shows_rounds_labels_and_the_mixture_on_any_layout(folder: Path) -> None:
-    hard = {"rounds": 2, "score": {"class_path": "mixdist.competition.Elbo"}}
-    keep = {name: HARD[name] for name in ("pretrain", "train")}
-    config = {**changed(), **keep, "competition": hard}
-    del config["gate"]
+    expert = SMALL["mixture"]["init_args"]["expert"]
+    config = changed(HARD, data=SMALL["data"], log_every=1, expert=expert, num_experts=4)
     assert here("train", "--config", write_config(folder / "c.yaml", config), "--out", "run").code == 0
     one = pictures(folder / "run")
     assert list(one) == ["experts.png", "labels.png", "mixture.png", "rounds.png", "training.png"]
@@ -100,8 +99,8 @@ def test_a_run_on_colour_images_with_attributes(folder: Path, monkeypatch: pytes
     network = {"class_path": "mixdist.nets.Conv", "init_args": {"channels": [4, 4, 4, 4, 4]}}
     expert = {"latent": 4, "network": network, "likelihood": "logistic"}
     data, gate = {"class_path": "my_faces.Faces"}, {"class_path": "my_faces.ByColour"}
-    config = changed(data=data, num_experts=2, gate=gate, train__batch_size=10)
-    config["expert"] = {"class_path": "mixdist.experts.VAE", "init_args": expert}
+    vae = {"class_path": "mixdist.experts.VAE", "init_args": expert}
+    config = changed(data=data, num_experts=2, gate=gate, expert=vae, train__batch_size=10)
     ended = here("train", "--config", write_config(folder / "c.yaml", config), "--out", "run")
     assert (ended.code, ended.err) == (0, ""), ended
     header, _, *lines = ended.out.splitlines()
@@ -129,30 +128,33 @@ def test_a_run_on_colour_images_with_attributes(folder: Path, monkeypatch: pytes
     assert told["attribute_EA"] == [[0.0, 0.5], [1.0, 0.5]]
 
 
-def evaluation(share: list[float]) -> Evaluation:
-    none = np.zeros(0)
-    return Evaluation({}, none, none, None, none, np.array(share), {}, {}, [])
+def evaluation(dataset: Dataset, share: list[float]) -> ExpertEvaluation:
+    expert_N = np.zeros(len(dataset), dtype=np.int64)
+    rows_E = np.bincount(expert_N, minlength=len(share))
+    return ExpertEvaluation(dataset, {}, rows_E=rows_E, expert_N=expert_N, share_E=np.array(share))
 
 
 def test_points_are_drawn_with_their_noise(folder: Path) -> None:
-    mixture = session_of(write_config(folder / "c.yaml", HARD)).mixture
-    drawn, whole = samples(mixture, Bananas(rows=30, test_rows=10).load()[1], evaluation([1 / 3] * 3), seed=0)
-    assert whole is None
-    assert [drawn[f"{e}/samples"].shape for e in range(3)] == [(NUM_POINTS, 2)] * 3
+    mixture, dataset = untrained(write_config(folder / "c.yaml", HARD)), Bananas(rows=30, test_rows=10).load()[1]
+    (plane,) = mixture.pictures(dataset, evaluation(dataset, [1 / 3] * 3), seed=0)
+    assert isinstance(plane, Plane)
+    assert [drawn.shape for drawn in plane.samples] == [(NUM_POINTS, 2)] * 3
     # Untrained, the likelihood has standard deviation 1 about means that hardly differ.
-    for e in range(3):
-        assert drawn[f"{e}/samples"].std(axis=0) == pytest.approx([1, 1], abs=0.5)
+    for drawn in plane.samples:
+        assert drawn.std(axis=0) == pytest.approx([1, 1], abs=0.5)
 
 
 def test_images_of_the_mixture_come_from_experts_by_their_weight(folder: Path) -> None:
-    mixture = session_of(write_config(folder / "c.yaml", changed())).mixture
+    mixture, dataset = untrained(write_config(folder / "c.yaml", changed())), Digits().load()[1]
     share = [0.5, 0.25, 0.25, 0.0]
-    drawn, whole = samples(mixture, Digits().load()[1], evaluation(share), seed=0)
-    assert whole is not None
+    experts, mosaic = mixture.pictures(dataset, evaluation(dataset, share), seed=0)
+    assert isinstance(experts, Panels)
+    assert isinstance(mosaic, Mosaic)
+    whole = mosaic.images
     assert len(whole) == NUM_WHOLE
-    assert [drawn[f"{e}/samples"].shape for e in range(4)] == [(NUM_SAMPLES, *whole.shape[1:])] * 4
+    assert [panel.samples.shape for panel in experts.panels] == [(NUM_SAMPLES, *whole.shape[1:])] * 4
     for e, one in enumerate(mixture.bank.owned().values()):
-        first = drawn[f"{e}/samples"]
+        first = experts.panels[e].samples
         stand = [int((whole == image).all(axis=tuple(range(1, whole.ndim))).sum()) for image in first]
         assert stand == [1 if share[e] else 0] * NUM_SAMPLES
         assert one.training

@@ -13,7 +13,13 @@ import torch
 from mixdist.report.metrics import read_metrics
 from tests.launch import HANG_S, ROOT
 
-WORDS = ["--train.epochs=1", "--dtype=float64", "--log_every=1", "--num_experts=4", "--train.optimizer.fused=false"]
+WORDS = [
+    "--train.epochs=1",
+    "--dtype=float64",
+    "--log_every=1",
+    "--mixture.num_experts=4",
+    "--train.optimizer.fused=false",
+]
 
 
 def losses(run: Path, device: str, ranks: int) -> list[float]:

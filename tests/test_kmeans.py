@@ -12,11 +12,10 @@ import yaml
 from safetensors.torch import load_file
 from sklearn.cluster import KMeans
 
-from mixdist.config.build import build_experts
-from mixdist.config.parsing import read_config
 from mixdist.data import Digits
 from mixdist.report.metrics import read_metrics
 from tests.launch import ROOT, here, together, write_config
+from tests.test_density import untrained
 
 OWN = '''
 """A centroid that starts near a digit, drawn as initial weights are."""
@@ -38,16 +37,19 @@ ROUNDS = 10
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}}
 CONFIG: dict[str, Any] = {
     "data": {"class_path": "mixdist.data.Digits"},
-    "expert": {"class_path": "near_digits.Near"},
-    "num_experts": 10,
+    "mixture": {
+        "class_path": "mixdist.competition.Competition",
+        "init_args": {
+            "expert": {"class_path": "near_digits.Near"},
+            "num_experts": 10,
+            "rounds": ROUNDS,
+            "start": "all",
+            "block": 500,
+            "score": {"class_path": "mixdist.competition.Elbo"},
+        },
+    },
     "dtype": "float64",
     "seed": 1,
-    "competition": {
-        "rounds": ROUNDS,
-        "start": "all",
-        "block": 500,
-        "score": {"class_path": "mixdist.competition.Elbo"},
-    },
     "train": {"epochs": 1, "batch_size": 1438, "optimizer": SGD},
     "checkpoint": {"keep": 100},
 }
@@ -71,8 +73,7 @@ def test_rounds_are_the_iterations_of_lloyd(ranks: int, tmp_path: Path, monkeypa
     words = ["train", "--config", write_config(tmp_path / "c.yaml", CONFIG), "--out", "run"]
     ended = here(*words) if ranks == 1 else together(*words, ranks=ranks, folder=tmp_path)
     assert ended.code == 0, ended.err
-    digits, x = Digits().load()[0], points()
-    made = build_experts(read_config(tmp_path / "c.yaml"), digits.spec, range(10))
+    x, made = points(), untrained("c.yaml").bank.owned()
     first = torch.cat([expert.get_parameter("mean").detach() for expert in made.values()]).numpy()
     records = [record for record in read_metrics(tmp_path / "run") if "round" in record]
     assert all(min(record["counts"]) > 0 for record in records), "a cluster is empty: choose another seed"
@@ -98,7 +99,7 @@ def test_the_config_clusters_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (ended.code, ended.err) == (0, "")
     last = read_metrics(tmp_path / "run")[-1]
     assert last["changed"] == 0
-    assert last["round"] < yaml.safe_load(path.read_text())["competition"]["rounds"]
+    assert last["round"] < yaml.safe_load(path.read_text())["mixture"]["init_args"]["rounds"]
     x = points()
     inertia = (last["objective"] - 32 * np.log(2 * np.pi)) * 2 * len(x)
     others = [KMeans(10, init="random", n_init=1, random_state=seed).fit(x).inertia_ for seed in range(9)]

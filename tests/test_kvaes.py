@@ -18,7 +18,7 @@ from tests.test_benchmarks import load
 cells, kvaes, tables = load("cells"), load("kvaes"), load("tables")
 MIXTURES = sorted((ROOT / "configs").glob("kvaes_*_small.yaml"))
 QUICK = ["--data.init_args.rows", "120", "--data.init_args.test_rows", "30", "--train.batch_size", "50"]
-QUICK += ["--pretrain", "[]", "--competition.rounds", "1", "--train.epochs", "1"]
+QUICK += ["--pretrain", "[]", "--mixture.rounds", "1", "--train.epochs", "1"]
 
 
 @pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
@@ -26,18 +26,18 @@ QUICK += ["--pretrain", "[]", "--competition.rounds", "1", "--train.epochs", "1"
 def test_baselines_have_the_mixture_s_data_batches_and_sample_gradients(path: Path, kind: str) -> None:
     mixture, baseline = read_config(path), read_config(Path(str(path).replace("_small", f"_{kind}")))
     assert vars(baseline.data) == vars(mixture.data)
-    assert baseline.num_experts == (mixture.num_experts if kind == "bag" else 1)
+    assert baseline.mixture.num_experts == (mixture.mixture.num_experts if kind == "bag" else 1)
     assert baseline.train.batch_size == mixture.train.batch_size
     assert cells.sample_gradients(baseline, 60000) == cells.sample_gradients(mixture, 60000)
 
 
 def test_sample_gradients_count_a_row_once_for_each_expert_that_sees_it(tmp_path: Path) -> None:
     words = ["--config", str(ROOT / "configs" / "kvaes_3modes_small.yaml"), "--pretrain.epochs", "2"]
-    words += ["--competition.rounds", "4", "--train.epochs", "5"]
+    words += ["--mixture.rounds", "4", "--train.epochs", "5"]
     # All 3 experts pretrain on all 100 rows; in rounds each row has one expert.
     assert cells.sample_gradients(cells.read(words), 100) == (3 * 2 + 4 * 5) * 100
     assert cells.sample_gradients(cells.read(words), 100, rounds=1) == (3 * 2 + 5) * 100
-    assert cells.sample_gradients(cells.read([*words, "--competition.start", "split"]), 100) == (2 + 4 * 5) * 100
+    assert cells.sample_gradients(cells.read([*words, "--mixture.start", "split"]), 100) == (2 + 4 * 5) * 100
 
 
 @pytest.mark.parametrize(("wanted", "width"), [(0, 1), (100, 10), (109, 10), (112, 11), (64 * 64, 64)])

@@ -29,7 +29,13 @@ def free_port() -> str:
 def start(rank: int, port: str, out: Path) -> subprocess.Popen[str]:
     """Start one rank of three by hand, without a launcher that would end the others itself."""
     env = {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    words = [f"--config={CONFIG}", f"--mesh.timeout_s={TIMEOUT_S}", "--log_every=1", "--num_experts=3", f"--out={out}"]
+    words = [
+        f"--config={CONFIG}",
+        f"--mesh.timeout_s={TIMEOUT_S}",
+        "--log_every=1",
+        "--mixture.num_experts=3",
+        f"--out={out}",
+    ]
     return subprocess.Popen(
         [sys.executable, "-m", "mixdist", "train", *words],
         env={**os.environ, **env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from mixdist.competition import Competition
 from mixdist.config.build import build_mesh
 from mixdist.config.config import Config
 from mixdist.data import Digits
@@ -152,5 +153,5 @@ def test_commands_flush_subnormal_numbers() -> None:
     torch.set_flush_denormal(False)
     tiny = torch.full((64,), 1e-30)
     assert (tiny * 1e-10).count_nonzero() == 64
-    build_mesh(Config(Digits(), Centroid, num_experts=1)).close()
+    build_mesh(Config(Digits(), Competition(Centroid, num_experts=1))).close()
     assert (tiny * 1e-10).count_nonzero() == (0 if can else 64)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from mixdist.config.build import build_mixture
-from mixdist.config.parsing import read_config
+from mixdist.config.options import parse
+from mixdist.config.parsing import config_parser, make_config
 from mixdist.data import Dataset, Loader
 from mixdist.engines import Native
 from mixdist.mixtures import Soft
 from mixdist.noise import Moment, Purpose
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement
-from mixdist.parallel.wire import Wire
 from mixdist.terms import Field
 from tests.launch import ROOT
 
@@ -48,14 +47,14 @@ def plain(x: Tensor, eps: Tensor, gate: list[Tensor], experts: list[tuple[list[T
 @pytest.mark.parametrize("execution", ["loop", "stacked"])
 def test_loss_and_gradients_are_the_authors(execution: str) -> None:
     """100 rows, as many as their batch; the same weights and noise; every gradient to 1e-10 of its largest number."""
-    config = read_config(ROOT / "configs" / "mnist_moe.yaml")
-    config = replace(config, dtype="float64", execution=execution)  # type: ignore[arg-type]
-    assert (config.train.batch_size, config.num_experts, config.train.accumulate) == (100, 10, 1)
+    words = ["--config", str(ROOT / "configs" / "mnist_moe.yaml"), "--dtype", "float64"]
+    parser = config_parser()
+    config = make_config(parser, parse(parser, [*words, "--mixture.execution", execution]))
+    assert (config.train.batch_size, config.mixture.num_experts, config.train.accumulate) == (100, 10, 1)
     pixels = torch.randint(0, 256, (100, 1, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     spec = {"x": Field((1, 28, 28), torch.uint8, scale=1 / 255)}
     mesh = Mesh(Placement.plan(10, 1), Launch(0, 1), torch.device("cpu"), 60.0)
-    wire = Wire(mesh.device)
-    mixture = build_mixture(config, spec, mesh, wire)
+    mixture = build_mixture(config, spec, mesh)
     assert isinstance(mixture, Soft)
     shard = Loader(Dataset({"id": torch.arange(100), "x": pixels}, spec), 100, config.seed, 0, 0, 1).batch(0, 0)
     at = Moment(config.seed, 0, 7)
@@ -70,7 +69,7 @@ def test_loss_and_gradients_are_the_authors(execution: str) -> None:
     pairs = [(owned[None], "net", gate)]
     for e, (encoder, decoder) in enumerate(experts):
         pairs += [(owned[e], "encoder", encoder), (owned[e], "decoder", decoder)]
-    engine = Native(mixture.parts, mesh, wire, config.train.optimizer)
+    engine = Native(mixture.parts, mesh, mixture.context.wire, config.train.optimizer)
     engine.zero_grad()
     outcome = mixture.backward(shard, config.train.objective, at, 1, None)
     engine.step(outcome, 0)  # from here on a stack's gradients stand at its experts, too

@@ -30,7 +30,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "memory": ("whole", "pieces", "recompute"),
     "trains": ("both", "gate", "experts"),
     "gate": ("softmax", "conv", "annealed", "consistent", "starved", "noisy", "tied", "oracle", "uniform"),
-    "expert": ("bernoulli", "gaussian", "laplace", "conv", "regressor", "classifier"),
+    "expert": ("bernoulli", "gaussian", "laplace", "conv", "regressor", "classifier", "unlike"),
     "batch_size": (16, 13, 3),
     "optimizer": ("adam", "clipped-sgd", "scheduled-adamw"),
 }
@@ -39,9 +39,11 @@ OPTIONS: dict[str, Sequence[Any]] = {
 def possible(row: dict[str, Any]) -> bool:
     """Return whether options go together."""
     ahead_of_what = row.get("way") == "ahead" and row.get("objective") in ("mixture", "tempered")  # not linear
-    no_stack = row.get("execution") == "stacked" and row.get("expert") == "conv"
+    stacked = row.get("execution") == "stacked"
+    no_stack = stacked and (row.get("expert") in ("conv", "unlike") or row.get("memory") in ("pieces", "recompute"))
+    no_prefetch = row.get("prefetch") and row.get("routing", "dense") != "dense"
     nothing_learns = row.get("trains") == "gate" and row.get("gate") in ("oracle", "uniform")
-    return not (ahead_of_what or no_stack or nothing_learns)
+    return not (ahead_of_what or no_stack or no_prefetch or nothing_learns)
 
 
 def pairs_of(options: dict[str, Sequence[Any]]) -> set[frozenset[tuple[str, Any]]]:

@@ -159,7 +159,7 @@ def test_a_key_in_the_wrong_section_is_told_its_own() -> None:
 
 ORACLE, LIKELIHOOD = of("mixdist.competition.LabelOracle"), of("mixdist.competition.Likelihood")
 MIXTURE_LIKELIHOOD = of("mixdist.mixtures.MixtureLikelihood")
-NETWORK = "competition.score.init_args.network"
+NETWORK = "score.init_args.network"
 MEANINGLESS: list[tuple[Any, dict[str, Any], str]] = [
     # a class that cannot be
     (SOFT, {"gate.class_path": "mixdist.gates.SoftMax"}, "gate mixdist.gates.SoftMax mixdist.gates.Softmax"),
@@ -176,17 +176,12 @@ MEANINGLESS: list[tuple[Any, dict[str, Any], str]] = [
     (SOFT, {"gate": {"init_args": {"field": "x"}}}, "gate class_path field"),
     (SOFT, {"data": of("mixdist.data.Idx")}, "data.root mixdist.data.Idx"),
     (SOFT, {"train.schedule": of(f"{LR}.StepLR")}, "train.schedule.step_size"),
-    (HARD, {"competition.score.class_path": "mixdist.competition.Discriminator"}, "score Discriminator Score"),
-    (HARD, {"competition.score": of("mixdist.competition.Score")}, "score mixdist.competition.Score"),
+    (HARD, {"score.class_path": "mixdist.competition.Discriminator"}, "score Discriminator Score"),
+    (HARD, {"score": of("mixdist.competition.Score")}, "score mixdist.competition.Score"),
     # a key that is not there, or means nothing
     (SOFT, {"gate": REMOVED}, "gate"),
     (SOFT, {"num_experts": REMOVED}, "num_experts"),
-    (HARD, {"gate": of("mixdist.gates.Softmax")}, "gate competition"),
-    (HARD, {"competition": REMOVED}, "gate competition"),
-    (HARD, {"routing": {"k": 2}}, "routing competition"),
-    (HARD, {"execution": "stacked"}, "execution competition"),
-    (HARD, {"dispatch.one_way": True}, "one_way competition"),
-    (HARD, {"dispatch.prefetch": True}, "prefetch competition"),
+    (HARD, {"gate": of("mixdist.gates.Softmax")}, "gate"),
     (HARD, {"train.trains": "gate"}, "train.trains gate competition"),
     (HARD, {"train.accumulate": 2}, "train.accumulate 2 competition"),
     (HARD, {"train.objective": MIXTURE_LIKELIHOOD}, "train.objective MixtureLikelihood"),
@@ -215,23 +210,23 @@ MEANINGLESS: list[tuple[Any, dict[str, Any], str]] = [
     (SOFT, {"compute.micro_batch": 0}, "micro_batch (0)"),
     (HARD, {"num_experts": 121}, "num_experts (121) 120"),
     (HARD, {"train.epochs": 0}, "train.epochs (0)"),
-    (HARD, {"competition.rounds": 0}, "rounds (0)"),
-    (HARD, {"competition.block": 0}, "block (0)"),
-    (HARD, {"competition.starved_below": 1.5}, "starved_below (1.5)"),
-    (HARD, {"competition.stop_below": -0.1}, "stop_below (-0.1)"),
-    (HARD, {"competition.starved": "feed"}, "starved (feed)"),
-    (HARD, {"competition.score.init_args.batches": 0}, "batches (0)"),
-    (HARD, {"competition.score": of("mixdist.competition.Likelihood", num_samples=0)}, "num_samples (0)"),
+    (HARD, {"rounds": 0}, "rounds (0)"),
+    (HARD, {"block": 0}, "block (0)"),
+    (HARD, {"starved_below": 1.5}, "starved_below (1.5)"),
+    (HARD, {"stop_below": -0.1}, "stop_below (-0.1)"),
+    (HARD, {"starved": "feed"}, "starved (feed)"),
+    (HARD, {"score.init_args.batches": 0}, "batches (0)"),
+    (HARD, {"score": of("mixdist.competition.Likelihood", num_samples=0)}, "num_samples (0)"),
     # what does not go together
-    (SOFT, {"routing.k": 2, "dispatch.prefetch": True}, "prefetch (true)"),
+    (SOFT, {"routing.k": 2, "prefetch": True}, "prefetch (true)"),
     (
         SOFT,
-        {"dispatch.one_way": True, "train.objective": MIXTURE_LIKELIHOOD},
+        {"one_way": True, "train.objective": MIXTURE_LIKELIHOOD},
         "one_way (true) train.objective MixtureLikelihood",
     ),
     (SOFT, {"execution": "stacked", "compute.recompute": True}, "recompute (True) execution stacked"),
-    (HARD, {"competition.start": "table"}, "start (table)"),
-    (HARD, {"competition.table": "t.npy"}, "table (t.npy)"),
+    (HARD, {"start": "table"}, "start (table)"),
+    (HARD, {"table": "t.npy"}, "table (t.npy)"),
     # what does not work element by element, needs a metric, is too short, or trains nothing
     (SOFT, {"train.optimizer": of("torch.optim.LBFGS")}, "train.optimizer"),
     (SOFT, {"train.schedule": of(f"{LR}.ReduceLROnPlateau")}, "train.schedule"),
@@ -247,17 +242,17 @@ MEANINGLESS: list[tuple[Any, dict[str, Any], str]] = [
     (SOFT, {"data": of("own_rows.Rows", bad=float("inf"))}, "'x' 7 inf"),
     (SOFT, {"data": of("mixdist.data.Idx", root="nowhere")}, "nowhere"),
     (SOFT, {"expert.init_args.field": "pixels"}, "'pixels' VAE"),
-    (HARD, {"data": of("own_rows.Rows"), "competition.score": ORACLE}, "'y' LabelOracle"),
-    (HARD, {"competition.score": of("mixdist.competition.LabelOracle", field="label")}, "'label' ['y'] LabelOracle"),
-    (HARD, {"competition.score": ORACLE, "num_experts": 2}, "num_experts 2 3 LabelOracle"),
+    (HARD, {"data": of("own_rows.Rows"), "score": ORACLE}, "'y' LabelOracle"),
+    (HARD, {"score": of("mixdist.competition.LabelOracle", field="label")}, "'label' ['y'] LabelOracle"),
+    (HARD, {"score": ORACLE, "num_experts": 2}, "num_experts 2 3 LabelOracle"),
     (HARD, {"expert": of("mixdist.experts.Regressor", input="x", target="x")}, "Regressor"),
-    (HARD, {"expert": of("mixdist.experts.Centroid"), "competition.score": LIKELIHOOD}, "Centroid Likelihood"),
+    (HARD, {"expert": of("mixdist.experts.Centroid"), "score": LIKELIHOOD}, "Centroid Likelihood"),
     # what only scoring needs
     (HARD, {NETWORK: of("mixdist.nets.Conv")}, "images"),
     (HARD, {f"{NETWORK}.init_args.hidden": [0]}, "[2, 0, 1]"),
-    (HARD, {"data": of("mixdist.data.Parabolas"), "competition.score.init_args.reads": "y"}, "(y) x VAE"),
-    (HARD, {"competition.score.init_args.optimizer": of("torch.optim.LBFGS")}, "score optimizer"),
-    (HARD, {"competition.score": "weighing.Weighing"}, "competition.score Weighing 'w'"),
+    (HARD, {"data": of("mixdist.data.Parabolas"), "score.init_args.reads": "y"}, "(y) x VAE"),
+    (HARD, {"score.init_args.optimizer": of("torch.optim.LBFGS")}, "score optimizer"),
+    (HARD, {"score": "weighing.Weighing"}, "score Weighing 'w'"),
 ]
 
 

@@ -161,7 +161,7 @@ def test_phases_go_on_bit_for_bit(stop: int, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     "switches",
     [
-        {"dispatch": {"one_way": True, "prefetch": True}, "compute": {"micro_batch": 16}, "train__accumulate": 2},
+        {"one_way": True, "prefetch": True, "compute": {"micro_batch": 16}, "train__accumulate": 2},
         {"routing": {"k": 2, "capacity_factor": 1.0}, "execution": "auto"},
     ],
     ids=["one way and prefetch", "top-k and auto"],
@@ -182,7 +182,10 @@ def test_switches_go_on_bit_for_bit(switches: dict[str, Any], tmp_path: Path, mo
     found = read_metrics(run)
     assert all("dead_experts" in record for record in found)
     assert [r["step"] for r in found if r.get("duplicate_experts") == []] == [1, 6]  # the first of each epoch
-    executions = [yaml.safe_load((r / "config.yaml").read_text())["execution"] for r in (run, tmp_path / "whole")]
+    executions = [
+        yaml.safe_load((r / "config.yaml").read_text())["mixture"]["init_args"]["execution"]
+        for r in (run, tmp_path / "whole")
+    ]
     assert executions[0] == executions[1] in ("loop", "stacked")
     for name in ("gate", *(f"expert-{e:04d}" for e in range(4))):
         mine, theirs = (r / "checkpoints" / "step-000000010" / f"{name}.safetensors" for r in (run, tmp_path / "whole"))

@@ -49,7 +49,7 @@ class Rows(Source):
         return Dataset(rows, SPEC, "y", ("a", "b", "c"))
 '''
 
-BASE: dict[str, Any] = {
+EXPERTS: dict[str, Any] = {
     "expert": {
         "class_path": "mixdist.experts.VAE",
         "init_args": {
@@ -59,6 +59,8 @@ BASE: dict[str, Any] = {
         },
     },
     "num_experts": 3,
+}
+BASE: dict[str, Any] = {
     "dtype": "float64",
     "train": {
         "epochs": 2,
@@ -70,19 +72,26 @@ BASE: dict[str, Any] = {
     "checkpoint": {"every": 1, "keep": 1000},
 }
 SOFT = {
-    "gate": {"class_path": "mixdist.gates.Softmax"},
-    "routing": {"k": 2},
-    "execution": "loop",
+    "mixture": {
+        "class_path": "mixdist.mixtures.Soft",
+        "init_args": {
+            **EXPERTS,
+            "gate": {"class_path": "mixdist.gates.Softmax"},
+            "routing": {"k": 2},
+            "execution": "loop",
+        },
+    }
 }
 HARD = {
-    "competition": {
-        "rounds": 2,
-        "block": 20,
-        "score": {
-            "class_path": "mixdist.competition.Discriminators",
-            "init_args": {
-                "batch_size": 10,
-                "network": mlp(4),
+    "mixture": {
+        "class_path": "mixdist.competition.Competition",
+        "init_args": {
+            **EXPERTS,
+            "rounds": 2,
+            "block": 20,
+            "score": {
+                "class_path": "mixdist.competition.Discriminators",
+                "init_args": {"batch_size": 10, "network": mlp(4)},
             },
         },
     },
@@ -104,7 +113,7 @@ def config_of(kind: dict[str, Any], data: dict[str, Any] | None, **rules: Any) -
     shards = {"class_path": "mixdist.data.Shards", "init_args": {"root": "shards", "workers": 0, **(data or {})}}
     config["data"] = {"class_path": "in_memory.Rows"} if data is None else shards
     if rules:
-        config["competition"] |= rules
+        config["mixture"]["init_args"] |= rules
     return write_config(Path("config.yaml"), config)
 
 
@@ -276,8 +285,8 @@ def test_labels_asked_for_where_there_are_none() -> None:
     index = make_index(Path("shards"), list(COUNTS))
     assert index.label_N is None
     refused("train", "--config", config_of(SOFT, {"label": "y"}), names="label (y) 'shards'")
-    oracle = {**HARD, "competition": {"score": {"class_path": "mixdist.competition.LabelOracle"}}}
-    refused("train", "--config", config_of(oracle, {}), names="y")
+    oracle = {"class_path": "mixdist.competition.LabelOracle"}
+    refused("train", "--config", config_of(HARD, {}, score=oracle), names="y")
 
 
 def test_a_run_on_shards_is_loaded_without_them() -> None:

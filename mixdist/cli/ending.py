@@ -6,15 +6,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 from mixdist.engines import NotFinite
 from mixdist.messages import SingleRankError, format_error, one_line
 from mixdist.parallel.agreement import Agreed
 from mixdist.parallel.mesh import Mesh
 from mixdist.parallel.wire import LostRank
-
-T = TypeVar("T")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from mixdist.parallel.launch import Launch, follow_launcher, keep_large_blocks
 COMMANDS = {
     "train": ("mixdist.cli.train", "train"),
     "evaluate": ("mixdist.cli.evaluate", "evaluate_run"),
-    "sample": ("mixdist.cli.evaluate", "sample"),
+    "sample": ("mixdist.cli.sample", "sample"),
     "prepare": ("mixdist.cli.prepare", "prepare"),
     "index": ("mixdist.cli.shards", "index"),
     "verify": ("mixdist.cli.shards", "verify"),

@@ -3,9 +3,13 @@
 from mixdist.competition.competition import Competition
 from mixdist.competition.discriminators import Discriminator
 from mixdist.competition.mixture import HardMixture
+from mixdist.competition.rounds import Rounds
+from mixdist.competition.rules import Rules
 from mixdist.competition.scores import Discriminators, Elbo, Fixed, LabelOracle, Likelihood, Random, Score
+from mixdist.competition.table import Assignment
 
 __all__ = [
+    "Assignment",
     "Competition",
     "Discriminator",
     "Discriminators",
@@ -15,5 +19,7 @@ __all__ = [
     "LabelOracle",
     "Likelihood",
     "Random",
+    "Rounds",
+    "Rules",
     "Score",
 ]

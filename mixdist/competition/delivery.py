@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mixdist.data import Epoch, Samples
 from mixdist.data.loader import share
+from mixdist.parallel import costs
 from mixdist.parallel.mesh import Mesh
-from mixdist.parallel.route import ID_BYTES, pack, unpack
+from mixdist.parallel.route import pack, unpack
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Batch, Spec
 
@@ -93,7 +94,7 @@ class WireReader:
         others = [rank for rank in world if rank != me]
         parts = [packed.index_select(0, place(self._within(wanted(rank), me))) for rank in others]
         sizes = iter([part.numel() for part in parts])
-        width = ID_BYTES + sum(field.num_bytes for field in spec.values())
+        width = costs.row_bytes(spec.values())
         sent = [0 if rank == me else next(sizes) for rank in world]
         received = [0 if rank == me else width * len(self._within(index, rank)) for rank in world]
         self.wire.meter.wire_bytes_min += sum(len(part) for part in parts) * width

@@ -6,8 +6,7 @@ Shape letters: R rows of a batch on this rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
 
@@ -15,57 +14,16 @@ import torch
 from torch import Tensor
 
 from mixdist.competition.discriminators import Discriminator, discriminator_loss
-from mixdist.competition.scores import Discriminators
+from mixdist.competition.mixture import HardMixture
 from mixdist.data.loader import share
 from mixdist.engines import Solo
-from mixdist.experts import Compute, Expert, ExpertBank, Noise
+from mixdist.experts import Expert, ExpertBank, Noise
 from mixdist.noise import Draw, Moment, Purpose
-from mixdist.parallel.mesh import Mesh
-from mixdist.parallel.wire import Wire
-from mixdist.terms import Batch, Owned, Spec
+from mixdist.terms import Batch, Owned
 from mixdist.training.phases import Phase
-
-MakeExpert = Callable[[int, int], Expert]
-"""Makes an expert by its number, with the initial weights of a round, on its device."""
 
 NUMBERS_AT_ONCE = 1 << 15
 """Of noise, drawn ahead for one expert: a quarter of a MB at most, and some MB while they are drawn."""
-
-
-@dataclass(frozen=True)
-class EntrantContext:
-    """What all entrants on a rank share.
-
-    Args:
-        seed: of the run.
-        spec: the fields of stored rows.
-        dtype: of real numbers.
-        mesh: this rank's place; replicas of an expert share its batches.
-        wire: the counted collectives.
-        compute: how an expert runs its rows.
-        make_expert: makes experts.
-        make_judge: makes discriminators; None where the score needs none.
-        judging: how discriminators train; None where the score needs none.
-    """
-
-    seed: int
-    spec: Spec
-    dtype: torch.dtype
-    mesh: Mesh
-    wire: Wire
-    compute: Compute
-    make_expert: MakeExpert
-    make_judge: Callable[[int, int], Discriminator] | None = None
-    judging: Discriminators | None = None
-
-    def values(self, rows: Batch, fields: Iterable[str]) -> Batch:
-        """Turn the named stored fields into numbers; the id stays."""
-        return {"id": rows["id"], **{name: self.spec[name].values(rows[name], self.dtype) for name in fields}}
-
-    def mine(self, size: int) -> slice:
-        """This replica's part of a batch of ``size``."""
-        part = share(size, self.mesh.replica, self.mesh.placement.num_replicas)
-        return slice(part.start, part.stop)
 
 
 class Entrant:
@@ -73,30 +31,30 @@ class Entrant:
 
     Args:
         number: of the expert.
-        ring: what entrants share.
+        mixture: makes experts and discriminators, and says how they run.
         phase: how it trains.
         expert: made before; None for a new one.
         round: whose initial weights a new one gets.
     """
 
     def __init__(
-        self, number: int, ring: EntrantContext, phase: Phase, expert: Expert | None = None, round: int = 0
+        self, number: int, mixture: HardMixture, phase: Phase, expert: Expert | None = None, round: int = 0
     ) -> None:
-        self.number, self.ring = number, ring
-        self.expert = expert or ring.make_expert(number, round)
-        self.bank = ExpertBank({number: self.expert}, "loop", ring.compute)
-        self.judge: Discriminator | None = None
-        self.judge_engine: Solo | None = None
+        self.number, self.mixture, self.context = number, mixture, mixture.context
+        self.expert = expert or mixture.make_expert(number, round)
+        self.bank = ExpertBank({number: self.expert}, "loop", mixture.compute)
+        self.discriminator: Discriminator | None = None
+        self.discriminator_engine: Solo | None = None
         self.rows = 0  # trained on, since somebody asked
         self.loss: float | None = None
         self.loss_rows = 0  # that ``loss`` is a mean over
-        self.judge_losses: list[float] = []  # of the round's batches
+        self.discriminator_losses: list[float] = []  # of the round's batches
         self._total, self._num_rows = 0.0, 0  # of the epoch so far
         self.enter(phase)
 
     def enter(self, phase: Phase) -> None:
         """Begin a phase: a new optimiser, steps from 0."""
-        group, wire = self.ring.mesh.replica_group, self.ring.wire
+        group, wire = self.context.mesh.replica_group, self.context.wire
         self.engine = Solo(
             f"expert {self.number}", self.expert, group, wire, phase.optimizer, phase.schedule, phase.clip_norm
         )
@@ -117,10 +75,10 @@ class Entrant:
         for (places_R, size), noise in zip(batches, noises, strict=True):
             # index_select takes a tenth of the time of indexing for rows of bytes.
             stored = {name: rows[name].index_select(0, places_R) for name in ("id", *fields)}
-            values = self.ring.values(stored, fields)
+            values = self.context.values(stored, fields)
             self.expert.anneal(self.engine.steps)
             self.engine.zero_grad()
-            grads = partial(torch.full, (len(places_R), 1), 1 / size, dtype=self.ring.dtype, device=places_R.device)
+            grads = partial(torch.full, (len(places_R), 1), 1 / size, dtype=self.context.dtype, device=places_R.device)
             losses_R1 = self.bank.backward(values, noise, None, grads)
             self._total += self.engine.step(losses_R1.sum() / size) * size
             self._num_rows += size
@@ -147,27 +105,31 @@ class Entrant:
         if shape is None:
             yield from repeat(None, len(batches))
             return
-        draw = Moment(self.ring.seed, phase).draw(Purpose.POSTERIOR)
+        draw = Moment(self.context.seed, phase).draw(Purpose.POSTERIOR)
         together = max(1, NUMBERS_AT_ONCE // math.prod(shape) // max([1, *map(len, batches)]))
         for first in range(0, len(batches), together):
             some = batches[first : first + together]
             sizes = torch.tensor([len(places) for places in some], device=ids_N.device)
             steps = torch.arange(step + first, step + first + len(some), device=ids_N.device)
             steps_R, ids_R = steps.repeat_interleave(sizes), ids_N[torch.cat(list(some))]
-            eps = draw.normal(ids_R, [self.number], shape, self.ring.dtype, steps_R)
+            eps = draw.normal(ids_R, [self.number], shape, self.context.dtype, steps_R)
             for part in eps.split([len(places) for places in some], dim=1):
                 yield Drawn(part.clone())  # memory of its own, aligned as any other
 
     def meet(self, round: int) -> None:
         """Get a discriminator for a round: a new one, or the one of the round before."""
-        ring, judging = self.ring, self.ring.judging
-        assert judging is not None
-        assert ring.make_judge is not None
-        self.judge_losses = []
-        if self.judge is None or judging.fresh:
-            self.judge = ring.make_judge(self.number, round if judging.fresh else 0)
-            self.judge_engine = Solo(
-                f"discriminator {self.number}", self.judge, ring.mesh.replica_group, ring.wire, judging.optimizer
+        mixture, context = self.mixture, self.context
+        discriminating = mixture.discriminating
+        assert discriminating is not None
+        self.discriminator_losses = []
+        if self.discriminator is None or discriminating.fresh:
+            self.discriminator = mixture.make_discriminator(self.number, round if discriminating.fresh else 0)
+            self.discriminator_engine = Solo(
+                f"discriminator {self.number}",
+                self.discriminator,
+                context.mesh.replica_group,
+                context.wire,
+                discriminating.optimizer,
             )
 
     def challenge(self, rows: Batch, batches: Iterable[tuple[Tensor, int]], round: int) -> None:
@@ -175,39 +137,46 @@ class Entrant:
 
         Arguments and errors as for ``train``; ``round`` is part of the samples' key, as is the batch's number.
         """
-        judge, engine = self.judge, self.judge_engine
-        assert judge is not None
+        discriminator, engine = self.discriminator, self.discriminator_engine
+        assert discriminator is not None
         assert engine is not None
         for places_R, size in batches:
-            ids = torch.arange(size, device=places_R.device)[self.ring.mine(size)]
-            name = judge.fields[0]
-            x = self.ring.spec[name].values(rows[name][places_R], self.ring.dtype)
+            ids = torch.arange(size, device=places_R.device)[self._mine(size)]
+            name = discriminator.fields[0]
+            x = self.context.spec[name].values(rows[name][places_R], self.context.dtype)
             samples = self.samples(ids, round, engine.steps)
             engine.zero_grad()
             # One call for both: a small network's time goes by its calls, and a row's logit depends on no other row.
-            real_R, false_R = discriminator_loss(*judge(torch.cat([x, samples])).split([len(x), len(samples)]))
+            real_R, false_R = discriminator_loss(*discriminator(torch.cat([x, samples])).split([len(x), len(samples)]))
             loss = (real_R.sum() + false_R.sum()) / size
             loss.backward()
-            self.judge_losses.append(engine.step(loss))
+            self.discriminator_losses.append(engine.step(loss))
+
+    def _mine(self, size: int) -> slice:
+        """Return this replica's part of a batch of ``size``."""
+        mesh = self.context.mesh
+        part = share(size, mesh.replica, mesh.placement.num_replicas)
+        return slice(part.start, part.stop)
 
     @property
-    def judge_loss(self) -> float | None:
+    def discriminator_loss_mean(self) -> float | None:
         """The discriminator's mean loss over the round's batches, nats; None before the first."""
-        return sum(self.judge_losses) / len(self.judge_losses) if self.judge_losses else None
+        return sum(self.discriminator_losses) / len(self.discriminator_losses) if self.discriminator_losses else None
 
     @torch.no_grad()
     def samples(self, ids: Tensor, round: int, step: int) -> Tensor:
         """Draw from the expert, for its discriminator: with the noise of p(x|z), or its means."""
-        ring, expert, judging = self.ring, self.expert, self.ring.judging
-        assert judging is not None
+        context, expert, discriminating = self.context, self.expert, self.mixture.discriminating
+        assert discriminating is not None
         assert expert.noise_shape is not None
-        eps = Draw(ring.seed, Purpose.RIVAL, round, step).normal(ids, [self.number], expert.noise_shape, ring.dtype)[0]
-        if not judging.observe:
+        draw = Draw(context.seed, Purpose.RIVAL, round, step)
+        eps = draw.normal(ids, [self.number], expert.noise_shape, context.dtype)[0]
+        if not discriminating.observe:
             return expert.sample(eps)
-        assert self.judge is not None
-        shape = ring.spec[self.judge.fields[0]].shape
-        seen = Draw(ring.seed, Purpose.OBSERVATION, round, step)
-        return expert.draw(eps, seen.uniform(ids, [self.number], shape, ring.dtype)[0])
+        assert self.discriminator is not None
+        shape = context.spec[self.discriminator.fields[0]].shape
+        seen = Draw(context.seed, Purpose.OBSERVATION, round, step)
+        return expert.draw(eps, seen.uniform(ids, [self.number], shape, context.dtype)[0])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that goes with it to another rank."""
@@ -237,26 +206,30 @@ class Entrant:
     def owned(self) -> list[Owned]:
         """Its modules as checkpoints have them."""
         modules = [Owned(f"expert {self.number}", self.expert, self.number)]
-        if self.judge is not None:
-            modules.append(Owned(f"discriminator {self.number}", self.judge, self.number))
+        if self.discriminator is not None:
+            modules.append(Owned(f"discriminator {self.number}", self.discriminator, self.number))
         return modules
 
     def engine_of(self, owned: Owned) -> Solo:
         """The engine of one of its modules."""
-        engine = self.engine if owned.module is self.expert else self.judge_engine
+        engine = self.engine if owned.module is self.expert else self.discriminator_engine
         assert engine is not None
         return engine
 
     @property
     def steps(self) -> list[int]:
         """Steps and epochs done of the expert in its phase, and steps of its discriminator."""
-        return [self.engine.steps, self.engine.epochs, self.judge_engine.steps if self.judge_engine else 0]
+        return [
+            self.engine.steps,
+            self.engine.epochs,
+            self.discriminator_engine.steps if self.discriminator_engine else 0,
+        ]
 
     def go_to(self, steps: list[int]) -> None:
         """Set how many steps were done before."""
         self.engine.go_to(*steps[:2])
-        if self.judge_engine is not None:
-            self.judge_engine.go_to(steps[2])
+        if self.discriminator_engine is not None:
+            self.discriminator_engine.go_to(steps[2])
 
 
 class Drawn:
@@ -269,7 +242,7 @@ class Drawn:
     def __init__(self, eps_1R: Tensor) -> None:
         self.eps_1R, self.given = eps_1R, 0
 
-    def __call__(self, ids: Tensor, experts: Sequence[int]) -> Tensor:
+    def __call__(self, ids: Tensor, experts: Sequence[int], shape: tuple[int, ...]) -> Tensor:
         first, self.given = self.given, self.given + len(ids)
         return self.eps_1R[:, first : self.given]
 

@@ -1,4 +1,4 @@
-"""What a competition leaves behind of each round: records, lines, tables.
+"""Per-round records of a competition: metrics, the console line, the assignment table.
 
 Shape letters: E all experts.
 """
@@ -8,40 +8,28 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from mixdist.competition.entrant import Entrant
 from mixdist.competition.table import Assignment
-from mixdist.files import write_file
-from mixdist.parallel.agreement import agree, gather_json
+from mixdist.parallel.agreement import gather_json
 from mixdist.parallel.mesh import Mesh
 from mixdist.parallel.wire import Wire
-from mixdist.training.loop import Recorder, peak_memory
+from mixdist.training.loop import peak_memory
 
 
 class History:
-    """Keeps time and writes down what happens, for all ranks together.
+    """Per-round records: seconds, bytes and losses, for all ranks together.
 
     Args:
         mesh: this rank's place.
         wire: its meter is read and reset with each record.
-        recorders: receive the records, on rank 0.
-        tell: receives a line for each round, on rank 0.
-        tables: the folder for each round's table; None for none.
     """
 
-    def __init__(
-        self,
-        mesh: Mesh,
-        wire: Wire,
-        recorders: Sequence[Recorder] = (),
-        tell: Callable[[str], None] = lambda line: None,
-        tables: Path | None = None,
-    ) -> None:
-        self.mesh, self.wire, self.recorders, self.tell, self.tables = mesh, wire, list(recorders), tell, tables
+    def __init__(self, mesh: Mesh, wire: Wire) -> None:
+        self.mesh, self.wire = mesh, wire
         self.seconds_a_row: float | None = None
         self.reset()
 
@@ -58,9 +46,9 @@ class History:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
     def record(self, fields: dict[str, Any], entrants: Mapping[int, Entrant]) -> dict[str, Any]:
-        """Hand a record to the recorders, with each expert's loss, the times and the bytes since the last one.
+        """Return a record with each expert's loss, the times and the bytes since the last one; every rank calls it.
 
-        Times are those of the slowest rank. Every rank calls it, and gets the record.
+        Times are those of the slowest rank.
         """
         meter = self.wire.meter
         own = {
@@ -68,12 +56,14 @@ class History:
             "bytes": [meter.wire_bytes, meter.wire_bytes_min, meter.sync_bytes],
             "peak": peak_memory(self.mesh.device),
             "rows": sum(entrant.rows for entrant in entrants.values()),
-            "experts": {e: [entrant.loss, entrant.judge_loss, entrant.loss_rows] for e, entrant in entrants.items()},
+            "experts": {
+                e: [entrant.loss, entrant.discriminator_loss_mean, entrant.loss_rows] for e, entrant in entrants.items()
+            },
         }
-        told = gather_json(own, self.mesh.world)
-        seconds = {name: max(t["seconds"].get(name, 0.0) for t in told) for name in told[0]["seconds"]}
-        by_expert = {int(e): losses for t in told for e, losses in t["experts"].items()}
-        busiest = max(t["rows"] for t in told)
+        gathered = gather_json(own, self.mesh.world)
+        seconds = {name: max(t["seconds"].get(name, 0.0) for t in gathered) for name in gathered[0]["seconds"]}
+        by_expert = {int(e): losses for t in gathered for e, losses in t["experts"].items()}
+        busiest = max(t["rows"] for t in gathered)
         if busiest:
             self.seconds_a_row = seconds.get("experts_s", 0.0) / busiest
         names = ("wire_bytes", "wire_bytes_min", "sync_bytes")
@@ -84,45 +74,25 @@ class History:
             "loss": _finite(total / sum(rows_E)) if sum(rows_E) else None,
             "expert_loss": [_finite(loss) for loss in losses_E],
             "discriminator_loss": [_finite(loss) for loss in judges_E],
-            **{name: sum(t["bytes"][i] for t in told) for i, name in enumerate(names)},
+            **{name: sum(t["bytes"][i] for t in gathered) for i, name in enumerate(names)},
             **seconds,
-            "peak_memory_bytes": max(t["peak"] for t in told),
+            "peak_memory_bytes": max(t["peak"] for t in gathered),
         }
-        for recorder in self.recorders if self.mesh.rank == 0 else ():
-            recorder.write(record)
         for entrant in entrants.values():
             entrant.rows = 0
         self.reset()
         return record
 
-    def round(self, table: Assignment, record: dict[str, Any]) -> None:
-        """Put a round's table into the run and tell of it; every rank calls it.
 
-        Raises:
-            Agreed: the table cannot be written.
-        """
-        error = None
-        if self.mesh.rank == 0 and self.tables is not None:
-            try:
-                write_table(self.tables, table)
-            except OSError as mistake:
-                error = f"{self.tables} cannot be written ({mistake}): free space, then go on with --resume"
-        agree(gather_json(error, self.mesh.world)[0], self.mesh.world)
-        if self.mesh.rank == 0:
-            self.tell(in_words(record))
-
-
-def write_table(folder: Path, table: Assignment) -> Path:
-    """Write a round's table and what it is: ``round-0003.npy`` and ``round-0003.json``; give the former."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"round-{table.round:04d}.npy"
-    write_file(path, table.to_bytes())
-    write_file(path.with_suffix(".json"), json.dumps(table.describe(), indent=2).encode())
-    return path
+def table_files(table: Assignment) -> dict[str, bytes]:
+    """Return a round's table and what it is, as files: ``round-0003.npy`` and ``round-0003.json``."""
+    name = f"assignments/round-{table.round:04d}"
+    about = json.dumps(table.describe(), indent=2).encode()
+    return {f"{name}.npy": table.to_bytes(), f"{name}.json": about}
 
 
 def in_words(record: Mapping[str, Any]) -> str:
-    """Say in a line what a round did."""
+    """Return a line on what a round did."""
     counts, changed, starved_experts = record["counts"], record["changed"], record["starved"]
     line = f"round {record['round']}: {' '.join(map(str, counts))} rows"
     line += "" if changed is None else f", {changed:.2%} moved"

@@ -6,23 +6,24 @@ Shape letters: B rows on this rank, R rows routed here, E all experts, e experts
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mixdist.competition.discriminators import Discriminator
-from mixdist.competition.scores import Score
+from mixdist.competition.rules import Rules
+from mixdist.competition.scores import Discriminators, Score
 from mixdist.data import RankBatch, Samples
-from mixdist.experts import Expert, ExpertBank
+from mixdist.experts import Compute, Expert, ExpertBank
 from mixdist.gates import Gate
-from mixdist.mixtures.ensemble import Ensemble
+from mixdist.mixtures import Context, Ensemble, MakeExpert, Objective, check_fields
 from mixdist.mixtures.routing import responsible
-from mixdist.noise import Moment
-from mixdist.parallel.dispatch import Dispatch
+from mixdist.noise import EVALUATION_PHASE, Moment, Purpose
 from mixdist.parallel.route import Route
-from mixdist.terms import Batch, Gating, Owned, Parts, Spec
+from mixdist.terms import Batch, Gating, Outcome, Owned, Parts
 
 
 class HardMixture(Ensemble):
@@ -31,67 +32,133 @@ class HardMixture(Ensemble):
     As a density of x it is sum_j alpha_j p_j(x), with alpha_j the shares of the training set.
 
     Args:
-        bank: this rank's experts.
-        dispatch: brings rows to experts and scores back.
-        spec: the fields of stored rows.
-        dtype: of real numbers.
-        score: how experts are compared.
+        expert: class of mixdist.experts, or your own Expert, for all of them; or a list with one for each expert.
+        num_experts: how many experts; with a list, its length.
+        compute: how an expert runs its rows.
+        rules: of the competition; its score says how experts are compared.
     """
 
-    def __init__(self, bank: ExpertBank, dispatch: Dispatch, spec: Spec, dtype: torch.dtype, score: Score) -> None:
-        super().__init__(bank, dispatch, spec, dtype)
-        num_experts, device = dispatch.mesh.placement.num_experts, dispatch.mesh.device
-        self.score_rule = score
-        self.judges: dict[int, Discriminator] = {}
-        self.log_z_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
-        self.share_E = torch.full_like(self.log_z_E, 1 / num_experts)
+    def __init__(
+        self,
+        expert: MakeExpert | list[MakeExpert],
+        num_experts: int | None,
+        compute: Compute,
+        rules: Rules,
+    ) -> None:
+        super().__init__(expert, num_experts, "loop", compute)
+        self.rules, self.score_rule = rules, rules.score
+
+    @property
+    def discriminating(self) -> Discriminators | None:
+        """How discriminators train; None where the score needs none."""
+        return self.score_rule if isinstance(self.score_rule, Discriminators) else None
+
+    def setup(self, context: Context) -> None:
+        """Make this rank's experts, and one discriminator to see that it can be made."""
+        super().setup(context)
+        device = context.mesh.device
+        self.discriminators: dict[int, Discriminator] = {}
+        self.log_z_E = torch.zeros(self.num_experts, dtype=torch.float64, device=device)
+        self.share_E = torch.full_like(self.log_z_E, 1 / self.num_experts)
+        for expert in self.bank.owned().values():
+            self.score_rule.check(self.spec, self.num_experts, expert)
+            self._check_discriminator(expert)
+        check_fields("mixture.score", self.score_rule, self.spec)
+
+    def _check_discriminator(self, expert: Expert) -> None:
+        if self.discriminating is None:
+            return
+        discriminator, drawn = self.make_discriminator(self.bank.ids[0]), getattr(expert, "field", "x")
+        if discriminator.fields != (drawn,):
+            raise ValueError(
+                f"mixture.score.init_args.reads ({discriminator.fields[0]}) must be the field that experts sample, and "
+                f"{type(expert).__name__} samples {drawn}: set it to that"
+            )
+
+    def optimizers(self) -> dict[str, Callable[[Iterable[Tensor]], Any]]:
+        """Return the discriminators' optimiser."""
+        return {} if self.discriminating is None else {"score": self.discriminating.optimizer}
+
+    def make_discriminator(self, e: int, round: int = 0) -> Discriminator:
+        """Return a discriminator with the initial weights of its expert's number and a round."""
+        assert self.discriminating is not None
+        make = self.discriminating.discriminator
+        return self.context.make(lambda: make(self.spec), Purpose.DISCRIMINATOR, e, round)
 
     @property
     def parts(self) -> Parts:
         """Nothing is shared; the experts are this rank's own."""
         return Parts({}, dict(self.bank.owned()))
 
-    def receive(self, experts: Mapping[int, Expert], judges: Mapping[int, Discriminator]) -> None:
-        """Take this rank's experts and discriminators, as a competition or a checkpoint has them."""
-        self.bank = ExpertBank(experts, "loop", self.bank.compute)
-        self.judges = dict(judges)
+    def backward(
+        self, batch: RankBatch, objective: Objective, at: Moment, num_parts: int = 1, upcoming: RankBatch | None = None
+    ) -> Outcome:
+        """Not used: experts train by themselves in :class:`mixdist.competition.rounds.Rounds`."""
+        raise AssertionError("experts of a competition train by themselves")
+
+    def receive(self, experts: Mapping[int, Expert], discriminators: Mapping[int, Discriminator]) -> None:
+        """Take this rank's experts and discriminators, as training left them."""
+        self.bank = ExpertBank(experts, "loop", self.compute)
+        self.discriminators = dict(discriminators)
 
     def owned(self) -> list[Owned]:
-        return self.parts.owned() + [Owned(f"discriminator {e}", judge, e) for e, judge in self.judges.items()]
+        """Return experts and discriminators."""
+        return self.parts.owned() + [
+            Owned(f"discriminator {e}", discriminator, e) for e, discriminator in self.discriminators.items()
+        ]
 
-    def take_state(self, state: Mapping[str, Any]) -> None:
-        self.log_z_E, self.share_E = (tensor.to(self.log_z_E.device) for tensor in read_shares(state))
+    def state(self) -> dict[str, Any]:
+        """Return log Z and alpha, (E,) each."""
+        return {"log_z": self.log_z_E.tolist(), "share": self.share_E.tolist()}
 
-    def density_weights(self, share_E: Tensor) -> Tensor:
-        return self.share_E
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take what ``state`` returned, and make discriminators to be loaded.
+
+        Raises:
+            ValueError: nothing had been scored.
+        """
+        if not state["share"]:
+            raise ValueError("the newest checkpoint is from before the first scores: no mixture yet: continue training")
+        device = self.log_z_E.device
+        self.log_z_E, self.share_E = (
+            torch.tensor(state[name], dtype=torch.float64, device=device) for name in ("log_z", "share")
+        )
+        if self.discriminating is not None and not self.discriminators:
+            self.discriminators = {e: self.make_discriminator(e) for e in self.bank.ids}
+
+    def density_weights(self, share_E: np.ndarray) -> np.ndarray:
+        """Return alpha, whatever the responsibilities."""
+        return self.share_E.cpu().numpy()
 
     @property
-    def fields(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.bank.template.fields, *self.score_rule.fields)))
+    def extra_fields(self) -> tuple[str, ...]:
+        """The fields that the score reads."""
+        return self.score_rule.fields
 
-    def choose(self, shard: RankBatch, route: Route, at: Moment) -> Tensor:
+    def choose(self, batch: RankBatch, route: Route, at: Moment) -> Tensor:
         rows = self.values(route.rows(), self.fields)
         columns = [
-            self.score_rule.column(e, expert, self.judges.get(e), rows, at, self.dtype)
+            self.score_rule.column(e, expert, self.discriminators.get(e), rows, at, self.dtype)
             for e, expert in self.bank.owned().items()
         ]
         return won(self.dispatch.combine(torch.stack(columns, dim=1), route).double() - self.log_z_E)
 
     def shares(self, dataset: Samples, batch_size: int, at: Moment) -> Tensor:
-        """alpha, of the training set, whatever data set is asked about."""
+        """Return alpha, of the training set, whatever data set is asked about."""
         return self.share_E
 
+    def gate_in_process(self) -> Gate:
+        """Return the mixture's decisions as a gate."""
+        at = Moment(self.context.seed, EVALUATION_PHASE)
+        return HardGate(self.bank.owned(), self.discriminators, self.score_rule, self.log_z_E, at, self.dtype)
 
-def read_shares(state: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return log Z and alpha, (E,) float64 each, from a checkpoint's state.
-
-    Raises:
-        ValueError: nothing had been scored.
-    """
-    if not state["share"]:
-        raise ValueError("the newest checkpoint is from before the first scores: no mixture yet: continue training")
-    log_z_E, share_E = (torch.tensor(state[name], dtype=torch.float64) for name in ("log_z", "share"))
-    return log_z_E, share_E
+    def protocol(self, num_samples: int) -> dict[str, Any]:
+        """Return how likelihoods and weights were taken."""
+        return {
+            **super().protocol(num_samples),
+            "weights_of_shares": "alpha: each expert's part of the training rows in the last round's table: a density",
+            "weights_of_gate": "1 for the expert with the highest score: log p of the winner, no density of x",
+        }
 
 
 class HardGate(Gate):
@@ -99,7 +166,7 @@ class HardGate(Gate):
 
     Args:
         experts: all, by number.
-        judges: their discriminators, where the score has them.
+        discriminators: their discriminators, where the score has them.
         score: how experts are compared.
         log_z_E: each expert's normaliser over the training set.
         at: names the draws.
@@ -109,20 +176,26 @@ class HardGate(Gate):
     def __init__(
         self,
         experts: Mapping[int, Expert],
-        judges: Mapping[int, Discriminator],
+        discriminators: Mapping[int, Discriminator],
         score: Score,
         log_z_E: Tensor,
         at: Moment,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.experts, self.judges, self.score, self.at, self.dtype = dict(experts), dict(judges), score, at, dtype
+        self.experts, self.discriminators, self.score, self.at, self.dtype = (
+            dict(experts),
+            dict(discriminators),
+            score,
+            at,
+            dtype,
+        )
         self.log_z_E = log_z_E
-        self.fields = tuple(dict.fromkeys((*experts[0].fields, *score.fields)))
+        self.fields = tuple(dict.fromkeys((*(f for one in experts.values() for f in one.fields), *score.fields)))
 
     def forward(self, rows: Batch, eps: Tensor | None) -> Gating:
         columns = [
-            self.score.column(e, expert, self.judges.get(e), rows, self.at, self.dtype)
+            self.score.column(e, expert, self.discriminators.get(e), rows, self.at, self.dtype)
             for e, expert in self.experts.items()
         ]
         return Gating(won(torch.stack(columns, dim=1).double() - self.log_z_E).to(self.dtype))

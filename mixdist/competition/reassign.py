@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mixdist.competition.delivery import Brought, Reader, bring, prefetched
-from mixdist.competition.entrant import Entrant, EntrantContext
-from mixdist.competition.scores import Score
+from mixdist.competition.entrant import Entrant
+from mixdist.competition.mixture import HardMixture
 from mixdist.competition.table import winners
 from mixdist.data import Epoch, Samples, share
 from mixdist.noise import Moment, Purpose
@@ -56,9 +56,8 @@ class Scoring:
     """Trains discriminators and scores samples.
 
     Args:
-        ring: what entrants share.
+        mixture: what competes.
         reader: brings rows.
-        score: how experts are compared.
         dataset: the N samples.
         block: rows scored at once.
         fields: that experts, discriminators and score read.
@@ -67,15 +66,15 @@ class Scoring:
 
     def __init__(
         self,
-        ring: EntrantContext,
+        mixture: HardMixture,
         reader: Reader,
-        score: Score,
         dataset: Samples,
         block: int,
         fields: Sequence[str],
         needs_best: bool = False,
     ) -> None:
-        self.ring, self.mesh, self.reader, self.score = ring, ring.mesh, reader, score
+        self.mixture, self.context, self.mesh = mixture, mixture.context, mixture.context.mesh
+        self.reader, self.score = reader, mixture.score_rule
         self.dataset, self.num_samples = dataset, len(dataset)
         self.block, self.fields, self.needs_best = block, fields, needs_best
         self._order: tuple[int, Tensor] | None = None
@@ -92,17 +91,17 @@ class Scoring:
             round: for the draws.
             attempt: does what it is given, and keeps to itself what goes wrong: other ranks wait for the next rows.
         """
-        judging = self.ring.judging
-        assert judging is not None
-        an_epoch = -(-self.num_samples // judging.batch_size)
-        num_batches = judging.batches or judging.epochs * an_epoch
+        discriminating = self.mixture.discriminating
+        assert discriminating is not None
+        an_epoch = -(-self.num_samples // discriminating.batch_size)
+        num_batches = discriminating.batches or discriminating.epochs * an_epoch
         for entrant in entrants.values():
             entrant.meet(round)
-        together = max(1, self.block // judging.batch_size)
+        together = max(1, self.block // discriminating.batch_size)
 
         def begin(first: int) -> Callable[[], tuple[Brought, list[Tensor]]]:
             numbers = [round * num_batches + n for n in range(first, min(first + together, num_batches))]
-            batches = [self._batch(number, an_epoch, judging.batch_size) for number in numbers]
+            batches = [self._batch(number, an_epoch, discriminating.batch_size) for number in numbers]
             # Those of two passes over the data are augmented as in the first of them.
             begun = bring(
                 self.reader, self.mesh, partial(_same, batches), self.fields, self._epoch(numbers[0] // an_epoch)
@@ -116,7 +115,7 @@ class Scoring:
 
     def _epoch(self, number: int) -> Epoch:
         """Name a pass of discriminators over the data; passes are numbered through all rounds."""
-        return Epoch(self.ring.seed, 0, number, purpose=Purpose.RIVAL)
+        return Epoch(self.context.seed, 0, number, purpose=Purpose.RIVAL)
 
     def _batch(self, number: int, an_epoch: int, batch_size: int) -> Tensor:
         """Positions of a discriminator's batch; batches are numbered through all rounds."""
@@ -157,8 +156,8 @@ class Scoring:
 
     def _columns(self, entrants: Mapping[int, Entrant], round: int) -> Tensor:
         """Score all samples by this rank's experts, (N, e), before normalisation."""
-        replicas, at = self.mesh.placement.num_replicas, Moment(self.ring.seed, SCORING_PHASE + round)
-        columns_Ne = torch.zeros(self.num_samples, len(entrants), dtype=self.ring.dtype, device=self.mesh.device)
+        replicas, at = self.mesh.placement.num_replicas, Moment(self.context.seed, SCORING_PHASE + round)
+        columns_Ne = torch.zeros(self.num_samples, len(entrants), dtype=self.context.dtype, device=self.mesh.device)
         fields = self.fields
 
         def begin(first: int) -> Callable[[], tuple[Batch, Tensor]]:
@@ -170,13 +169,13 @@ class Scoring:
             return lambda: (begun(), wanted(self.mesh.rank))
 
         for stored, index in prefetched(partial(begin, n) for n in range(0, self.num_samples, self.block * replicas)):
-            rows = self.ring.values(stored, fields)
+            rows = self.context.values(stored, fields)
             for place, (e, entrant) in enumerate(entrants.items() if len(index) else ()):
-                column = self.score.column(e, entrant.expert, entrant.judge, rows, at, self.ring.dtype)
+                column = self.score.column(e, entrant.expert, entrant.discriminator, rows, at, self.context.dtype)
                 columns_Ne[index[0] : index[0] + len(index), place] = column
         if replicas > 1:
             # Each sample's score is one replica's number plus zeros: no rounding.
-            columns_Ne = self.ring.wire.all_reduce(columns_Ne, self.mesh.replica_group)
+            columns_Ne = self.context.wire.all_reduce(columns_Ne, self.mesh.replica_group)
         return columns_Ne
 
     def _decide(self, scores_Ne: Tensor, homes: Sequence[Sequence[int]], log_z_E: Tensor, table: Any) -> Verdict:
@@ -210,8 +209,8 @@ class Scoring:
         own = scores_Ne[parts[me].start : parts[me].stop]
         sent = [None if p == me else scores_Ne[part.start : part.stop] for p, part in enumerate(parts)]
         shapes = [(len(parts[me]), len(experts)) for experts in homes]
-        self.ring.wire.meter.wire_bytes_min += sum(0 if t is None else t.numel() for t in sent) * own.element_size()
-        arrived = move(sent, own, me, shapes, self.ring.wire.all_to_all, mesh.ep_group)
+        self.context.wire.meter.wire_bytes_min += sum(0 if t is None else t.numel() for t in sent) * own.element_size()
+        arrived = move(sent, own, me, shapes, self.context.wire.all_to_all, mesh.ep_group)
         return torch.cat(arrived, dim=1)[:, torch.tensor([e for experts in homes for e in experts]).argsort()]
 
     def _gather(self, own_n: NDArray[Any], parts: Sequence[range]) -> NDArray[Any]:
@@ -219,7 +218,7 @@ class Scoring:
         own = torch.from_numpy(own_n).to(self.mesh.device)
         sent = [None if p == self.mesh.member else own for p in range(len(parts))]
         shapes = [(len(part),) for part in parts]
-        arrived = move(sent, own, self.mesh.member, shapes, self.ring.wire.all_gather, self.mesh.ep_group)
+        arrived = move(sent, own, self.mesh.member, shapes, self.context.wire.all_gather, self.mesh.ep_group)
         return torch.cat(arrived).cpu().numpy()
 
 

@@ -26,7 +26,7 @@ class Rules:
         start: pretraining is on all samples, each expert on its own order of them, and the first scores make the first
             split (all); or on a random split, which is the first (split); or on a given table, which is (table).
         table: an assignment's .npy file of another run on the same data, with its .json beside it; for start table.
-        score: class of mixdist.competition.scores, or your own Score.
+        score: class of mixdist.competition, or your own Score.
         starved: what happens to an expert with few samples: nothing; freeze, it does not train until it wins more;
             reseed, it gets new weights and an even share of the samples whose best score is worst.
         starved_below: few is less than this part of an even share.
@@ -53,12 +53,12 @@ class Rules:
     def __post_init__(self) -> None:
         for name in ("rounds", "block"):
             if getattr(self, name) < 1:
-                raise ValueError(f"competition.{name} ({getattr(self, name)}) must be at least 1: give 1 or more")
+                raise ValueError(f"mixture.{name} ({getattr(self, name)}) must be at least 1: give 1 or more")
         for name in ("starved_below", "stop_below"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"competition.{name} ({getattr(self, name)}) must be a share from 0 to 1: fix it")
+                raise ValueError(f"mixture.{name} ({getattr(self, name)}) must be between 0 and 1")
         if (self.start == "table") != (self.table is not None):
             raise ValueError(
-                f"competition.start ({self.start}) and competition.table ({self.table}) do not fit: give both to start "
+                f"mixture.start ({self.start}) and mixture.table ({self.table}) do not fit: give both to start "
                 f"from a table, or neither"
             )

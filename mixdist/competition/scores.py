@@ -44,14 +44,14 @@ class Score(ABC):
 
     @abstractmethod
     def column(
-        self, e: int, expert: Expert, judge: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
+        self, e: int, expert: Expert, discriminator: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
     ) -> Tensor:
         """Return s_e(x), before normalisation, (R,) nats.
 
         Args:
             e: the expert's number.
             expert: the expert.
-            judge: its discriminator, where the score trains them.
+            discriminator: its discriminator, where the score trains them.
             rows: of real numbers.
             at: names the draws.
             dtype: of real numbers.
@@ -118,10 +118,10 @@ class Discriminators(Score):
             )
 
     def column(
-        self, e: int, expert: Expert, judge: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
+        self, e: int, expert: Expert, discriminator: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
     ) -> Tensor:
-        assert judge is not None
-        return -judge(rows[judge.fields[0]])
+        assert discriminator is not None
+        return -discriminator(rows[discriminator.fields[0]])
 
 
 class Elbo(Score):
@@ -137,7 +137,7 @@ class Elbo(Score):
         self.normalized = normalized
 
     def column(
-        self, e: int, expert: Expert, judge: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
+        self, e: int, expert: Expert, discriminator: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
     ) -> Tensor:
         eps = None
         if expert.noise_shape is not None:
@@ -170,7 +170,7 @@ class Likelihood(Score):
             raise ValueError(f"the score Likelihood needs importance weights, which {kind} has not: take Elbo")
 
     def column(
-        self, e: int, expert: Expert, judge: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
+        self, e: int, expert: Expert, discriminator: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
     ) -> Tensor:
         return importance(expert, rows, e, at, self.num_samples, dtype).log_px.to(dtype)
 
@@ -189,7 +189,7 @@ class LabelOracle(Score):
         label_classes(spec, self.field, "the score LabelOracle", num_experts)
 
     def column(
-        self, e: int, expert: Expert, judge: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
+        self, e: int, expert: Expert, discriminator: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
     ) -> Tensor:
         zero = torch.zeros(len(rows["id"]), dtype=dtype, device=rows["id"].device)
         return zero.masked_fill(rows[self.field] != e, -math.inf)
@@ -199,7 +199,7 @@ class Random(Score):
     """log u with u uniform on (0, 1), drawn anew each round: experts that learn from no competition."""
 
     def column(
-        self, e: int, expert: Expert, judge: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
+        self, e: int, expert: Expert, discriminator: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
     ) -> Tensor:
         return at.draw(Purpose.CHANCE).uniform(rows["id"], [e], (1,), dtype)[0, :, 0].log()
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from tokenize import TokenError
 from typing import Any, Literal
 
@@ -92,6 +94,22 @@ class Assignment:
             "sha256": hashlib.sha256(self.expert_N.tobytes()).hexdigest(),
             "counts": self.counts_E.tolist(),
         }
+
+    @staticmethod
+    def load(path: Path, data: str, num_samples: int, num_experts: int) -> Assignment:
+        """Read a table that a competition starts from, with its .json beside it.
+
+        Raises:
+            ValueError: it cannot be read, is damaged, or belongs to other data.
+        """
+        try:
+            table, about = path.read_bytes(), json.loads(path.with_suffix(".json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"mixture.table {path} cannot be read with its .json beside it ({error}): name a table such as "
+                f"runs/RUN/assignments/round-0001.npy"
+            ) from None
+        return Assignment.read(str(path), table, about, data, num_samples, num_experts)
 
     @staticmethod
     def read(name: str, table: bytes, about: Any, data: str, num_samples: int, num_experts: int) -> Assignment:

@@ -36,7 +36,9 @@ class _Help(DefaultHelpFormatter):
         text = str(super()._expand_help(action))
         if text == "Path to a configuration file.":
             return f"a YAML file with the keys of {action.dest}"
-        text = re.sub(r"Callable\[\[(?:[^][]|\[[^][]*\])*\], (\w+)\]", r"\1", re.sub(r"<class '(\w+)'>", r"\1", text))
+        text = re.sub(r"<class '(\w+)'>", r"\1", text)
+        while (short := re.sub(r"Callable\[\[(?:[^][]|\[[^][]*\])*\], (\w+)\]", r"\1", text)) != text:
+            text = short  # a factory is told by what it makes, innermost ones first
         # A base class cannot be chosen.
         return re.sub(r"(\b(\w+)\b.*known subclasses: )[\w.]*\.\2, ", r"\1", text)
 

@@ -6,12 +6,15 @@ import math
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+import mixdist.competition
 import mixdist.data
-from mixdist.competition.scores import Discriminators
+import mixdist.mixtures
 from mixdist.config.complaints import CONFIG
 from mixdist.config.config import Config, check
 from mixdist.config.options import explained, parse, plain_parser
@@ -28,7 +31,7 @@ def config_parser(prog: str = "mixdist train", description: str = "") -> Argumen
     for name in mixdist.data.__all__:
         getattr(mixdist.data, name)  # the parser knows of classes that were imported
     parser.add_argument("--config", action="config", help="a YAML file; options after it override it")
-    parser.add_class_arguments(Config)
+    parser.add_class_arguments(Config, fail_untyped=False)  # the spec of a class of one's own needs no type
     return parser
 
 
@@ -47,16 +50,23 @@ def make_config(parser: ArgumentParser, parsed: Namespace) -> Config:
     for i, phase in enumerate(config.pretrain):
         _try_out(f"pretrain[{i}]", phase.optimizer, phase.schedule)
     _try_out("train", config.train.optimizer, config.train.schedule)
-    if config.competition is not None and isinstance(config.competition.score, Discriminators):
-        _try_out("competition.score", config.competition.score.optimizer)
+    for name, optimizer in config.mixture.optimizers().items():
+        _try_out(f"mixture.{name}", optimizer)
     return config
 
 
-def dump(parser: ArgumentParser, parsed: Namespace) -> str:
+def dump(parsed: Namespace) -> str:
     """Return the resolved config as YAML, without what belongs to the command and not to the run."""
-    own = Namespace({name: parsed[name] for name in Config.__dataclass_fields__})
-    text: str = config_parser().dump(own)
-    return text
+    return yaml.safe_dump({name: plain(parsed[name]) for name in Config.__dataclass_fields__}, sort_keys=False)
+
+
+def plain(value: Any) -> Any:
+    """Return what was parsed as JSON: the parser itself cannot write lists of classes with arguments left open."""
+    if isinstance(value, Namespace):
+        return {name: plain(inner) for name, inner in vars(value).items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def read_config(path: Path) -> Config:

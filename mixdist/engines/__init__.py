@@ -1,6 +1,7 @@
 """Engines: what happens between gradients and new parameters."""
 
-from mixdist.engines.native import Native, NotFinite, OptimizerFactory, ScheduleFactory, Totals
+from mixdist.engines.engine import Engine, EngineFactory, NotFinite, OptimizerFactory, ScheduleFactory, Totals
+from mixdist.engines.native import Native
 from mixdist.engines.solo import Solo
 
-__all__ = ["Native", "NotFinite", "OptimizerFactory", "ScheduleFactory", "Solo", "Totals"]
+__all__ = ["Engine", "EngineFactory", "Native", "NotFinite", "OptimizerFactory", "ScheduleFactory", "Solo", "Totals"]

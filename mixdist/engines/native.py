@@ -5,43 +5,28 @@ Shape letters: E all experts.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
+from mixdist.engines.engine import (
+    Engine,
+    OptimizerFactory,
+    ScheduleFactory,
+    Totals,
+    check_finite,
+    square,
+    start_totals,
+)
 from mixdist.engines.state import Slot, fast_forward, kind, read_optimizer, write_optimizer
 from mixdist.parallel.mesh import Mesh
-from mixdist.parallel.wire import Wire
+from mixdist.parallel.wire import Group, Wire
 from mixdist.terms import Outcome, Owned, Parts
 
-OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
-ScheduleFactory = Callable[[Optimizer], LRScheduler]
 
-
-class Totals(NamedTuple):
-    """What one step was over the whole batch, the same on every rank.
-
-    Args:
-        outcome: every field summed over ranks.
-        grad_norm: norm of the gradient before clipping, what is shared once and each expert once.
-        meter: wire_bytes, wire_bytes_min and sync_bytes summed over ranks.
-    """
-
-    outcome: Outcome
-    grad_norm: float
-    meter: dict[str, int]
-
-
-class NotFinite(ValueError):
-    """A loss or a gradient is not a finite number; nothing was updated."""
-
-
-class Native:
+class Native(Engine):
     """Gradients summed over whoever holds a copy, one optimiser for each module, in one process or many.
 
     Experts that run as one stack share an optimiser over the stack, which one that works element by element cannot
@@ -67,12 +52,9 @@ class Native:
         schedule: ScheduleFactory | None = None,
         clip_norm: float | None = None,
     ) -> None:
-        self.parts, self.mesh, self.wire, self.clip_norm = parts, mesh, wire, clip_norm
-        listed = [(owned, trainable(owned.module)) for owned in parts.owned()]
-        self.trained = [(owned, parameters) for owned, parameters in listed if parameters]
+        super().__init__(parts, mesh, wire, optimizer, schedule, clip_norm)
         self.optimizers = {owned.name: optimizer(tensors) for owned, tensors in self._tensors()}
         self.schedules = [schedule(o) for o in self.optimizers.values()] if schedule else []
-        self.num_experts = mesh.placement.num_experts
         self._slices = [
             (stacked, slices)
             for name, stacked in parts.stack.items()
@@ -104,10 +86,10 @@ class Native:
         own = [g for owned, grads in gradients if owned.expert is not None for g in grads]
         self._start_reduce(own, self.mesh.replica_group)()
         # Both reductions over all ranks are under way together; what is shared has its norm taken where it arrives.
-        finish_totals = self._start_totals(outcome, self._squares(gradients))
+        finish_totals = start_totals(self.mesh, self.wire, outcome, self._squares(gradients))
         finish()
-        totals, squares = finish_totals(_square(shared))
-        _check_finite(totals.outcome, squares, [o.name for o, _ in self.trained if o.expert is None], step)
+        totals, squares = finish_totals(square(shared))
+        check_finite(totals.outcome, squares, [o.name for o, _ in self.trained if o.expert is None], step)
         if self.clip_norm is not None and totals.grad_norm > self.clip_norm:
             torch._foreach_mul_([g for _, grads in gradients for g in grads], self.clip_norm / totals.grad_norm)
         for optimizer in self.optimizers.values():
@@ -174,7 +156,7 @@ class Native:
                     parameter.grad = torch.zeros_like(parameter)
         return [(owned, [p.grad for p in parameters if p.grad is not None]) for owned, parameters in self.trained]
 
-    def _start_reduce(self, grads: list[Tensor], group: torch.distributed.ProcessGroup | None) -> Callable[[], None]:
+    def _start_reduce(self, grads: list[Tensor], group: Group) -> Callable[[], None]:
         """Start to sum gradients over a group; what is returned puts the sums in their place."""
         if group is None or not grads:
             return lambda: None
@@ -191,57 +173,5 @@ class Native:
         squares_E = torch.zeros(self.num_experts, dtype=torch.float64, device=self.mesh.device)
         for owned, grads in gradients:
             if owned.expert is not None and self.mesh.speaks_for(owned.expert):
-                squares_E[owned.expert] = _square(grads)
+                squares_E[owned.expert] = square(grads)
         return squares_E
-
-    def _start_totals(self, outcome: Outcome, squares_E: Tensor) -> Callable[[Tensor], tuple[Totals, Tensor]]:
-        """Start to sum everything that ranks must know of a step, in one reduction; then it wants what is shared."""
-        meter = self.wire.meter
-        counts = {name: getattr(meter, name) for name in ("wire_bytes", "wire_bytes_min", "sync_bytes")}
-        sent = torch.tensor(list(counts.values()), dtype=torch.float64, device=self.mesh.device)
-        fields = [squares_E, sent, outcome.loss, *outcome.parts.values(), *outcome[2:]]
-        sizes = [f.numel() for f in fields]
-        pending = self.wire.start_all_reduce(torch.cat([f.reshape(-1).double() for f in fields]), self.mesh.world)
-
-        def finish(shared: Tensor) -> tuple[Totals, Tensor]:
-            squares_E, bytes_, loss, *rest = pending.wait().cpu().split(sizes)
-            rest = [r.view(f.shape) for r, f in zip(rest, fields[3:], strict=True)]
-            num_parts = len(outcome.parts)
-            parts = dict(zip(outcome.parts, rest[:num_parts], strict=True))
-            summed = Outcome(loss.reshape(()), parts, *rest[num_parts:])
-            meters = {name: int(b) for name, b in zip(counts, bytes_.tolist(), strict=True)}
-            squares = torch.cat([squares_E, shared.cpu().reshape(1)])
-            return Totals(summed, squares.sum().sqrt().item(), meters), squares
-
-        return finish
-
-
-def _square(grads: list[Tensor]) -> Tensor:
-    """The squared norm of gradients together, float64."""
-    if not grads:
-        return torch.zeros((), dtype=torch.float64)
-    return torch.stack(torch._foreach_norm(grads)).double().square().sum()
-
-
-def trainable(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a module that learn."""
-    return [p for p in module.parameters() if p.requires_grad]
-
-
-def _check_finite(outcome: Outcome, squares: Tensor, shared: list[str], step: int) -> None:
-    remedy = "no parameter was changed; lower the learning rate, set clip_norm, or look at the rows of this step"
-    for e, (bad, seen) in enumerate(zip(outcome.bad_E.tolist(), outcome.seen_E.tolist(), strict=True)):
-        if bad:
-            raise NotFinite(
-                f"step {step}: the loss of expert {e} is not finite for {bad:.0f} of {seen:.0f} rows: {remedy}"
-            )
-    if outcome.bad_gate.item():
-        raise NotFinite(
-            f"step {step}: the gate's output is not a number for {outcome.bad_gate.item():.0f} rows: {remedy}"
-        )
-    names = [*(f"expert {e}" for e in range(len(squares) - 1)), " and ".join(shared)]
-    for name, square in zip(names, squares.tolist(), strict=True):
-        if not math.isfinite(square):
-            raise NotFinite(f"step {step}: the gradient of {name} is not finite: {remedy}")
-    if not outcome.loss.isfinite():
-        raise NotFinite(f"step {step}: the loss ({outcome.loss.item()}) is not finite: {remedy}")

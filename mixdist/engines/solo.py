@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from mixdist.engines.native import NotFinite, OptimizerFactory, ScheduleFactory, trainable
+from mixdist.engines.engine import NotFinite, OptimizerFactory, ScheduleFactory, trainable
 from mixdist.engines.state import Slot, fast_forward, kind, read_optimizer, write_optimizer
 from mixdist.parallel.wire import Group, Wire
 

@@ -5,6 +5,7 @@ Shape letters: R rows routed here, E experts on this rank, M rows that one exper
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -18,8 +19,8 @@ from mixdist.experts.expert import Expert
 from mixdist.terms import Batch, ExpertTerms
 
 Execution = Literal["loop", "stacked"]
-Noise = Callable[[Tensor, Sequence[int]], Tensor]
-"""Gives the noise (experts, rows, *noise_shape) for sample ids and global expert numbers."""
+Noise = Callable[[Tensor, Sequence[int], tuple[int, ...]], Tensor]
+"""Returns noise (experts, rows, *shape) for sample ids, global expert numbers, and the shape of a row's noise."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,16 @@ class ExpertBank(nn.Module):
         return {int(e): cast(Expert, expert) for e, expert in self.experts.items()}
 
     @property
-    def template(self) -> Expert:
-        """One of the experts: what it needs, all need."""
-        return next(iter(self.owned().values()))
+    def fields(self) -> tuple[str, ...]:
+        """The fields that any expert here reads, each once."""
+        return tuple(dict.fromkeys(name for expert in self.owned().values() for name in expert.fields))
+
+    @property
+    def can_stack(self) -> bool:
+        """Whether these experts can run as one stack: of one class that allows it, with parameters of one shape."""
+        first, *others = self.owned().values()
+        shapes = [(type(e), {n: p.shape for n, p in e.named_parameters()}) for e in (first, *others)]
+        return first.stackable and all(shape == shapes[0] for shape in shapes)
 
     def stack_up(self) -> None:
         """Go from a loop to stacked execution, before any optimiser is made.
@@ -104,10 +112,13 @@ class ExpertBank(nn.Module):
         Raises:
             ValueError: these experts cannot be stacked.
         """
-        if not self.template.stackable:
-            kind = type(self.template).__name__
-            raise ValueError(f"execution 'stacked' needs stackable experts, and {kind} is not: set execution to 'loop'")
-        for name, _ in self.template.named_parameters():
+        if not self.can_stack:
+            kinds = " and ".join(dict.fromkeys(type(expert).__name__ for expert in self.owned().values()))
+            raise ValueError(
+                f"execution (stacked) needs experts of one stackable class and shape, and here are {kinds}: set "
+                f"execution to loop"
+            )
+        for name, _ in self._first.named_parameters():
             own = [expert.get_parameter(name) for expert in self.owned().values()]
             stacked = torch.stack([p.detach() for p in own]).requires_grad_()
             stacked.grad = torch.zeros_like(stacked)
@@ -115,6 +126,10 @@ class ExpertBank(nn.Module):
                 p.data, p.grad = stacked.detach()[i], stacked.grad[i]
             self.stack[name] = stacked
         self.execution = "stacked"
+
+    @property
+    def _first(self) -> Expert:
+        return next(iter(self.owned().values()))
 
     def _callable(self, expert: Expert) -> Callable[[Batch, Tensor | None], ExpertTerms]:
         call = torch.compile(expert, dynamic=True) if self.compute.compile else expert
@@ -129,7 +144,8 @@ class ExpertBank(nn.Module):
             mask_RE: True where the expert sees the row; None where every expert sees every row.
 
         Returns:
-            terms with fields (R, E), zero where the expert does not see the row.
+            terms with fields (R, E, ...), zero where the expert does not see the row. A field that some of these
+            experts lack is NaN in their columns.
         """
         if self.execution == "stacked":
             return self._run_stack(rows, noise, mask_RE)
@@ -148,6 +164,7 @@ class ExpertBank(nn.Module):
         """
         if self.execution == "stacked":
             losses_RE = self._run_stack(rows, noise, mask_RE).loss_R
+            assert losses_RE is not None
             _differentiate(losses_RE, grads())
             return losses_RE.detach()
         grads_RE: Tensor | None = None
@@ -155,6 +172,7 @@ class ExpertBank(nn.Module):
         for i, e in enumerate(self.ids):
             for places, taken, eps in self._pieces(i, e, rows, noise, mask_RE):
                 losses = self._calls[e](taken, eps).loss_R
+                assert losses is not None
                 grads_RE = grads() if grads_RE is None else grads_RE
                 _differentiate(losses, grads_RE[places, i])
                 kept.append((places, i, losses.detach()))
@@ -170,7 +188,8 @@ class ExpertBank(nn.Module):
         self, i: int, e: int, rows: Batch, noise: Noise | None, mask_RE: Tensor | None
     ) -> Iterator[tuple[Tensor | slice, Batch, Tensor | None]]:
         """Cut an expert's rows into micro-batches, at least one: their places, the rows, their noise."""
-        num_rows = len(rows["id"])
+        num_rows, expert = len(rows["id"]), cast(Expert, self.experts[str(e)])
+        own = {name: rows[name] for name in ("id", *expert.fields)}
         places_M = None if mask_RE is None else mask_RE[:, i].nonzero()[:, 0]
         count = num_rows if places_M is None else len(places_M)
         size = self.compute.micro_batch or max(count, 1)
@@ -178,10 +197,10 @@ class ExpertBank(nn.Module):
             piece: Tensor | slice = slice(start, min(start + size, count))
             if places_M is not None:
                 piece = places_M[piece]
-            taken = rows if count == num_rows and size >= count else {n: column[piece] for n, column in rows.items()}
+            taken = own if count == num_rows and size >= count else {n: column[piece] for n, column in own.items()}
             if self.compute.channels_last:
                 taken = {n: _channels_last(column) for n, column in taken.items()}
-            yield piece, taken, None if noise is None else noise(taken["id"], [e])[0]
+            yield piece, taken, _eps(noise, taken["id"], [e], expert)
 
     def _recomputed(self, e: int, rows: Batch, eps: Tensor | None) -> ExpertTerms:
         if self.compute.recompute and torch.is_grad_enabled():
@@ -191,28 +210,29 @@ class ExpertBank(nn.Module):
 
     def _run_stack(self, rows: Batch, noise: Noise | None, mask_RE: Tensor | None) -> ExpertTerms:
         for name, stacked in self.stack.items():
-            stacked.requires_grad_(self.template.get_parameter(name).requires_grad)
+            stacked.requires_grad_(self._first.get_parameter(name).requires_grad)
+        shape = self._first.noise_shape
         if mask_RE is None:
-            eps = None if noise is None else noise(rows["id"], self.ids)
+            eps = None if noise is None or shape is None else noise(rows["id"], self.ids, shape)
             return _map(lambda field: field.transpose(0, 1), self._call_stack(rows, eps))
         # Every expert gets as many rows as the busiest, real ones: what it says of those that fill up is not read.
         num_rows, counts_E = mask_RE.shape[0], mask_RE.sum(0)
         order_EM = mask_RE.T.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : int(counts_E.max())]
         taken = {name: column[order_EM] for name, column in rows.items()}
         eps = None
-        if noise is not None:
-            eps = torch.stack([noise(ids_M, [e])[0] for ids_M, e in zip(taken["id"], self.ids, strict=True)])
+        if noise is not None and shape is not None:
+            eps = torch.stack([noise(ids_M, [e], shape)[0] for ids_M, e in zip(taken["id"], self.ids, strict=True)])
         seen_EM = torch.arange(order_EM.shape[1], device=order_EM.device) < counts_E[:, None]
 
         def place(field: Tensor) -> Tensor:
-            full = field.new_zeros(num_rows, len(self.ids))
+            full = field.new_zeros(num_rows, len(self.ids), *field.shape[2:])
             experts_EM = torch.arange(len(self.ids), device=order_EM.device)[:, None].expand_as(order_EM)
             return full.index_put((order_EM[seen_EM], experts_EM[seen_EM]), field[seen_EM])
 
         return _map(place, self._call_stack(taken, eps))
 
     def _call_stack(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
-        return self._cast(lambda: functional_call(self.template, self.stack, (rows, eps)), rows)
+        return self._cast(lambda: functional_call(self._first, self.stack, (rows, eps)), rows)
 
     def _cast(self, call: Callable[[], ExpertTerms], rows: Batch) -> ExpertTerms:
         if not self.compute.bf16:
@@ -226,11 +246,16 @@ def _differentiate(losses: Tensor, grads: Tensor) -> None:
         losses.backward(grads)
 
 
+def _eps(noise: Noise | None, ids: Tensor, experts: Sequence[int], expert: Expert) -> Tensor | None:
+    return None if noise is None or expert.noise_shape is None else noise(ids, experts, expert.noise_shape)[0]
+
+
 def _place(field: Tensor, i: int, mask_RE: Tensor | None) -> Tensor:
-    """Put an expert's field (M,) to its rows: (R,)."""
+    """Put an expert's field (M, ...) to its rows: (R, ...)."""
     if mask_RE is None:
         return field
-    return field.new_zeros(mask_RE.shape[0]).index_put((mask_RE[:, i].nonzero()[:, 0],), field)
+    full = field.new_zeros(mask_RE.shape[0], *field.shape[1:])
+    return full.index_put((mask_RE[:, i].nonzero()[:, 0],), field)
 
 
 def _channels_last(column: Tensor) -> Tensor:
@@ -238,7 +263,15 @@ def _channels_last(column: Tensor) -> Tensor:
 
 
 def _map(change: Callable[..., Tensor], *terms: ExpertTerms) -> ExpertTerms:
-    """Change each field that is there, given that field of all terms."""
-    loss, *rest = (None if f[0] is None else change(*f) for f in zip(*terms, strict=True))
-    assert loss is not None
-    return ExpertTerms(loss, *rest)
+    """Change each field that some of the terms have, given that field of all of them; NaN where one lacks it."""
+    loss, log_px, kl = (_change(change, field) for field in zip(*(term[:3] for term in terms), strict=True))
+    names = dict.fromkeys(name for term in terms for name in term.features)
+    features = {name: _change(change, [term.features.get(name) for term in terms]) for name in names}
+    return ExpertTerms(loss, log_px, kl, {name: field for name, field in features.items() if field is not None})
+
+
+def _change(change: Callable[..., Tensor], fields: Sequence[Tensor | None]) -> Tensor | None:
+    like = next((field for field in fields if field is not None), None)
+    if like is None:
+        return None
+    return change(*(torch.full_like(like, math.nan) if field is None else field for field in fields))

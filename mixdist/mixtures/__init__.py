@@ -1,7 +1,9 @@
 """Mixtures: one short program for each family over gate, experts and dispatch."""
 
-from mixdist.mixtures.ensemble import Ensemble, Scores
-from mixdist.mixtures.mixture import Mixture
+from mixdist.mixtures.ensemble import Ensemble, Facts, MakeExpert, Scores, check_fields
+from mixdist.mixtures.figures import ExpertEvaluation
+from mixdist.mixtures.mixture import Context, Mixture, Stage
+from mixdist.mixtures.model import Model
 from mixdist.mixtures.objectives import (
     Balance,
     Information,
@@ -13,19 +15,30 @@ from mixdist.mixtures.objectives import (
 )
 from mixdist.mixtures.routing import RoutingPlan, TopK
 from mixdist.mixtures.soft import Soft
+from mixdist.mixtures.study import Evaluation, Request, Study
 
 __all__ = [
     "Balance",
+    "Context",
     "Ensemble",
+    "Evaluation",
+    "ExpertEvaluation",
+    "Facts",
     "Information",
     "KLBalance",
+    "MakeExpert",
     "Mixture",
     "MixtureLikelihood",
+    "Model",
     "Objective",
+    "Request",
     "RoutingPlan",
     "Scores",
     "Soft",
+    "Stage",
+    "Study",
     "TopK",
     "VarianceBalance",
     "WeightedLoss",
+    "check_fields",
 ]

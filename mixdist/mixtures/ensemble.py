@@ -5,19 +5,32 @@ Shape letters: B rows on this rank, R rows routed here, E all experts, e experts
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mixdist.data import RankBatch, Samples
-from mixdist.experts import ExpertBank, Noise
+from mixdist.experts import Compute, Expert, ExpertBank, Noise, time_executions
+from mixdist.gates import Gate
+from mixdist.mixtures import evidence, samples
+from mixdist.mixtures.figures import ExpertStudy
+from mixdist.mixtures.mixture import Context, Mixture, Stage
+from mixdist.mixtures.model import Model
+from mixdist.mixtures.pictures import Picture
+from mixdist.mixtures.shown import expert_pictures
+from mixdist.mixtures.study import Evaluation, Request, Study
 from mixdist.noise import Moment, Purpose
-from mixdist.parallel.dispatch import Dispatch
+from mixdist.parallel.agreement import gather_json
 from mixdist.parallel.route import Route
-from mixdist.terms import Batch, ExpertTerms, Owned, Parts, Spec
+from mixdist.terms import Batch, ExpertTerms, Spec
+
+MakeExpert = Callable[[Spec], Expert]
+Execution = Literal["auto", "loop", "stacked"]
 
 
 class Scores(NamedTuple):
@@ -34,88 +47,275 @@ class Scores(NamedTuple):
     elbo_BE: Tensor | None
 
 
-class Ensemble(ABC):
-    """What soft and hard mixtures share: rows reach every expert, and each row has weights over experts.
+class Facts(NamedTuple):
+    """What every rank knows of an expert, wherever it lives; all but the last two are None where it has no such thing.
 
     Args:
-        bank: this rank's experts.
-        dispatch: brings rows to experts and fields back.
-        spec: the fields of stored rows.
-        dtype: of real numbers.
+        fields: the fields of a row that it reads.
+        reconstructs: the field that it reconstructs.
+        samples: the field that it samples, as means of p(x|z).
+        draws: the field that it draws, with the noise of p(x|z).
+        predicts: the field that it predicts.
+        weighs: whether it has importance weights.
     """
 
-    def __init__(self, bank: ExpertBank, dispatch: Dispatch, spec: Spec, dtype: torch.dtype) -> None:
-        self.bank, self.dispatch, self.spec, self.dtype = bank, dispatch, spec, dtype
+    fields: tuple[str, ...]
+    reconstructs: str | None
+    samples: str | None
+    draws: str | None
+    predicts: str | None
+    weighs: bool
+
+    @staticmethod
+    def of(expert: Expert) -> Facts:
+        """Read them from an expert."""
+        field, noisy = str(getattr(expert, "field", "x")), expert.noise_shape is not None
+        return Facts(
+            tuple(expert.fields),
+            field if expert.can("reconstruct") and field in expert.fields else None,
+            field if expert.can("sample") and noisy else None,
+            field if expert.can("draw") and noisy else None,
+            getattr(expert, "target", None) if expert.can("predict") else None,
+            expert.can("log_weights"),
+        )
+
+
+class Ensemble(Mixture):
+    """What soft and hard mixtures share: rows reach experts, and each row has weights over experts.
+
+    Args:
+        expert: class of mixdist.experts, or your own Expert, for all of them; or a list with one for each expert.
+        num_experts: how many experts; with a list, its length.
+        execution: how a rank runs its experts: one after another (loop), as one batched product (stacked), or the
+            faster of the two here (auto: timed once; the run's config.yaml keeps which it took).
+        compute: how an expert runs its rows.
+
+    Raises:
+        ValueError: a number of experts that does not fit the list; a stack with options that are for a loop.
+    """
+
+    bank: ExpertBank
+
+    def __init__(
+        self,
+        expert: MakeExpert | list[MakeExpert],
+        num_experts: int | None = None,
+        execution: Execution = "auto",
+        compute: Compute = Compute(),  # noqa: B008 (frozen)
+    ) -> None:
+        listed = list(expert) if isinstance(expert, Sequence) else None
+        number = num_experts if listed is None else len(listed)
+        if number is None or number < 1 or num_experts not in (None, number):
+            wanted = "give 1 or more" if listed is None else f"leave it out, or give {len(listed)}, one for each"
+            raise ValueError(f"mixture.num_experts ({num_experts}) must be the number of experts: {wanted}")
+        self.num_experts, self.execution, self.compute = number, execution, compute
+        self.alike = listed is None
+        self.make_experts: list[MakeExpert] = [expert] * number if listed is None else listed  # type: ignore[list-item]
+        for key in ("micro_batch", "recompute", "compile"):
+            value = getattr(self.compute, key)
+            if execution == "stacked" and value:
+                raise ValueError(
+                    f"mixture.compute.{key} ({value}) needs experts in a loop, and mixture.execution is stacked: set "
+                    f"that to loop or auto"
+                )
+
+    def setup(self, context: Context) -> None:
+        """Make this rank's experts."""
+        super().setup(context)
+        self.spec, self.dtype = context.spec, context.dtype
+        experts = {e: self.make_expert(e) for e in context.mesh.experts}
+        for e, expert in experts.items():
+            check_fields("mixture.expert" if self.alike else f"mixture.expert[{e}]", expert, self.spec)
+        self.bank = ExpertBank(experts, "loop" if self.execution == "auto" else self.execution, self.compute)
+
+    def make_expert(self, e: int, round: int = 0) -> Expert:
+        """Return an expert with the initial weights of its number (and round of a competition)."""
+        return self.context.make(lambda: self.make_experts[e](self.spec), Purpose.WEIGHTS, e, round)
+
+    def tune(self, dataset: Samples, stage: Stage) -> None:
+        """Time a loop and a stack where execution is auto, and go on with the one that is faster on rank 0.
+
+        Rows are as many as an expert sees in a micro-batch of the phase, the first ones of the data set.
+        """
+        bank, mesh, how = self.bank, self.context.mesh, self.compute
+        if self.execution != "auto" or not self.alike or self.num_experts == 1:
+            return
+        if not bank.can_stack or how.micro_batch or how.recompute or how.compile:
+            return  # what a stack cannot do
+        seen = stage.batch_size / mesh.placement.num_replicas / stage.accumulate * self.part_of_rows
+        stored = dataset.take(torch.arange(min(len(dataset), max(1, round(seen)))))
+        rows = self.values({name: column.to(mesh.device) for name, column in stored.items()}, bank.fields)
+        bank.timed = time_executions(bank.owned(), rows, self.noise(Moment(self.context.seed)), how)
+        if gather_json(min(bank.timed, key=lambda way: bank.timed[way]), mesh.world)[0] == "stacked":
+            bank.stack_up()
+
+    def choices(self) -> dict[str, tuple[Any, str]]:
+        """Return the execution that ``tune`` chose, and the times of both."""
+        if self.execution != "auto":
+            return {}
+        timed = ", ".join(f"{way} {1000 * seconds:.2f} ms" for way, seconds in self.bank.timed.items())
+        return {"execution": (self.bank.execution, f"{timed} a pass" if timed else "")}
 
     @property
-    @abstractmethod
-    def parts(self) -> Parts:
-        """Its modules on this rank."""
+    def part_of_rows(self) -> float:
+        """The part of a batch's rows that an expert sees on average."""
+        return 1.0
 
-    def owned(self) -> list[Owned]:
-        """This rank's modules as checkpoints have them."""
-        return self.parts.owned()
-
-    def take_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Take what a checkpoint's state says of the mixture beside its modules; mostly nothing."""
+    # What decides
 
     @abstractmethod
-    def choose(self, shard: RankBatch, route: Route, at: Moment) -> Tensor:
+    def choose(self, batch: RankBatch, route: Route, at: Moment) -> Tensor:
         """Return the log weights of all experts for each of this rank's rows outside training, (B, E)."""
 
     @abstractmethod
     def shares(self, dataset: Samples, batch_size: int, at: Moment) -> Tensor:
         """Return each expert's part of a data set, (E,) float64: the weights of the mixture as a density of x."""
 
-    def density_weights(self, share_E: Tensor) -> Tensor:
+    @abstractmethod
+    def gate_in_process(self) -> Gate:
+        """Return what decides, as a gate that sees all experts, of a mixture in one process."""
+
+    def density_weights(self, share_E: np.ndarray) -> np.ndarray:
         """Return the weights of the mixture as a density of x, given the mean responsibilities, (E,)."""
         return share_E
 
+    # Rows through experts
+
+    @cached_property
+    def facts(self) -> list[Facts]:
+        """What is known of every expert; where they differ every rank must ask for it together, the first time."""
+        own = {e: Facts.of(expert) for e, expert in self.bank.owned().items()}
+        if self.alike:
+            return [next(iter(own.values()))] * self.num_experts
+        told = {e: fact for part in gather_json(own, self.context.mesh.ep_group) for e, fact in part.items()}
+        return [Facts(tuple(told[str(e)][0]), *told[str(e)][1:]) for e in range(self.num_experts)]
+
+    def common(self, ability: str) -> Any:
+        """Return the fact that all experts share, as ``common("predicts")``; None where they differ."""
+        found = {getattr(facts, ability) for facts in self.facts}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def modelled(self) -> str:
+        """The field whose density the experts give: the one they predict, or the one they generate."""
+        return str(self.common("predicts") or self.common("samples") or self.common("reconstructs") or "x")
+
+    @property
+    def extra_fields(self) -> tuple[str, ...]:
+        """Fields that travel to every expert beside those that it reads."""
+        return ()
+
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields that travel with a row."""
-        return self.bank.template.fields
+        """The fields that travel to this rank."""
+        return tuple(dict.fromkeys((*self.bank.fields, *self.extra_fields)))
 
-    def send(self, shard: RankBatch) -> Route:
+    @property
+    def fields_P(self) -> Sequence[str] | Sequence[Sequence[str]]:
+        """The fields that travel to each member of the EP group: those that its experts read."""
+        if self.alike:
+            return self.fields
+        return [
+            tuple(dict.fromkeys([name for e in experts for name in self.facts[e].fields] + list(self.extra_fields)))
+            for experts in self.dispatch.experts
+        ]
+
+    def send(self, batch: RankBatch) -> Route:
         """Start sending this rank's rows to all experts."""
-        return self.dispatch.send(shard.rows, self.fields, shard.counts)
+        return self.dispatch.send(batch.rows, self.fields_P, batch.counts)
 
-    def values(self, rows: Batch, fields: tuple[str, ...]) -> Batch:
+    def values(self, rows: Batch, fields: Sequence[str]) -> Batch:
         """Turn the named stored fields into numbers; the id stays."""
-        named = {name: self.spec[name].values(rows[name], self.dtype) for name in fields}
-        return {"id": rows["id"], **named}
+        return self.context.values(rows, fields)
 
-    def noise(self, at: Moment) -> Noise | None:
-        """Return the draws of the experts' posteriors at a moment, or None where they need none."""
-        shape = self.bank.template.noise_shape
-        if shape is None:
-            return None
+    def noise(self, at: Moment) -> Noise:
+        """Return the draws of the experts' posteriors at a moment."""
         draw = at.draw(Purpose.POSTERIOR)
-        return lambda ids, experts: draw.normal(ids, experts, shape, self.dtype)
+        return lambda ids, experts, shape: draw.normal(ids, experts, shape, self.dtype)
 
     def expert_terms(self, route: Route, at: Moment) -> ExpertTerms:
         """Run this rank's experts on the rows that arrive: fields (R, e, ...)."""
-        rows = self.values(route.rows(), self.bank.template.fields)
-        return self.bank(rows, self.noise(at), route.mask_Re)
+        return self.bank(self.values(route.rows(), self.bank.fields), self.noise(at), route.mask_Re)
 
     @torch.no_grad()
-    def score(self, shard: RankBatch, route: Route, at: Moment) -> Scores:
-        """Say who is responsible for rows and what all experts make of them, without training or capacity.
+    def score(self, batch: RankBatch, route: Route, at: Moment) -> Scores:
+        """Return who is responsible for rows and what all experts make of them, without training or capacity.
 
-        Every rank calls it, with the route that ``send`` gave for the shard.
+        Every rank calls it, with the route that ``send`` returned for the batch.
         """
-        log_weights_BE = self.choose(shard, route, at)
+        log_weights_BE = self.choose(batch, route, at)
         terms = self.expert_terms(route, at)
+        assert terms.loss_R is not None
         losses_BE = self.dispatch.combine(terms.loss_R, route)
-        elbo_BE = None
-        if terms.log_px_R is not None:
-            bound = terms.log_px_R if terms.kl_R is None else terms.log_px_R - terms.kl_R
-            elbo_BE = self.dispatch.combine(bound, route)
-        return Scores(log_weights_BE, losses_BE, elbo_BE)
+        bound = terms.log_px_R
+        if bound is not None and terms.kl_R is not None:
+            bound = bound - terms.kl_R if self.alike else bound - terms.kl_R.nan_to_num(0.0)
+        if bound is None and not self.alike:
+            bound = torch.full_like(terms.loss_R, torch.nan)  # experts of other ranks may have one
+        return Scores(log_weights_BE, losses_BE, None if bound is None else self.dispatch.combine(bound, route))
 
     @torch.no_grad()
     def predict(self, scores: Scores, route: Route) -> Tensor:
         """Return the mean of the experts' predictions under the weights of ``score``, (B, *shape of the target)."""
-        rows = self.values(route.rows(), self.bank.template.fields)
+        rows = self.values(route.rows(), self.bank.fields)
         predictions = torch.stack([expert.predict(rows) for expert in self.bank.owned().values()], dim=1)
         return self.dispatch.combine_sum(predictions, scores.log_resp_BE.exp(), route)
+
+    # Results
+
+    def diagnose(self, batch: RankBatch) -> dict[str, Any]:
+        """Return the pairs of experts that are duplicates on a batch."""
+        pairs = evidence.duplicate_pairs(self, batch)
+        return {"duplicate_experts": [f"experts {i} and {j}" for i, j in pairs]}
+
+    def study(self, dataset: Samples, request: Request) -> Study:
+        """Return what gathers the figures of experts and of their mixture."""
+        return ExpertStudy(self, dataset, request)
+
+    def pictures(self, dataset: Samples, evaluation: Evaluation, seed: int) -> list[Picture]:
+        """Return pictures of what the experts learned, and of experts against labels and attributes."""
+        return expert_pictures(self, dataset, evaluation, seed)
+
+    def model(self, class_names: Sequence[str]) -> Model:
+        """Return the gate and all experts for users."""
+        experts = dict(self.bank.owned())
+        return Model(self.gate_in_process(), experts, self.spec, self.dtype, self.context.seed, list(class_names))
+
+    def protocol(self, num_samples: int) -> dict[str, Any]:
+        """Return how likelihoods were taken."""
+        sampled, field = self.common("weighs"), self.spec.get(self.modelled)
+        return {
+            "num_samples": num_samples if sampled else None,
+            "sampled": evidence.SAMPLED if sampled else evidence.EXACT,
+            "add_for_stored_units": None if field is None else evidence.stored_units(field),
+        }
+
+    @property
+    def drawn_field(self) -> str | None:
+        """The field that all experts draw."""
+        found: str | None = self.common("draws")
+        return found
+
+    def draw(self, num_samples: int, evaluation: Evaluation, at: Moment) -> tuple[list[int], np.ndarray]:
+        """Draw from the mixture: as many of each expert as its weight says."""
+        return samples.draw_mixture(self, num_samples, evaluation, at)
+
+
+class Reads(Protocol):
+    """What reads fields of a row: a gate, an expert, a score."""
+
+    fields: tuple[str, ...]
+
+
+def check_fields(key: str, module: Reads, spec: Spec) -> None:
+    """Check what a gate, expert or score reads against what the data has.
+
+    Raises:
+        ValueError: a field is missing.
+    """
+    for name in module.fields:
+        if name not in spec:
+            raise ValueError(
+                f"{key} ({type(module).__name__}) needs the field {name!r}, but the data has {', '.join(spec)}: "
+                f"change one"
+            )

@@ -1,34 +1,222 @@
-"""What every mixture is to the trainer: something that turns a shard of rows into gradients."""
+"""What a family of mixtures is. Training, evaluation, pictures, checkpoints and commands know this protocol alone.
+
+A family is a subclass of :class:`Mixture`. Its constructor takes arguments from a config, ``setup`` makes its modules
+on a rank, ``backward`` turns rows into gradients, and the rest says what its results are. Only ``setup``, ``parts`` and
+``backward`` must be written; what a family leaves out, it does not have.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from mixdist.data import RankBatch
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mixdist.data import RankBatch, Samples
 from mixdist.mixtures.objectives import Objective
-from mixdist.noise import Moment
-from mixdist.terms import Outcome, Parts
+from mixdist.mixtures.pictures import Picture
+from mixdist.mixtures.study import Evaluation, Request, Study
+from mixdist.noise import Moment, Purpose, weights_seed
+from mixdist.parallel.dispatch import Dispatch
+from mixdist.parallel.mesh import Mesh
+from mixdist.parallel.wire import Wire
+from mixdist.terms import Batch, Outcome, Owned, Parts, Spec
+
+M = TypeVar("M", bound=nn.Module)
 
 
-class Mixture(Protocol):
-    """A short program over gate, experts and dispatch."""
+@dataclass(frozen=True)
+class Context:
+    """What a rank gives a mixture to make its modules with.
+
+    Args:
+        seed: of the run.
+        dtype: of parameters and real numbers.
+        spec: the fields of stored rows.
+        mesh: this rank's place.
+        wire: the counted collectives.
+    """
+
+    seed: int
+    dtype: torch.dtype
+    spec: Spec
+    mesh: Mesh
+    wire: Wire
+
+    def make(self, make: Callable[[], M], purpose: Purpose, number: int = 0, round: int = 0) -> M:
+        """Return a module with its initial weights, a function of the seed and the numbers given alone.
+
+        Args:
+            make: makes the module on the CPU, its weights from torch's global generator.
+            purpose: of the draws.
+            number: of the expert, if it is one.
+            round: of a competition.
+        """
+        with torch.random.fork_rng(devices=[]):  # the global generator is put back as it was
+            torch.manual_seed(weights_seed(self.seed, purpose, number, round))
+            module = make()
+        return module.to(self.dtype).to(self.mesh.device)
+
+    def values(self, rows: Batch, fields: Iterable[str]) -> Batch:
+        """Turn the named stored fields into numbers; the id stays."""
+        return {"id": rows["id"], **{name: self.spec[name].values(rows[name], self.dtype) for name in fields}}
+
+
+class Stage(Protocol):
+    """What a family sees of a phase of training."""
 
     @property
-    def parts(self) -> Parts:
-        """Its modules on this rank."""
+    def epochs(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def accumulate(self) -> int: ...
+    @property
+    def trains(self) -> str: ...
+    @property
+    def objective(self) -> Objective: ...
 
+
+class Mixture(ABC):
+    """Base of all families.
+
+    Attributes:
+        num_experts: known before ``setup``, since experts are placed by it.
+        context: what ``setup`` was given.
+        dispatch: moves rows to experts and fields back.
+        prefetch: whether ``backward`` is to be given the next step's rows.
+        program: makes what advances training, where that is not steps on global batches; called like
+            :class:`mixdist.training.trainer.Trainer`.
+    """
+
+    num_experts: int
+    context: Context
+    dispatch: Dispatch
+    prefetch: bool = False
+    program: ClassVar[Callable[..., Any] | None] = None
+
+    # Modules
+
+    @abstractmethod
+    def setup(self, context: Context) -> None:
+        """Make this rank's modules. Subclasses call it first; it must not communicate.
+
+        Raises:
+            ValueError: the data does not have what the family needs.
+        """
+        self.context = context
+        self.dispatch = Dispatch(context.mesh, context.wire, context.spec)
+
+    @property
+    @abstractmethod
+    def parts(self) -> Parts:
+        """Its modules on this rank that train together."""
+
+    def owned(self) -> list[Owned]:
+        """Return all modules that a checkpoint holds for this rank."""
+        return self.parts.owned()
+
+    def state(self) -> dict[str, Any]:
+        """Return, as JSON, what a checkpoint holds beside the modules."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take what ``state`` returned, before the modules are loaded.
+
+        Raises:
+            ValueError: there is no mixture yet in that checkpoint.
+        """
+
+    def describe(self, stages: Sequence[Stage]) -> dict[str, Any]:
+        """Return, as JSON, what must be the same for a checkpoint to be resumed; ``stages`` are the run's phases."""
+        return {"num_experts": self.num_experts}
+
+    # Training
+
+    def check(self, stages: Mapping[str, Stage]) -> None:  # noqa: B027
+        """Check the phases of a run, by their keys.
+
+        Raises:
+            ValueError: this family cannot train so.
+        """
+
+    def optimizers(self) -> dict[str, Callable[[Iterable[Tensor]], Any]]:
+        """Return what makes the family's own optimisers, by the key that has an ``optimizer``; tried at the start."""
+        return {}
+
+    def tune(self, dataset: Samples, stage: Stage) -> None:  # noqa: B027
+        """Choose what is faster here, before training; every rank calls it."""
+
+    def choices(self) -> dict[str, tuple[Any, str]]:
+        """Return the arguments that ``tune`` chose, by name: the value, and why."""
+        return {}
+
+    @abstractmethod
     def backward(
-        self, shard: RankBatch, objective: Objective, at: Moment, num_parts: int = 1, upcoming: RankBatch | None = None
+        self, batch: RankBatch, objective: Objective, at: Moment, num_parts: int = 1, upcoming: RankBatch | None = None
     ) -> Outcome:
         """Add this rank's part of the gradient of the global loss to every parameter's ``grad``.
 
+        It may differentiate several times; an engine sees all of that between the two ends of its ``accumulating``.
+
         Args:
-            shard: this rank's rows of the global batch, and how many rows every rank has.
+            batch: this rank's rows of the global batch, and how many rows every rank has.
             objective: what to minimise.
             at: names the random draws.
             num_parts: micro-batches; the gradient is the same for any number.
-            upcoming: the next step's rows, which may be sent already; the next call is then for this very shard.
+            upcoming: the next step's rows, which may be sent already; the next call is then for this very batch. Only
+                given where ``prefetch`` is true.
         """
 
-    def settle(self) -> None:
-        """Wait for what is under way for a step that will not come."""
+    def settle(self) -> None:  # noqa: B027
+        """Drain a prefetched send whose step will not run."""
+
+    def record(self, outcome: Outcome, num_rows: int) -> dict[str, Any]:
+        """Return what a step's record holds of the family, from the outcome summed over ranks."""
+        return {name: (total / num_rows).tolist() for name, total in outcome.sums.items()}
+
+    def diagnose(self, batch: RankBatch) -> dict[str, Any]:
+        """Return what the first record of an epoch holds besides; every rank calls it."""
+        return {}
+
+    # Results
+
+    def measure(self, batch: RankBatch, at: Moment) -> dict[str, Tensor]:
+        """Return named sums over this rank's rows of held-out data; their means over all rows are the figures."""
+        raise ValueError(f"{type(self).__name__} has no figures: write its measure method")
+
+    def study(self, dataset: Samples, request: Request) -> Study:
+        """Return what gathers the figures on a data set: by default the means of ``measure``."""
+        return Study(self.measure, dataset, request)
+
+    def protocol(self, num_samples: int) -> dict[str, Any]:
+        """Return, as JSON, how the figures were taken."""
+        return {}
+
+    def pictures(self, dataset: Samples, evaluation: Evaluation, seed: int) -> list[Picture]:
+        """Return the pictures of a trained mixture, the main one first; every rank calls it, rank 0 draws them."""
+        return []
+
+    def model(self, class_names: Sequence[str]) -> Any:
+        """Return what ``mixdist.load`` gives users, of a mixture in one process with its weights loaded.
+
+        It has a method ``rows_of_samples(num_samples, seed)``, which ``mixdist sample`` draws.
+        """
+        raise ValueError(f"{type(self).__name__} has no model to load: write its model method")
+
+    @property
+    def drawn_field(self) -> str | None:
+        """The field whose samples ``draw`` draws; None for a family that does not sample."""
+        return None
+
+    def draw(self, num_samples: int, evaluation: Evaluation, at: Moment) -> tuple[list[int], np.ndarray]:
+        """Draw from the whole mixture, for a kernel density on its samples; every rank calls it and gets all.
+
+        Returns:
+            how many of each expert, where that means something, and the samples (S, *shape of the field).
+        """
+        raise ValueError(f"{type(self).__name__} does not draw samples: leave --kde out")

@@ -5,19 +5,21 @@ Shape letters: B rows on this rank, R rows routed here, E all experts, e experts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixdist.data import Loader, RankBatch, Samples
-from mixdist.experts import ExpertBank
+from mixdist.experts import Compute
 from mixdist.gates import Gate
-from mixdist.mixtures.ensemble import Ensemble
+from mixdist.mixtures.ensemble import Ensemble, Execution, MakeExpert, check_fields
+from mixdist.mixtures.health import dead
+from mixdist.mixtures.mixture import Context, Stage
 from mixdist.mixtures.objectives import Objective
 from mixdist.mixtures.routing import RoutingPlan, TopK, admitted, demand, lay_out
 from mixdist.noise import Moment, Purpose
-from mixdist.parallel.dispatch import Dispatch
 from mixdist.parallel.route import Route
 from mixdist.terms import Batch, Gating, Outcome, Parts, Spec
 
@@ -34,28 +36,72 @@ class Soft(Ensemble):
     the gate. Otherwise losses return, the objective is taken of them, and their gradients go out.
 
     Args:
-        gate: replicated on every rank.
-        bank: this rank's experts.
-        dispatch: brings rows to experts and losses back.
-        spec: the fields of stored rows.
-        dtype: of real numbers.
-        routing: which experts see a row; None for all of them.
-        one_way: send the gradients of the losses ahead.
+        gate: class of mixdist.gates, or your own Gate; replicated on every rank.
+        expert: class of mixdist.experts, or your own Expert, for all of them; or a list with one for each expert.
+        num_experts: how many experts; with a list, its length.
+        routing: top-k; unset, every expert sees every row.
+        one_way: send the gradients of the losses ahead with the rows, so that an expert differentiates at once; needs
+            an objective that is linear in the experts' losses.
+        prefetch: send the next step's rows while this step's experts run; needs dense routing.
+        execution: how a rank runs its experts: one after another (loop), as one batched product (stacked), or the
+            faster of the two here (auto: timed once; the run's config.yaml keeps which it took).
+        compute: how an expert runs its rows.
+
+    Raises:
+        ValueError: options that cannot be combined.
+
+    Examples:
+        >>> from mixdist.experts import VAE
+        >>> from mixdist.gates import Softmax
+        >>> from mixdist.mixtures import Soft, TopK
+        >>> Soft(Softmax, VAE, num_experts=10, routing=TopK(2)).num_experts
+        10
     """
 
     def __init__(
         self,
-        gate: Gate,
-        bank: ExpertBank,
-        dispatch: Dispatch,
-        spec: Spec,
-        dtype: torch.dtype,
+        gate: Callable[[Spec, int], Gate],
+        expert: MakeExpert | list[MakeExpert],
+        num_experts: int | None = None,
         routing: TopK | None = None,
         one_way: bool = False,
+        prefetch: bool = False,
+        execution: Execution = "auto",
+        compute: Compute = Compute(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(bank, dispatch, spec, dtype)
-        self.gate, self.routing, self.one_way = gate, routing, one_way
+        super().__init__(expert, num_experts, execution, compute)
+        self.make_gate, self.routing, self.one_way, self.prefetch = gate, routing, one_way, prefetch
         self._ahead: tuple[RankBatch, Route] | None = None
+        if routing is not None and routing.k > self.num_experts:
+            raise ValueError(
+                f"mixture.routing.k ({routing.k}) must be at most mixture.num_experts ({self.num_experts}): lower it, "
+                f"or leave routing out for every expert to see every row"
+            )
+        if prefetch and routing is not None:
+            raise ValueError(
+                "mixture.prefetch (true) needs dense routing: with top-k a row's way depends on the gate after the "
+                "step before; set it to false, or leave routing out"
+            )
+
+    def setup(self, context: Context) -> None:
+        """Make the gate and this rank's experts."""
+        super().setup(context)
+        self.gate = context.make(lambda: self.make_gate(context.spec, self.num_experts), Purpose.GATE)
+        check_fields("mixture.gate", self.gate, context.spec)
+
+    def check(self, stages: Mapping[str, Stage]) -> None:
+        """Check that objectives are linear where gradients go one way."""
+        for name, stage in stages.items():
+            if self.one_way and not stage.objective.linear:
+                kind = type(stage.objective).__name__
+                raise ValueError(
+                    f"mixture.one_way (true) needs an objective linear in the experts' losses, and {name}.objective is "
+                    f"{kind}: set it to false, or take WeightedLoss"
+                )
+
+    @property
+    def part_of_rows(self) -> float:
+        return self.routing.k / self.num_experts if self.routing else 1.0
 
     @property
     def parts(self) -> Parts:
@@ -63,25 +109,25 @@ class Soft(Ensemble):
         return Parts({"gate": self.gate}, dict(self.bank.owned()), self.bank.stack)
 
     def backward(
-        self, shard: RankBatch, objective: Objective, at: Moment, num_parts: int = 1, upcoming: RankBatch | None = None
+        self, batch: RankBatch, objective: Objective, at: Moment, num_parts: int = 1, upcoming: RankBatch | None = None
     ) -> Outcome:
         """Add this rank's part of the gradient of the global loss to every parameter's ``grad``."""
-        shards = shard.split(num_parts)
-        first = self._first(shard, shards[0]) if self.routing is None else None  # under way while the gate runs
-        gating = self.gating(shard.rows, at)
+        batches = batch.split(num_parts)
+        first = self._first(batch, batches[0]) if self.routing is None else None  # under way while the gate runs
+        gating = self.gating(batch.rows, at)
         learns = gating.log_resp_BE.requires_grad
-        balance = self._start_balance(objective, gating.log_resp_BE, shard.total)
-        sizes = [part.size for part in shards]
+        balance = self._start_balance(objective, gating.log_resp_BE, batch.total)
+        sizes = [part.size for part in batches]
         leaves = [part.detach().requires_grad_(learns) for part in gating.log_resp_BE.split(sizes)]
-        plan, routes = None, self._routes(shards, first)
+        plan, routes = None, self._routes(batches, first)
         if self.routing is not None:
-            plan = self._plan(self.routing, gating.log_resp_BE, shard)
-            routes = self._sparse_routes(shards, plan)
+            plan = self._plan(self.routing, gating.log_resp_BE, batch)
+            routes = self._sparse_routes(batches, plan)
         elif upcoming is not None:
             self._ahead = upcoming, self.send(upcoming.split(num_parts)[0])
         choices = [None] * num_parts if plan is None else list(plan.routed_BE.split(sizes))
         done = [
-            self._backward_part(next(routes), leaf, routed, objective, at, shard.total)
+            self._backward_part(next(routes), leaf, routed, objective, at, batch.total)
             for leaf, routed in zip(leaves, choices, strict=True)
         ]
         log_resp_BE, losses_BE = torch.cat(leaves), torch.cat([losses for losses, _ in done])
@@ -89,8 +135,8 @@ class Soft(Ensemble):
         if balance is not None:
             named["balance"] = balance(log_resp_BE)
         if gating.loss_B is not None:
-            named["gate"] = gating.loss_B.detach().sum() / shard.total
-        self._backward_gate(gating, leaves, shard.total)
+            named["gate"] = gating.loss_B.detach().sum() / batch.total
+        self._backward_gate(gating, leaves, batch.total)
         return _outcome(named, log_resp_BE.detach(), losses_BE, plan)
 
     def _start_balance(
@@ -117,10 +163,10 @@ class Soft(Ensemble):
 
         return finish
 
-    def _first(self, shard: RankBatch, part: RankBatch) -> Route:
+    def _first(self, batch: RankBatch, part: RankBatch) -> Route:
         """The route of a step's first rows, which may have been sent in the step before."""
         ahead, self._ahead = self._ahead, None
-        return ahead[1] if ahead is not None and ahead[0] is shard else self.send(part)
+        return ahead[1] if ahead is not None and ahead[0] is batch else self.send(part)
 
     def settle(self) -> None:
         """Wait for what is under way for a step that will not come."""
@@ -128,27 +174,27 @@ class Soft(Ensemble):
         if ahead is not None:
             ahead[1].rows()
 
-    def _routes(self, shards: list[RankBatch], first: Route | None) -> Iterator[Route]:
-        for part in shards:
+    def _routes(self, batches: list[RankBatch], first: Route | None) -> Iterator[Route]:
+        for part in batches:
             yield self.send(part) if first is None else first
             first = None
 
-    def _sparse_routes(self, shards: list[RankBatch], plan: RoutingPlan) -> Iterator[Route]:
-        routed = plan.routed_BE.split([part.size for part in shards])
+    def _sparse_routes(self, batches: list[RankBatch], plan: RoutingPlan) -> Iterator[Route]:
+        routed = plan.routed_BE.split([part.size for part in batches])
         counts = self.dispatch.arrivals(routed)
-        for part, part_routed, part_counts in zip(shards, routed, counts, strict=True):
-            yield self.dispatch.send_some(part.rows, self.bank.template.fields, part_routed, part_counts)
+        for part, part_routed, part_counts in zip(batches, routed, counts, strict=True):
+            yield self.dispatch.send_some(part.rows, self.fields_P, part_routed, part_counts)
 
-    def _plan(self, routing: TopK, log_resp_BE: Tensor, shard: RankBatch) -> RoutingPlan:
+    def _plan(self, routing: TopK, log_resp_BE: Tensor, batch: RankBatch) -> RoutingPlan:
         """Decide over the global batch which experts see this rank's rows."""
         over_batch, num_experts = self.dispatch.over_batch, log_resp_BE.shape[1]
         choices_BK = routing.choices(log_resp_BE)
-        capacity = routing.capacity(shard.total, num_experts)
+        capacity = routing.capacity(batch.total, num_experts)
         demand_WKE = demand(choices_BK, num_experts)[None]
         rank = 0
         if capacity is not None:
-            demand_WKE = over_batch.gather(demand_WKE, [1] * len(shard.counts))
-            rank = self.dispatch.mesh.rank
+            demand_WKE = over_batch.gather(demand_WKE, [1] * len(batch.counts))
+            rank = self.context.mesh.rank
         return lay_out(log_resp_BE, choices_BK, admitted(choices_BK, demand_WKE, rank, capacity))
 
     def _rows_loss(
@@ -175,7 +221,9 @@ class Soft(Ensemble):
         if self.one_way:
             losses_BE = self._backward_ahead(route, log_resp_BE, routed_BE, at, total)
         else:
-            losses_BE = self.dispatch.combine(self.expert_terms(route, at).loss_R, route)
+            losses_R = self.expert_terms(route, at).loss_R
+            assert losses_R is not None
+            losses_BE = self.dispatch.combine(losses_R, route)
         loss = self._rows_loss(objective, log_resp_BE, routed_BE, losses_BE) / total
         if loss.requires_grad:
             loss.backward()
@@ -189,7 +237,7 @@ class Soft(Ensemble):
             log_weights_BE = self.routing.log_weights(log_weights_BE, routed_BE)
         rows = route.rows()  # before weights are spread: it is the rows that tell which weights are wanted
         grads = self.dispatch.start_spread(log_weights_BE.exp() / total, route)
-        values = self.values(rows, self.bank.template.fields)
+        values = self.values(rows, self.bank.fields)
         losses_Re = self.bank.backward(values, self.noise(at), route.mask_Re, grads)
         return self.dispatch.combine(losses_Re, route)
 
@@ -220,36 +268,67 @@ class Soft(Ensemble):
         asked_BK = choices_BK < gating.log_resp_BE.shape[1]
         return self.routing.log_weights(gating.log_resp_BE, lay_out(gating.log_resp_BE, choices_BK, asked_BK).routed_BE)
 
-    def choose(self, shard: RankBatch, route: Route, at: Moment) -> Tensor:
-        return self.log_weights(self.gating(shard.rows, at))
+    def choose(self, batch: RankBatch, route: Route, at: Moment) -> Tensor:
+        return self.log_weights(self.gating(batch.rows, at))
 
     @torch.no_grad()
     def shares(self, dataset: Samples, batch_size: int, at: Moment) -> Tensor:
         """Return the mean responsibility of each expert over a data set, (E,) float64; every rank calls it."""
-        mesh = self.dispatch.mesh
+        mesh = self.context.mesh
         loader = Loader(dataset, batch_size, at.seed, 0, mesh.rank, mesh.world_size, ordered=True)
-        sum_E = torch.zeros(mesh.placement.num_experts, dtype=torch.float64, device=mesh.device)
+        sum_E = torch.zeros(self.num_experts, dtype=torch.float64, device=mesh.device)
         for index in range(loader.num_batches):
-            shard = loader.batch(0, index).to(mesh.device)
-            sum_E += self.gating(shard.rows, at).log_resp_BE.double().exp().sum(0)
+            batch = loader.batch(0, index).to(mesh.device)
+            sum_E += self.gating(batch.rows, at).log_resp_BE.double().exp().sum(0)
         return self.dispatch.over_batch.sum(sum_E) / len(dataset)
+
+    def record(self, outcome: Outcome, num_rows: int) -> dict[str, Any]:
+        """Return what a step's record holds: loads, losses and rows of experts, and the decisions of the gate."""
+        sums = outcome.sums
+        load = sums["load"] / num_rows
+        return {
+            "load": load.tolist(),
+            "dead_experts": [f"expert {e}" for e in dead(load.numpy())],
+            "seen": (sums["seen"] / num_rows).tolist(),
+            "lost_weight": sums["lost_weight"].item() / num_rows,
+            "expert_loss": (sums["expert_loss"] / sums["seen"].clamp(min=1)).tolist(),
+            "responsibility_entropy": sums["entropy"].item() / num_rows,
+        }
+
+    def protocol(self, num_samples: int) -> dict[str, Any]:
+        """Return how likelihoods and weights were taken."""
+        return {
+            **super().protocol(num_samples),
+            "weights_of_shares": "mean responsibilities over the training rows: a density",
+            "weights_of_gate": "q(k|x), which has seen x: no density of x; for supervised experts log p(y|x)",
+        }
+
+    def gate_in_process(self) -> Gate:
+        """Return the gate."""
+        return self.gate
 
 
 def _outcome(
     named: dict[str, Tensor], log_resp_BE: Tensor, losses_BE: Tensor, plan: RoutingPlan | None = None
 ) -> Outcome:
+    """Return the step's outcome; its sums over rows are
+
+    - ``load``: responsibilities of each expert; ``entropy`` of a row's responsibilities, nats;
+    - ``expert_loss``: each expert's losses over the rows it saw, nats; ``seen``: those rows;
+    - ``lost_weight``: responsibility that capacity refused.
+    """
     parts = {name: value.double() for name, value in named.items()}
     resp_BE = log_resp_BE.double().exp()
     routed_BE = torch.ones_like(resp_BE, dtype=torch.bool) if plan is None else plan.routed_BE
-    lost = resp_BE.new_zeros(()) if plan is None else plan.lost_B.double().sum()
-    return Outcome(
-        loss=torch.stack(list(parts.values())).sum(),
-        parts=parts,
-        load_E=resp_BE.sum(0),
-        loss_E=losses_BE.double().sum(0),
-        seen_E=routed_BE.double().sum(0),
-        bad_E=(~losses_BE.isfinite()).double().sum(0),
-        bad_gate=log_resp_BE.isnan().any(1).double().sum(),
-        entropy=torch.special.entr(resp_BE).sum(),
-        lost=lost,
-    )
+    sums = {
+        "load": resp_BE.sum(0),
+        "expert_loss": losses_BE.double().sum(0),
+        "seen": routed_BE.double().sum(0),
+        "entropy": torch.special.entr(resp_BE).sum(),
+        "lost_weight": resp_BE.new_zeros(()) if plan is None else plan.lost_B.double().sum(),
+    }
+    faults = {
+        "the loss of expert {}": (~losses_BE.isfinite()).double().sum(0),
+        "the gate's output": log_resp_BE.isnan().any(1).double().sum(),
+    }
+    return Outcome(torch.stack(list(parts.values())).sum(), parts, sums, faults)

@@ -69,16 +69,33 @@ def alike(name: str, value: Any, group: Group) -> None:
         raise Agreed(f"{name} of rank {other} ({values[other]}) differs from rank 0's ({values[0]}): give all the same")
 
 
-def agreed(make: Callable[[], T], mesh: Mesh) -> T:
-    """Do something on every rank, or fail on every rank with one message.
+def agreed(act: Callable[[], T], group: Group) -> T:
+    """Return what ``act`` returns on this rank, or fail on every rank if it fails on one.
 
     Raises:
-        Agreed: some rank could not.
+        Agreed: ``act`` raised a ValueError or an OSError on some rank.
     """
     made, error = None, None
     try:
-        made = make()
+        made = act()
     except (ValueError, OSError) as mistake:
         error = format_error(mistake)
-    agree(error, mesh.world)
+    agree(error, group)
+    return cast(T, made)
+
+
+def on_rank_0(act: Callable[[], T], mesh: Mesh) -> T:
+    """Return on every rank what ``act``, called on rank 0 alone, returns there as JSON.
+
+    Raises:
+        Agreed: ``act`` raised a ValueError or an OSError; the same message on every rank.
+    """
+    made, error = None, None
+    try:
+        made = act() if mesh.rank == 0 else None
+    except (ValueError, OSError) as mistake:
+        error = format_error(mistake)
+    error, made = gather_json([error, made], mesh.world)[0]
+    if error is not None:
+        raise Agreed(error)
     return cast(T, made)

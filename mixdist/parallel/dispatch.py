@@ -14,11 +14,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mixdist.parallel import costs
 from mixdist.parallel.collectives import OverBatch, flatten, move, unflatten
 from mixdist.parallel.mesh import Mesh
-from mixdist.parallel.route import ID_BYTES, Pairs, Route, pack, pack_mask
+from mixdist.parallel.route import Pairs, Route, pack, pack_mask
 from mixdist.parallel.wire import Pending, Wire
 from mixdist.terms import Batch, Spec
+
+Fields = Sequence[str] | Sequence[Sequence[str]]
 
 
 class Dispatch:
@@ -40,37 +43,44 @@ class Dispatch:
         self.num_experts = [len(experts) for experts in self.experts]
         self.members = placement.ep_ranks(mesh.replica)
 
-    def send(self, rows: Batch, fields: Sequence[str], counts: Sequence[int]) -> Route:
+    def send(self, rows: Batch, fields: Fields, counts: Sequence[int]) -> Route:
         """Start sending the named fields of this rank's rows, as stored, to all experts of the EP group.
 
         Args:
             rows: B stored rows with "id".
-            fields: the fields that experts need.
+            fields: the fields that experts read: the same for all members of the EP group, or a list a member.
             counts: rows of every rank of the world.
         """
-        spec = {name: self.spec[name] for name in fields}
-        own = pack(rows, spec)
+        specs_P = self._specs(fields)
         counts_P = [counts[rank] for rank in self.members]
-        parts = [own] * len(counts_P)
-        return Route(counts_P, spec, own, self._start(parts, counts_P, spec), self.mesh.member, self._here)
+        packed = {tuple(spec): pack(rows, spec) for spec in specs_P}
+        parts = [packed[tuple(spec)] for spec in specs_P]
+        pending, me = self._start(parts, counts_P, specs_P), self.mesh.member
+        return Route(counts_P, specs_P[me], parts[me], pending, me, self._here)
 
-    def send_some(self, rows: Batch, fields: Sequence[str], routed_BE: Tensor, counts: Sequence[int]) -> Route:
+    def send_some(self, rows: Batch, fields: Fields, routed_BE: Tensor, counts: Sequence[int]) -> Route:
         """Start sending each row once to each member of the EP group that has an expert for it.
 
         Args:
             rows: B stored rows with "id".
-            fields: the fields that experts need.
+            fields: the fields that experts read: the same for all members of the EP group, or a list a member.
             routed_BE: True where the expert sees the row.
-            counts: rows that arrive here from each member, as ``arrivals`` tells.
+            counts: rows that arrive here from each member, as ``arrivals`` returns.
         """
-        spec = {name: self.spec[name] for name in fields}
-        packed, parts = pack(rows, spec), []
+        specs_P, parts, me = self._specs(fields), [], self.mesh.member
+        packed = {tuple(spec): pack(rows, spec) for spec in specs_P}
         sent = [Pairs.of(routed_BE, experts) for experts in self.experts]
-        for pairs, experts in zip(sent, self.experts, strict=True):
+        for pairs, experts, spec in zip(sent, self.experts, specs_P, strict=True):
             mask = routed_BE[pairs.rows, experts.start : experts.stop]
-            parts.append(torch.cat([packed[pairs.rows], pack_mask(mask)], dim=1))
-        pending = self._start(parts, counts, spec)
-        return Route(counts, spec, parts[self.mesh.member], pending, self.mesh.member, self._here, sent, len(packed))
+            parts.append(torch.cat([packed[tuple(spec)][pairs.rows], pack_mask(mask)], dim=1))
+        pending = self._start(parts, counts, specs_P)
+        return Route(counts, specs_P[me], parts[me], pending, me, self._here, sent, len(rows["id"]))
+
+    def _specs(self, fields: Fields) -> list[Spec]:
+        """Return the fields that go to each member of the EP group."""
+        lists = [fields] * len(self.experts) if all(isinstance(name, str) for name in fields) else fields
+        assert len(lists) == len(self.experts)
+        return [{str(name): self.spec[str(name)] for name in names} for names in lists]
 
     def arrivals(self, routed: Sequence[Tensor]) -> list[list[int]]:
         """Tell, for each of some plans (B, E), how many rows each member of the EP group will send here.
@@ -81,7 +91,7 @@ class Dispatch:
         table_WMP = self.over_batch.gather(torch.tensor([sent], device=self.mesh.device), [1] * self.mesh.world_size)
         return table_WMP[self.members, :, self.mesh.member].T.tolist()
 
-    def _start(self, parts: Sequence[Tensor], counts: Sequence[int], spec: Spec) -> Pending | None:
+    def _start(self, parts: Sequence[Tensor], counts: Sequence[int], specs_P: Sequence[Spec]) -> Pending | None:
         """Start moving packed rows: parts[p] to member p, counts[p] rows from it."""
         me, others = self.mesh.member, [p for p in range(len(parts)) if p != self.mesh.member]
         if not others:
@@ -89,8 +99,8 @@ class Dispatch:
         flat = torch.cat([parts[p].reshape(-1) for p in others])
         sent = [0 if p == me else part.numel() for p, part in enumerate(parts)]
         received = [0 if p == me else n * parts[me].shape[1] for p, n in enumerate(counts)]
-        width = ID_BYTES + sum(f.num_bytes for f in spec.values())
-        self.wire.meter.wire_bytes_min += sum(len(parts[p]) for p in others) * width
+        widths_P = [costs.row_bytes(spec.values()) for spec in specs_P]
+        self.wire.meter.wire_bytes_min += costs.rows([len(part) for part in parts], widths_P, me)
         return self.wire.all_to_all(flat, sent, received, self.mesh.ep_group)
 
     def combine(self, field: Tensor, route: Route) -> Tensor:
@@ -103,9 +113,7 @@ class Dispatch:
         own, parts[route.me] = parts[route.me], None
         assert own is not None
         shapes = [(own.shape[0], n, *field.shape[2:]) for n in self.num_experts]
-        width = field.shape[2:].numel()
-        others = route.num_rows - own.shape[0]
-        self._count(field, others * own.shape[1] * width, own.shape[0] * self._remote_experts * width)
+        self._count(field, costs.combine(route.counts, self.num_experts, route.me, field.shape[2:].numel()))
         return torch.cat(self._move(parts, own, shapes), dim=1)
 
     def _combine_some(self, field: Tensor, route: Route, sent: list[Pairs]) -> Tensor:
@@ -114,7 +122,7 @@ class Dispatch:
         own, parts[route.me] = parts[route.me], None
         assert own is not None
         back = [(len(pairs.row_T), *width) for pairs in sent]
-        self._count_pairs(field, parts, back, width.numel())
+        self._count_pairs(field, parts, back)
         pairs_T = torch.cat(self._move(parts, own, back))
         row_T, expert_T = (torch.cat([getattr(p, name) for p in sent]) for name in ("row_T", "expert_T"))
         result = field.new_zeros(route.num_own, self.mesh.placement.num_experts, *width)
@@ -151,14 +159,11 @@ class Dispatch:
         if route.sent is None:
             parts += field.split(self.num_experts, dim=1)
             shapes = [(n, self._here, *width) for n in route.counts]
-            out = field.shape[0] * self._remote_experts
-            back = (route.num_rows - field.shape[0]) * self._here
-            self._count(field, out * width.numel(), back * width.numel())
+            self._count(field, costs.spread(route.counts, self.num_experts, me, width.numel()))
         else:
-            assert route.mask_Re is not None
             parts += [field[pairs.row_T, pairs.expert_T] for pairs in route.sent]
-            shapes = [(int(mask.sum()), *width) for mask in route.mask_Re.split(route.counts)]
-            self._count_pairs(field, [*parts[:me], None, *parts[me + 1 :]], shapes, width.numel())
+            shapes = [(int(mask.sum()), *width) for mask in route.masks()]
+            self._count_pairs(field, [*parts[:me], None, *parts[me + 1 :]], shapes)
         own, parts[me] = parts[me], None
         assert own is not None
         return parts, own, shapes
@@ -177,9 +182,7 @@ class Dispatch:
             return field
         parts = [None if p == route.me else field for p in range(len(route.counts))]
         shapes = [(route.num_rows, n, *field.shape[2:]) for n in self.num_experts]
-        others = len(route.counts) - 1
-        width = route.num_rows * field.shape[2:].numel()
-        self._count(field, field.shape[1] * others * width, self._remote_experts * width)
+        self._count(field, costs.exchange(route.counts, self.num_experts, route.me, field.shape[2:].numel()))
         return torch.cat(self._move(parts, field, shapes), dim=1)
 
     def combine_sum(self, field: Tensor, weights: Tensor, route: Route) -> Tensor:
@@ -195,14 +198,8 @@ class Dispatch:
         own, parts[route.me] = parts[route.me], None
         assert own is not None
         shapes = [tuple(own.shape)] * len(route.counts)
-        others = len(route.counts) - 1
-        width = local.shape[1:].numel()
-        self._count(local, (route.num_rows - own.shape[0]) * width, own.shape[0] * others * width)
+        self._count(local, costs.combine_sum(route.counts, route.me, local.shape[1:].numel()))
         return torch.stack(self._move(parts, own, shapes)).sum(0)
-
-    @property
-    def _remote_experts(self) -> int:
-        return self.mesh.placement.num_experts - self._here
 
     @property
     def _here(self) -> int:
@@ -211,13 +208,12 @@ class Dispatch:
     def _move(self, parts: Sequence[Tensor | None], own: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         return move(parts, own, self.mesh.member, shapes, self.wire.all_to_all, self.mesh.ep_group)
 
-    def _count(self, field: Tensor, sent: int, returned: int) -> None:
-        """Count the least bytes of a move: the numbers sent and, where their gradient comes back, those returned."""
-        numbers = sent + (returned if field.requires_grad and torch.is_grad_enabled() else 0)
-        self.wire.meter.wire_bytes_min += numbers * field.element_size()
+    def _count(self, field: Tensor, numbers: costs.Numbers) -> None:
+        """Count the minimum bytes of a move: the numbers sent and, where their gradient comes back, those returned."""
+        differentiated = field.requires_grad and torch.is_grad_enabled()
+        self.wire.meter.wire_bytes_min += numbers.num_bytes(field.element_size(), differentiated)
 
-    def _count_pairs(
-        self, field: Tensor, parts: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]], width: int
-    ) -> None:
-        back = sum(shape[0] for p, shape in enumerate(shapes) if p != self.mesh.member)
-        self._count(field, sum(len(part) for part in parts if part is not None) * width, back * width)
+    def _count_pairs(self, field: Tensor, parts: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]]) -> None:
+        sent = [0 if part is None else len(part) for part in parts]
+        received = [shape[0] for shape in shapes]
+        self._count(field, costs.pairs(sent, received, self.mesh.member, field.shape[2:].numel()))

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixdist.parallel.costs import ID_BYTES
 from mixdist.parallel.wire import Pending
 from mixdist.terms import Batch, Spec
-
-ID_BYTES = 8
 
 
 class Pairs(NamedTuple):
@@ -67,7 +66,13 @@ class Route:
         self.counts, self.spec, self.own, self.pending, self.me = list(counts), spec, own, pending, me
         self.num_experts, self.sent = num_experts, sent
         self.num_own = self.counts[me] if num_own is None else num_own
-        self.mask_Re: Tensor | None = None
+        self._mask_Re: Tensor | None = None
+
+    @property
+    def mask_Re(self) -> Tensor | None:
+        """True where an expert here sees a row, once the rows have arrived; None where every expert sees every row."""
+        assert self.sent is None or self._mask_Re is not None, "wait for rows() first"
+        return self._mask_Re
 
     @property
     def num_rows(self) -> int:
@@ -75,7 +80,7 @@ class Route:
         return sum(self.counts)
 
     def rows(self) -> Batch:
-        """Wait for the rows; give them as stored. ``mask_Re`` then says which experts see them, if not all."""
+        """Wait for the rows and return them as stored; call it again for the same rows."""
         packed = self.own
         if self.pending is not None:
             width = self.own.shape[1]
@@ -87,7 +92,7 @@ class Route:
         if self.sent is None:
             return unpack(packed, self.spec)
         data = packed.shape[1] - mask_bytes(self.num_experts)
-        self.mask_Re = unpack_mask(packed[:, data:], self.num_experts)
+        self._mask_Re = unpack_mask(packed[:, data:], self.num_experts)
         return unpack(packed[:, :data], self.spec)
 
     def by_member(self, field: Tensor) -> list[Tensor]:
@@ -96,9 +101,12 @@ class Route:
 
     def pairs(self, field: Tensor) -> list[Tensor]:
         """Return the pairs (T, ...) of a field (R, e, ...), for each member."""
+        return [part[mask] for part, mask in zip(self.by_member(field), self.masks(), strict=True)]
+
+    def masks(self) -> list[Tensor]:
+        """Split ``mask_Re`` into each member's rows; only where rows go to some experts."""
         assert self.mask_Re is not None
-        masks = self.mask_Re.split(self.counts)
-        return [part[mask] for part, mask in zip(self.by_member(field), masks, strict=True)]
+        return list(self.mask_Re.split(self.counts))
 
 
 def pack(rows: Batch, spec: Spec) -> Tensor:

@@ -22,7 +22,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mixdist.files import write_file
-from mixdist.parallel.agreement import Agreed, agree, gather_json
+from mixdist.mixtures import Mixture
+from mixdist.parallel.agreement import Agreed, agree, agreed, gather_json, on_rank_0
 from mixdist.parallel.mesh import Mesh
 from mixdist.terms import Owned
 from mixdist.training.manifest import (
@@ -110,16 +111,17 @@ class CheckpointStore:
 
     def _together(self, final: Path, act: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
         """Do one stage of saving on every rank, and fail on every rank if one does."""
-        result, error = None, None
-        try:
-            result = act()
-        except (OSError, SafetensorError) as mistake:
-            error = (
-                f"checkpoint {final.name} could not be written ({mistake}); those before it are untouched: free space "
-                f"or make {self.root} writable, then go on with --resume"
-            )
-        agree(error, self.mesh.world)
-        return result
+
+        def attempt() -> dict[str, Any] | None:
+            try:
+                return act()
+            except (OSError, SafetensorError) as mistake:
+                raise ValueError(
+                    f"checkpoint {final.name} could not be written ({mistake}); those before it are untouched: free "
+                    f"space or make {self.root} writable, then go on with --resume"
+                ) from None
+
+        return agreed(attempt, self.mesh.world)
 
     def _begin(self, aside: Path) -> None:
         if self.mesh.rank == 0:
@@ -201,15 +203,14 @@ class CheckpointStore:
 
     def set_aside_after(self, chosen: Path) -> None:
         """Rename the checkpoints newer than the one a run goes on from, so that they never count as its newest."""
-        error = None
-        try:
-            for newer in self.found() if self.mesh.rank == 0 else ():
+
+        def rename() -> None:
+            for newer in self.found():
                 if newer.name > chosen.name:
                     shutil.rmtree(damaged := newer.with_name(newer.name + ".damaged"), ignore_errors=True)
                     os.rename(newer, damaged)
-        except OSError as mistake:
-            error = f"{newer} could not be set aside ({mistake}): make {self.root} writable"
-        agree(error, self.mesh.world)
+
+        on_rank_0(rename, self.mesh)
 
     def _verify(self, path: Path) -> tuple[str | None, str | None]:
         """Check this rank's share of a checkpoint's files: (damage, what cannot be passed over)."""
@@ -252,11 +253,12 @@ def check_run(path: Path, state: dict[str, Any], described: Mapping[str, Any]) -
     Raises:
         ValueError: it belongs to another run.
     """
-    for key, value in described.items():
-        if state["run"].get(key) != value:
+    made = {**state["run"], **state["run"]["mixture"]} if "mixture" in state["run"] else state["run"]
+    for key, value in {**described, **described.get("mixture", {})}.items():
+        if key != "mixture" and made.get(key) != value:
             raise ValueError(
-                f"checkpoint {path} was made with {key} {state['run'].get(key)}, the config has {value}: "
-                f"resume with the run's own config, or start a new run"
+                f"checkpoint {path} was made with {key} {made.get(key)}, the config has {value}: resume with the run's "
+                f"own config, or start a new run"
             )
 
 
@@ -271,6 +273,17 @@ def check_optimizer(path: Path, state: dict[str, Any], optimizer: str) -> None:
             f"checkpoint {path} was made with the optimiser {state['optimizer']}, the config has {optimizer}: resume "
             f"with the run's own optimiser, or start a new run"
         )
+
+
+def load_mixture(path: Path, mixture: Mixture) -> None:
+    """Put the weights and the state of a trained mixture in place, without optimisers.
+
+    Raises:
+        ValueError: there is no mixture yet in that checkpoint, or a file does not fit.
+    """
+    mixture.load_state(read_state(path)["mixture"])
+    for owned in mixture.owned():
+        load_module(path, owned)
 
 
 def load_module(path: Path, owned: Owned, engine: Stateful | None = None) -> None:

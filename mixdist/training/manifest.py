@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "MANIFEST.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class Damaged(ValueError):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mixdist.mixtures.objectives import Objective
+from mixdist.mixtures import Objective
 
 
 def _adam() -> dict[str, object]:

@@ -6,46 +6,63 @@ Shape letters: B rows on this rank, R rows routed here, S importance samples, E 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mixdist.data import RankBatch
-from mixdist.evaluation.health import duplicates
-from mixdist.experts.importance import Evidence, importance
-from mixdist.mixtures import Ensemble
-from mixdist.noise import Moment
+from mixdist.experts.importance import SAMPLES_AT_ONCE, Evidence, importance
+from mixdist.mixtures.health import duplicates
+from mixdist.noise import EVALUATION_PHASE, Moment, Purpose
 from mixdist.parallel.route import Route
+from mixdist.terms import Field
+
+if TYPE_CHECKING:
+    from mixdist.mixtures.ensemble import Ensemble
+
+SAMPLED = (
+    "z from each expert's q(z|x); log p(x) = log-mean-exp of log p(x, z) - log q(z|x); eps keyed by "
+    f"(seed, purpose {Purpose.IMPORTANCE:d}, phase {EVALUATION_PHASE}, step c, sample id, expert), "
+    f"{SAMPLES_AT_ONCE} samples a step"
+)
+EXACT = "nothing: the experts have no importance weights; log p(y|x), where they give one, is exact"
 
 
 @torch.no_grad()
-def evidence(mixture: Ensemble, shard: RankBatch, route: Route, at: Moment, num_samples: int) -> Evidence | None:
-    """Say how probable this rank's rows are under every expert; every rank of an EP group calls it.
+def evidence(mixture: Ensemble, batch: RankBatch, route: Route, at: Moment, num_samples: int) -> Evidence | None:
+    """Return how probable this rank's rows are under every expert; every rank of an EP group calls it.
 
     Args:
         mixture: its experts either have importance weights, or give log p(y|x) exactly.
-        shard: this rank's rows.
+        batch: this rank's rows.
         route: of those rows, sent to the experts.
         at: names the draws.
         num_samples: S.
 
     Returns:
-        fields (B, E), or None where the experts say no probability, only a loss or a bound.
+        fields (B, E), NaN for an expert that gives no probability, only a loss or a bound; None where none gives one.
     """
-    template = mixture.bank.template
-    if template.can("log_weights"):
-        rows = mixture.values(route.rows(), template.fields)
-        own = [importance(one, rows, e, at, num_samples, mixture.dtype) for e, one in mixture.bank.owned().items()]
-        fields_Re3 = torch.stack([torch.stack(one, dim=-1) for one in own], dim=1)
+    if mixture.common("weighs"):
+        exact_Re = None
     else:
         terms = mixture.expert_terms(route, at)
-        if terms.log_px_R is None or terms.kl_R is not None:
+        exact_Re = terms.log_px_R
+        if exact_Re is not None and terms.kl_R is not None:
+            exact_Re = exact_Re.masked_fill(~terms.kl_R.isnan(), math.nan)  # a bound is no probability
+        if mixture.alike and (exact_Re is None or terms.kl_R is not None):
             return None
-        exact_Re = terms.log_px_R.double()
-        fields_Re3 = torch.stack([exact_Re, exact_Re, torch.zeros_like(exact_Re)], dim=-1)
-    fields_BE3 = mixture.dispatch.combine(fields_Re3, route)
-    assert len(fields_BE3) == shard.size
+    rows, own = mixture.values(route.rows(), mixture.bank.fields), []
+    for i, (e, expert) in enumerate(mixture.bank.owned().items()):
+        if expert.can("log_weights"):
+            own.append(torch.stack(importance(expert, rows, e, at, num_samples, mixture.dtype), dim=-1))
+            continue
+        log_px_R = torch.full((route.num_rows,), math.nan) if exact_Re is None else exact_Re[:, i].double()
+        own.append(torch.stack([log_px_R, log_px_R, torch.zeros_like(log_px_R)], dim=-1))
+    fields_BE3 = mixture.dispatch.combine(torch.stack(own, dim=1), route)
+    assert len(fields_BE3) == batch.size
     return Evidence(*fields_BE3.unbind(-1))
 
 
@@ -77,15 +94,13 @@ def noise_free_losses(mixture: Ensemble, route: Route) -> tuple[Tensor, Tensor |
     Returns:
         losses with noise 0, and the squared error of reconstructions, summed over a row, or None; each (B, E) float64.
     """
-    template = mixture.bank.template
-    rows, shape = mixture.values(route.rows(), template.fields), template.noise_shape
+    rows = mixture.values(route.rows(), mixture.bank.fields)
 
-    def silence(ids: Tensor, experts: Sequence[int]) -> Tensor:
-        assert shape is not None
+    def silence(ids: Tensor, experts: Sequence[int], shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(len(experts), len(ids), *shape, dtype=mixture.dtype, device=ids.device)
 
-    fields = [mixture.bank(rows, None if shape is None else silence).loss_R.double()]
-    name = reconstructed(mixture)
+    fields = [mixture.bank(rows, silence).loss_R.double()]
+    name = mixture.common("reconstructs")
     if name is not None:
         errors = [(one.reconstruct(rows) - rows[name]).flatten(1) for one in mixture.bank.owned().values()]
         fields.append(torch.stack([error.double().square().sum(1) for error in errors], dim=1))
@@ -94,27 +109,28 @@ def noise_free_losses(mixture: Ensemble, route: Route) -> tuple[Tensor, Tensor |
 
 
 @torch.no_grad()
-def duplicate_pairs(mixture: Ensemble, shard: RankBatch) -> list[tuple[int, int]]:
+def duplicate_pairs(mixture: Ensemble, batch: RankBatch) -> list[tuple[int, int]]:
     """Name pairs of experts that are duplicates on a batch, as ``health.duplicates`` has it; every rank calls it.
 
     Args:
         mixture: its experts see every row, whatever the routing.
-        shard: this rank's rows, and how many every rank has.
+        batch: this rank's rows, and how many every rank has.
     """
-    route = mixture.send(shard)
+    route = mixture.send(batch)
     losses_BE = noise_free_losses(mixture, route)[0]
     by_expert = losses_BE.T.contiguous()
     distance_EE = torch.cdist(by_expert, by_expert, compute_mode="donot_use_mm_for_euclid_dist")
     num_experts = losses_BE.shape[1]
     sums = torch.cat([distance_EE.square().flatten(), losses_BE.sum(0), losses_BE.square().sum(0)])
-    sums = mixture.dispatch.over_batch.sum(sums) / shard.total
+    sums = mixture.dispatch.over_batch.sum(sums) / batch.total
     squares, mean_E, square_E = sums.split([num_experts**2, num_experts, num_experts])
     spread = (square_E - mean_E.square()).mean().clamp(min=0).sqrt().item()
     return duplicates(squares.view(num_experts, num_experts).sqrt().cpu().numpy(), spread)
 
 
-def reconstructed(mixture: Ensemble) -> str | None:
-    """Name the field that the experts reconstruct, or None."""
-    template = mixture.bank.template
-    field = str(getattr(template, "field", "x"))
-    return field if template.can("reconstruct") and field in template.fields else None
+def stored_units(field: Field) -> float | None:
+    """Return D log s, nats: log p(stored) = log p(values) + D log s, for values = stored * s + offset; or None.
+
+    It holds for densities (gaussian, laplace, kernel, exact); a mass (logistic, Bernoulli) has no units.
+    """
+    return None if field.num_classes is not None else field.num_values * math.log(abs(field.scale))

@@ -43,7 +43,7 @@ def duplicates(difference_EE: np.ndarray, spread: float) -> list[tuple[int, int]
 
 
 def in_words(share_E: np.ndarray, dead_experts: Sequence[int], pairs: Sequence[tuple[int, int]]) -> list[str]:
-    """Say it, a sentence for each finding."""
+    """Return a sentence for each finding."""
     least = DEAD_SHARE / len(share_E)
     told = [f"expert {e} is dead: its mean responsibility {share_E[e]:.2g} is below {least:.2g}" for e in dead_experts]
     limit = f"{SAME_LOSS:.0%} of their deviation over rows"

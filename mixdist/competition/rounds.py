@@ -1,0 +1,345 @@
+"""Rounds of competition: experts train on their samples, all samples are scored, each goes to the best expert.
+
+Shape letters: N samples, E all experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixdist.competition.delivery import OwnReader, WireReader
+from mixdist.competition.entrant import Entrant
+from mixdist.competition.entrants import Entrants
+from mixdist.competition.history import History, in_words, table_files
+from mixdist.competition.mixture import HardMixture
+from mixdist.competition.pieces import Pieces
+from mixdist.competition.reassign import Scoring, Verdict
+from mixdist.competition.table import Assignment, StarvedRule, reseeded, starved
+from mixdist.data import Epoch, Samples
+from mixdist.engines import EngineFactory
+from mixdist.training.checkpoint import check_optimizer
+from mixdist.training.loop import Advance, Saved
+from mixdist.training.phases import Phase
+
+TABLE = "assignment.npy"
+
+
+@dataclass(frozen=True)
+class RoundPosition:
+    """Where a competition is.
+
+    Args:
+        phase: number of the phase; the last one is the rounds.
+        round: within them, from 1; 0 is the scoring of experts that pretrained on all samples.
+        epoch: within the phase of pretraining, or within the round.
+        total: epochs and scorings done in the run.
+        stopped: the last round moved too few samples for another.
+    """
+
+    phase: int = 0
+    round: int = 0
+    epoch: int = 0
+    total: int = 0
+    stopped: bool = False
+
+
+class Rounds:
+    """Runs phases of pretraining and rounds of a competition; every rank has one.
+
+    Args:
+        mixture: what competes, with the rules.
+        dataset: training samples.
+        phases: of pretraining; the last one says how experts train in a round.
+        engine: must be left out: each expert has an engine of its own.
+        log_every: not used: there is a record for each epoch of pretraining and each scoring.
+        fresh: the run begins: a first table is read where the rules start from one; otherwise a checkpoint has it.
+
+    Raises:
+        ValueError: fewer samples than experts, a schedule that is too short, a table that does not fit.
+    """
+
+    def __init__(
+        self,
+        mixture: HardMixture,
+        dataset: Samples,
+        phases: Sequence[Phase],
+        engine: EngineFactory | None = None,
+        log_every: int = 10,
+        fresh: bool = True,
+    ) -> None:
+        # First, since ranks may have to tell each other of their experts.
+        read = [name for facts in mixture.facts for name in facts.fields]
+        self.fields = tuple(dict.fromkeys([*read, *mixture.extra_fields]))
+        self.mixture, self.dataset, self.phases, self.rules = mixture, dataset, list(phases), mixture.rules
+        self.mesh, self.wire, self.seed = mixture.context.mesh, mixture.context.wire, mixture.context.seed
+        self.history, rules = History(self.mesh, self.wire), self.rules
+        self.num_experts, self.data = mixture.num_experts, dataset.fingerprint
+        if engine is not None:
+            raise ValueError(
+                "engine is given, but in a competition each expert trains by itself with an engine of its own: leave "
+                "engine out"
+            )
+        if self.num_experts > len(dataset):
+            raise ValueError(
+                f"mixture.num_experts ({self.num_experts}) must be at most the number of training samples "
+                f"({len(dataset)}) for samples to be shared out: lower it"
+            )
+        for number, phase in enumerate(self.phases):
+            epochs = phase.epochs if number + 1 < len(self.phases) else rules.rounds * phase.epochs
+            phase.try_schedule("train" if number + 1 == len(self.phases) else f"pretrain[{number}]", epochs, "epochs")
+        self.table: Assignment | None = None
+        if rules.start == "split":
+            self.table = Assignment.uniform(len(dataset), self.num_experts, self.data, self.seed)
+        elif rules.table is not None and fresh:
+            self.table = Assignment.load(Path(rules.table), self.data, len(dataset), self.num_experts)
+        reads = rules.delivery == "read"
+        self.reader = OwnReader(dataset, self.mesh) if reads else WireReader(dataset, self.mesh, self.wire)
+        self.pieces = Pieces(dataset, self.reader, self.mesh, self.fields)
+        self.scoring = Scoring(mixture, self.reader, dataset, rules.block, self.fields, rules.starved == "reseed")
+        self.position = RoundPosition(round=0 if rules.start == "all" else 1)
+        self.entrants = Entrants(mixture, self.phase)
+        self.log_z_E = mixture.log_z_E
+        self.objective: float | None = None
+        self.changed: float | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that the position is in."""
+        return self.phases[self.position.phase]
+
+    @property
+    def pretraining(self) -> bool:
+        """Whether the rounds have not begun."""
+        return self.position.phase + 1 < len(self.phases)
+
+    @property
+    def scored(self) -> bool:
+        """Whether samples have been scored: there is a mixture from then on."""
+        return self.position.round > (self.rules.start != "all")
+
+    @property
+    def total_steps(self) -> int:
+        """Epochs and scorings of the whole run."""
+        pretrain = sum(phase.epochs for phase in self.phases[:-1])
+        return pretrain + (self.rules.start == "all") + self.rules.rounds * (self.phases[-1].epochs + 1)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return not self.pretraining and (self.position.stopped or self.position.round > self.rules.rounds)
+
+    @property
+    def total(self) -> int:
+        """Epochs and scorings done in the run."""
+        return self.position.total
+
+    def begin(self) -> None:
+        """Begin to count seconds and bytes anew."""
+        self.history.reset()
+
+    def advance(self) -> Advance:
+        """Train for an epoch, or score all samples.
+
+        Raises:
+            Agreed: a loss, gradient or score is not finite; names the expert.
+        """
+        return self._epoch() if self.pretraining or self._trains() else self._round()
+
+    def end(self) -> None:
+        """Bring every expert back to the home that its number has, and give the mixture what was trained."""
+        self._move(self.entrants.first_homes())
+        assert self.table is not None
+        discriminators = {
+            e: entrant.discriminator for e, entrant in self.entrants.items() if entrant.discriminator is not None
+        }
+        self.mixture.receive({e: entrant.expert for e, entrant in self.entrants.items()}, discriminators)
+        self.mixture.load_state(self._mixture_state())
+
+    def _mixture_state(self) -> dict[str, Any]:
+        share = self.table.share_E.tolist() if self.table is not None and self.scored else []
+        return {"log_z": self.log_z_E.tolist(), "share": share}
+
+    def _trains(self) -> bool:
+        return self.position.round >= 1 and self.position.epoch < self.phase.epochs
+
+    # Epochs
+
+    def _epoch(self) -> Advance:
+        """Train every expert for an epoch."""
+        at, pretraining = self.position, self.pretraining
+        if not pretraining and at.epoch == 0:
+            self._place()
+        for piece in self.pieces.of(self._named(), self.entrants.homes, self._own, self.phase.batch_size):
+            with self.history.timed("experts_s"):
+                for e, entrant in self.entrants.items():
+                    self.entrants.attempt(partial(entrant.train, piece.brought.rows, piece.places(e), at.phase))
+        for entrant in self.entrants.values():
+            self.entrants.attempt(entrant.end_epoch)
+        ended = pretraining and at.epoch + 1 == self.phase.epochs
+        at = replace(at, epoch=at.epoch + 1, total=at.total + 1)
+        self.position = replace(at, phase=at.phase + 1, epoch=0) if ended else at
+        record = None
+        if pretraining:
+            self._agree()
+            record = self._record({"phase": at.phase, "epoch": at.epoch - 1})
+        if ended:
+            self.entrants.enter(self.phase)
+        return Advance(ended, record)
+
+    def _agree(self) -> None:
+        """Fail on every rank where an expert of some rank went wrong."""
+        at = self.position
+        self.entrants.agree(f"pretrain[{at.phase}]" if self.pretraining else f"round {at.round}")
+
+    def _named(self) -> Epoch:
+        """Name this epoch."""
+        at = self.position
+        number = at.epoch if self.pretraining else (at.round - 1) * self.phase.epochs + at.epoch
+        return Epoch(self.seed, at.phase, number)
+
+    def _own(self, e: int) -> Tensor:
+        """The positions that an expert trains on."""
+        table = self.table
+        if self.pretraining and self.rules.start == "all":
+            return torch.arange(len(self.dataset))
+        assert table is not None
+        if not self.pretraining and self.rules.starved == "freeze" and e in self._starved(table):
+            return torch.arange(0)
+        return table.positions(e)
+
+    def _starved(self, table: Assignment) -> list[int]:
+        return starved(table.counts_E, self.rules.starved_below)
+
+    # Rounds
+
+    def _round(self) -> Advance:
+        """Score all samples and move them to their best experts."""
+        at, rules, old = self.position, self.rules, self.table
+        self._agree()
+        with self.history.timed("discriminators_s"):
+            if self.mixture.discriminating is not None:
+                self.scoring.challenge(self.entrants, at.round, self.entrants.attempt)
+        self._agree()
+        with self.history.timed("scoring_s"):
+            verdict = self.scoring.verdict(
+                self.entrants, self.entrants.homes, at.round, None if old is None else old.expert_N
+            )
+        self.log_z_E = verdict.log_z_E
+        expert_N = verdict.expert_N
+        if rules.score.keeps and old is not None:
+            expert_N, verdict = old.expert_N.astype(np.int64), verdict._replace(objective=verdict.objective_before)
+        table = Assignment.of(expert_N, self.num_experts, self.data, at.round)
+        starved_experts = [] if rules.starved == "none" else self._starved(table)
+        rule = rules.starved
+        if rule == "reseed" and (at.round >= rules.rounds or rules.score.keeps):
+            rule = "none"  # nobody would train on what it gives, or the split is for good
+        begins = bool(starved_experts) and rule == "reseed"
+        if begins:
+            table = self._reseed(table, verdict, starved_experts)
+        changed = None if old is None else table.changed(old)
+        # An expert that begins anew may get the very samples that it had: it is to learn them before the end.
+        stopped = at.round > 0 and not begins and changed is not None and changed < rules.stop_below
+        self.table, self.changed = table, changed
+        self.position = replace(at, round=at.round + 1, epoch=0, total=at.total + 1, stopped=stopped)
+        record = self._report(table, verdict, changed, starved_experts, rule)
+        return Advance(True, record, in_words(record), table_files(table))
+
+    def _reseed(self, table: Assignment, verdict: Verdict, starved_experts: list[int]) -> Assignment:
+        """Return starved experts the samples that are modelled worst, and weights anew."""
+        assert verdict.best_N is not None
+        for e in set(starved_experts) & set(self.entrants):
+            fresh = Entrant(e, self.mixture, self.phase, round=self.position.round + 1)
+            fresh.engine.go_to(0, self.entrants[e].engine.epochs)
+            kept = self.entrants[e]
+            fresh.discriminator, fresh.discriminator_engine = kept.discriminator, kept.discriminator_engine
+            self.entrants[e] = fresh
+        expert_N = reseeded(table.expert_N.astype(np.int64), verdict.best_N, starved_experts, self.num_experts)
+        return Assignment.of(expert_N, self.num_experts, self.data, table.round)
+
+    def _report(
+        self, table: Assignment, verdict: Verdict, changed: float | None, starved_experts: list[int], rule: StarvedRule
+    ) -> dict[str, Any]:
+        """Return the record of a scoring."""
+        before, last = verdict.objective_before, self.objective
+        rose = last is not None and before is not None and before > last + 1e-12 * abs(last)
+        self.objective = verdict.objective
+        return self._record(
+            {
+                "phase": self.position.phase,
+                "round": table.round,
+                "counts": table.counts_E.tolist(),
+                "changed": changed,
+                "objective": verdict.objective,
+                "objective_trained": before,
+                "objective_rose": rose,
+                "starved": starved_experts,
+                "starved_rule": rule,
+                "homes": self.entrants.homes,
+            }
+        )
+
+    def _record(self, fields: dict[str, Any]) -> dict[str, Any]:
+        return self.history.record({"step": self.position.total, **fields}, self.entrants)
+
+    # Placement
+
+    def _place(self) -> None:
+        """Move experts to where they are trained soonest, if that takes less time than it saves."""
+        pace = self.history.seconds_a_row  # the same on every rank
+        if self.rules.placement == "load" and len(self.entrants.homes) > 1 and self.table is not None and pace:
+            load_E = self.phase.epochs * pace * np.maximum(self.table.counts_E, 1e-6)
+            with self.history.timed("moving_s"):
+                self.entrants.balance(load_E, self.phase, max(self.position.round - 1, 0))
+
+    def _move(self, homes: list[list[int]]) -> None:
+        with self.history.timed("moving_s"):
+            self.entrants.move(homes, self.phase, max(self.position.round - 1, 0))
+
+    # What a run leaves behind
+
+    def save(self) -> Saved:
+        """Return what a checkpoint holds."""
+        self._agree()
+        state = {
+            "position": asdict(self.position),
+            "optimizer": self.entrants.kind(),
+            "entrants": self.entrants.state(),
+            "table": None if self.table is None else self.table.describe(),
+            "mixture": self._mixture_state(),
+            "objective": self.objective,
+            "changed": self.changed,
+        }
+        files = {} if self.table is None else {TABLE: self.table.to_bytes()}
+        return Saved(state, self.entrants.owned(), self.entrants, files)
+
+    def load(self, path: Path, state: dict[str, Any]) -> None:
+        """Take modules, optimisers, table and position from a checkpoint, whatever layout wrote it.
+
+        Raises:
+            ValueError: it does not fit the config.
+        """
+        self.position = RoundPosition(**state["position"])
+        if self.position.phase >= len(self.phases) or self.position.round > self.rules.rounds + 1:
+            raise ValueError(
+                f"checkpoint {path} is in phase {self.position.phase}, round {self.position.round}, but the config has "
+                f"{len(self.phases) - 1} phases of pretraining and {self.rules.rounds} rounds: give as many or more"
+            )
+        if state["table"] is not None:
+            name, table, about = str(path / TABLE), (path / TABLE).read_bytes(), state["table"]
+            self.table = Assignment.read(name, table, about, self.data, len(self.dataset), self.num_experts)
+        self.log_z_E = torch.tensor(state["mixture"]["log_z"], dtype=torch.float64, device=self.mesh.device)
+        self.objective = state["objective"]
+        self.changed = state.get("changed")
+        if self.changed is not None and self.changed >= self.rules.stop_below:
+            self.position = replace(self.position, stopped=False)  # it stopped by a rule that is no longer there
+        self.entrants.enter(self.phase)
+        check_optimizer(path, state, self.entrants.kind())
+        self.entrants.load(path, state["entrants"], max(self.position.round - 1, 0))

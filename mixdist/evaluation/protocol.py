@@ -1,0 +1,29 @@
+"""How figures were taken: enough to take them again."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from mixdist.data import Samples
+from mixdist.mixtures import Mixture
+
+KNOWN = "exact_log_likelihood: the source's own log p of the rows' values, the same units as log_likelihood_shares"
+
+
+def protocol(mixture: Mixture, dataset: Samples, num_samples: int) -> dict[str, Any]:
+    """Return, as JSON, what was evaluated on and how.
+
+    Args:
+        mixture: the family says how its figures are taken.
+        dataset: the rows.
+        num_samples: importance samples for each row and expert that were asked for.
+    """
+    return {
+        "mixdist": version("mixdist"),
+        "rows": len(dataset),
+        "data": dataset.fingerprint,
+        "num_samples": None,
+        "exact": KNOWN if dataset.log_density_N is not None else None,
+        **mixture.protocol(num_samples),
+    }

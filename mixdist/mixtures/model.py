@@ -1,0 +1,167 @@
+"""A mixture of experts in one process, for a notebook: what ``mixdist.load`` returns.
+
+Shape letters: N rows, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixdist.experts import Expert
+from mixdist.gates import Gate
+from mixdist.mixtures.routing import responsible
+from mixdist.noise import EVALUATION_PHASE, Draw, Moment, Purpose
+from mixdist.terms import Batch, ExpertTerms, Spec
+
+
+class Model:
+    """Gate and all experts of a run, in evaluation mode on the CPU.
+
+    Rows are given as a tensor or array for the field "x", or as a dict by field; numbers of a field's stored type
+    (uint8 pixels) are scaled as in training, others are taken as they are.
+
+    Args:
+        gate: the gate.
+        experts: by global number.
+        spec: the fields of rows.
+        dtype: of real numbers.
+        seed: of the run.
+        class_names: of the label, or empty.
+    """
+
+    def __init__(
+        self, gate: Gate, experts: dict[int, Expert], spec: Spec, dtype: torch.dtype, seed: int, class_names: list[str]
+    ) -> None:
+        self.gate, self.experts, self.spec, self.dtype = gate.eval(), experts, spec, dtype
+        self.seed, self.class_names = seed, class_names
+        for expert in experts.values():
+            expert.eval()
+
+    def rows(self, given: Tensor | np.ndarray | Batch) -> Batch:
+        """Turn what a user gives into rows of numbers.
+
+        Raises:
+            ValueError: an unknown field, or rows of another shape.
+        """
+        named = given if isinstance(given, dict) else {"x": given}
+        rows: Batch = {}
+        for name, values in named.items():
+            if name != "id":
+                rows[name] = self._field(name, torch.as_tensor(values))
+        lengths = {name: len(column) for name, column in rows.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"rows have fields of lengths {lengths}: give at least one field, all equally long")
+        num_rows = next(iter(lengths.values()))
+        rows["id"] = torch.as_tensor(named.get("id", torch.arange(num_rows)))
+        if rows["id"].shape != (num_rows,):
+            raise ValueError(
+                f"id has shape {tuple(rows['id'].shape)}: give one whole number for each of {num_rows} rows"
+            )
+        return rows
+
+    def _field(self, name: str, values: Tensor) -> Tensor:
+        if name not in self.spec:
+            raise ValueError(f"field {name!r} is not one of the model's: give {sorted(self.spec)}")
+        field = self.spec[name]
+        if values.dim() == 0 or math.prod(values.shape[1:]) != field.num_values:
+            wanted = ", ".join(map(str, ("N", *field.shape)))
+            raise ValueError(f"field {name!r} has shape {tuple(values.shape)}: give N rows as ({wanted})")
+        values = values.reshape(-1, *field.shape)
+        as_stored = field.num_classes is not None or (values.dtype == field.dtype and not values.is_floating_point())
+        return field.values(values, self.dtype) if as_stored else values.to(self.dtype)
+
+    @torch.no_grad()
+    def responsibilities(self, rows: Tensor | np.ndarray | Batch) -> Tensor:
+        """Return q(e|x), (N, E)."""
+        return self._log_responsibilities(self.rows(rows)).exp()
+
+    def _log_responsibilities(self, named: Batch) -> Tensor:
+        self._require(named, self.gate)
+        eps = None
+        if self.gate.noise_shape is not None:
+            eps = self._draw(Purpose.GATE).normal(named["id"], [0], self.gate.noise_shape, self.dtype)[0]
+        return self.gate(named, eps).log_resp_BE
+
+    @staticmethod
+    def _require(named: Batch, module: Gate | Expert) -> None:
+        for name in module.fields:
+            if name not in named:
+                kind = type(module).__name__
+                raise ValueError(
+                    f"{kind} needs the field {name!r}, given were {sorted(named)}: give rows as a dict of fields"
+                )
+
+    @torch.no_grad()
+    def assign(self, rows: Tensor | np.ndarray | Batch) -> Tensor:
+        """Return the number of the most responsible expert of each row, (N,)."""
+        return responsible(self._log_responsibilities(self.rows(rows)))
+
+    @torch.no_grad()
+    def terms(self, rows: Tensor | np.ndarray | Batch, expert: int) -> ExpertTerms:
+        """Return an expert's loss, log p(x|z) and KL for each row, nats, with noise keyed by the row's id or place."""
+        named, one = self.rows(rows), self._expert(expert)
+        self._require(named, one)
+        eps = None
+        if one.noise_shape is not None:
+            eps = self._draw(Purpose.POSTERIOR).normal(named["id"], [expert], one.noise_shape, self.dtype)[0]
+        return one(named, eps)
+
+    def _draw(self, purpose: Purpose) -> Draw:
+        """Return the noise of evaluation: rows with their ids from training get the figures that ended the run."""
+        return Moment(self.seed, EVALUATION_PHASE).draw(purpose)
+
+    def _expert(self, number: int) -> Expert:
+        if number not in self.experts:
+            raise ValueError(f"expert {number} is not one of the model's: give 0 to {len(self.experts) - 1}")
+        return self.experts[number]
+
+    @torch.no_grad()
+    def reconstruct(self, rows: Tensor | np.ndarray | Batch, expert: int | None = None) -> Tensor:
+        """Reconstruct rows by one expert, or each by its most responsible one: (N, *shape of x)."""
+        named = self.rows(rows)
+        if expert is not None:
+            return self._expert(expert).reconstruct(named)
+        expert_N = self.assign(named)
+        results = torch.empty_like(named["x"])
+        for e in expert_N.unique().tolist():
+            chosen = expert_N == e
+            results[chosen] = self.experts[e].reconstruct({name: column[chosen] for name, column in named.items()})
+        return results
+
+    @torch.no_grad()
+    def predict(self, rows: Tensor | np.ndarray | Batch) -> Tensor:
+        """Return the responsibility-weighted mean of the experts' predictions (supervised mixtures)."""
+        named = self.rows(rows)
+        each = torch.stack([expert.predict(named) for expert in self.experts.values()], dim=1)
+        return torch.einsum("ne,ne...->n...", self.responsibilities(named), each)
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, expert: int, seed: int = 0, observed: bool = False) -> Tensor:
+        """Draw from an expert's prior and decode: (num_samples, *shape of x).
+
+        Args:
+            num_samples: how many.
+            expert: its number.
+            seed: of the draws; the same numbers of the prior, observed or not.
+            observed: draw from p(x|z), noise and all, as the density has it; otherwise the means of p(x|z).
+        """
+        one = self._expert(expert)
+        if one.noise_shape is None or not one.can("draw" if observed else "sample"):
+            name = type(one).__name__
+            raise ValueError(f"expert {expert} ({name}) has no prior to sample from: use predict of mixdist.load(RUN)")
+        ids = torch.arange(num_samples)
+        eps = Draw(seed, Purpose.PRIOR).normal(ids, [expert], one.noise_shape, self.dtype)[0]
+        if not observed:
+            return one.sample(eps)
+        shape = self.spec[getattr(one, "field", "x")].shape
+        return one.draw(eps, Draw(seed, Purpose.OBSERVATION).uniform(ids, [expert], shape, self.dtype)[0])
+
+    def rows_of_samples(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
+        """Return samples of each expert, (num_samples, *shape of x), by a title; points in the plane with noise."""
+        plane = "x" in self.spec and self.spec["x"].shape == (2,)
+        observed = plane and self.experts[0].can("draw")  # a cloud of means in the plane is no density
+        return {f"expert {e}": self.sample(num_samples, e, seed, observed) for e in self.experts}

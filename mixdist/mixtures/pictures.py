@@ -1,0 +1,91 @@
+"""What a family wants drawn, as arrays; :mod:`mixdist.report.gallery` turns each into a PNG file of its name.
+
+Shape letters: N rows shown, G points of a grid, E experts, C classes, A attributes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Panel(NamedTuple):
+    """Images of one expert; values from 0 to 1, each array (n, channels, height, width).
+
+    Args:
+        expert: its number, which sets its colour.
+        title: above the images.
+        originals: rows of the data.
+        reconstructions: of the same rows.
+        samples: from its prior.
+    """
+
+    expert: int
+    title: str
+    originals: np.ndarray
+    reconstructions: np.ndarray
+    samples: np.ndarray
+
+
+class Panels(NamedTuple):
+    """A panel of images for each expert."""
+
+    name: str
+    panels: list[Panel]
+
+
+class Mosaic(NamedTuple):
+    """Images (n, channels, height, width) in a square, in no order of experts; values from 0 to 1."""
+
+    name: str
+    images: np.ndarray
+
+
+class Rows(NamedTuple):
+    """Rows of images (n, channels, height, width), each with a title; values from 0 to 1."""
+
+    name: str
+    images: list[np.ndarray]
+    titles: list[str]
+
+
+class Plane(NamedTuple):
+    """Points in the plane, (N, 2), by the expert of each, and each expert's samples."""
+
+    name: str
+    points: np.ndarray
+    expert_N: np.ndarray
+    samples: list[np.ndarray]
+
+
+class Curves(NamedTuple):
+    """Rows of one number y for one number x, by the expert of each, and each expert's curve (E, G) over a grid."""
+
+    name: str
+    x_N: np.ndarray
+    y_N: np.ndarray
+    expert_N: np.ndarray
+    grid_G: np.ndarray
+    curve_EG: np.ndarray
+
+
+class Contingency(NamedTuple):
+    """Experts against classes, rows."""
+
+    name: str
+    counts_EC: np.ndarray
+    class_names: list[str]
+
+
+class Attributes(NamedTuple):
+    """The part of each expert's rows, and of all, that has each attribute."""
+
+    name: str
+    rate_EA: np.ndarray
+    rate_A: np.ndarray
+    rows_E: np.ndarray
+    names: list[str]
+
+
+Picture = Panels | Mosaic | Rows | Plane | Curves | Contingency | Attributes

@@ -1,0 +1,100 @@
+"""The minimum bytes of a step, from counts of rows and experts alone: pure functions.
+
+The minimum for rows is each row once to each other member of the EP group that has an expert for it, with the fields
+that the experts there read and the row's id; for a field of a (row, expert) it is the numbers that go to another member
+and, where it is differentiated, as many numbers of its gradient back.
+
+Shape letters: P members of an EP group; lists with that suffix have an entry a member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from mixdist.terms import Field
+
+ID_BYTES = 8
+
+
+class Numbers(NamedTuple):
+    """Numbers that a rank sends to other members.
+
+    Args:
+        out: of a field.
+        back: of the field's gradient, the other way.
+    """
+
+    out: int
+    back: int
+
+    def num_bytes(self, itemsize: int, differentiated: bool) -> int:
+        """Return the bytes of the field and, where it is differentiated, of its gradient."""
+        return (self.out + self.back * differentiated) * itemsize
+
+
+def row_bytes(fields: Iterable[Field]) -> int:
+    """Return the bytes of a row on the wire: its stored fields and its id."""
+    return ID_BYTES + sum(field.num_bytes for field in fields)
+
+
+def rows(sent_P: Sequence[int], row_bytes_P: Sequence[int], me: int) -> int:
+    """Return the bytes of the rows that go to other members.
+
+    Args:
+        sent_P: rows for each member.
+        row_bytes_P: bytes of a row for each member.
+        me: this member.
+    """
+    return sum(n * width for p, (n, width) in enumerate(zip(sent_P, row_bytes_P, strict=True)) if p != me)
+
+
+def combine(counts_P: Sequence[int], experts_P: Sequence[int], me: int, width: int = 1) -> Numbers:
+    """Return the numbers of a field (R, e, width) that goes back to the rows' own members, dense.
+
+    Args:
+        counts_P: rows of each member.
+        experts_P: experts of each member.
+        me: this member.
+        width: numbers for a (row, expert).
+    """
+    others = sum(counts_P) - counts_P[me]
+    return Numbers(others * experts_P[me] * width, counts_P[me] * (sum(experts_P) - experts_P[me]) * width)
+
+
+def spread(counts_P: Sequence[int], experts_P: Sequence[int], me: int, width: int = 1) -> Numbers:
+    """Return the numbers of a field (B, E, width) that goes from rows to experts, dense: the transpose of combine."""
+    out, back = combine(counts_P, experts_P, me, width)
+    return Numbers(back, out)
+
+
+def exchange(counts_P: Sequence[int], experts_P: Sequence[int], me: int, width: int = 1) -> Numbers:
+    """Return the numbers of a field (R, e, width) that goes to all members."""
+    num_rows, others = sum(counts_P), len(counts_P) - 1
+    return Numbers(num_rows * experts_P[me] * others * width, num_rows * (sum(experts_P) - experts_P[me]) * width)
+
+
+def combine_sum(counts_P: Sequence[int], me: int, width: int = 1) -> Numbers:
+    """Return the numbers of a field (R, width), summed over a member's experts, that goes back to the rows' members."""
+    return Numbers((sum(counts_P) - counts_P[me]) * width, counts_P[me] * (len(counts_P) - 1) * width)
+
+
+def pairs(sent_P: Sequence[int], received_P: Sequence[int], me: int, width: int = 1) -> Numbers:
+    """Return the numbers of a field of pairs of row and expert (T, width), where rows go to some experts only.
+
+    Args:
+        sent_P: pairs sent to each member.
+        received_P: pairs received from each.
+        me: this member.
+        width: numbers for a pair.
+    """
+    sent, received = (sum(n for p, n in enumerate(list_P) if p != me) for list_P in (sent_P, received_P))
+    return Numbers(sent * width, received * width)
+
+
+def soft_step(
+    counts_P: Sequence[int], experts_P: Sequence[int], row_bytes_P: Sequence[int], me: int, itemsize: int
+) -> int:
+    """Return the bytes that a member sends in a step of a dense soft mixture: rows, losses, and their gradients."""
+    sent = rows([counts_P[me]] * len(counts_P), row_bytes_P, me)
+    return sent + combine(counts_P, experts_P, me).num_bytes(itemsize, differentiated=True)
