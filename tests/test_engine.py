@@ -274,3 +274,17 @@ def test_an_engine_of_ones_own_is_named_in_a_config(tmp_path: Path, monkeypatch:
     one, two = (load_file(tmp_path / run / "checkpoints/step-000000003/gate.safetensors") for run in ("one", "two"))
     moved = [(one[name] - two[name]).abs().max() for name in one if name.startswith("model.")]
     assert 0 < max(moved) <= 0.09 + 1e-6  # three steps, in which the rates differ by 0.01 or add up to 0.03
+
+
+def test_an_engine_that_cannot_run_a_stack_says_so() -> None:
+    class Plain(Native):
+        stacks = False
+
+    phase = Phase(epochs=1, batch_size=16, optimizer=torch.optim.SGD)
+    for execution in ("loop", "stacked"):
+        mixture = make_mixture(Case(execution=execution), MESH4, Wire(MESH4.device))
+        if execution == "loop":
+            assert Trainer(mixture, data(), [phase], Plain).engine.stacks is False
+            continue
+        with pytest.raises(ValueError, match=r"execution \(stacked\).* Plain.*loop"):
+            Trainer(mixture, data(), [phase], Plain)

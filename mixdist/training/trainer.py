@@ -157,6 +157,11 @@ class Trainer:
         self._upcoming: RankBatch | None = None
         make = self.make_engine
         engine = make(self.mixture.parts, self.mesh, self.wire, phase.optimizer, phase.schedule, phase.clip_norm)
+        if self.mixture.parts.stack and not engine.stacks:
+            raise ValueError(
+                f"mixture.execution (stacked) cannot be used with the engine {type(engine).__name__}, which needs each "
+                f"expert's own parameters: set it to loop"
+            )
         if not engine.trained:
             raise ValueError(f"phase {number} trains {phase.trains}, which has no parameters: set trains to both")
         return engine
