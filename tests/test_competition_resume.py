@@ -189,7 +189,7 @@ def test_one_process_takes_over_inside_a_round(killed: Path, whole: Path) -> Non
 @pytest.mark.parametrize(
     ("ranks", "words"),
     [
-        pytest.param(3, ["--competition.delivery", "wire", "--competition.placement", "fixed"], marks=pytest.mark.slow),
+        pytest.param(3, ["--mixture.delivery", "wire", "--mixture.placement", "fixed"], marks=pytest.mark.slow),
         pytest.param(2, [], marks=pytest.mark.slow),
         pytest.param(4, ["--mesh.ep_size", "2"], marks=pytest.mark.slow),
     ],

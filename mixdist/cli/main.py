@@ -22,7 +22,7 @@ COMMANDS = {
 USAGE = """usage: mixdist COMMAND [options]
 
 commands:
-  train     train a mixture of experts, in one process or under torchrun, deepspeed or srun
+  train     train a mixture of experts, in one process or under torchrun, srun or the deepspeed launcher
   evaluate  likelihoods, reconstruction and clustering of a run on held-out rows, on any layout
   sample    draw from every expert of a run into a picture
   prepare   convert a data set from its original files into shards

@@ -1,1 +1,1 @@
-"""What a user says: keys and options to a config, a config to objects."""
+"""Parsing of the config, and building objects from it."""

@@ -1,1 +1,1 @@
-"""What a mixture is worth on held-out rows."""
+"""Evaluation of a mixture on held-out rows."""

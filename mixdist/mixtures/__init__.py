@@ -1,4 +1,4 @@
-"""Mixtures: one short program for each family over gate, experts and dispatch."""
+"""Mixtures: one training step for each family, over gate, experts and dispatch."""
 
 from mixdist.mixtures.ensemble import Ensemble, Facts, MakeExpert, Scores, check_fields
 from mixdist.mixtures.figures import ExpertEvaluation
