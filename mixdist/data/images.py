@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from mixdist.messages import one_line
+
 Decoder = Literal["pillow", "simplejpeg"]
 
 MAX_PIXELS = 50_000_000
@@ -23,60 +25,11 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 SOURCE_FORMATS = (*FORMATS, "BMP", "GIF", "TIFF")
 DAMAGED = "it is truncated or damaged"
 _ORIENTATION = 0x0112
+_MODES = {1: "L", 3: "RGB"}
 
 
 class Unreadable(ValueError):
     """An image that cannot be used; the message is the reason, without its name."""
-
-
-def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """Read an image's header.
-
-    Args:
-        data: the file's bytes.
-        formats: that are allowed, by Pillow's names.
-
-    Raises:
-        Unreadable: it is empty, no image of these formats, or has more than 50 million pixels.
-    """
-    if not data:
-        raise Unreadable("it is empty")
-    with guarded(f"it is no {', '.join(formats)} image"):
-        image = Image.open(io.BytesIO(data), formats=formats)
-    width, height = image.size
-    if width * height > MAX_PIXELS or not width * height:
-        raise Unreadable(f"it has {width} x {height} pixels, expected from 1 to {MAX_PIXELS}")
-    return image
-
-
-def is_plain(image: Image.Image, channels: int) -> bool:
-    """Return whether an image's pixels are those of its file: of the right mode and upright."""
-    with guarded(DAMAGED):
-        return image.mode == _mode(channels) and image.getexif().get(_ORIENTATION, 1) == 1
-
-
-def plain(image: Image.Image, channels: int) -> Image.Image:
-    """Decode an image to grey or RGB, upright; what is transparent is put on white.
-
-    Raises:
-        Unreadable: it is truncated or damaged.
-    """
-    with guarded(DAMAGED):
-        return _plain(image, _mode(channels))
-
-
-def _plain(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode != mode or image.getexif().get(_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "P" or image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            image = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-            image.alpha_composite(rgba)
-        if image.mode.startswith("I;16") or image.mode == "I":
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        image = image.convert(mode)
-    image.load()
-    return image
 
 
 @contextmanager
@@ -100,8 +53,56 @@ def guarded(what: str) -> Iterator[None]:
     except Image.DecompressionBombError:
         raise Unreadable(f"it has more than {MAX_PIXELS} pixels") from None
     except Exception as error:
-        why = _one_line(error)
+        # Without what differs from run to run, such as addresses in memory.
+        why = re.sub(r"cannot identify image file.*| <[^>]* at 0x[0-9a-f]+>", "", one_line(str(error)))
         raise Unreadable(f"{what} ({why})" if why else what) from None
+
+
+def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Read an image's header.
+
+    Args:
+        data: the file's bytes.
+        formats: that are allowed, by Pillow's names.
+
+    Raises:
+        Unreadable: it is empty, no image of these formats, or has more than 50 million pixels.
+    """
+    if not data:
+        raise Unreadable("it is empty")
+    with guarded(f"it is no {', '.join(formats)} image"):
+        image = Image.open(io.BytesIO(data), formats=formats)
+    width, height = image.size
+    if width * height > MAX_PIXELS or not width * height:
+        raise Unreadable(f"it has {width} x {height} pixels, expected from 1 to {MAX_PIXELS}")
+    return image
+
+
+@guarded(DAMAGED)
+def is_plain(image: Image.Image, channels: int) -> bool:
+    """Return whether an image's pixels are those of its file: of the right mode and upright."""
+    return image.mode == _MODES[channels] and image.getexif().get(_ORIENTATION, 1) == 1
+
+
+@guarded(DAMAGED)
+def plain(image: Image.Image, channels: int) -> Image.Image:
+    """Decode an image to grey or RGB, upright; what is transparent is put on white.
+
+    Raises:
+        Unreadable: it is truncated or damaged.
+    """
+    mode = _MODES[channels]
+    if image.mode != mode or image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "P" or image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            image = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+            image.alpha_composite(rgba)
+        if image.mode.startswith("I;16") or image.mode == "I":
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        image = image.convert(mode)
+    image.load()
+    return image
 
 
 def fit(image: Image.Image, size: int | None, crop: int | None) -> Image.Image:
@@ -169,12 +170,3 @@ def _decode_jpeg(data: bytes, channels: int) -> Image.Image:
     with guarded(DAMAGED):
         array_HWC = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
     return Image.fromarray(array_HWC if channels == 3 else array_HWC[:, :, 0])
-
-
-def _mode(channels: int) -> str:
-    return {1: "L", 3: "RGB"}[channels]
-
-
-def _one_line(error: Exception) -> str:
-    """Return an error as one line, without parts that differ from run to run, such as addresses in memory."""
-    return re.sub(r"cannot identify image file.*| <[^>]* at 0x[0-9a-f]+>", "", " ".join(str(error).split()))

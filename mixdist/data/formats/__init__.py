@@ -18,7 +18,16 @@ class Format(Protocol):
         """Return whether a folder looks like it."""
 
     def make_listing(self, root: Path, labels: bool = True) -> Listing:
-        """List a folder."""
+        """List a folder of an official data set, or of any images.
+
+        Args:
+            root: the folder; for an archive with a folder of its own inside, either of the two.
+            labels: whether to take the classes; those of CIFAR-100 are the fine ones, and CelebA has none.
+
+        Raises:
+            Missing: a file or a folder that makes the format is missing.
+            ValueError: a file is damaged or foreign, or two disagree.
+        """
 
 
 SOURCES: dict[str, Format] = {

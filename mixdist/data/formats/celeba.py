@@ -23,16 +23,7 @@ def fits(root: Path) -> bool:
 
 
 def make_listing(root: Path, labels: bool = True) -> Listing:
-    """List CelebA: ``img_align_celeba/NNNNNN.jpg`` (or .png), the attributes and the partition.
-
-    Args:
-        root: the folder.
-        labels: CelebA has none; its attributes are kept in any case.
-
-    Raises:
-        Missing: a file is missing.
-        ValueError: the files disagree or are no lists.
-    """
+    """List CelebA: ``img_align_celeba/NNNNNN.jpg`` (or .png), the attributes and the partition."""
     folder = next((root / name for name in FOLDERS if (root / name).is_dir()), None)
     if folder is None:
         raise Missing(f"{str(root)!r} has no folder {FOLDERS[0]!r}, expected CelebA's aligned faces in it")

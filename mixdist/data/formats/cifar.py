@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixdist.data.formats.listing import Arrays, Listing, Missing, Part, folder_of
-from mixdist.data.formats.trees import Entry, digest, read_text
+from mixdist.data.formats.trees import Entry, digest, read_text, reading
 
 SHAPE = (3, 32, 32)
 
@@ -44,16 +44,7 @@ class Cifar(NamedTuple):
         return any((folder_of(root, self.folder) / name).is_file() for name in self.files)
 
     def make_listing(self, root: Path, labels: bool = True) -> Listing:
-        """List CIFAR: ids are places in the official order, so many a file, whichever files are there.
-
-        Args:
-            root: the folder of the files, or the one that holds the official archive's folder.
-            labels: whether to take the classes; those of CIFAR-100 are the fine ones.
-
-        Raises:
-            Missing: there is no training file, or no test file.
-            ValueError: a file is damaged or foreign.
-        """
+        """List CIFAR: ids are places in the official order, so many a file, whichever files are there."""
         folder = folder_of(root, self.folder)
         *train, test = self.files
         if not any((folder / name).is_file() for name in train):
@@ -92,12 +83,9 @@ def read_records(kind: Cifar, path: Path) -> NDArray[np.uint8]:
         ValueError: the file cannot be read, or is empty, truncated, too large or foreign.
     """
     length = kind.num_labels + math.prod(SHAPE)
-    try:
-        with path.open("rb") as stream:
-            # One byte beyond the largest file: a foreign one of any size is refused without reading it.
-            body = stream.read(kind.most * length + 1)
-    except OSError as error:
-        raise ValueError(f"{str(path)!r} cannot be read ({error.strerror}): fix or fetch the file again") from error
+    with reading(path, kind.name), path.open("rb") as stream:
+        # One byte beyond the largest file: a foreign one of any size is refused without reading it.
+        body = stream.read(kind.most * length + 1)
     if not body or len(body) % length or len(body) > kind.most * length:
         size = f"more than {len(body) - 1}" if len(body) > kind.most * length else f"{len(body)}"
         raise ValueError(
@@ -117,7 +105,7 @@ def read_records(kind: Cifar, path: Path) -> NDArray[np.uint8]:
 
 def _names(kind: Cifar, path: Path) -> tuple[str, ...]:
     """Return the names in a file, a line each; none without the file."""
-    names = tuple(line.strip() for line in read_text(path).splitlines() if line.strip()) if path.exists() else ()
+    names = tuple(filter(None, map(str.strip, read_text(path).splitlines()))) if path.exists() else ()
     if len(names) not in (0, kind.num_classes):
         raise ValueError(
             f"{str(path)!r} has {len(names)} names, expected {kind.num_classes}: fetch the file again, or remove it"

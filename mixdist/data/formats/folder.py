@@ -22,54 +22,40 @@ def make_listing(root: Path, labels: bool = True) -> Listing:
     Where it has a folder train, valid (or val, validation) or test, these are the splits; else all is train. The class
     of an image is the folder directly under its split, numbered in sorted order over all splits.
 
-    Args:
-        root: the folder.
-        labels: whether to take the classes.
-
     Raises:
-        Missing: there is no image.
         ValueError: an image lies beside the splits or in no class, or two folders are the same split.
     """
     entries, others = images(root)
     if not entries:
         raise Missing(f"{str(root)!r} has no image, expected files that end in {', '.join(EXTENSIONS)}")
-    folder_of = _splits(root)
-    sorted_entries: dict[str, list[Entry]] = {split: [] for split in SPLITS}
-    if folder_of:
-        split_by = {folder: split for split, folder in folder_of.items()}
-        for entry in entries:
-            split = split_by.get(entry.path.partition("/")[0]) if "/" in entry.path else None
-            if split is None:
-                told = ", ".join(map(repr, split_by))
-                raise ValueError(f"{str(root / entry.path)!r} lies beside the splits {told}: move it into one, or away")
-            sorted_entries[split].append(entry)
-    else:
-        sorted_entries["train"] = entries
-    depth = 1 if folder_of else 0
+    split_of = _splits(root)
+    names_of: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for entry in entries:
+        split = split_of.get(entry.path.partition("/")[0]) if split_of else "train"
+        if split is None:
+            told = ", ".join(map(repr, split_of))
+            raise ValueError(f"{str(root / entry.path)!r} lies beside the splits {told}: move it into one, or away")
+        names_of[split].append(entry.path)
+    depth = 1 if split_of else 0
     class_names = _class_names(root, entries, depth) if labels else ()
     number = {name: label for label, name in enumerate(class_names)}
     parts, first_id = [], 0
-    for split, found in sorted_entries.items():
-        if not found:
-            continue
-        names = [entry.path for entry in found]
-        classes = [number[name.split("/")[depth]] for name in names] if labels else None
-        label_N = None if classes is None else np.array(classes, dtype=np.int64)
-        parts.append(Part(split, first_id, len(names), names=names, label_N=label_N))
-        first_id += len(names)
+    for split, names in names_of.items():
+        label_N = np.array([number[name.split("/")[depth]] for name in names], dtype=np.int64) if labels else None
+        if names:
+            parts.append(Part(split, first_id, len(names), names=names, label_N=label_N))
+            first_id += len(names)
     return Listing(tuple(parts), Files(root), digest(entries), class_names=class_names, passed_over=others)
 
 
 def _splits(root: Path) -> dict[str, str]:
-    """Return the folder of each split, by the split's name."""
-    folder_of: dict[str, str] = {}
-    for name in subfolders(root):
-        split = _KIN.get(name.lower())
-        if split in folder_of:
-            raise ValueError(f"{str(root)!r} has {folder_of[split]!r} and {name!r} for one split: keep one of them")
-        if split is not None:
-            folder_of[split] = name
-    return folder_of
+    """Return the split of each folder that is one, by the folder's name."""
+    split_of = {name: _KIN[name.lower()] for name in subfolders(root) if name.lower() in _KIN}
+    for split in SPLITS:
+        same = [name for name in split_of if split_of[name] == split]
+        if len(same) > 1:
+            raise ValueError(f"{str(root)!r} has {' and '.join(map(repr, same))} for one split: keep one of them")
+    return split_of
 
 
 def _class_names(root: Path, entries: list[Entry], depth: int) -> tuple[str, ...]:

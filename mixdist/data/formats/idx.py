@@ -16,33 +16,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixdist.data.formats.listing import Arrays, Listing, Missing, Part
-from mixdist.data.formats.trees import Entry, digest
-from mixdist.messages import one_line
+from mixdist.data.formats.trees import Entry, digest, reading
 
 Bytes = NDArray[np.uint8]
 
 _MAX_BYTES = 2**31
 _PIECE = 1 << 20
-PREFIXES = ("train", "t10k")
+_SPLITS = {"train": "train", "t10k": "test"}
 IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
-_SPLITS = dict(zip(PREFIXES, ("train", "test"), strict=True))
 
 
 def fits(root: Path) -> bool:
-    return any((root / f"{prefix}-{IMAGES}{end}").is_file() for prefix in PREFIXES for end in ("", ".gz"))
+    return any((root / f"{prefix}-{IMAGES}{end}").is_file() for prefix in _SPLITS for end in ("", ".gz"))
 
 
 def make_listing(root: Path, labels: bool = True) -> Listing:
-    """List the four files of :class:`mixdist.data.Idx`, with its ids.
-
-    Args:
-        root: the folder.
-        labels: whether to take the classes.
-
-    Raises:
-        Missing: a file is missing.
-        ValueError: a file is damaged or foreign, or two disagree.
-    """
+    """List the four files of :class:`mixdist.data.Idx`, with its ids."""
     parts, told, bodies, sizes, first_id = [], [], [], [], 0
     for prefix, split in _SPLITS.items():
         images, classes = read_idx(find(root, f"{prefix}-{IMAGES}"), 3), read_idx(find(root, f"{prefix}-{LABELS}"), 1)
@@ -89,11 +78,11 @@ def read_idx(path: Path, num_dims: int) -> Bytes:
     Raises:
         ValueError: it is foreign, damaged, or too large.
     """
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            return _read_stream(stream, str(path), num_dims)
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{str(path)!r} cannot be read ({one_line(str(error))}): fetch the file again.") from error
+    with (
+        reading(path, "idx", EOFError, zlib.error),
+        gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream,
+    ):
+        return _read_stream(stream, str(path), num_dims)
 
 
 def _read_stream(stream: BinaryIO | gzip.GzipFile, path: str, num_dims: int) -> Bytes:
@@ -104,9 +93,10 @@ def _read_stream(stream: BinaryIO | gzip.GzipFile, path: str, num_dims: int) -> 
         raise ValueError(
             f"{path!r} begins with {found}, expected 0x{expected.hex()} for {kind} in idx format: fetch the file again."
         )
-    header = stream.read(4 * num_dims)
-    if len(header) < 4 * num_dims:
-        raise ValueError(_truncated(path, 4 + 4 * num_dims, 4 + len(header)))
+    start = 4 + 4 * num_dims
+    header = stream.read(start - 4)
+    if len(header) < start - 4:
+        raise ValueError(_truncated(path, start, 4 + len(header)))
     dims = struct.unpack(f">{num_dims}I", header)
     size = math.prod(dims)
     if not 0 < size <= _MAX_BYTES:
@@ -116,7 +106,7 @@ def _read_stream(stream: BinaryIO | gzip.GzipFile, path: str, num_dims: int) -> 
         )
     body = _read_at_most(stream, size + 1)
     if len(body) < size:
-        raise ValueError(_truncated(path, 4 + 4 * num_dims + size, 4 + 4 * num_dims + len(body)))
+        raise ValueError(_truncated(path, start + size, start + len(body)))
     if len(body) > size:
         raise ValueError(f"{path!r} goes on after the {size} bytes that its header claims: fetch the file again.")
     return np.frombuffer(body, dtype=np.uint8).reshape(dims)

@@ -21,12 +21,7 @@ def fits(root: Path) -> bool:
 def make_listing(root: Path, labels: bool = True) -> Listing:
     """List ``train/WNID/*`` and, where it is there, ``val/WNID/*``; the class is the place of the id in sorted order.
 
-    Args:
-        root: the folder that holds train.
-        labels: whether to take the classes.
-
     Raises:
-        Missing: train has no folders of classes.
         ValueError: a folder is no class, val has images outside of classes or another class, or there is no image.
     """
     if not fits(root):
@@ -41,12 +36,10 @@ def make_listing(root: Path, labels: bool = True) -> Listing:
         _check(root / folder, wnids)
         entries: list[Entry] = []
         classes: list[int] = []
-        for label, wnid in enumerate(wnids):
-            if not (root / folder / wnid).is_dir():
-                continue  # a class may have no image to validate with
+        for wnid in subfolders(root / folder):  # a class may have no image to validate with
             found, others = images(root / folder / wnid)
             entries += [Entry(f"{folder}/{wnid}/{entry.path}", entry.num_bytes) for entry in found]
-            classes += [label] * len(found)
+            classes += [wnids.index(wnid)] * len(found)
             passed_over += others
         if entries:
             label_N = np.array(classes, dtype=np.int64) if labels else None

@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixdist.data.formats.listing import Listing, Missing, Part, Sample, by_split
-from mixdist.data.formats.trees import Entry, digest
+from mixdist.data.formats.trees import Entry, digest, reading
 from mixdist.data.images import Unreadable
 
 IMAGES, LABELS = ("image", "img", "jpg", "png", "webp"), ("label", "fine_label", "labels", "cls")
 _NAME = re.compile(r"(?P<split>[A-Za-z0-9_]+?)(-(?P<place>\d{5})-of-(?P<num>\d{5}))?(-[0-9a-f]{16})?\.parquet")
 _KIN = {"validation": "valid", "val": "valid", "dev": "valid"}
-_AGAIN = "fetch the file again"
 
 
 def fits(root: Path) -> bool:
@@ -35,14 +34,8 @@ def make_listing(root: Path, labels: bool = True) -> Listing:
     The image is the column image (or img, jpg, png, webp): bytes, or a struct with bytes. The class is the column label
     (or fine_label, labels, cls) of whole numbers, named by the hub's metadata where it is there.
 
-    Args:
-        root: the folder.
-        labels: whether to take the classes.
-
     Raises:
-        Missing: there is no such file.
-        ValueError: pyarrow is not installed, a file of a split is missing, is damaged, or has other columns than the
-            first.
+        ValueError: pyarrow is not installed, a file of a split is missing, or one has other columns than the first.
     """
     _pyarrow()
     folder = root if any(root.glob("*.parquet")) else root / "data"
@@ -68,7 +61,7 @@ def make_listing(root: Path, labels: bool = True) -> Listing:
         tails.append(_tail(folder / name, size, opened.metadata.serialized_size))
         first_id += num
     if not parts:
-        raise ValueError(f"the files in {str(folder)!r} have no row: {_AGAIN}")
+        raise ValueError(f"the files in {str(folder)!r} have no row: fetch the file again")
     assert columns is not None
     name = digest(told, *tails, "\n".join(class_names).encode())
     return Listing(tuple(parts), Rows(folder, columns[0]), name, class_names=class_names)
@@ -198,12 +191,8 @@ def _open(path: Path) -> Any:
 
 
 def _told(path: Path, read: Any) -> Any:
-    arrow = _pyarrow()
-    try:
+    with reading(path, "parquet", _pyarrow().ArrowException):
         return read()
-    except (arrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{str(path)!r} cannot be read as parquet ({reason}): {_AGAIN}") from None
 
 
 def _pyarrow() -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixdist.data.formats.listing import Arrays, Listing, Missing, Part
-from mixdist.data.formats.trees import Entry, digest
+from mixdist.data.formats.trees import Entry, digest, reading
 
 FILES = {"train": "train_32x32.mat", "test": "test_32x32.mat"}
 SHAPE = (3, 32, 32)
@@ -24,28 +24,19 @@ def fits(root: Path) -> bool:
 
 
 def make_listing(root: Path, labels: bool = True) -> Listing:
-    """List ``train_32x32.mat`` and ``test_32x32.mat``; the files' class 10 is the digit 0.
-
-    Args:
-        root: the folder.
-        labels: whether to take the classes.
-
-    Raises:
-        Missing: a file is missing.
-        ValueError: a file is damaged or foreign.
-    """
+    """List ``train_32x32.mat`` and ``test_32x32.mat``; the files' class 10 is the digit 0."""
     for name in FILES.values():
         if not (root / name).is_file():
             raise Missing(f"{str(root)!r} has no file {name!r}: put SVHN's cropped digits there")
-    parts, told, first_id = [], [], 0
+    parts, entries, hashes, first_id = [], [], [], 0
     for split, name in FILES.items():
         label_N = _labels(root / name)
         parts.append(Part(split, first_id, len(label_N), name, label_N=label_N if labels else None))
+        entries.append(Entry(name, len(label_N)))
         with (root / name).open("rb") as file:
-            told.append((Entry(name, len(label_N)), hashlib.file_digest(file, "sha256").digest()))
+            hashes.append(hashlib.file_digest(file, "sha256").digest())
         first_id += len(label_N)
-    name = digest([entry for entry, _ in told], *(sha256 for _, sha256 in told))
-    return Listing(tuple(parts), Arrays(root, images), name, image=SHAPE)
+    return Listing(tuple(parts), Arrays(root, images), digest(entries, *hashes), image=SHAPE)
 
 
 def images(path: Path) -> NDArray[np.uint8]:
@@ -96,10 +87,5 @@ def _read(path: Path, name: str) -> NDArray[Any]:
 def _told(path: Path, function: str, **options: Any) -> Any:
     from scipy import io  # slow to import: every worker process would wait for it
 
-    try:
+    with reading(path, "MATLAB's", Exception):  # the library has no error of its own for a file that is damaged
         return getattr(io, function)(str(path), **options)
-    except MemoryError:
-        raise
-    except Exception as error:  # the library has no error of its own for a file that is damaged
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{str(path)!r} cannot be read as MATLAB's ({reason}): fetch the file again") from None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from mixdist.messages import one_line
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -79,14 +82,33 @@ def digest(entries: Iterable[Entry], *more: bytes) -> str:
     return sha256.hexdigest()
 
 
+@contextmanager
+def reading(path: Path, kind: str, *errors: type[Exception]) -> Iterator[None]:
+    """Report errors of a file of a data set in one line.
+
+    Args:
+        path: of the file.
+        kind: of file, for the message.
+        errors: that are reported, beside those of the operating system.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    expected: tuple[type[Exception], ...] = (OSError, *errors)
+    try:
+        yield
+    except MemoryError:  # says nothing about the file
+        raise
+    except expected as error:
+        reason = getattr(error, "strerror", None) or one_line(str(error))[:200] or type(error).__name__
+        raise ValueError(f"{str(path)!r} cannot be read as {kind} ({reason}): fetch the file again") from None
+
+
 def read_text(path: Path) -> str:
     """Read a text file of a data set.
 
     Raises:
         ValueError: it cannot be read, or is no text.
     """
-    try:
+    with reading(path, "text", UnicodeDecodeError):
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error.reason
-        raise ValueError(f"{str(path)!r} cannot be read as text ({reason}): fetch the file again") from None

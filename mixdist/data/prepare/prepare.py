@@ -10,7 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +82,14 @@ def prepare(
         raise ValueError(f"--workers ({workers}) must be from 0 to 1024: 0 makes the shards in this process")
     image = recipe.shape(listing.image)
     labels = any(part.label_N is not None for part in listing.parts)
-    made = {"source": kind, **recipe.describe(), "labels": labels, "shard_samples": shard_samples}
+    made = {"source": kind, **asdict(recipe), "labels": labels, "shard_samples": shard_samples}
     made["digest"] = listing.digest
     index = _finished(out, made)
     before = index is not None
     if index is None:
         _check_out(out, made)
         with _room(out), _held(out):
-            write_file(out / PREPARING / _PLAN, _json(made))
+            write_file(out / PREPARING / _PLAN, json.dumps(made, indent=1).encode() + b"\n")
             writer = ShardWriter(out, listing.reader, recipe, listing.attribute_names)
             shards = _make(writer, listing, shard_samples, workers, tell)
             index = _finish(shards, listing, image, made, out)
@@ -132,26 +132,21 @@ def _finish(
     if not full:
         why = "; ".join(f"{number} times {reason}" for reason, number in count_reasons(set_aside))
         raise ValueError(f"none of the {len(set_aside)} images can be used: {why}: fix the source, and empty {out}")
-    lines = [json.dumps(one._asdict()) + "\n" for one in set_aside]
-    if lines:
-        write_file(out / SET_ASIDE, "".join(lines).encode())
+    if set_aside:
+        write_file(out / SET_ASIDE, "".join(json.dumps(one._asdict()) + "\n" for one in set_aside).encode())
     scans = [scan for scan, _ in full]
+    shape = [f"{key} {made[key]}" for key in ("channels", "size", "crop") if made[key] is not None]
     index = assemble(
         scans,
         [split for _, split in full],
         ids=[np.array([int(key) for key in scan.keys], dtype=np.int64) for scan in scans],
         class_names=listing.class_names,
-        source=_source(made),
+        source=f"{made['source']} by mixdist prepare ({', '.join(shape)})",
         image=image,
         made=made,
     )
     index.write(out)
     return index
-
-
-def _source(made: dict[str, Any]) -> str:
-    shape = [f"{key} {made[key]}" for key in ("channels", "size", "crop") if made[key] is not None]
-    return f"{made['source']} by mixdist prepare ({', '.join(shape)})"
 
 
 def count_reasons(set_aside: Sequence[SetAside]) -> list[tuple[str, int]]:
@@ -163,9 +158,6 @@ def count_reasons(set_aside: Sequence[SetAside]) -> list[tuple[str, int]]:
 def _read_set_aside(out: Path) -> list[SetAside]:
     path = out / SET_ASIDE
     return [SetAside(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-# The folder: whose it is, and what was asked for.
 
 
 def _finished(out: Path, made: dict[str, Any]) -> ShardIndex | None:
@@ -240,7 +232,3 @@ def _room(out: Path) -> Iterator[None]:
             f"the disk of --out {out} is full ({error.strerror}): make room, then give the same command again: it "
             "resumes where it stopped"
         ) from None
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()

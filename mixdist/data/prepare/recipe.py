@@ -6,7 +6,7 @@ Shape letters: C channels, H height, W width.
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from PIL import Image
@@ -73,6 +73,7 @@ class Recipe:
             return self.channels, side, side
         return None if image is None else (self.channels, *image[1:])
 
+    @guarded(DAMAGED)
     def apply(self, raw: Raw) -> tuple[str, bytes]:
         """Return an image's extension and bytes.
 
@@ -82,10 +83,6 @@ class Recipe:
         Raises:
             Unreadable: it cannot be used; the reason is the same every time.
         """
-        with guarded(DAMAGED):
-            return self._apply(raw)
-
-    def _apply(self, raw: Raw) -> tuple[str, bytes]:
         if not isinstance(raw, bytes):
             image = Image.fromarray(raw[0] if len(raw) == 1 else raw.transpose(1, 2, 0).copy())
             return self.encode, self._encoded(plain(image, self.channels))
@@ -105,7 +102,3 @@ class Recipe:
         kind, options = _ENCODINGS[self.encode]
         image.save(stream, kind, **options)
         return stream.getvalue()
-
-    def describe(self) -> dict[str, Any]:
-        """Return the settings for JSON."""
-        return asdict(self)
