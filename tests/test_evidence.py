@@ -365,8 +365,9 @@ def test_a_dead_expert_is_found() -> None:
 def test_the_rules_of_health() -> None:
     assert dead(np.array([0.5, 0.0049, 0.4951])) == []  # 0.01 / 3 = 0.0033
     assert dead(np.array([0.5, 0.0032, 0.4968])) == [1]
-    difference = np.array([[0, 0.09, 5], [0.09, 0, 0.11], [5, 0.11, 0]])
-    assert duplicates(difference, 10.0) == [(0, 1)]
-    assert duplicates(difference, 0.0) == []
-    assert duplicates(np.full((2, 2), np.nan), 1.0) == []
+    squares = np.array([[0, 0.09, 5], [0.09, 0, 0.11], [5, 0.11, 0]]) ** 2
+    for spread, found in ((10.0, [(0, 1)]), (0.0, []), (math.nan, [])):
+        mean_square = np.array([[3.0, 4, 5], [9 + spread**2, 16 + spread**2, 25 + spread**2]])
+        assert duplicates(np.concatenate([squares, mean_square])) == found
+    assert duplicates(np.concatenate([np.full((2, 2), np.nan), [[3, 4], [10, 17]]])) == []
     assert in_words(np.array([0.5, 0.5]), [], []) == []

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from mixdist.data import RankBatch, Samples
 from mixdist.experts import Compute, Expert, ExpertBank, Noise, time_executions
 from mixdist.gates import Gate
 from mixdist.mixtures import evidence, samples
-from mixdist.mixtures.figures import ExpertStudy
+from mixdist.mixtures.figures import ExpertEvaluation, ExpertStudy
 from mixdist.mixtures.mixture import Context, Mixture, Stage
 from mixdist.mixtures.model import Model
 from mixdist.mixtures.pictures import Picture
@@ -81,14 +81,9 @@ class Facts(NamedTuple):
 
 
 class Ensemble(Mixture):
-    """What soft and hard mixtures share: rows reach experts, and each row has weights over experts.
+    """Base of soft and hard mixtures: rows reach experts, and each row has weights over experts.
 
-    Args:
-        expert: class of mixdist.experts, or your own Expert, for all of them; or a list with one for each expert.
-        num_experts: how many experts; with a list, its length.
-        execution: how a rank runs its experts: one after another (loop), as one batched product (stacked), or the
-            faster of the two here (auto: timed once; the run's config.yaml keeps which it took).
-        compute: how an expert runs its rows.
+    Its arguments are those of :class:`mixdist.mixtures.Soft`.
 
     Raises:
         ValueError: a number of experts that does not fit the list; a stack with options that are for a loop.
@@ -120,7 +115,6 @@ class Ensemble(Mixture):
                 )
 
     def setup(self, context: Context) -> None:
-        """Make this rank's experts."""
         super().setup(context)
         self.spec, self.dtype = context.spec, context.dtype
         experts = {e: self.make_expert(e) for e in context.mesh.experts}
@@ -269,20 +263,16 @@ class Ensemble(Mixture):
         return {"duplicate_experts": [f"experts {i} and {j}" for i, j in pairs]}
 
     def study(self, dataset: Samples, request: Request) -> Study:
-        """Return what gathers the figures of experts and of their mixture."""
         return ExpertStudy(self, dataset, request)
 
     def pictures(self, dataset: Samples, evaluation: Evaluation, seed: int) -> list[Picture]:
-        """Return pictures of what the experts learned, and of experts against labels and attributes."""
         return expert_pictures(self, dataset, evaluation, seed)
 
     def model(self, class_names: Sequence[str]) -> Model:
-        """Return the gate and all experts for users."""
-        experts = dict(self.bank.owned())
-        return Model(self.gate_in_process(), experts, self.spec, self.dtype, self.context.seed, list(class_names))
+        gate, experts, seed = self.gate_in_process(), self.bank.owned(), self.context.seed
+        return Model(gate, experts, self.spec, self.dtype, seed, list(class_names))
 
     def protocol(self, num_samples: int) -> dict[str, Any]:
-        """Return how likelihoods were taken."""
         sampled, field = self.common("weighs"), self.spec.get(self.modelled)
         return {
             "num_samples": num_samples if sampled else None,
@@ -292,23 +282,19 @@ class Ensemble(Mixture):
 
     @property
     def drawn_field(self) -> str | None:
-        """The field that all experts draw."""
         found: str | None = self.common("draws")
         return found
 
     def draw(self, num_samples: int, evaluation: Evaluation, at: Moment) -> tuple[list[int], np.ndarray]:
-        """Draw from the mixture: as many of each expert as its weight says."""
-        return samples.draw_mixture(self, num_samples, evaluation, at)
+        """Draw S samples x ~ sum_e alpha_e p_e(x), S alpha_e of each expert, rounded as ``apportioned`` has it."""
+        assert isinstance(evaluation, ExpertEvaluation)
+        assert evaluation.weight_E is not None
+        counts_E = samples.apportioned(evaluation.weight_E, num_samples)
+        return counts_E.tolist(), np.concatenate(list(samples.samples_of(self, counts_E, at, observed=True).values()))
 
 
-class Reads(Protocol):
-    """What reads fields of a row: a gate, an expert, a score."""
-
-    fields: tuple[str, ...]
-
-
-def check_fields(key: str, module: Reads, spec: Spec) -> None:
-    """Check what a gate, expert or score reads against what the data has.
+def check_fields(key: str, module: Any, spec: Spec) -> None:
+    """Check the ``fields`` that a gate, expert or score reads against those of the data.
 
     Raises:
         ValueError: a field is missing.

@@ -116,16 +116,15 @@ def duplicate_pairs(mixture: Ensemble, batch: RankBatch) -> list[tuple[int, int]
         mixture: its experts see every row, whatever the routing.
         batch: this rank's rows, and how many every rank has.
     """
-    route = mixture.send(batch)
-    losses_BE = noise_free_losses(mixture, route)[0]
+    sums = difference_sums(noise_free_losses(mixture, mixture.send(batch))[0])
+    return duplicates(mixture.dispatch.over_batch.sum(sums).cpu().numpy() / batch.total)
+
+
+def difference_sums(losses_BE: Tensor) -> Tensor:
+    """Return sums over rows for ``health.duplicates``, (E + 2, E): (l_ni - l_nj)^2, then l_ne, then l_ne^2."""
     by_expert = losses_BE.T.contiguous()
     distance_EE = torch.cdist(by_expert, by_expert, compute_mode="donot_use_mm_for_euclid_dist")
-    num_experts = losses_BE.shape[1]
-    sums = torch.cat([distance_EE.square().flatten(), losses_BE.sum(0), losses_BE.square().sum(0)])
-    sums = mixture.dispatch.over_batch.sum(sums) / batch.total
-    squares, mean_E, square_E = sums.split([num_experts**2, num_experts, num_experts])
-    spread = (square_E - mean_E.square()).mean().clamp(min=0).sqrt().item()
-    return duplicates(squares.view(num_experts, num_experts).sqrt().cpu().numpy(), spread)
+    return torch.cat([distance_EE.square(), torch.stack([losses_BE.sum(0), losses_BE.square().sum(0)])])
 
 
 def stored_units(field: Field) -> float | None:

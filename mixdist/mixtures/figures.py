@@ -6,7 +6,7 @@ Shape letters: B rows on this rank, N all rows, E experts, C classes, A attribut
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mixdist.data import RankBatch, Samples
 from mixdist.experts.importance import Evidence
-from mixdist.mixtures.evidence import evidence, mixture_log_likelihood, noise_free_losses
+from mixdist.mixtures.evidence import difference_sums, evidence, mixture_log_likelihood, noise_free_losses
 from mixdist.mixtures.health import dead, duplicates, in_words
 from mixdist.mixtures.routing import responsible
 from mixdist.mixtures.study import Evaluation, Request, Study
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mixdist.mixtures.ensemble import Ensemble, Scores
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExpertEvaluation(Evaluation):
     """Figures of a mixture of experts on a data set, the same on every rank.
 
@@ -43,12 +43,12 @@ class ExpertEvaluation(Evaluation):
         attribute_A: the part of all rows that has each attribute; None as above.
     """
 
-    rows_E: np.ndarray = None  # type: ignore[assignment]
+    rows_E: np.ndarray
     counts_EC: np.ndarray | None = None
-    expert_N: np.ndarray = None  # type: ignore[assignment]
-    share_E: np.ndarray = None  # type: ignore[assignment]
-    on_own: dict[str, np.ndarray] = None  # type: ignore[assignment]
-    on_all: dict[str, np.ndarray] = None  # type: ignore[assignment]
+    expert_N: np.ndarray
+    share_E: np.ndarray
+    on_own: dict[str, np.ndarray] = field(default_factory=dict)
+    on_all: dict[str, np.ndarray] = field(default_factory=dict)
     weight_E: np.ndarray | None = None
     attribute_EA: np.ndarray | None = None
     attribute_A: np.ndarray | None = None
@@ -152,8 +152,8 @@ class ExpertStudy(Study):
         self.mixture, self.num_experts = mixture, mixture.num_experts
         self.target = mixture.common("predicts")
         self.share_E: Tensor | None = None
-        field = mixture.common("reconstructs")
-        self.num_values = mixture.spec[field].num_values if field else 0
+        name = mixture.common("reconstructs")
+        self.num_values = mixture.spec[name].num_values if name else 0
 
     def start(self) -> None:
         """Take the mixture's weights, where likelihoods are asked for."""
@@ -212,11 +212,7 @@ class ExpertStudy(Study):
 
     def _noise_free(self, scores: Scores, losses_BE: Tensor, squared_BE: Tensor | None) -> None:
         """Count what the experts make of the batch without noise."""
-        self.sum("noise_free", losses_BE.sum(0))
-        self.sum("noise_free_squares", losses_BE.square().sum(0))
-        by_expert = losses_BE.T.contiguous()
-        distance_EE = torch.cdist(by_expert, by_expert, compute_mode="donot_use_mm_for_euclid_dist")
-        self.sum("difference", distance_EE.square())
+        self.sum("noise_free", difference_sums(losses_BE))
         if squared_BE is not None:
             expert_B = responsible(scores.log_resp_BE)
             self.sum("squared_error", squared_BE.gather(1, expert_B[:, None]).sum())
@@ -247,21 +243,19 @@ class ExpertStudy(Study):
             on_own = {n.removeprefix("own "): s / rows_E for n, s in sums.items() if n.startswith("own ")}
             attribute_EA = sums["attributes"] / rows_E[:, None] if dataset.attribute else None
         on_all = {n.removeprefix("all "): s / num_rows for n, s in sums.items() if n.startswith("all ")}
-        variance = float((sums["noise_free_squares"] / num_rows - (sums["noise_free"] / num_rows) ** 2).mean())
-        pairs = duplicates(np.sqrt(sums["difference"] / num_rows), math.sqrt(max(variance, 0.0)))
         return ExpertEvaluation(
             dataset,
             self._figures(sums, counts_EC),
-            in_words(share_E, dead(share_E), pairs),
-            rows_E.round().astype(np.int64),
-            counts_EC,
-            columns["expert"],
-            share_E,
-            on_own,
-            on_all,
-            None if self.share_E is None else self.share_E.cpu().numpy(),
-            attribute_EA,
-            sums["attributes"].sum(0) / num_rows if dataset.attribute else None,
+            in_words(share_E, dead(share_E), duplicates(sums["noise_free"] / num_rows)),
+            rows_E=rows_E.round().astype(np.int64),
+            counts_EC=counts_EC,
+            expert_N=columns["expert"],
+            share_E=share_E,
+            on_own=on_own,
+            on_all=on_all,
+            weight_E=None if self.share_E is None else self.share_E.cpu().numpy(),
+            attribute_EA=attribute_EA,
+            attribute_A=sums["attributes"].sum(0) / num_rows if dataset.attribute else None,
         )
 
     def _figures(self, sums: dict[str, np.ndarray], counts_EC: np.ndarray | None) -> dict[str, float]:

@@ -27,7 +27,7 @@ def dead(share_E: np.ndarray) -> list[int]:
     return np.flatnonzero(share_E < DEAD_SHARE / len(share_E)).tolist()
 
 
-def duplicates(difference_EE: np.ndarray, spread: float) -> list[tuple[int, int]]:
+def duplicates(mean_FE: np.ndarray) -> list[tuple[int, int]]:
     """Name the pairs i < j with d_ij < 0.01 s: experts that model every row alike.
 
     d_ij = sqrt(1/N sum_n (l_ni - l_nj)^2), s = sqrt(1/(N E) sum_ne (l_ne - mean_n l_ne)^2). The losses are taken with
@@ -35,10 +35,12 @@ def duplicates(difference_EE: np.ndarray, spread: float) -> list[tuple[int, int]
     more than that, and at the mean the order and rotation of latent dimensions do not matter.
 
     Args:
-        difference_EE: d, nats.
-        spread: s, nats; 0 (no deviation at all) finds none.
+        mean_FE: means over the rows, (E + 2, E): (l_ni - l_nj)^2, then l_ne, then l_ne^2. No deviation, no pairs.
     """
-    first, second = np.nonzero(np.triu(difference_EE < SAME_LOSS * spread, k=1))
+    *squares_EE, mean_E, square_E = mean_FE
+    with np.errstate(invalid="ignore"):  # losses that are not finite make no pair
+        spread = np.sqrt(max((square_E - mean_E**2).mean(), 0.0))
+    first, second = np.nonzero(np.triu(np.sqrt(squares_EE) < SAME_LOSS * spread, k=1))
     return list(zip(first.tolist(), second.tolist(), strict=True))
 
 

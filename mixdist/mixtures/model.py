@@ -6,6 +6,7 @@ Shape letters: N rows, E experts.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from mixdist.experts import Expert
 from mixdist.gates import Gate
 from mixdist.mixtures.routing import responsible
-from mixdist.noise import EVALUATION_PHASE, Draw, Moment, Purpose
+from mixdist.mixtures.samples import drawn
+from mixdist.noise import EVALUATION_PHASE, Moment, Purpose
 from mixdist.terms import Batch, ExpertTerms, Spec
 
 
@@ -48,10 +50,7 @@ class Model:
             ValueError: an unknown field, or rows of another shape.
         """
         named = given if isinstance(given, dict) else {"x": given}
-        rows: Batch = {}
-        for name, values in named.items():
-            if name != "id":
-                rows[name] = self._field(name, torch.as_tensor(values))
+        rows = {name: self._field(name, torch.as_tensor(values)) for name, values in named.items() if name != "id"}
         lengths = {name: len(column) for name, column in rows.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"rows have fields of lengths {lengths}: give at least one field, all equally long")
@@ -80,20 +79,21 @@ class Model:
         return self._log_responsibilities(self.rows(rows)).exp()
 
     def _log_responsibilities(self, named: Batch) -> Tensor:
-        self._require(named, self.gate)
-        eps = None
-        if self.gate.noise_shape is not None:
-            eps = self._draw(Purpose.GATE).normal(named["id"], [0], self.gate.noise_shape, self.dtype)[0]
-        return self.gate(named, eps).log_resp_BE
+        return self._run(self.gate, named, Purpose.GATE).log_resp_BE
 
-    @staticmethod
-    def _require(named: Batch, module: Gate | Expert) -> None:
+    def _run(self, module: Gate | Expert, named: Batch, purpose: Purpose, number: int = 0) -> Any:
+        """Run rows with the noise of evaluation: given their ids from training they get that run's figures."""
         for name in module.fields:
             if name not in named:
                 kind = type(module).__name__
                 raise ValueError(
                     f"{kind} needs the field {name!r}, given were {sorted(named)}: give rows as a dict of fields"
                 )
+        eps = None
+        if module.noise_shape is not None:
+            draw = Moment(self.seed, EVALUATION_PHASE).draw(purpose)
+            eps = draw.normal(named["id"], [number], module.noise_shape, self.dtype)[0]
+        return module(named, eps)
 
     @torch.no_grad()
     def assign(self, rows: Tensor | np.ndarray | Batch) -> Tensor:
@@ -103,16 +103,8 @@ class Model:
     @torch.no_grad()
     def terms(self, rows: Tensor | np.ndarray | Batch, expert: int) -> ExpertTerms:
         """Return an expert's loss, log p(x|z) and KL for each row, nats, with noise keyed by the row's id or place."""
-        named, one = self.rows(rows), self._expert(expert)
-        self._require(named, one)
-        eps = None
-        if one.noise_shape is not None:
-            eps = self._draw(Purpose.POSTERIOR).normal(named["id"], [expert], one.noise_shape, self.dtype)[0]
-        return one(named, eps)
-
-    def _draw(self, purpose: Purpose) -> Draw:
-        """Return the noise of evaluation: rows with their ids from training get the figures that ended the run."""
-        return Moment(self.seed, EVALUATION_PHASE).draw(purpose)
+        terms: ExpertTerms = self._run(self._expert(expert), self.rows(rows), Purpose.POSTERIOR, expert)
+        return terms
 
     def _expert(self, number: int) -> Expert:
         if number not in self.experts:
@@ -153,12 +145,7 @@ class Model:
         if one.noise_shape is None or not one.can("draw" if observed else "sample"):
             name = type(one).__name__
             raise ValueError(f"expert {expert} ({name}) has no prior to sample from: use predict of mixdist.load(RUN)")
-        ids = torch.arange(num_samples)
-        eps = Draw(seed, Purpose.PRIOR).normal(ids, [expert], one.noise_shape, self.dtype)[0]
-        if not observed:
-            return one.sample(eps)
-        shape = self.spec[getattr(one, "field", "x")].shape
-        return one.draw(eps, Draw(seed, Purpose.OBSERVATION).uniform(ids, [expert], shape, self.dtype)[0])
+        return drawn(one, expert, torch.arange(num_samples), Moment(seed), observed, self.spec, self.dtype)
 
     def rows_of_samples(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
         """Return samples of each expert, (num_samples, *shape of x), by a title; points in the plane with noise."""

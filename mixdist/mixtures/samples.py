@@ -5,15 +5,18 @@ Shape letters: E all experts, S samples.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors.numpy import load, save
+from torch import Tensor
 
-from mixdist.mixtures.study import Evaluation
+from mixdist.experts import Expert
 from mixdist.noise import Moment, Purpose
 from mixdist.parallel.agreement import gather_bytes
+from mixdist.terms import Spec
 
 if TYPE_CHECKING:
     from mixdist.mixtures.ensemble import Ensemble
@@ -38,10 +41,19 @@ def apportioned(share_E: np.ndarray, num_samples: int) -> np.ndarray:
 
 
 @torch.no_grad()
+def from_experts(mixture: Ensemble, show: Callable[[int, Expert], dict[str, Tensor]]) -> dict[str, np.ndarray]:
+    """Return what ``show`` makes of every expert in evaluation mode, by "e/name"; every rank calls it and gets all."""
+    own: dict[str, np.ndarray] = {}
+    for e, expert in mixture.bank.owned().items() if mixture.context.mesh.leads else ():
+        shown = show(e, expert.eval())
+        own |= {f"{e}/{name}": np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in shown.items()}
+        expert.train()
+    parts = [load(data) for data in gather_bytes(save(own), mixture.context.mesh.world)]
+    return {name: array for part in parts for name, array in part.items()}
+
+
 def samples_of(mixture: Ensemble, counts_E: np.ndarray, at: Moment, observed: bool) -> dict[int, np.ndarray]:
     """Draw from every expert where it lives; every rank calls it and gets all samples.
-
-    The i-th sample of an expert is a function of (seed, phase, i, expert) alone.
 
     Args:
         mixture: its experts ``draw``, or ``sample`` where not ``observed``.
@@ -52,37 +64,26 @@ def samples_of(mixture: Ensemble, counts_E: np.ndarray, at: Moment, observed: bo
     Returns:
         for each expert (n, *shape of x).
     """
-    own = {}
-    for e, expert in mixture.bank.owned().items() if mixture.context.mesh.leads else ():
-        expert.eval()
-        parts = [
-            _draw(mixture, e, torch.arange(first, min(first + DRAWN_AT_ONCE, int(counts_E[e]))), at, observed)
-            for first in range(0, max(1, int(counts_E[e])), DRAWN_AT_ONCE)
-        ]
-        expert.train()
-        own[str(e)] = np.ascontiguousarray(np.concatenate(parts))
-    found: dict[str, np.ndarray] = {}
-    for data in gather_bytes(save(own), mixture.context.mesh.world):
-        found |= load(data)
-    return {e: found[str(e)] for e in range(len(counts_E))}
+
+    def draw(e: int, expert: Expert) -> dict[str, Tensor]:
+        ids_n = torch.arange(int(counts_E[e]), device=mixture.context.mesh.device)
+        parts = [drawn(expert, e, ids, at, observed, mixture.spec, mixture.dtype) for ids in ids_n.split(DRAWN_AT_ONCE)]
+        return {"samples": torch.cat(parts)}
+
+    found = from_experts(mixture, draw)
+    return {e: found[f"{e}/samples"] for e in range(len(counts_E))}
 
 
-def _draw(mixture: Ensemble, e: int, ids_n: torch.Tensor, at: Moment, observed: bool) -> np.ndarray:
-    expert, ids_n = mixture.bank.owned()[e], ids_n.to(mixture.context.mesh.device)
+def drawn(expert: Expert, e: int, ids_n: Tensor, at: Moment, observed: bool, spec: Spec, dtype: torch.dtype) -> Tensor:
+    """Draw an expert's samples of the given numbers, each a function of (seed, phase, its number, expert) alone.
+
+    Returns:
+        (n, *shape of x): x ~ p(x|z) where ``observed``, otherwise the means of p(x|z).
+    """
     assert expert.noise_shape is not None
-    eps = Moment(at.seed, at.phase).draw(Purpose.PRIOR).normal(ids_n, [e], expert.noise_shape, mixture.dtype)[0]
+    at = Moment(at.seed, at.phase)
+    eps = at.draw(Purpose.PRIOR).normal(ids_n, [e], expert.noise_shape, dtype)[0]
     if not observed:
-        return expert.sample(eps).cpu().numpy()
-    shape = mixture.spec[mixture.modelled].shape
-    seen = Moment(at.seed, at.phase).draw(Purpose.OBSERVATION).uniform(ids_n, [e], shape, mixture.dtype)[0]
-    return expert.draw(eps, seen).cpu().numpy()
-
-
-def draw_mixture(
-    mixture: Ensemble, num_samples: int, evaluation: Evaluation, at: Moment
-) -> tuple[list[int], np.ndarray]:
-    """Draw S samples x ~ sum_e alpha_e p_e(x), as many of each expert as :func:`apportioned` says."""
-    weight_E = evaluation.weight_E  # type: ignore[attr-defined]
-    assert weight_E is not None
-    counts_E = apportioned(weight_E, num_samples)
-    return counts_E.tolist(), np.concatenate(list(samples_of(mixture, counts_E, at, observed=True).values()))
+        return expert.sample(eps)
+    shape = spec[getattr(expert, "field", "x")].shape
+    return expert.draw(eps, at.draw(Purpose.OBSERVATION).uniform(ids_n, [e], shape, dtype)[0])

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.numpy import load, save
 
 from mixdist.data import Samples
+from mixdist.experts import Expert
 from mixdist.mixtures.figures import ExpertEvaluation, attribute_names, class_names
 from mixdist.mixtures.pictures import Attributes, Contingency, Curves, Mosaic, Panel, Panels, Picture, Plane
-from mixdist.mixtures.samples import apportioned, samples_of
+from mixdist.mixtures.samples import apportioned, from_experts, samples_of
 from mixdist.mixtures.study import Evaluation
 from mixdist.noise import Moment, Purpose, permutation
-from mixdist.parallel.agreement import gather_bytes
 
 if TYPE_CHECKING:
     from mixdist.mixtures.ensemble import Ensemble
@@ -43,31 +42,22 @@ def expert_pictures(mixture: Ensemble, dataset: Samples, evaluation: Evaluation,
     """
     assert isinstance(evaluation, ExpertEvaluation)
     shown, whole = _samples(mixture, dataset, evaluation, seed)
-    own: dict[str, np.ndarray] = {}
-    for e in mixture.bank.ids if mixture.context.mesh.leads else ():
-        arrays = _show(mixture, e, dataset, evaluation.first(e))
-        own |= {f"{e}/{name}": array for name, array in arrays.items()}
-    for data in gather_bytes(save(own), mixture.context.mesh.world):
-        shown |= load(data)
+    shown |= from_experts(mixture, lambda e, expert: _show(mixture, expert, dataset, evaluation.first(e)))
     main = _main_picture(dataset, evaluation, shown)
     mosaic = [] if whole is None else [Mosaic("mixture.png", whole)]
     return [*([main] if main else []), *_against_what_is_known(dataset, evaluation), *mosaic]
 
 
-def _show(mixture: Ensemble, e: int, dataset: Samples, positions: list[int]) -> dict[str, np.ndarray]:
-    """Let an expert of this rank show what it can: reconstructions of rows, or its curve over a grid."""
-    expert, device = mixture.bank.owned()[e], mixture.context.mesh.device
-    shown: dict[str, torch.Tensor] = {}
-    expert.eval()
-    with torch.no_grad():
-        if mixture.common("reconstructs") == "x":
-            stored = dataset.take(torch.tensor(positions, dtype=torch.int64))
-            rows = mixture.values({name: column.to(device) for name, column in stored.items()}, expert.fields)
-            shown["reconstructions"] = expert.reconstruct(rows)
-        if mixture.common("predicts") == "y" and is_curve(dataset) and expert.fields == ("x", "y"):
-            shown["curve"] = expert.predict({"x": torch.as_tensor(_grid(dataset)).to(device, mixture.dtype)})
-    expert.train()
-    return {name: tensor.float().cpu().numpy() for name, tensor in shown.items()}
+def _show(mixture: Ensemble, expert: Expert, dataset: Samples, positions: list[int]) -> dict[str, torch.Tensor]:
+    """Return what an expert can show: reconstructions of rows, or its curve over a grid."""
+    shown, device = {}, mixture.context.mesh.device
+    if mixture.common("reconstructs") == "x":
+        stored = dataset.take(torch.tensor(positions, dtype=torch.int64))
+        rows = mixture.values({name: column.to(device) for name, column in stored.items()}, expert.fields)
+        shown["reconstructions"] = expert.reconstruct(rows).float()
+    if mixture.common("predicts") == "y" and is_curve(dataset) and expert.fields == ("x", "y"):
+        shown["curve"] = expert.predict({"x": torch.as_tensor(_grid(dataset)).to(device, mixture.dtype)}).float()
+    return shown
 
 
 def is_curve(dataset: Samples) -> bool:
@@ -121,7 +111,7 @@ def _grid(dataset: Samples, num_points: int = 200) -> np.ndarray:
 
 def _numbers(dataset: Samples, name: str, positions: list[int] | None = None) -> np.ndarray:
     """Return a field's numbers, of some rows or all."""
-    index = torch.arange(len(dataset)) if positions is None else torch.tensor(positions, dtype=torch.int64)
+    index = torch.as_tensor(range(len(dataset)) if positions is None else positions, dtype=torch.int64)
     return dataset.spec[name].values(dataset.take(index, fields=(name,))[name], torch.float64).numpy()
 
 

@@ -6,6 +6,7 @@ Shape letters: B rows on this rank, R rows routed here, E all experts, e experts
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -84,13 +85,11 @@ class Soft(Ensemble):
             )
 
     def setup(self, context: Context) -> None:
-        """Make the gate and this rank's experts."""
         super().setup(context)
         self.gate = context.make(lambda: self.make_gate(context.spec, self.num_experts), Purpose.GATE)
         check_fields("mixture.gate", self.gate, context.spec)
 
     def check(self, stages: Mapping[str, Stage]) -> None:
-        """Check that objectives are linear where gradients go one way."""
         for name, stage in stages.items():
             if self.one_way and not stage.objective.linear:
                 kind = type(stage.objective).__name__
@@ -111,15 +110,16 @@ class Soft(Ensemble):
     def backward(
         self, batch: RankBatch, objective: Objective, at: Moment, num_parts: int = 1, upcoming: RankBatch | None = None
     ) -> Outcome:
-        """Add this rank's part of the gradient of the global loss to every parameter's ``grad``."""
         batches = batch.split(num_parts)
-        first = self._first(batch, batches[0]) if self.routing is None else None  # under way while the gate runs
+        routes: Iterator[Route] = iter(())
+        if self.routing is None:  # the first rows are under way while the gate runs
+            routes = chain([self._first(batch, batches[0])], map(self.send, batches[1:]))
         gating = self.gating(batch.rows, at)
         learns = gating.log_resp_BE.requires_grad
         balance = self._start_balance(objective, gating.log_resp_BE, batch.total)
         sizes = [part.size for part in batches]
         leaves = [part.detach().requires_grad_(learns) for part in gating.log_resp_BE.split(sizes)]
-        plan, routes = None, self._routes(batches, first)
+        plan = None
         if self.routing is not None:
             plan = self._plan(self.routing, gating.log_resp_BE, batch)
             routes = self._sparse_routes(batches, plan)
@@ -144,7 +144,7 @@ class Soft(Ensemble):
     ) -> Callable[[Tensor], Tensor] | None:
         """Start to sum responsibilities over the batch, under way while the experts run.
 
-        What is returned differentiates the balance term down to the log responsibilities handed in, and gives this
+        The function returned differentiates the balance term down to the log responsibilities given, and returns this
         rank's share of it.
         """
         term, over_batch = objective.balance, self.dispatch.over_batch
@@ -164,20 +164,14 @@ class Soft(Ensemble):
         return finish
 
     def _first(self, batch: RankBatch, part: RankBatch) -> Route:
-        """The route of a step's first rows, which may have been sent in the step before."""
+        """Return the route of a step's first rows, which may have been sent in the step before."""
         ahead, self._ahead = self._ahead, None
         return ahead[1] if ahead is not None and ahead[0] is batch else self.send(part)
 
     def settle(self) -> None:
-        """Wait for what is under way for a step that will not come."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             ahead[1].rows()
-
-    def _routes(self, batches: list[RankBatch], first: Route | None) -> Iterator[Route]:
-        for part in batches:
-            yield self.send(part) if first is None else first
-            first = None
 
     def _sparse_routes(self, batches: list[RankBatch], plan: RoutingPlan) -> Iterator[Route]:
         routed = plan.routed_BE.split([part.size for part in batches])
@@ -187,21 +181,16 @@ class Soft(Ensemble):
 
     def _plan(self, routing: TopK, log_resp_BE: Tensor, batch: RankBatch) -> RoutingPlan:
         """Decide over the global batch which experts see this rank's rows."""
-        over_batch, num_experts = self.dispatch.over_batch, log_resp_BE.shape[1]
         choices_BK = routing.choices(log_resp_BE)
-        capacity = routing.capacity(batch.total, num_experts)
-        demand_WKE = demand(choices_BK, num_experts)[None]
-        rank = 0
+        capacity = routing.capacity(batch.total, self.num_experts)
+        demand_WKE = demand(choices_BK, self.num_experts)[None]
         if capacity is not None:
-            demand_WKE = over_batch.gather(demand_WKE, [1] * len(batch.counts))
-            rank = self.context.mesh.rank
-        return lay_out(log_resp_BE, choices_BK, admitted(choices_BK, demand_WKE, rank, capacity))
+            demand_WKE = self.dispatch.over_batch.gather(demand_WKE, [1] * len(batch.counts))
+        return lay_out(log_resp_BE, choices_BK, admitted(choices_BK, demand_WKE, self.context.mesh.rank, capacity))
 
-    def _rows_loss(
-        self, objective: Objective, log_resp_BE: Tensor, routed_BE: Tensor | None, losses_BE: Tensor
-    ) -> Tensor:
+    def _rows_loss(self, objective: Objective, log_resp_BE: Tensor, routed_BE: Any, losses_BE: Tensor) -> Tensor:
         """Sum the objective's rows; of a row that no expert saw, the gate's part only."""
-        if self.routing is None or routed_BE is None:
+        if self.routing is None:
             return objective.rows(log_resp_BE, losses_BE).sum()
         seen = routed_BE.any(1)
         log_weights_BE = self.routing.log_weights(log_resp_BE, routed_BE)
@@ -217,7 +206,7 @@ class Soft(Ensemble):
         at: Moment,
         total: int,
     ) -> tuple[Tensor, Tensor]:
-        """Run a micro-batch down to the gradient of its responsibilities; give the experts' losses, and its own."""
+        """Run a micro-batch down to the gradient of its responsibilities; return the experts' losses, and its own."""
         if self.one_way:
             losses_BE = self._backward_ahead(route, log_resp_BE, routed_BE, at, total)
         else:
@@ -273,7 +262,7 @@ class Soft(Ensemble):
 
     @torch.no_grad()
     def shares(self, dataset: Samples, batch_size: int, at: Moment) -> Tensor:
-        """Return the mean responsibility of each expert over a data set, (E,) float64; every rank calls it."""
+        """Return the mean responsibility of each expert over a data set, (E,) float64."""
         mesh = self.context.mesh
         loader = Loader(dataset, batch_size, at.seed, 0, mesh.rank, mesh.world_size, ordered=True)
         sum_E = torch.zeros(self.num_experts, dtype=torch.float64, device=mesh.device)
@@ -296,7 +285,6 @@ class Soft(Ensemble):
         }
 
     def protocol(self, num_samples: int) -> dict[str, Any]:
-        """Return how likelihoods and weights were taken."""
         return {
             **super().protocol(num_samples),
             "weights_of_shares": "mean responsibilities over the training rows: a density",
@@ -304,7 +292,6 @@ class Soft(Ensemble):
         }
 
     def gate_in_process(self) -> Gate:
-        """Return the gate."""
         return self.gate
 
 
