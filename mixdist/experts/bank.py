@@ -36,6 +36,14 @@ class Compute:
         bf16: run experts under bfloat16 autocast; parameters stay as they are.
         channels_last: lay images out with channels last, which suits convolutions on tensor cores.
         compile: run experts through torch.compile.
+
+    Raises:
+        ValueError: a micro-batch without rows.
+
+    Examples:
+        >>> from mixdist.experts import Compute
+        >>> Compute(micro_batch=256, recompute=True).bf16
+        False
     """
 
     micro_batch: int | None = None
@@ -64,17 +72,28 @@ class ExpertBank(nn.Module):
 
     Raises:
         ValueError: stacked execution of experts that cannot be stacked.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.experts import Centroid, ExpertBank
+        >>> from mixdist.terms import Field
+        >>> bank = ExpertBank({e: Centroid({"x": Field((2,), torch.float32)}) for e in (4, 7)}, "stacked")
+        >>> bank({"id": torch.arange(5), "x": torch.zeros(5, 2)}).loss_R.shape  # rows, experts
+        torch.Size([5, 2])
     """
 
     def __init__(
-        self, experts: Mapping[int, Expert], execution: Execution = "loop", compute: Compute | None = None
+        self,
+        experts: Mapping[int, Expert],
+        execution: Execution = "loop",
+        compute: Compute = Compute(),
     ) -> None:
         super().__init__()
         assert experts
         assert list(experts) == sorted(experts)
         self.experts = nn.ModuleDict({str(e): expert for e, expert in experts.items()})
         self.execution: Execution = "loop"
-        self.compute = compute or Compute()
+        self.compute = compute
         self.timed: dict[Execution, float] = {}  # seconds a pass, where the execution was chosen by the clock
         self.stack: dict[str, Tensor] = {}
         if self.compute.channels_last:
@@ -157,7 +176,7 @@ class ExpertBank(nn.Module):
         return _map(lambda *fields: torch.stack(fields, dim=1), *columns)
 
     def backward(self, rows: Batch, noise: Noise | None, mask_RE: Tensor | None, grads: Callable[[], Tensor]) -> Tensor:
-        """Run the experts and add the gradient of sum(grads * losses) to their parameters' ``grad``; give the losses.
+        """Run the experts and add the gradient of sum(grads * losses) to their parameters' ``grad``; return the losses.
 
         The gradients (R, E) may be on their way until the first losses are there. A micro-batch's activations are gone
         before the next begins.
@@ -199,8 +218,10 @@ class ExpertBank(nn.Module):
                 piece = places_M[piece]
             taken = own if count == num_rows and size >= count else {n: column[piece] for n, column in own.items()}
             if self.compute.channels_last:
-                taken = {n: _channels_last(column) for n, column in taken.items()}
-            yield piece, taken, _eps(noise, taken["id"], [e], expert)
+                images = {n: column for n, column in taken.items() if column.dim() == 4}
+                taken |= {n: x.contiguous(memory_format=torch.channels_last) for n, x in images.items()}
+            shape = expert.noise_shape
+            yield piece, taken, None if noise is None or shape is None else noise(taken["id"], [e], shape)[0]
 
     def _recomputed(self, e: int, rows: Batch, eps: Tensor | None) -> ExpertTerms:
         if self.compute.recompute and torch.is_grad_enabled():
@@ -246,20 +267,12 @@ def _differentiate(losses: Tensor, grads: Tensor) -> None:
         losses.backward(grads)
 
 
-def _eps(noise: Noise | None, ids: Tensor, experts: Sequence[int], expert: Expert) -> Tensor | None:
-    return None if noise is None or expert.noise_shape is None else noise(ids, experts, expert.noise_shape)[0]
-
-
 def _place(field: Tensor, i: int, mask_RE: Tensor | None) -> Tensor:
     """Put an expert's field (M, ...) to its rows: (R, ...)."""
     if mask_RE is None:
         return field
     full = field.new_zeros(mask_RE.shape[0], *field.shape[1:])
     return full.index_put((mask_RE[:, i].nonzero()[:, 0],), field)
-
-
-def _channels_last(column: Tensor) -> Tensor:
-    return column.contiguous(memory_format=torch.channels_last) if column.dim() == 4 else column
 
 
 def _map(change: Callable[..., Tensor], *terms: ExpertTerms) -> ExpertTerms:

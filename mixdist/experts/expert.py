@@ -22,6 +22,19 @@ class Expert(nn.Module):
         noise_shape: the standard normal numbers that it needs for a row, or None.
         stackable: True when ``forward`` also accepts parameters with a leading expert axis (see mixdist/nets/mlp.py),
             with noise of shape (E, R, ...) and results of shape (E, R).
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.experts import Expert
+        >>> from mixdist.terms import ExpertTerms
+        >>> class Constant(Expert):
+        ...     def __init__(self, spec, value=0.0):
+        ...         super().__init__()
+        ...         self.value = torch.nn.Parameter(torch.tensor(value))
+        ...     def forward(self, rows, eps):
+        ...         return ExpertTerms((rows["x"] - self.value).square())
+        >>> Constant({}, 1.0)({"x": torch.tensor([0.0, 3.0])}, None).loss_R.detach()
+        tensor([1., 4.])
     """
 
     fields: tuple[str, ...] = ("x",)

@@ -6,6 +6,7 @@ Shape letters: B rows on this rank, E experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -64,7 +65,9 @@ class Softmax(Gate):
         super().__init__()
         kind = type(self).__name__
         shape = real_field(spec, field, kind).shape
-        _check_schedule(kind, temperature, final_temperature, noise, final_noise, anneal_steps)
+        given = {"temperature": temperature, "final_temperature": final_temperature, "noise": noise}
+        given |= {"final_noise": final_noise, "anneal_steps": anneal_steps}
+        _check_schedule(kind, {name: value for name, value in given.items() if value is not None})
         self.field, self.fields, self.anneal_steps = field, (field,), anneal_steps
         self.temperatures = temperature, temperature if final_temperature is None else final_temperature
         self.noises = noise, noise if final_noise is None else final_noise
@@ -102,24 +105,14 @@ class Softmax(Gate):
         return Gating(torch.log_softmax(logits_BE / self.temperature, dim=-1))
 
 
-def _check_schedule(
-    kind: str,
-    temperature: float,
-    final_temperature: float | None,
-    noise: float,
-    final_noise: float | None,
-    anneal_steps: int,
-) -> None:
-    for name, value in (("temperature", temperature), ("final_temperature", final_temperature)):
-        if value is not None and not 0 < value < math.inf:
+def _check_schedule(kind: str, given: Mapping[str, float]) -> None:
+    steps = given["anneal_steps"]
+    for name, value in given.items():
+        if "temperature" in name and not 0 < value < math.inf:
             raise ValueError(f"{kind}'s {name} ({value}) must be positive: give 1 for a plain softmax")
-    for name, value in (("noise", noise), ("final_noise", final_noise), ("anneal_steps", anneal_steps)):
-        if value is not None and not 0 <= value < math.inf:
+        if not 0 <= value < math.inf:
             raise ValueError(f"{kind}'s {name} ({value}) must be a number from 0: give 0 for none")
-    for name, value in (("final_temperature", final_temperature), ("final_noise", final_noise)):
-        if value is not None and not anneal_steps:
+        if name.startswith("final") and not steps:
             raise ValueError(f"{kind}'s {name} ({value}) is never reached without anneal_steps: set anneal_steps")
-    if anneal_steps and final_temperature is None and final_noise is None:
-        raise ValueError(
-            f"{kind}'s anneal_steps ({anneal_steps}) has nothing to anneal: set final_temperature or final_noise"
-        )
+    if steps and not given.keys() & {"final_temperature", "final_noise"}:
+        raise ValueError(f"{kind}'s anneal_steps ({steps}) has nothing to anneal: set final_temperature or final_noise")

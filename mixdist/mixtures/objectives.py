@@ -20,7 +20,17 @@ from mixdist.stats import entropy, ramp
 
 
 class Balance:
-    """A term that keeps the gate from giving all rows to one expert."""
+    """Base of balance terms, which keep the gate from giving all rows to one expert.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.mixtures import Balance
+        >>> class Largest(Balance):
+        ...     def __call__(self, resp_sum_E, num_rows):
+        ...         return resp_sum_E.max() / num_rows
+        >>> Largest()(torch.tensor([60.0, 40.0]), num_rows=100)
+        tensor(0.6000)
+    """
 
     def __call__(self, resp_sum_E: Tensor, num_rows: int) -> Tensor:
         """Return the term from the responsibilities summed over the global batch (E,) and its number of rows."""
@@ -122,6 +132,15 @@ class Objective:
 
     Raises:
         ValueError: a bonus that is not finite, or a negative number of steps.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.mixtures import Objective
+        >>> class Least(Objective):
+        ...     def expert_rows(self, log_resp_BE, losses_BE):
+        ...         return losses_BE.min(1).values
+        >>> Least(entropy_bonus=1.0).rows(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[2.0, 10.0]]))  # 2 - log 2
+        tensor([1.3069])
     """
 
     linear: bool = False
