@@ -83,17 +83,14 @@ class ExpertBank(nn.Module):
     """
 
     def __init__(
-        self,
-        experts: Mapping[int, Expert],
-        execution: Execution = "loop",
-        compute: Compute = Compute(),
+        self, experts: Mapping[int, Expert], execution: Execution = "loop", compute: Compute | None = None
     ) -> None:
         super().__init__()
         assert experts
         assert list(experts) == sorted(experts)
         self.experts = nn.ModuleDict({str(e): expert for e, expert in experts.items()})
         self.execution: Execution = "loop"
-        self.compute = compute
+        self.compute = compute or Compute()
         self.timed: dict[Execution, float] = {}  # seconds a pass, where the execution was chosen by the clock
         self.stack: dict[str, Tensor] = {}
         if self.compute.channels_last:
@@ -218,10 +215,8 @@ class ExpertBank(nn.Module):
                 piece = places_M[piece]
             taken = own if count == num_rows and size >= count else {n: column[piece] for n, column in own.items()}
             if self.compute.channels_last:
-                images = {n: column for n, column in taken.items() if column.dim() == 4}
-                taken |= {n: x.contiguous(memory_format=torch.channels_last) for n, x in images.items()}
-            shape = expert.noise_shape
-            yield piece, taken, None if noise is None or shape is None else noise(taken["id"], [e], shape)[0]
+                taken = {n: _channels_last(column) for n, column in taken.items()}
+            yield piece, taken, _eps(noise, taken["id"], [e], expert)
 
     def _recomputed(self, e: int, rows: Batch, eps: Tensor | None) -> ExpertTerms:
         if self.compute.recompute and torch.is_grad_enabled():
@@ -267,12 +262,20 @@ def _differentiate(losses: Tensor, grads: Tensor) -> None:
         losses.backward(grads)
 
 
+def _eps(noise: Noise | None, ids: Tensor, experts: Sequence[int], expert: Expert) -> Tensor | None:
+    return None if noise is None or expert.noise_shape is None else noise(ids, experts, expert.noise_shape)[0]
+
+
 def _place(field: Tensor, i: int, mask_RE: Tensor | None) -> Tensor:
     """Put an expert's field (M, ...) to its rows: (R, ...)."""
     if mask_RE is None:
         return field
     full = field.new_zeros(mask_RE.shape[0], *field.shape[1:])
     return full.index_put((mask_RE[:, i].nonzero()[:, 0],), field)
+
+
+def _channels_last(column: Tensor) -> Tensor:
+    return column.contiguous(memory_format=torch.channels_last) if column.dim() == 4 else column
 
 
 def _map(change: Callable[..., Tensor], *terms: ExpertTerms) -> ExpertTerms:
