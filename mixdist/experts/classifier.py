@@ -40,13 +40,7 @@ class Classifier(Expert):
         torch.Size([5, 3])
     """
 
-    def __init__(
-        self,
-        spec: Spec,
-        network: Network | None = None,
-        input: str = "x",
-        target: str = "y",
-    ) -> None:
+    def __init__(self, spec: Spec, network: Network | None = None, input: str = "x", target: str = "y") -> None:
         super().__init__()
         x = real_field(spec, input, "Classifier")
         self.input, self.target, self.fields = input, target, (input, target)

@@ -60,11 +60,7 @@ class Likelihood(nn.Module):
     """
 
     def __init__(
-        self,
-        name: LikelihoodName,
-        scale: float | Literal["learned"],
-        mean: MeanName,
-        num_levels: int | None = None,
+        self, name: LikelihoodName, scale: float | Literal["learned"], mean: MeanName, num_levels: int | None = None
     ) -> None:
         super().__init__()
         if scale != "learned" and not 0 < scale < math.inf:

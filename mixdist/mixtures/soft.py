@@ -198,13 +198,7 @@ class Soft(Ensemble):
         return rows_B.sum() + objective.gate_rows(log_resp_BE).sum()
 
     def _backward_part(
-        self,
-        route: Route,
-        log_resp_BE: Tensor,
-        routed_BE: Tensor | None,
-        objective: Objective,
-        at: Moment,
-        total: int,
+        self, route: Route, log_resp_BE: Tensor, routed_BE: Tensor | None, objective: Objective, at: Moment, total: int
     ) -> tuple[Tensor, Tensor]:
         """Run a micro-batch down to the gradient of its responsibilities; return the experts' losses, and its own."""
         if self.one_way:
