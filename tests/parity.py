@@ -211,13 +211,8 @@ def make_engine(case: Case, mixture: Mixture, mesh: Mesh, wire: Wire) -> Native:
     if case.optimizer == "clipped-sgd":
         return Native(mixture.parts, mesh, wire, lambda p: torch.optim.SGD(p, 0.01, momentum=0.9), clip_norm=0.5)
     if case.optimizer == "scheduled-adamw":
-        return Native(
-            mixture.parts,
-            mesh,
-            wire,
-            lambda p: torch.optim.AdamW(p, 1e-2),
-            lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 30),
-        )
+        schedule = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=30)
+        return Native(mixture.parts, mesh, wire, lambda p: torch.optim.AdamW(p, 1e-2), schedule)
     # Adam divides by |g| + eps. A gradient that is 0 but for rounding (1e-17: the logit of an expert that no row chose)
     # moves a weight by lr 1e-17 / eps; torch's eps of 1e-8 would make that 1e-11 a step, and no two sums agree on it.
     return Native(mixture.parts, mesh, wire, lambda p: torch.optim.Adam(p, 1e-2, eps=1e-5))

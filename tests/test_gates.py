@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mixdist.gates import Consistent, Gate, LabelOracle, Softmax, Uniform
 from mixdist.nets import MLP, Conv
-from mixdist.stats import entropy
 from mixdist.terms import Batch, Field, Spec
 
 SPEC: Spec = {
@@ -88,33 +87,13 @@ def test_a_row_depends_on_no_other(kind: str) -> None:
     torch.testing.assert_close(_log_resp(gate, some), _log_resp(gate, rows)[[40, 7]], rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("temperature", [1e-8, 0.3, 1.0, 4.0, 1e12])
 def test_softmax_against_scipy(temperature: float) -> None:
-    for network, field in ((None, "x"), (MLP([5]), "image"), (Conv([8, 12]), "picture")):
+    for network, field in ((None, "x"), (MLP([5]), "image"), (Conv([8, 12]), "picture"), (None, "number")):
         gate, rows = Softmax(SPEC, 3, network, temperature, field).double(), _rows()
-        logits = gate.net(rows[field].flatten(1)).detach().numpy()
+        logits = gate.net(rows[field].reshape(50, -1)).detach().numpy()
         expected = scipy.special.log_softmax(logits / temperature, axis=1)
         np.testing.assert_allclose(_log_resp(gate, rows).numpy(), expected, rtol=1e-12, atol=1e-13)
-
-
-def _at_temperature(temperature: float) -> Gate:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Softmax(SPEC, 4, temperature=temperature).double()
-
-
-def test_temperature_limits() -> None:
-    rows = _rows()
-    best = _log_resp(_at_temperature(1.0), rows).argmax(1)
-    cold = _log_resp(_at_temperature(1e-8), rows).exp()
-    torch.testing.assert_close(cold, torch.eye(4).double()[best], rtol=0, atol=1e-12)
-    hot = _log_resp(_at_temperature(1e12), rows)
-    torch.testing.assert_close(hot, torch.full((50, 4), -math.log(4)).double(), rtol=0, atol=1e-7)
-
-
-def test_entropy_rises_with_temperature() -> None:
-    log_resps = [_log_resp(_at_temperature(temperature), _rows()) for temperature in (0.1, 0.5, 1.0, 2.0, 10.0)]
-    assert (torch.stack([entropy(log_resp, 1) for log_resp in log_resps]).diff(dim=0) > 0).all()
 
 
 def _annealed(dtype: torch.dtype = torch.float64) -> Softmax:
@@ -175,22 +154,6 @@ def test_noise_is_of_its_row_alone() -> None:
     eps[7, 2] += 1.0
     changed = (gate(rows, eps).log_resp_BE != before).any(1)
     assert changed.nonzero().flatten().tolist() == [7]
-
-
-def test_extreme_logits_stay_normalised() -> None:
-    gate, rows = _gate("linear"), _rows()
-    rows["x"] = 1e6 * rows["x"]
-    log_resp = _log_resp(gate, rows)
-    assert log_resp.isfinite().all()
-    torch.testing.assert_close(log_resp.exp().sum(1), torch.ones(50).double(), rtol=1e-14, atol=0)
-
-
-def test_softmax_reads_a_field_of_single_numbers() -> None:
-    gate, rows = Softmax(SPEC, 3, field="number").double(), _rows()
-    column = dict(rows, number=rows["number"][:, None])
-    wide = Softmax({"number": Field((1,), torch.float64)}, 3, field="number").double()
-    wide.load_state_dict(gate.state_dict())
-    torch.testing.assert_close(_log_resp(gate, rows), _log_resp(wide, column), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("num_experts", [1, 3, 10])
