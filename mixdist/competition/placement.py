@@ -65,9 +65,8 @@ def move_entrants(
     leaving = [sorted(set(entrants) & set(homes[p])) if p != me else [] for p in members]
     packed = [_pack({e: entrants[e] for e in experts}) for experts in leaving]
     sizes = gather_json([len(part) for part in packed], mesh.ep_group)
-    own = torch.zeros(0, dtype=torch.uint8, device=mesh.device)
-    parts: list[Tensor | None] = [None if p == me else part.to(mesh.device) for p, part in enumerate(packed)]
-    arrived = move(parts, own, me, [(sizes[p][me] if p != me else 0,) for p in members], wire.all_gather, mesh.ep_group)
+    parts = [part.to(mesh.device) for part in packed]
+    arrived = move(parts, me, [(sizes[p][me],) for p in members], wire.all_gather, mesh.ep_group)
     here = {e: entrant for e, entrant in entrants.items() if e in homes[me]}
     for part in arrived:
         found = load(part.cpu().numpy().tobytes()) if len(part) else {}

@@ -25,7 +25,7 @@ from mixdist.competition.mixture import HardMixture
 from mixdist.competition.table import winners
 from mixdist.data import Epoch, Samples, share
 from mixdist.noise import Moment, Purpose
-from mixdist.parallel.agreement import Agreed, agree, gather_json
+from mixdist.parallel.agreement import Agreed, agreed, gather_json
 from mixdist.parallel.collectives import move
 from mixdist.terms import Batch
 
@@ -183,12 +183,7 @@ class Scoring:
         mesh, num = self.mesh, self.num_samples
         parts = [share(num, p, len(homes)) for p in range(len(homes))]
         scores_nE = self._exchange(scores_Ne, homes, parts).cpu().numpy()
-        error = None
-        try:
-            expert_n = winners(scores_nE)
-        except ValueError as mistake:
-            error = str(mistake)
-        agree(error, mesh.world)
+        expert_n = agreed(lambda: winners(scores_nE), mesh.world)
         best_n = np.take_along_axis(scores_nE, expert_n[:, None], 1)[:, 0].astype(np.float64)
         sums = [-best_n.sum()]
         if table is not None:
@@ -206,19 +201,17 @@ class Scoring:
     def _exchange(self, scores_Ne: Tensor, homes: Sequence[Sequence[int]], parts: Sequence[range]) -> Tensor:
         """Bring all experts' scores of this member's part here, experts ascending: (n, E)."""
         mesh, me = self.mesh, self.mesh.member
-        own = scores_Ne[parts[me].start : parts[me].stop]
-        sent = [None if p == me else scores_Ne[part.start : part.stop] for p, part in enumerate(parts)]
+        sent = [scores_Ne[part.start : part.stop] for part in parts]
         shapes = [(len(parts[me]), len(experts)) for experts in homes]
-        self.context.wire.meter.wire_bytes_min += sum(0 if t is None else t.numel() for t in sent) * own.element_size()
-        arrived = move(sent, own, me, shapes, self.context.wire.all_to_all, mesh.ep_group)
+        self.context.wire.meter.wire_bytes_min += scores_Ne.nbytes - sent[me].nbytes
+        arrived = move(sent, me, shapes, self.context.wire.all_to_all, mesh.ep_group)
         return torch.cat(arrived, dim=1)[:, torch.tensor([e for experts in homes for e in experts]).argsort()]
 
     def _gather(self, own_n: NDArray[Any], parts: Sequence[range]) -> NDArray[Any]:
         """Put the members' parts of a column together, on every member."""
-        own = torch.from_numpy(own_n).to(self.mesh.device)
-        sent = [None if p == self.mesh.member else own for p in range(len(parts))]
+        sent = [torch.from_numpy(own_n).to(self.mesh.device)] * len(parts)
         shapes = [(len(part),) for part in parts]
-        arrived = move(sent, own, self.mesh.member, shapes, self.context.wire.all_gather, self.mesh.ep_group)
+        arrived = move(sent, self.mesh.member, shapes, self.context.wire.all_gather, self.mesh.ep_group)
         return torch.cat(arrived).cpu().numpy()
 
 

@@ -31,8 +31,7 @@ def gather_bytes(data: bytes, group: Group) -> list[bytes]:
     longest = max(int(n) for n in lengths)
     if not longest:
         return [b""] * size
-    mine = torch.zeros(longest, dtype=torch.uint8)
-    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else mine[:0]
+    mine = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8)
     everyone = [torch.zeros_like(mine) for _ in range(size)]
     with together():
         dist.all_gather(everyone, mine, group=group)
@@ -75,11 +74,7 @@ def agreed(act: Callable[[], T], group: Group) -> T:
     Raises:
         Agreed: ``act`` raised a ValueError or an OSError on some rank.
     """
-    made, error = None, None
-    try:
-        made = act()
-    except (ValueError, OSError) as mistake:
-        error = format_error(mistake)
+    made, error = _attempt(act)
     agree(error, group)
     return cast(T, made)
 
@@ -90,12 +85,15 @@ def on_rank_0(act: Callable[[], T], mesh: Mesh) -> T:
     Raises:
         Agreed: ``act`` raised a ValueError or an OSError; the same message on every rank.
     """
-    made, error = None, None
-    try:
-        made = act() if mesh.rank == 0 else None
-    except (ValueError, OSError) as mistake:
-        error = format_error(mistake)
-    error, made = gather_json([error, made], mesh.world)[0]
+    made, error = gather_json(_attempt(act) if mesh.rank == 0 else None, mesh.world)[0]
     if error is not None:
         raise Agreed(error)
     return cast(T, made)
+
+
+def _attempt(act: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return what ``act`` returns, or its error as one line."""
+    try:
+        return act(), None
+    except (ValueError, OSError) as mistake:
+        return None, format_error(mistake)

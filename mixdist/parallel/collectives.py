@@ -17,6 +17,8 @@ from torch import Tensor
 from mixdist.parallel.mesh import Mesh
 from mixdist.parallel.wire import Group, Pending, Wire
 
+Shapes = Sequence[tuple[int, ...]]
+
 
 class _AllToAll(torch.autograd.Function):
     """An all-to-all of flat numbers; its backward pass sends every gradient back to where the number came from."""
@@ -68,11 +70,9 @@ class OverBatch:
         """Return the rows (B, ...) of all ranks, in rank order: (sum of counts, ...)."""
         if self.mesh.world is None:
             return x
-        counts = list(counts)
         assert x.shape[0] == counts[self.mesh.rank]
-        parts = [(x if rank != self.mesh.rank else None) for rank in range(self.mesh.world_size)]
         shapes = [(n, *x.shape[1:]) for n in counts]
-        return torch.cat(move(parts, x, self.mesh.rank, shapes, self.wire.all_gather, self.mesh.world))
+        return torch.cat(move([x] * len(counts), self.mesh.rank, shapes, self.wire.all_gather, self.mesh.world))
 
     def share(self, total: Tensor) -> Tensor:
         """Return this rank's part of a term that every rank computes in full."""
@@ -80,34 +80,27 @@ class OverBatch:
 
 
 def move(
-    parts: Sequence[Tensor | None],
-    own: Tensor,
-    me: int,
-    shapes: Sequence[tuple[int, ...]],
-    collective: Callable[..., Pending],
-    group: Group,
+    parts: Sequence[Tensor], me: int, shapes: Shapes, collective: Callable[..., Pending], group: Group
 ) -> list[Tensor]:
-    """Send parts[p] to member p and return the tensors of shapes[p] received; this rank's place holds ``own``."""
+    """Send parts[p] to member p, return what each member sent here, of shapes[p]; parts[me] stays here."""
     if group is None:
-        return [own]
-    sizes = [0 if p == me else math.prod(shape) for p, shape in enumerate(shapes)]
-    flat, sent = flatten(parts, own)
+        return [parts[me]]
 
     def start(x: Tensor, a: list[int], b: list[int]) -> Pending:
         return collective(x, a, b, group)
 
-    return unflatten(_AllToAll.apply(flat, start, sent, sizes), own, me, shapes, sizes)
+    flat, sent, sizes = flatten(parts, me, shapes)
+    return unflatten(_AllToAll.apply(flat, start, sent, sizes), parts[me], me, shapes, sizes)
 
 
-def flatten(parts: Sequence[Tensor | None], own: Tensor) -> tuple[Tensor, list[int]]:
-    """Concatenate the flattened parts; return them with the number of numbers in each."""
-    flat = torch.cat([own.new_zeros(0) if part is None else part.reshape(-1) for part in parts])
-    return flat, [0 if part is None else part.numel() for part in parts]
+def flatten(parts: Sequence[Tensor], me: int, shapes: Shapes) -> tuple[Tensor, list[int], list[int]]:
+    """Concatenate the other members' parts; return them with the count of numbers sent to and received from each."""
+    others = [part[:0] if p == me else part for p, part in enumerate(parts)]
+    sizes = [0 if p == me else math.prod(shape) for p, shape in enumerate(shapes)]
+    return torch.cat([part.reshape(-1) for part in others]), [part.numel() for part in others], sizes
 
 
-def unflatten(
-    flat: Tensor, own: Tensor, me: int, shapes: Sequence[tuple[int, ...]], sizes: Sequence[int]
-) -> list[Tensor]:
+def unflatten(flat: Tensor, own: Tensor, me: int, shapes: Shapes, sizes: list[int]) -> list[Tensor]:
     """Split received numbers into their parts; this rank's place holds ``own``."""
-    cut = flat.split(list(sizes))
+    cut = flat.split(sizes)
     return [own if p == me else part.reshape(shape) for p, (part, shape) in enumerate(zip(cut, shapes, strict=True))]

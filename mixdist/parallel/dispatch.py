@@ -8,14 +8,13 @@ Local losses sum to the global loss, so the adjoint of each primitive is the tra
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from mixdist.parallel import costs
-from mixdist.parallel.collectives import OverBatch, flatten, move, unflatten
+from mixdist.parallel.collectives import OverBatch, Shapes, flatten, move, unflatten
 from mixdist.parallel.mesh import Mesh
 from mixdist.parallel.route import Pairs, Route, pack, pack_mask
 from mixdist.parallel.wire import Pending, Wire
@@ -56,7 +55,7 @@ class Dispatch:
         packed = {tuple(spec): pack(rows, spec) for spec in specs_P}
         parts = [packed[tuple(spec)] for spec in specs_P]
         pending, me = self._start(parts, counts_P, specs_P), self.mesh.member
-        return Route(counts_P, specs_P[me], parts[me], pending, me, self._here)
+        return Route(counts_P, specs_P[me], parts[me], pending, me, self._here, len(rows["id"]))
 
     def send_some(self, rows: Batch, fields: Fields, routed_BE: Tensor, counts: Sequence[int]) -> Route:
         """Start sending each row once to each member of the EP group that has an expert for it.
@@ -74,7 +73,7 @@ class Dispatch:
             mask = routed_BE[pairs.rows, experts.start : experts.stop]
             parts.append(torch.cat([packed[tuple(spec)][pairs.rows], pack_mask(mask)], dim=1))
         pending = self._start(parts, counts, specs_P)
-        return Route(counts, specs_P[me], parts[me], pending, me, self._here, sent, len(rows["id"]))
+        return Route(counts, specs_P[me], parts[me], pending, me, self._here, len(rows["id"]), sent)
 
     def _specs(self, fields: Fields) -> list[Spec]:
         """Return the fields that go to each member of the EP group."""
@@ -93,15 +92,14 @@ class Dispatch:
 
     def _start(self, parts: Sequence[Tensor], counts: Sequence[int], specs_P: Sequence[Spec]) -> Pending | None:
         """Start moving packed rows: parts[p] to member p, counts[p] rows from it."""
-        me, others = self.mesh.member, [p for p in range(len(parts)) if p != self.mesh.member]
-        if not others:
+        if self.mesh.ep_group is None:
             return None
-        flat = torch.cat([parts[p].reshape(-1) for p in others])
-        sent = [0 if p == me else part.numel() for p, part in enumerate(parts)]
-        received = [0 if p == me else n * parts[me].shape[1] for p, n in enumerate(counts)]
+        me = self.mesh.member
         widths_P = [costs.row_bytes(spec.values()) for spec in specs_P]
         self.wire.meter.wire_bytes_min += costs.rows([len(part) for part in parts], widths_P, me)
-        return self.wire.all_to_all(flat, sent, received, self.mesh.ep_group)
+        return self.wire.all_to_all(
+            *flatten(parts, me, [(n, parts[me].shape[1]) for n in counts]), group=self.mesh.ep_group
+        )
 
     def combine(self, field: Tensor, route: Route) -> Tensor:
         """Bring the experts' field (R, e, ...) back to the rows' own ranks: (B, E, ...), zero where unseen."""
@@ -109,21 +107,16 @@ class Dispatch:
             return self._combine_some(field, route, route.sent)
         if self.mesh.ep_group is None:
             return field
-        parts: list[Tensor | None] = list(route.by_member(field))
-        own, parts[route.me] = parts[route.me], None
-        assert own is not None
-        shapes = [(own.shape[0], n, *field.shape[2:]) for n in self.num_experts]
+        shapes = [(route.num_own, n, *field.shape[2:]) for n in self.num_experts]
         self._count(field, costs.combine(route.counts, self.num_experts, route.me, field.shape[2:].numel()))
-        return torch.cat(self._move(parts, own, shapes), dim=1)
+        return torch.cat(self._move(route.by_member(field), shapes), dim=1)
 
     def _combine_some(self, field: Tensor, route: Route, sent: list[Pairs]) -> Tensor:
         width = field.shape[2:]
-        parts: list[Tensor | None] = list(route.pairs(field))
-        own, parts[route.me] = parts[route.me], None
-        assert own is not None
+        parts = route.pairs(field)
         back = [(len(pairs.row_T), *width) for pairs in sent]
         self._count_pairs(field, parts, back)
-        pairs_T = torch.cat(self._move(parts, own, back))
+        pairs_T = torch.cat(self._move(parts, back))
         row_T, expert_T = (torch.cat([getattr(p, name) for p in sent]) for name in ("row_T", "expert_T"))
         result = field.new_zeros(route.num_own, self.mesh.placement.num_experts, *width)
         return result.index_put((row_T, expert_T), pairs_T)
@@ -132,46 +125,38 @@ class Dispatch:
         """Take a field (B, E, ...) of this rank's rows to the experts: (R, e, ...); the transpose of combine."""
         if route.sent is None and self.mesh.ep_group is None:
             return field
-        parts, own, shapes = self._to_experts(field, route)
-        return self._at_experts(self._move(parts, own, shapes), field, route)
+        return self._at_experts(self._move(*self._to_experts(field, route)), field, route)
 
     def start_spread(self, field: Tensor, route: Route) -> Callable[[], Tensor]:
         """As ``spread``, under way and without a gradient: what is returned waits for the field."""
         field = field.detach()
         if route.sent is None and self.mesh.ep_group is None:
             return lambda: field
-        parts, own, shapes = self._to_experts(field, route)
+        parts, shapes = self._to_experts(field, route)
         if self.mesh.ep_group is None:
-            return lambda: self._at_experts([own], field, route)
-        sizes = [0 if p == self.mesh.member else math.prod(shape) for p, shape in enumerate(shapes)]
-        flat, sent = flatten(parts, own)
+            return lambda: self._at_experts(parts, field, route)
+        flat, sent, sizes = flatten(parts, route.me, shapes)
         pending = self.wire.all_to_all(flat, sent, sizes, self.mesh.ep_group)
 
         def finish() -> Tensor:
-            return self._at_experts(unflatten(pending.wait(), own, self.mesh.member, shapes, sizes), field, route)
+            return self._at_experts(unflatten(pending.wait(), parts[route.me], route.me, shapes, sizes), field, route)
 
         return finish
 
-    def _to_experts(self, field: Tensor, route: Route) -> tuple[list[Tensor | None], Tensor, list[tuple[int, ...]]]:
-        """Cut a field by the members it goes to: the parts, that which stays, the shapes of what arrives; count it."""
-        width, me = field.shape[2:], route.me
-        parts: list[Tensor | None] = []
+    def _to_experts(self, field: Tensor, route: Route) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+        """Split a field by the members it goes to and count it: the parts, and the shapes of what arrives."""
+        width = field.shape[2:]
         if route.sent is None:
-            parts += field.split(self.num_experts, dim=1)
-            shapes = [(n, self._here, *width) for n in route.counts]
-            self._count(field, costs.spread(route.counts, self.num_experts, me, width.numel()))
-        else:
-            parts += [field[pairs.row_T, pairs.expert_T] for pairs in route.sent]
-            shapes = [(int(mask.sum()), *width) for mask in route.masks()]
-            self._count_pairs(field, [*parts[:me], None, *parts[me + 1 :]], shapes)
-        own, parts[me] = parts[me], None
-        assert own is not None
-        return parts, own, shapes
+            self._count(field, costs.spread(route.counts, self.num_experts, route.me, width.numel()))
+            return list(field.split(self.num_experts, dim=1)), [(n, self._here, *width) for n in route.counts]
+        parts = [field[pairs.row_T, pairs.expert_T] for pairs in route.sent]
+        shapes = [(int(mask.sum()), *width) for mask in route.masks()]
+        self._count_pairs(field, parts, shapes)
+        return parts, shapes
 
     def _at_experts(self, arrived: list[Tensor], field: Tensor, route: Route) -> Tensor:
-        if route.sent is None:
+        if route.mask_Re is None:
             return torch.cat(arrived)
-        assert route.mask_Re is not None
         result = field.new_zeros(route.num_rows, self._here, *field.shape[2:])
         return result.index_put(route.mask_Re.nonzero(as_tuple=True), torch.cat(arrived))
 
@@ -180,10 +165,9 @@ class Dispatch:
         assert route.sent is None
         if self.mesh.ep_group is None:
             return field
-        parts = [None if p == route.me else field for p in range(len(route.counts))]
         shapes = [(route.num_rows, n, *field.shape[2:]) for n in self.num_experts]
         self._count(field, costs.exchange(route.counts, self.num_experts, route.me, field.shape[2:].numel()))
-        return torch.cat(self._move(parts, field, shapes), dim=1)
+        return torch.cat(self._move([field] * len(shapes), shapes), dim=1)
 
     def combine_sum(self, field: Tensor, weights: Tensor, route: Route) -> Tensor:
         """Return sum over experts of weights (B, E) times the experts' field (R, e, ...), at the rows' ranks: (B, ...).
@@ -194,26 +178,22 @@ class Dispatch:
         local = torch.einsum("re,re...->r...", self.spread(weights, route), field)
         if self.mesh.ep_group is None:
             return local
-        parts: list[Tensor | None] = list(route.by_member(local))
-        own, parts[route.me] = parts[route.me], None
-        assert own is not None
-        shapes = [tuple(own.shape)] * len(route.counts)
+        shapes = [(route.num_own, *local.shape[1:])] * len(route.counts)
         self._count(local, costs.combine_sum(route.counts, route.me, local.shape[1:].numel()))
-        return torch.stack(self._move(parts, own, shapes)).sum(0)
+        return torch.stack(self._move(route.by_member(local), shapes)).sum(0)
 
     @property
     def _here(self) -> int:
         return self.num_experts[self.mesh.member]
 
-    def _move(self, parts: Sequence[Tensor | None], own: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        return move(parts, own, self.mesh.member, shapes, self.wire.all_to_all, self.mesh.ep_group)
+    def _move(self, parts: Sequence[Tensor], shapes: Shapes) -> list[Tensor]:
+        return move(parts, self.mesh.member, shapes, self.wire.all_to_all, self.mesh.ep_group)
 
     def _count(self, field: Tensor, numbers: costs.Numbers) -> None:
         """Count the minimum bytes of a move: the numbers sent and, where their gradient comes back, those returned."""
         differentiated = field.requires_grad and torch.is_grad_enabled()
         self.wire.meter.wire_bytes_min += numbers.num_bytes(field.element_size(), differentiated)
 
-    def _count_pairs(self, field: Tensor, parts: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]]) -> None:
-        sent = [0 if part is None else len(part) for part in parts]
-        received = [shape[0] for shape in shapes]
+    def _count_pairs(self, field: Tensor, parts: Sequence[Tensor], shapes: Shapes) -> None:
+        sent, received = [len(part) for part in parts], [shape[0] for shape in shapes]
         self._count(field, costs.pairs(sent, received, self.mesh.member, field.shape[2:].numel()))

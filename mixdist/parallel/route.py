@@ -7,6 +7,7 @@ and an expert, P ranks of the EP group.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ class Pairs(NamedTuple):
         return Pairs(here_Be.any(1).nonzero()[:, 0], row_T, expert_T + experts.start)
 
 
+@dataclass
 class Route:
     """Rows sent from every rank of an EP group to every other, and the layout for the way back.
 
@@ -48,25 +50,19 @@ class Route:
         pending: the other ranks' packed rows; None in a group of one.
         me: this rank's position in the EP group.
         num_experts: e.
+        num_own: B.
         sent: the rows sent to each member; None when every expert sees every row.
-        num_own: B; needed where rows go to some experts only.
     """
 
-    def __init__(
-        self,
-        counts: Sequence[int],
-        spec: Spec,
-        own: Tensor,
-        pending: Pending | None,
-        me: int,
-        num_experts: int,
-        sent: list[Pairs] | None = None,
-        num_own: int | None = None,
-    ) -> None:
-        self.counts, self.spec, self.own, self.pending, self.me = list(counts), spec, own, pending, me
-        self.num_experts, self.sent = num_experts, sent
-        self.num_own = self.counts[me] if num_own is None else num_own
-        self._mask_Re: Tensor | None = None
+    counts: Sequence[int]
+    spec: Spec
+    own: Tensor
+    pending: Pending | None
+    me: int
+    num_experts: int
+    num_own: int
+    sent: list[Pairs] | None = None
+    _mask_Re: Tensor | None = None
 
     @property
     def mask_Re(self) -> Tensor | None:
@@ -86,8 +82,7 @@ class Route:
             width = self.own.shape[1]
             sizes = [0 if p == self.me else n * width for p, n in enumerate(self.counts)]
             arrived = [part.view(-1, width) for part in self.pending.wait().split(sizes)]
-            arrived[self.me] = self.own
-            packed = torch.cat(arrived)
+            packed = torch.cat([*arrived[: self.me], self.own, *arrived[self.me + 1 :]])
             self.own, self.pending = packed, None
         if self.sent is None:
             return unpack(packed, self.spec)
@@ -97,7 +92,7 @@ class Route:
 
     def by_member(self, field: Tensor) -> list[Tensor]:
         """Split a field (R, ...) into each member's rows."""
-        return list(field.split(self.counts))
+        return list(field.split(list(self.counts)))
 
     def pairs(self, field: Tensor) -> list[Tensor]:
         """Return the pairs (T, ...) of a field (R, e, ...), for each member."""
@@ -106,7 +101,7 @@ class Route:
     def masks(self) -> list[Tensor]:
         """Split ``mask_Re`` into each member's rows; only where rows go to some experts."""
         assert self.mask_Re is not None
-        return list(self.mask_Re.split(self.counts))
+        return self.by_member(self.mask_Re)
 
 
 def pack(rows: Batch, spec: Spec) -> Tensor:
