@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -27,8 +28,10 @@ convs = pytest.mark.parametrize("options", CONVS)
 NETWORKS = [MLP([]), MLP([5, 4], "tanh"), MLP(), *(Conv([4, 8, 12], **options) for options in CONVS)]
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("shape", SIZES, ids=str)
+DEEPEST = (3, 33, 40), Conv([8] * 6)  # halves to a single pixel
+
+
+@pytest.mark.parametrize(("shape", "network"), [*product(SIZES, NETWORKS), DEEPEST])
 def test_rows_in_and_rows_out(shape: tuple[int, int, int], network: Network) -> None:
     num_values = math.prod(shape)
     encoder, decoder = network.encoder(shape, 5), network.decoder(5, shape, num_maps=2)
@@ -92,12 +95,6 @@ def test_a_level_of_the_decoder_is_the_transpose_of_the_encoders(kernel: int) ->
             torch.testing.assert_close((there * y).sum(), (x * back).sum(), rtol=1e-10, atol=1e-10)
             down.weight.fill_(1.0)
             assert (up(torch.ones_like(y)) > 0).all()  # every pixel is seen
-
-
-def test_the_deepest_network_halves_to_a_single_pixel() -> None:
-    shape, network = (3, 33, 40), Conv([8] * 6)
-    z = network.encoder(shape, 2)(torch.rand(1, math.prod(shape)))
-    assert network.decoder(2, shape)(z).shape == (1, math.prod(shape))
 
 
 @convs
