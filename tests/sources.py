@@ -82,13 +82,9 @@ def _records(num: int, num_labels: int, num_classes: int, seed: int) -> np.ndarr
 
 def cifar10(root: Path) -> list[Truth]:
     found = []
-    for first_id, name, num in (
-        (0, "data_batch_1.bin", 4),
-        (20_000, "data_batch_3.bin", 3),
-        (50_000, "test_batch.bin", 2),
-    ):
+    for first_id, name, num in ((0, "data_batch_1", 4), (20_000, "data_batch_3", 3), (50_000, "test_batch", 2)):
         records = _records(num, 1, 10, first_id)
-        put(root / "cifar-10-batches-bin" / name, records.tobytes())
+        put(root / "cifar-10-batches-bin" / f"{name}.bin", records.tobytes())
         split = "test" if name.startswith("test") else "train"
         found += [Truth(split, first_id + k, int(row[0]), row[1:].reshape(3, 32, 32)) for k, row in enumerate(records)]
     return found
@@ -170,16 +166,8 @@ def parquet(root: Path, column: str = "image", struct: bool = True, names: bool 
     return found
 
 
-MAKERS: dict[str, Callable[[Path], list[Truth]]] = {
-    "celeba": celeba,
-    "imagenet": imagenet,
-    "cifar10": cifar10,
-    "cifar100": cifar100,
-    "svhn": svhn,
-    "idx": idx,
-    "folder": folder,
-    "parquet": parquet,
-}
+_ALL = (celeba, imagenet, cifar10, cifar100, svhn, idx, folder, parquet)
+MAKERS: dict[str, Callable[[Path], list[Truth]]] = {maker.__name__: maker for maker in _ALL}
 
 
 def make(kind: str, root: Path) -> list[Truth]:

@@ -103,10 +103,8 @@ def test_every_sample_is_written_once_as_it_is(kind: str, tmp_path: Path) -> Non
         assert about["name"]
     _check_index(prepared.index, tmp_path / "out", truths, members)
     assert not prepared.set_aside
-    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".tar") == [
-        "index.json",
-        "index.npz",
-    ]
+    others = {path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".tar"}
+    assert others == {"index.json", "index.npz"}
 
 
 def _check_image(sample: dict[str, bytes], truth: Truth) -> None:
@@ -176,9 +174,7 @@ def test_a_shard_of_which_all_is_set_aside_is_not_there(tmp_path: Path) -> None:
     prepared = _prepare(tmp_path / "in", tmp_path / "out", "folder")
     assert [shard.name for shard in prepared.index.shards] == ["train-000000.tar", "train-000002.tar"]
     assert prepared.index.id_N.tolist() == [0, 1, 4, 5]
-    before = _files(tmp_path / "out")
     assert _prepare(tmp_path / "in", tmp_path / "out", "folder").before
-    assert _files(tmp_path / "out") == before
 
 
 def test_with_a_size_the_shape_is_known(faces: Path, tmp_path: Path) -> None:
@@ -190,19 +186,15 @@ def test_with_a_size_the_shape_is_known(faces: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_any_number_of_workers_makes_the_same_bytes(
+def test_any_number_of_workers_makes_the_same_bytes_wherever_the_source_lies(
     workers: int, faces: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
     told: list[tuple[int, int]] = []
-    _prepare(faces, tmp_path / "out", workers=workers, tell=lambda *counts: told.append(counts))
+    moved = Path(shutil.copytree(faces, tmp_path / "moved"))
+    _prepare(moved, tmp_path / "out", workers=workers, tell=lambda *counts: told.append(counts))
     assert _files(tmp_path / "out") == whole
     assert (told[0], told[-1]) == ((0, 9), (9, 9))
     assert [done for done, _ in told] == sorted(done for done, _ in told)
-
-
-def test_where_the_source_lies_does_not_matter(faces: Path, whole: dict[str, str], tmp_path: Path) -> None:
-    _prepare(Path(shutil.copytree(faces, tmp_path / "moved")), tmp_path / "out")
-    assert _files(tmp_path / "out") == whole
 
 
 # Ends of all kinds.
@@ -255,14 +247,9 @@ def _steps(run: Callable[[], object]) -> int:
     return step
 
 
-def _kill_and_go_on(faces: Path, whole: dict[str, str], out: Path, steps: list[int]) -> None:
-    for step in steps:
-        _fork(_killed_at(step, lambda: _prepare(faces, out)))
-        # What bears a final name is what it will be.
-        there = {name: sha for name, sha in _files(out).items() if "/" not in name and not name.endswith(".partial")}
-        assert there.items() <= whole.items()
-    _prepare(faces, out)
-    assert _files(out) == whole, f"killed at {steps}"
+def _complete(out: Path) -> dict[str, str]:
+    """The files that bear a final name: they are what they will be."""
+    return {name: sha for name, sha in _files(out).items() if "/" not in name and not name.endswith(".partial")}
 
 
 def _all_steps(faces: Path, tmp_path: Path) -> int:
@@ -273,19 +260,17 @@ def _all_steps(faces: Path, tmp_path: Path) -> int:
     return _steps(run)
 
 
-def test_killed_at_random_steps_and_started_again(faces: Path, whole: dict[str, str], tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    most = _all_steps(faces, tmp_path)
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_killed_at_any_step_and_started_again(every: bool, faces: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    random, most = np.random.default_rng(0), _all_steps(faces, tmp_path)
     assert most > 30
-    for trial in range(12):
-        steps = random.integers(1, most, random.integers(1, 4)).tolist()
-        _kill_and_go_on(faces, whole, tmp_path / f"{trial}", steps)
-
-
-@pytest.mark.slow
-def test_killed_at_every_step_and_started_again(faces: Path, whole: dict[str, str], tmp_path: Path) -> None:
-    for step in range(1, _all_steps(faces, tmp_path)):
-        _kill_and_go_on(faces, whole, tmp_path / f"{step}", [step])
+    some = [random.integers(1, most, random.integers(1, 4)).tolist() for _ in range(12)]
+    for trial, steps in enumerate([[step] for step in range(1, most)] if every else some):
+        for step in steps:
+            _fork(_killed_at(step, lambda trial=trial: _prepare(faces, tmp_path / f"{trial}")))
+            assert _complete(tmp_path / f"{trial}").items() <= whole.items()
+        _prepare(faces, tmp_path / f"{trial}")
+        assert _files(tmp_path / f"{trial}") == whole, f"killed at {steps}"
 
 
 def _until(condition: Callable[[], bool], running: subprocess.Popen[bytes] | None = None) -> None:
@@ -344,8 +329,7 @@ def test_killed_at_random_moments_with_workers(tmp_path: Path) -> None:
             _until(lambda out=out: (out / PREPARING / "plan.json").exists(), started)
             time.sleep(random.uniform(0, 6))  # its workers start, and work
             started.kill()
-        there = {name: sha for name, sha in _files(out).items() if "/" not in name and not name.endswith(".partial")}
-        assert there.items() <= whole.items()
+        assert _complete(out).items() <= whole.items()
         _prepare(source, out, workers=2 if trial == 4 else 0)
         assert _files(out) == whole
 
@@ -425,9 +409,8 @@ def test_a_disk_that_is_full_at_any_moment_is_told_in_one_line_and_gone_on_from(
         if left <= 0:
             assert told.startswith(f"the disk of --out {out} is full (No space left on device)")
             assert "\n" not in told
-        there = {path: sha for path, sha in _files(out).items() if "/" not in path}
-        assert there.items() <= whole.items()
         assert not list(out.rglob("*.partial"))
+        assert _complete(out).items() <= whole.items()
         _prepare(faces, out)
         assert _files(out) == whole
         number += every
@@ -454,18 +437,18 @@ def test_a_file_that_may_not_grow(workers: int, faces: Path, whole: dict[str, st
 
 
 def test_another_call_does_not_go_on(faces: Path, tmp_path: Path) -> None:
-    changes: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-        ({"recipe": Recipe(size=8)}, ("size unset", "8")),
-        ({"recipe": Recipe(encode="jpg")}, ("encode png", "jpg")),
-        ({"recipe": Recipe(min_side=1)}, ("min-side 8", "1")),
-        ({"shard_samples": 3}, ("shard-samples 2", "3")),
+    changes: list[tuple[dict[str, Any], str, int | str]] = [
+        ({"recipe": Recipe(size=8)}, "size unset", 8),
+        ({"recipe": Recipe(encode="jpg")}, "encode png", "jpg"),
+        ({"recipe": Recipe(min_side=1)}, "min-side 8", 1),
+        ({"shard_samples": 3}, "shard-samples 2", 3),
     ]
     _fork(_killed_at(40, lambda: _prepare(faces, tmp_path / "begun")))
     assert (tmp_path / "begun" / PREPARING).is_dir()
     _prepare(faces, tmp_path / "finished")
     for out in (tmp_path / "begun", tmp_path / "finished"):
         before = _files(out)
-        for settings, named in changes:
+        for settings, *named in changes:
             error_of(lambda s=settings, out=out: _prepare(faces, out, **s), out, *named)
         other = Path(shutil.copytree(faces, tmp_path / f"other {out.name}"))
         (other / "img_align_celeba" / "000001.jpg").write_bytes(b"")
@@ -505,29 +488,24 @@ def test_a_file_that_cannot_be_read_ends_it(faces: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed(tmp_path: Path) -> None:
-    _slow_source(tmp_path / "source")
-    with _start(tmp_path / "source", tmp_path / "out", workers=2) as started:
-        _until(lambda: bool(list((tmp_path / "out").glob("*.tar"))), started)
+@pytest.mark.parametrize(
+    ("end", "code", "named"),
+    [
         # The last of its children by number: the first are multiprocessing's own.
-        os.kill(max(descendants(started.pid)), signal.SIGKILL)
-        _, err = started.communicate(timeout=300)
-    assert started.returncode == 2
-    assert err.startswith(b"mixdist: one of 2 worker processes was killed")
-    assert b"--workers" in err
-    assert err.count(b"\n") == 1
-
-
-@pytest.mark.slow
-def test_ctrl_c(tmp_path: Path) -> None:
-    _slow_source(tmp_path / "source")
-    with _start(tmp_path / "source", tmp_path / "out", 2, start_new_session=True) as started:
-        _until(lambda: bool(list((tmp_path / "out").glob("*.tar"))), started)
-        os.killpg(started.pid, signal.SIGINT)  # as a terminal does: the workers get it as well
-        _, err = started.communicate(timeout=300)
-    assert started.returncode == 130
-    assert err.startswith(b"mixdist: interrupted: ")
-    assert err.count(b"\n") == 1
+        (lambda pid: os.kill(max(descendants(pid)), signal.SIGKILL), 2, ("one of 2 worker processes", "--workers")),
+        # As a terminal does: the workers get it as well.
+        (lambda pid: os.killpg(pid, signal.SIGINT), 130, ("interrupted: ", "")),
+    ],
+    ids=["a killed worker", "ctrl-c"],
+)
+def test_an_end_from_outside_is_told_in_one_line(end: Any, code: int, named: tuple[str, str], tmp_path: Path) -> None:
+    source, out = _slow_source(tmp_path / "source"), tmp_path / "out"
+    with _start(source, out, 2, start_new_session=True) as started:
+        _until(lambda: bool(list(out.glob("*.tar"))), started)
+        end(started.pid)
+        err = started.communicate(timeout=300)[1].decode()
+    assert (started.returncode, err.startswith(f"mixdist: {named[0]}"), err.count("\n")) == (code, True, 1), err
+    assert named[1] in err
 
 
 # The command.
@@ -538,11 +516,7 @@ def test_the_command_tells_what_it_did(faces: Path, tmp_path: Path) -> None:
     ended = here(*words)
     assert (ended.code, ended.err) == (0, "")
     lines = ended.out.splitlines()
-    assert [line.split(",")[0] for line in lines[:3]] == [
-        "train: 2 samples",
-        "valid: 3 samples",
-        "test: 2 samples",
-    ]
+    assert [line.split(",")[0] for line in lines[:3]] == ["train: 2 samples", "valid: 3 samples", "test: 2 samples"]
     assert lines[0].endswith("2 shards")
     assert lines[3] == f"set aside: 2 images, listed in {tmp_path / 'out' / 'set_aside.jsonl'}"
     assert lines[4:6] == ["  1: it is truncated or damaged", "  1: it has W x H pixels, fewer than min-side"]
@@ -564,13 +538,10 @@ def test_the_command_tells_what_it_did(faces: Path, tmp_path: Path) -> None:
         ("celeba faces --out full", ("--out full",)),
         ("celeba faces --out faces", ("--out faces",)),
         *(
-            (f"celeba faces --out out --{key} {value}", (key, value))
-            for key, value in {"size": 0, "crop": -3, "shard-samples": 0, "workers": -1, "min-side": 0}.items()
+            (f"celeba faces --out out --{words}", words.split())
+            for words in ("size 0", "crop -3", "shard-samples 0", "workers -1", "min-side 0")
         ),
-        *(
-            (f"celeba faces --out out --{key} {value}", (key, value))
-            for key, value in {"size": "big", "channels": 2, "encode": "gif"}.items()
-        ),
+        *((f"celeba faces --out out --{words}", words.split()) for words in ("size big", "channels 2", "encode gif")),
         ("celeba faces --out out --sizes 8", ("--sizes",)),
         ("cifar10 cifar --out out --crop 40", ("--crop", 40, "32 x 32")),
     ],

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mixdist.data.formats import Raw
 from mixdist.data.images import Unreadable, decode
 from mixdist.data.prepare.recipe import Encoding, Recipe
 from tests.errors import error_of
@@ -30,6 +31,13 @@ def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     return stream.getvalue()
 
 
+def _png(recipe: Recipe, raw: Raw) -> bytes:
+    """Apply a recipe that must make a new PNG."""
+    extension, image = recipe.apply(raw)
+    assert extension == "png"
+    return image
+
+
 @pytest.mark.parametrize(("kind", "options", "extension"), AS_IS)
 @pytest.mark.parametrize("encode", ["png", "jpg", "webp"])
 def test_a_plain_image_keeps_its_bytes(kind: str, options: dict[str, Any], extension: str, encode: Encoding) -> None:
@@ -41,33 +49,22 @@ def test_a_plain_image_keeps_its_bytes(kind: str, options: dict[str, Any], exten
 def test_grey_is_plain_where_grey_is_asked_for(kind: str) -> None:
     data = picture(1, mode="L", kind=kind)
     assert Recipe(channels=1).apply(data)[1] == data
-    extension, image = Recipe(channels=3).apply(data)
-    assert extension == "png"
+    image = _png(Recipe(channels=3), data)
     np.testing.assert_array_equal(_pixels(image), np.repeat(_pixels(data, "L"), 3, axis=0))
 
 
 def test_colour_becomes_grey() -> None:
     data = picture(1, kind="PNG")
-    extension, image = Recipe(channels=1).apply(data)
-    assert extension == "png"
+    image = _png(Recipe(channels=1), data)
     with Image.open(io.BytesIO(image)) as opened:
         assert opened.mode == "L"
     np.testing.assert_array_equal(_pixels(image, "L"), _pixels(data, "L"))
 
 
-@pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF"])
-def test_other_formats_are_converted_without_loss(kind: str) -> None:
-    data = picture(2, mode="L" if kind == "GIF" else "RGB", kind=kind)
-    extension, image = Recipe().apply(data)
-    assert extension == "png"
-    np.testing.assert_array_equal(_pixels(image), _pixels(data))
-
-
-def test_cmyk_is_converted() -> None:
-    data = picture(3, mode="CMYK")
-    extension, image = Recipe().apply(data)
-    assert extension == "png"
-    np.testing.assert_array_equal(_pixels(image), _pixels(data))
+@pytest.mark.parametrize(("kind", "mode"), [("BMP", "RGB"), ("GIF", "L"), ("TIFF", "RGB"), ("JPEG", "CMYK")])
+def test_other_formats_and_modes_are_converted_without_loss(kind: str, mode: str) -> None:
+    data = picture(2, mode=mode, kind=kind)
+    np.testing.assert_array_equal(_pixels(_png(Recipe(), data)), _pixels(data))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -77,8 +74,7 @@ def test_what_is_transparent_is_put_on_white(mode: str) -> None:
     alpha = layers[3] / 255
     wanted = layers[:3] * alpha + 255 * (1 - alpha)
     for channels in (1, 3):
-        extension, image = Recipe(channels=channels).apply(data)
-        assert extension == "png"
+        image = _png(Recipe(channels=channels), data)
         grey = (np.array([0.299, 0.587, 0.114])[:, None, None] * wanted).sum(0, keepdims=True)
         found = _pixels(image, "RGB" if channels == 3 else "L")
         np.testing.assert_allclose(found, wanted if channels == 3 else grey, atol=1.5)
@@ -109,9 +105,7 @@ def test_images_are_set_upright(orientation: int, turn: Any) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = picture(5, exif=exif)
-    extension, image = Recipe().apply(data)
-    assert extension == "png"
-    np.testing.assert_array_equal(_pixels(image), turn(_pixels(data)))
+    np.testing.assert_array_equal(_pixels(_png(Recipe(), data)), turn(_pixels(data)))
     exif[0x0112] = 1
     upright = picture(5, exif=exif)
     assert Recipe().apply(upright) == ("jpg", upright)
@@ -127,8 +121,7 @@ def test_arrays_are_stored_as_they_are() -> None:
     random = np.random.default_rng(0)
     for shape in ((3, 9, 11), (1, 9, 11)):
         pixels = random.integers(0, 256, shape, dtype=np.uint8)
-        extension, image = Recipe(channels=shape[0]).apply(pixels)
-        assert extension == "png"
+        image = _png(Recipe(channels=shape[0]), pixels)
         np.testing.assert_array_equal(_pixels(image, "RGB" if shape[0] == 3 else "L"), pixels)
         np.testing.assert_array_equal(decode(image, shape[0]), pixels)
     grey = random.integers(0, 256, (1, 9, 11), dtype=np.uint8)
@@ -139,9 +132,7 @@ def test_arrays_are_stored_as_they_are() -> None:
 def test_what_is_fitted_is_what_reading_would_fit(size: int | None, crop: int | None) -> None:
     data = picture(6, (30, 21))
     recipe = Recipe(size=size, crop=crop)
-    extension, image = recipe.apply(data)
-    assert extension == "png"
-    found = _pixels(image)
+    found = _pixels(_png(recipe, data))
     np.testing.assert_array_equal(found, decode(data, 3, size, crop))
     assert found.shape == recipe.shape(None)
 
