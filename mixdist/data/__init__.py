@@ -20,22 +20,15 @@ if TYPE_CHECKING:
     from mixdist.data.sources.synthetic import Blobs, Parabolas
 
 _HOMES = {
-    "Augment": "augment",
-    "Bananas": "sources.bananas",
-    "Blobs": "sources.synthetic",
-    "Cifar10": "sources.memory",
-    "Dataset": "dataset",
-    "Digits": "sources.digits",
-    "Epoch": "order",
-    "Idx": "sources.memory",
-    "Loader": "loader",
-    "Memory": "sources.memory",
-    "Parabolas": "sources.synthetic",
-    "Samples": "dataset",
-    "RankBatch": "loader",
-    "Shards": "sources.shards",
-    "Source": "dataset",
-    "share": "loader",
+    "augment": ("Augment",),
+    "dataset": ("Dataset", "Samples", "Source"),
+    "loader": ("Loader", "RankBatch", "share"),
+    "order": ("Epoch",),
+    "sources.bananas": ("Bananas",),
+    "sources.digits": ("Digits",),
+    "sources.memory": ("Cifar10", "Idx", "Memory"),
+    "sources.shards": ("Shards",),
+    "sources.synthetic": ("Blobs", "Parabolas"),
 }
 __all__ = [
     "Augment",
@@ -58,10 +51,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    made = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    return made
+    for home, names in _HOMES.items():
+        if name in names:
+            made = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
+            return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -129,12 +129,6 @@ def fit(image: Image.Image, size: int | None, crop: int | None) -> Image.Image:
     return image
 
 
-def pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """Return the pixels of a grey or RGB image, uint8 (C, H, W)."""
-    array_HWC = np.atleast_3d(np.asarray(image))
-    return np.ascontiguousarray(array_HWC.transpose(2, 0, 1))
-
-
 def decode(
     data: bytes,
     channels: int,
@@ -161,7 +155,7 @@ def decode(
         image = _decode_jpeg(data, channels)
     else:
         image = plain(image, channels)
-    return pixels(fit(image, size, crop))
+    return np.ascontiguousarray(np.atleast_3d(np.asarray(fit(image, size, crop))).transpose(2, 0, 1))
 
 
 def _decode_jpeg(data: bytes, channels: int) -> Image.Image:

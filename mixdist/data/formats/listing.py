@@ -179,11 +179,6 @@ class Listing:
         return found
 
 
-def by_split(name: str) -> tuple[int, str]:
-    """Return a sort key for splits: train, valid, test, then others by name."""
-    return (SPLITS.index(name) if name in SPLITS else len(SPLITS), name)
-
-
 def folder_of(root: Path, inner: str) -> Path:
     """Return the folder of an official archive: ``root``, or ``inner`` where it holds that."""
     return root / inner if (root / inner).is_dir() else root

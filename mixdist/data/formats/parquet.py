@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixdist.data.formats.listing import Listing, Missing, Part, Sample, by_split
+from mixdist.data.formats.listing import SPLITS, Listing, Missing, Part, Sample
 from mixdist.data.formats.trees import Entry, digest, reading
 from mixdist.data.images import Unreadable
 
@@ -127,11 +127,9 @@ def _files(root: Path, folder: Path) -> list[tuple[str, str]]:
                 f"{str(folder)!r} has {len(found)} files of {word!r}, expected each from 00000 to before "
                 f"{max(nums):05d} once, as the names say: fetch the others, or number what is there anew"
             )
-    return [
-        (split, name)
-        for split, word in sorted(files, key=lambda key: by_split(key[0]))
-        for *_, name in files[split, word]
-    ]
+    known = [key for split in SPLITS for key in files if key[0] == split]
+    order = [*known, *sorted(files.keys() - known)]
+    return [(split, name) for split, word in order for *_, name in files[split, word]]
 
 
 def _columns(path: Path, schema: Any, labels: bool) -> tuple[str, str | None]:

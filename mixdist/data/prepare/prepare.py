@@ -9,7 +9,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,8 @@ def prepare(
             index = _finish(shards, listing, image, made, out)
     if (out / PREPARING).is_dir():  # with an index, nothing in it is needed
         shutil.rmtree(out / PREPARING)
-    return Prepared(index, _read_set_aside(out), before)
+    lines = (out / SET_ASIDE).read_text().splitlines() if (out / SET_ASIDE).exists() else []
+    return Prepared(index, [SetAside(**json.loads(line)) for line in lines], before)
 
 
 def _make(
@@ -155,11 +156,6 @@ def count_reasons(set_aside: Sequence[SetAside]) -> list[tuple[str, int]]:
     return kinds.most_common()
 
 
-def _read_set_aside(out: Path) -> list[SetAside]:
-    path = out / SET_ASIDE
-    return [SetAside(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def _finished(out: Path, made: dict[str, Any]) -> ShardIndex | None:
     """Return the index of a folder that the same call finished, else None.
 
@@ -183,14 +179,11 @@ def _check_out(out: Path, made: dict[str, Any]) -> None:
     """Refuse a folder that holds anything but what the same call wrote."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is no folder: name a new or an empty one")
-    plan = out / PREPARING / _PLAN
+    plan, started = out / PREPARING / _PLAN, None
     if plan.exists():
-        try:
+        with suppress(OSError, ValueError):
             started = json.loads(plan.read_bytes())
-            started = started if isinstance(started, dict) else {}
-        except (OSError, ValueError):
-            started = {}
-        _compare(out, started, made)
+        _compare(out, started if isinstance(started, dict) else {}, made)
     elif out.exists() and any(path.name != PREPARING for path in out.iterdir()):
         raise ValueError(f"--out {out} is not empty, and mixdist prepare did not make it: name a new or an empty one")
 

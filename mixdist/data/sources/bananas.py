@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mixdist.data.dataset import Dataset, Source
+from mixdist.data.sources.synthetic import require_number, require_rows
 from mixdist.noise import Draw, Purpose
 from mixdist.terms import Batch, Field
 
@@ -78,11 +79,8 @@ class Bananas(Source):
     ) -> None:
         if modes not in get_args(Modes):
             raise ValueError(f"modes ({modes}) must be 3, 5 or 9: choose one of the seed's three layouts.")
-        for name, count in {"rows": rows, "test_rows": test_rows}.items():
-            if count < 1:
-                raise ValueError(f"{name} ({count}) must be at least 1: raise {name}.")
-        if not 0.0 <= separation <= 1e4:
-            raise ValueError(f"separation ({separation}) must be a number from 0 to 10000: set it to 80, for example.")
+        require_rows(rows=rows, test_rows=test_rows)
+        require_number("separation", separation, 0.0, 1e4)
         self.modes, self.rows, self.test_rows, self.separation, self.seed = modes, rows, test_rows, separation, seed
 
     def load(self) -> tuple[Dataset, Dataset]:

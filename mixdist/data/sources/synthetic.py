@@ -49,9 +49,9 @@ class Blobs(Source):
     ) -> None:
         if not 1 <= num_classes <= 256:
             raise ValueError(f"num_classes ({num_classes}) must be from 1 to 256: labels are single bytes.")
-        _require_rows(num_features=num_features, rows=rows, test_rows=test_rows)
-        _require_number("spread", spread, 0.0, 1e6)
-        _require_number("separation", separation, 0.0, 1e6)
+        require_rows(num_features=num_features, rows=rows, test_rows=test_rows)
+        require_number("spread", spread, 0.0, 1e6)
+        require_number("separation", separation, 0.0, 1e6)
         self.num_classes, self.num_features, self.rows, self.test_rows = num_classes, num_features, rows, test_rows
         self.spread, self.separation, self.seed = spread, separation, seed
 
@@ -110,10 +110,10 @@ class Parabolas(Source):
     def __init__(
         self, rows: int = 1000, test_rows: int = 200, split: float = 0.4, noise: float = 0.02, seed: int = 0
     ) -> None:
-        _require_rows(rows=rows, test_rows=test_rows)
+        require_rows(rows=rows, test_rows=test_rows)
         if not -1.0 < split < 1.0:
             raise ValueError(f"split ({split}) must be between -1 and 1: set it to 0.4, for example.")
-        _require_number("noise", noise, 0.0, 1e6)
+        require_number("noise", noise, 0.0, 1e6)
         self.rows, self.test_rows, self.split, self.noise, self.seed = rows, test_rows, split, noise, seed
 
     def load(self) -> tuple[Dataset, Dataset]:
@@ -147,12 +147,14 @@ def _split(
     return Dataset(train, spec, label, class_names), Dataset(test, spec, label, class_names)
 
 
-def _require_rows(**counts: int) -> None:
+def require_rows(**counts: int) -> None:
+    """Check numbers of rows, by the names of their arguments."""
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} ({count}) must be at least 1: raise {name}.")
 
 
-def _require_number(name: str, value: float, low: float, high: float) -> None:
+def require_number(name: str, value: float, low: float, high: float) -> None:
+    """Check an argument against its range, both ends included."""
     if not low <= value <= high:
         raise ValueError(f"{name} ({value}) must be a number from {low:g} to {high:g}: set {name} within it.")
