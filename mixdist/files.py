@@ -10,23 +10,16 @@ from pathlib import Path
 
 def write_file(path: Path, data: bytes) -> None:
     """Write and sync a file under a temporary name, then rename it: the final name is complete or absent."""
-    aside = path.with_name(path.name + ".partial")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    with aside_of(path) as aside, open(aside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
 def aside_of(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it replaces ``path`` on success and is removed on an error."""
-    aside = Path(path).with_name(f"{Path(path).name}.new")
-    aside.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
     try:
         yield aside
         os.replace(aside, path)

@@ -183,19 +183,7 @@ class Draw:
     ) -> Tensor:
         """Return uniform numbers on the open interval (0, 1): (word + 1/2) / 2**32.
 
-        Rounding to ``dtype`` never reaches 0 or 1.
-
-        Args:
-            ids_R: int64 sample ids.
-            experts: global expert numbers.
-            shape: of what one expert draws for one row.
-            dtype: of the result.
-
-        Returns:
-            A tensor (E, R, *shape) on the device of the ids.
-
-        Raises:
-            ValueError: if the seed is not from 0 to 2**64 - 1.
+        Rounding to ``dtype`` never reaches 0 or 1. Arguments, result and errors are those of ``normal``.
         """
         numbers = _unit(torch.stack(self._words(ids_R, experts, shape), -1))
         limits = torch.finfo(dtype)

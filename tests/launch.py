@@ -11,8 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,18 +127,27 @@ def here(*words: str) -> Ended:
 
 
 class Started:
-    """A command in processes of its own, its output in files."""
+    """A module run in processes of its own, its output in files; a ``with`` block ends whatever is left of it."""
 
-    def __init__(self, command: Sequence[str], folder: Path, env: dict[str, str]) -> None:
+    def __init__(self, words: Sequence[str], folder: Path, env: dict[str, str]) -> None:
         self.out, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", *words],
             cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
             stdout=self.out,
             stderr=self.err,
             start_new_session=True,
         )
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.kill()
+        self.out.close()
+        self.err.close()
 
     def kill(self) -> None:
         """End the process and all it started with SIGKILL, as a machine that loses power would."""
@@ -175,24 +184,10 @@ class Started:
             time.sleep(0.05)
 
 
-@contextmanager
-def start(*words: str, ranks: int, folder: Path, **env: str) -> Iterator[Started]:
-    """Start a command under torchrun in a folder; whatever is left of it is ended at the end."""
+def start(*words: str, ranks: int, folder: Path, **env: str) -> Started:
+    """Start a command under torchrun in a folder."""
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "mixdist"]
-    with _started([*torchrun, *words], folder, env) as started:
-        yield started
-
-
-@contextmanager
-def _started(words: Sequence[str], folder: Path, env: dict[str, str]) -> Iterator[Started]:
-    started = Started([sys.executable, "-m", *words], folder, env)
-    try:
-        yield started
-    finally:
-        if started.process.poll() is None:
-            started.kill()
-        started.out.close()
-        started.err.close()
+    return Started([*torchrun, *words], folder, env)
 
 
 def torchrun(*words: str, ranks: int, folder: Path, **env: str) -> Ended:
@@ -203,7 +198,7 @@ def torchrun(*words: str, ranks: int, folder: Path, **env: str) -> Ended:
 
 def together(*words: str, ranks: int, folder: Path, **env: str) -> Ended:
     """Run a command on ranks to its end, as under torchrun but in less time: they are forks of one process."""
-    with _started(["tests.ranks", str(ranks), *words], folder, env) as started:
+    with Started(["tests.ranks", str(ranks), *words], folder, env) as started:
         return started.end()
 
 

@@ -27,38 +27,31 @@ from tests.launch import SMALL, changed, complaint, here, refused, torchrun, wri
 from tests.test_refusals import OWN_ROWS
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in an empty folder, which is where a user's own classes are looked for."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def test_a_loss_that_is_not_finite_names_the_expert(folder: Path) -> None:
     config = write_config(folder / "c.yaml", changed(train__optimizer__init_args__lr=1e30))
     line = complaint(here("train", "--config", config, "--out", "run"))
     assert line.startswith("step 2: the loss of expert 0 is not finite")
 
 
-def test_a_mistake_on_all_ranks_is_told_once(folder: Path) -> None:
-    config = write_config(folder / "c.yaml", changed(train__epoch=3))
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"train__epoch": 3}, "unknown config key train.epoch"),
+        (
+            {"data": {"class_path": "own_rows.Rows", "init_args": {"fails_on": 1}}},
+            "rank 1: the disk of this rank has no rows: mount it\n",
+        ),
+    ],
+    ids=["on all ranks", "on one rank"],
+)
+def test_a_mistake_is_told_once(changes: dict[str, Any], told: str, folder: Path) -> None:
+    (folder / "own_rows.py").write_text(OWN_ROWS)
+    config = write_config(folder / "c.yaml", changed(**changes))
     ended = torchrun("train", "--config", config, ranks=2, folder=folder)
     assert ended.code == 1  # torchrun's own
     assert ended.err.count("mixdist: ") == 1
-    assert ended.err.index("mixdist: unknown config key train.epoch") < ended.err.index("exitcode")
+    assert ended.err.index(f"mixdist: {told}") < ended.err.index("exitcode")
     assert "Traceback (most recent call last):\n  File" not in ended.err.partition("torch/distributed")[0]
-    assert [path.name for path in folder.iterdir()] == ["c.yaml"]
-
-
-def test_a_mistake_on_one_rank_is_told_once_by_rank_0(folder: Path) -> None:
-    (folder / "own_rows.py").write_text(OWN_ROWS)
-    data = {"class_path": "own_rows.Rows", "init_args": {"fails_on": 1}}
-    config = write_config(folder / "c.yaml", changed(data=data))
-    ended = torchrun("train", "--config", config, ranks=2, folder=folder)
-    assert ended.code == 1
-    assert ended.err.count("mixdist: ") == 1
-    told = ended.err.index("mixdist: rank 1: the disk of this rank has no rows: mount it\n")
-    assert told < ended.err.index("exitcode")
     assert not (folder / "runs").exists()
 
 
@@ -94,6 +87,7 @@ def test_every_key_is_in_the_help() -> None:
         (["train", "--help"], "passes over the training rows"),
         (["train", "--mixture.help", "mixdist.mixtures.Soft"], "--mixture.compute.micro_batch"),
         (["train", "--mixture.help", "mixdist.competition.Competition"], "--mixture.starved_below"),
+        (["evaluate", "--help"], "importance samples for each row and expert"),
         (["sample", "--help"], "usage: mixdist sample"),
     ],
 )

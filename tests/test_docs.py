@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import mixdist
 from mixdist.report.metrics import read_metrics
-from tests.launch import HANG_S, ROOT
+from tests.launch import ROOT, here
 
 DOCS = ROOT / "docs"
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("launch/*.md"), *DOCS.rglob("*.md")]
@@ -22,23 +19,16 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
-def train(folder: Path, config: str, *argv: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "mixdist", "train", "--config", config, *argv],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=HANG_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def train(config: str, *argv: str) -> str:
+    ended = here("train", "--config", config, *argv)
+    assert ended.code == 0, ended.err
+    return ended.out
 
 
 @pytest.fixture
-def examples(tmp_path: Path) -> Path:
-    """A folder with every example of docs/extend.md in a file of its own."""
+def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a folder with every example of docs/extend.md in a file of its own."""
+    monkeypatch.chdir(tmp_path)
     for block in blocks(DOCS / "extend.md", "python"):
         named = re.match(r"# (my_\w+\.py)\n", block)
         assert named, block
@@ -51,7 +41,7 @@ def examples(tmp_path: Path) -> Path:
 def test_a_data_set_an_expert_a_gate_and_an_objective_of_your_own(examples: Path) -> None:
     (soft,) = blocks(DOCS / "extend.md", "yaml")
     (examples / "own.yaml").write_text(soft + "log_every: 1\n")
-    assert "1000 held-out rows: loss" in train(examples, "own.yaml", "--train.epochs", "3", "--out", "run")
+    assert "1000 held-out rows: loss" in train("own.yaml", "--train.epochs", "3", "--out", "run")
     records = list(read_metrics(examples / "run"))
     losses = [record["loss"] for record in records]
     assert len(losses) == 30
@@ -64,15 +54,15 @@ def test_a_score_of_your_own_and_the_competition_of_the_docs(examples: Path) -> 
     (competition,) = blocks(DOCS / "competition.md", "yaml")
     (examples / "hard.yaml").write_text("data: {class_path: my_data.Waves}\n" + competition)
     argv = ["--mixture.rounds", "2", "--train.epochs", "1", "--out"]
-    assert "round 2: " in train(examples, "hard.yaml", *argv, "hard")
+    assert "round 2: " in train("hard.yaml", *argv, "hard")
     own = ["--mixture.score", "my_score.Reconstruction", "--mixture.expert.network", "my_network.Gated"]
-    assert "round 2: " in train(examples, "hard.yaml", *own, *argv, "own")
+    assert "round 2: " in train("hard.yaml", *own, *argv, "own")
 
 
 def test_a_family_of_your_own(examples: Path) -> None:
     (named,) = (block for block in blocks(DOCS / "extend.md", "text") if block.startswith("mixture:"))
     (examples / "family.yaml").write_text(f"data: {{class_path: my_data.Waves}}\nlog_every: 1\n{named}")
-    assert "squared_error" in train(examples, "family.yaml", "--train.epochs", "3", "--out", "run")
+    assert "squared_error" in train("family.yaml", "--train.epochs", "3", "--out", "run")
     losses = [record["loss"] for record in read_metrics(examples / "run")]
     assert losses[-1] < losses[0]
 

@@ -67,23 +67,13 @@ def test_densities_by_kolmogorov_and_smirnov(name: Any, scale: Any, mean: Any, o
     assert kstest(below[places].numpy(), "uniform").pvalue > 1e-3
 
 
-@pytest.mark.parametrize("output", OUTPUTS)
-def test_bernoulli_by_its_frequency(output: float) -> None:
-    likelihood = Likelihood("bernoulli", 1.0, "sigmoid").double()
-    logits = torch.full((NUM_DRAWS, 1), output).double()
-    x = likelihood.draw(logits, _uniform(NUM_DRAWS, 1))
-    levels = torch.tensor([[0.0], [1.0]]).double()
-    expected = likelihood.log_prob(levels, logits[:2]).exp() * NUM_DRAWS
-    counts = (x == levels.T).sum(0)
-    assert counts.sum() == NUM_DRAWS
-    assert chisquare(counts.numpy(), expected.numpy()).pvalue > 1e-3
+LOGISTIC = [("logistic", scale, num_levels) for scale in (0.03, "learned") for num_levels in (2, 17, 256)]
 
 
-@pytest.mark.parametrize("num_levels", [2, 17, 256])
+@pytest.mark.parametrize(("name", "scale", "num_levels"), [("bernoulli", 1.0, 2), *LOGISTIC])
 @pytest.mark.parametrize("output", [*OUTPUTS, 4.0])
-@pytest.mark.parametrize("scale", [0.03, "learned"])
-def test_the_logistic_by_the_frequencies_of_its_levels(scale: Any, output: float, num_levels: int) -> None:
-    likelihood = Likelihood("logistic", scale, "sigmoid", num_levels).double()
+def test_levels_by_their_frequencies(name: Any, scale: Any, output: float, num_levels: int) -> None:
+    likelihood = Likelihood(name, scale, "sigmoid", num_levels).double()
     outputs, last = torch.full((NUM_DRAWS, 1), output).double(), num_levels - 1
     with torch.no_grad():
         x = likelihood.draw(outputs, _uniform(NUM_DRAWS, 1)).flatten()

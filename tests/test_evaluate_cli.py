@@ -27,12 +27,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.fixture
 def run(trained: Path, folder: Path) -> Path:
     return Path(shutil.copytree(trained, folder / "run"))
@@ -157,13 +151,6 @@ def test_a_mistake_is_told_once_by_rank_0(run: Path, folder: Path) -> None:
     assert ended.err.count("mixdist: ") == 1
     assert "was made with num_experts 4, here is 5" in ended.err
     assert not (run / "evaluation.json").exists()
-
-
-def test_help_tells() -> None:
-    ended = here("evaluate", "--help")
-    assert (ended.code, ended.err) == (0, "")
-    assert "usage: mixdist evaluate" in ended.out
-    assert "importance samples for each row and expert" in ended.out
 
 
 def test_a_supervised_run_is_evaluated(folder: Path) -> None:

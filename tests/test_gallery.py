@@ -19,12 +19,6 @@ from tests.launch import SMALL, changed, here, together, write_config
 from tests.test_density import HARD, untrained
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def pictures(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((run / "images").iterdir())}
 

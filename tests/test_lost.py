@@ -88,10 +88,7 @@ def test_ranks_end_with_their_torchrun(tmp_path: Path) -> None:
         assert len(ranks) >= 2
         run.process.kill()
         run.process.wait()
-        deadline = time.monotonic() + HANG_S
-        while any(alive(pid) for pid in ranks):
-            assert time.monotonic() < deadline, "ranks go on without their launcher"
-            time.sleep(0.1)
+        check_ended(*ranks)
 
 
 def alive(pid: int) -> bool:
@@ -100,6 +97,14 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def check_ended(*pids: int) -> None:
+    """Check that processes end soon."""
+    deadline = time.monotonic() + HANG_S
+    while any(map(alive, pids)):
+        assert time.monotonic() < deadline, f"processes {pids} go on without the one that started them"
+        time.sleep(0.05)
 
 
 def test_a_worker_ends_with_the_process_that_started_it() -> None:
@@ -122,7 +127,4 @@ worker.wait()
     assert alive(pid)
     started.kill()
     started.wait()
-    deadline = time.monotonic() + HANG_S
-    while alive(pid):
-        assert time.monotonic() < deadline, f"the worker {pid} lives on"
-        time.sleep(0.05)
+    check_ended(pid)

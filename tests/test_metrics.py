@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ NUMBERS = [0.1, 1 / 3, -0.0, 5e-324, 1.7976931348623157e308, 123456789.12345678,
 
 
 def write_steps(directory: Path, *steps: int, resume_step: int | None = None) -> None:
-    with MetricsLog(directory, resume_step) as log:
+    with closing(MetricsLog(directory, resume_step)) as log:
         for step in steps:
             log.write({"step": step, "loss": step / 3})
 
@@ -31,7 +32,7 @@ def events_of(directory: Path) -> EventAccumulator:
 
 def test_floats_come_back_exactly(tmp_path: Path) -> None:
     record = {"step": 7, "load": NUMBERS, "phase": "joint \u2713\nline", "mmd": None, "parts": {"kl": 1e-17}}
-    with MetricsLog(tmp_path) as log:
+    with closing(MetricsLog(tmp_path)) as log:
         log.write(record)
     assert read_metrics(tmp_path) == [record]
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [record]
@@ -40,7 +41,7 @@ def test_floats_come_back_exactly(tmp_path: Path) -> None:
 
 def test_a_line_is_there_before_the_log_is_closed(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
-    with MetricsLog(tmp_path / "deep" / "run", resume_step=0) as log:
+    with closing(MetricsLog(tmp_path / "deep" / "run", resume_step=0)) as log:
         for step in range(3):
             log.write({"step": step})
             assert steps_of(tmp_path / "deep" / "run") == list(range(step + 1))
@@ -111,7 +112,7 @@ def test_a_new_run_does_not_write_over_an_old_one(tmp_path: Path) -> None:
     "bad", [{"step": 2, "load": [1.0, math.nan]}, {"step": 2, "load": [1.0, -math.inf]}, {"a": 1}, {"step": 1.5}]
 )
 def test_a_record_without_step_or_with_what_is_not_finite_is_refused(tmp_path: Path, bad: dict[str, object]) -> None:
-    with MetricsLog(tmp_path) as log:
+    with closing(MetricsLog(tmp_path)) as log:
         log.write({"step": 1, "load": [1.0, 2.0]})
         with pytest.raises(ValueError, match=r"load/expert-01 \(-?(nan|inf)\) at step 2|^step \("):
             log.write(bad)
@@ -120,7 +121,7 @@ def test_a_record_without_step_or_with_what_is_not_finite_is_refused(tmp_path: P
 
 
 def test_tensorboard_has_every_number_under_its_path(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path) as log:
+    with closing(MetricsLog(tmp_path)) as log:
         log.write({"step": 4, "loss": 0.5, "load": [3, 5], "bytes": {"sent": 7}, "kl": [[1.0, 2.0]], "phase": "joint"})
     events = events_of(tmp_path)
     expected = {"loss": 0.5, "load/expert-00": 3, "load/expert-01": 5, "bytes/sent": 7}
@@ -132,7 +133,7 @@ def test_tensorboard_has_every_number_under_its_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_goes_to_stderr_and_lines_to_stdout(shown: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(total=10, initial=2, shown=shown) as progress:
+    with closing(Progress(total=10, initial=2, shown=shown)) as progress:
         progress.write({"step": 10, "loss": 12.34567, "rows_per_s": 98765.4})
         progress.tell("round 1: 5 0 rows")
     captured = capsys.readouterr()

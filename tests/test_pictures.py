@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mixdist.report.grids import CELL, Panel, experts_picture, mixture_picture, sample_picture, to_uint8
+from mixdist.mixtures.pictures import Panel
+from mixdist.report.grids import CELL, experts_picture, mixture_picture, sample_picture, to_uint8
 from mixdist.report.plots import (
     attributes_picture,
     contingency_picture,
@@ -29,7 +30,7 @@ RATES = RNG.uniform(size=(12, 30))
 
 
 def images(count: int, size: int = 8, colour: bool = False) -> np.ndarray:
-    return RNG.integers(0, 256, (count, size, size, 3) if colour else (count, size, size), dtype=np.uint8)
+    return RNG.integers(0, 256, (count, 3 if colour else 1, size, size)) / 255
 
 
 def panel(expert: int, *counts: int, **how: Any) -> Panel:
@@ -66,7 +67,8 @@ def having(picture: np.ndarray, colour: str) -> np.ndarray:
 
 
 def place(picture: np.ndarray, image: np.ndarray) -> tuple[int, int]:
-    """The only (y, x) where the enlarged image stands in the picture, pixel for pixel."""
+    """The only (y, x) where the enlarged image (C, H, W) stands in the picture, pixel for pixel."""
+    image = to_uint8(image[None])[0]
     zoom = max(1, CELL // max(image.shape[:2]))
     large = image.reshape(*image.shape[:2], -1).repeat(zoom, 0).repeat(zoom, 1)
     height, width = large.shape[:2]
@@ -170,7 +172,7 @@ def test_missing_images_leave_white_cells_and_an_empty_block_is_left_out(tmp_pat
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (7, 3), (50, 8), (20, None)])
 def test_samples_stand_line_by_line(tmp_path: Path, count: int, columns: int | None) -> None:
-    shown = images(count, 9, colour=count == 7)[:, :, :5]
+    shown = images(count, 9, colour=count == 7)[..., :5]
     if columns is None:
         sample_picture(tmp_path / "picture.png", [shown, images(2)], ["expert 0", "expert 1: few"])
     else:
@@ -183,7 +185,7 @@ def test_samples_stand_line_by_line(tmp_path: Path, count: int, columns: int | N
 def test_to_uint8_rounds_clips_moves_the_channels_and_refuses_the_rest() -> None:
     values = np.array([-1.0, 0.0, 0.49 / 255, 0.51 / 255, 0.5, 1.0, 7.0, np.inf]).reshape(2, 1, 2, 2)
     assert to_uint8(values).tolist() == [[[0, 0], [0, 1]], [[128, 255], [255, 255]]]
-    stored = images(3, 4, colour=True)
+    stored = RNG.integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
     assert np.array_equal(to_uint8(stored.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)), stored)
     assert to_uint8(np.zeros((0, 1, 4, 5))).shape == (0, 4, 5)
     for bad in (np.zeros((2, 2, 4, 4)), np.zeros((2, 4, 4)), np.zeros((2, 4, 4, 3)), np.full((1, 1, 2, 2), np.nan)):

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -314,8 +313,7 @@ def lives(pid: int) -> bool:
 @pytest.mark.parametrize("victim", ["trainer", "decoder"])
 def test_no_process_is_left_when_one_is_killed(victim: str) -> None:
     words = ["train", "--config", config_of(SOFT, {"workers": 2}), "--train.epochs", "10000", "--out", "r"]
-    started = Started([sys.executable, "-m", "mixdist", *words], Path.cwd(), {})
-    try:
+    with Started(["mixdist", *words], Path.cwd(), {}) as started:
         started.until(lambda: any(Path("r/checkpoints").glob("step-*")) and len(decoders(started.process.pid)) >= 3)
         family = decoders(started.process.pid)
         os.kill(started.process.pid if victim == "trainer" else max(family), signal.SIGKILL)
@@ -330,8 +328,3 @@ def test_no_process_is_left_when_one_is_killed(victim: str) -> None:
         while any(map(lives, family)) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not any(map(lives, family))
-    finally:
-        if started.process.poll() is None:
-            started.kill()
-        started.out.close()
-        started.err.close()

@@ -124,7 +124,7 @@ def _evaluate(config: Config, session: Session, options: Namespace, checkpoint: 
     dataset = session.test if options.split == "test" else session.train
     dataset = dataset if options.rows is None else dataset.first(options.rows)
     batches, rank0 = -(-len(dataset) // config.test_batch_size), session.mesh.rank == 0
-    with Progress(batches, 0, rank0 and sys.stderr.isatty()) as bar:
+    with closing(Progress(batches, 0, rank0 and sys.stderr.isatty())) as bar:
         evaluation = evaluate(
             session.mixture,
             dataset,

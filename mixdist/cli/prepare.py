@@ -1,4 +1,4 @@
-"""The commands about data: ``mixdist prepare``."""
+"""``mixdist prepare``: a data set in its original files, converted to shards."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mixdist.data.formats import SOURCES, open_listing
 from mixdist.data.prepare.prepare import SET_ASIDE, SHARD_SAMPLES, Prepared, count_reasons
 from mixdist.data.prepare.prepare import prepare as make_shards
 from mixdist.data.prepare.recipe import Encoding, Recipe
+from mixdist.data.shards.index import ShardIndex
 from mixdist.data.workers import MOST_WORKERS, default_workers
 from mixdist.messages import counted
 
@@ -95,12 +96,8 @@ def prepare_parser() -> ArgumentParser:
 
 def _summary(prepared: Prepared, out: Path, passed_over: int) -> str:
     """Return what lies in the folder, and what to do next."""
-    index = prepared.index
     lines = [f"{out} was finished before; nothing was changed"] if prepared.before else []
-    for split in index.splits:
-        shards = [shard for shard in index.shards if shard.split == split]
-        samples, size = sum(shard.num_samples for shard in shards), sum(shard.num_bytes for shard in shards)
-        lines.append(f"{split}: {counted(samples, 'sample')}, {size / 1e6:.1f} MB, {counted(len(shards), 'shard')}")
+    lines += describe_splits(prepared.index)
     if prepared.set_aside:
         lines.append(f"set aside: {len(prepared.set_aside)} images, listed in {out / SET_ASIDE}")
         lines += [f"  {number}: {reason}" for reason, number in count_reasons(prepared.set_aside)]
@@ -108,3 +105,13 @@ def _summary(prepared: Prepared, out: Path, passed_over: int) -> str:
         lines.append(f"passed over: {passed_over} files that are no images by their names")
     lines.append(f"shards: {out}   next: mixdist verify {shlex.quote(str(out))}")
     return "\n".join(lines)
+
+
+def describe_splits(index: ShardIndex) -> list[str]:
+    """Return a line about the shards of each split."""
+    lines = []
+    for split in index.splits:
+        shards = [shard for shard in index.shards if shard.split == split]
+        samples, size = sum(shard.num_samples for shard in shards), sum(shard.num_bytes for shard in shards)
+        lines.append(f"{split}: {counted(samples, 'sample')}, {size / 1e6:.1f} MB, {counted(len(shards), 'shard')}")
+    return lines

@@ -1,18 +1,19 @@
-"""The commands about data: ``mixdist index`` and ``mixdist verify``."""
+"""``mixdist index`` and ``mixdist verify``: the index of shards that other tools wrote, and checks against it."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
+from mixdist.cli.prepare import describe_splits
 from mixdist.config.options import parse, plain_parser
 from mixdist.data.shards.address import Missing, expand
 from mixdist.data.shards.fetch import RemoteFolder
@@ -30,7 +31,7 @@ _LARGEST_NAMES, _SMALL = 16 << 20, 256 << 20
 
 
 def index(argv: Sequence[str]) -> None:
-    """``mixdist index DIR``: the index of shards that others wrote."""
+    """``mixdist index SOURCE``: write the index of shards that other tools made."""
     options = parse(index_parser(), argv)
     _check_workers(options.workers)
     remote = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", options.source) and not Path(options.source).is_dir()
@@ -204,26 +205,21 @@ def _strangers(folder: Path, known: ShardIndex) -> list[str]:
     return [f"shard {name!r} is in the folder, but not in its index" for name in others]
 
 
-def _each(function: Callable[[S], T], shards: Sequence[S], num_bytes: int, workers: int | None) -> Iterator[T]:
-    """Yield a function's result for each shard, in order, with a progress bar on a terminal."""
+def _each(function: Callable[[S], T], shards: Sequence[S], num_bytes: int, workers: int | None) -> Iterable[T]:
+    """Return a function's results for each shard, in order, with a progress bar on a terminal."""
     if workers is None:  # none where this process is done before others would have started
         workers = min(default_workers(), len(shards)) if num_bytes >= _SMALL else 0
     found = Workers(function, workers, "start again with fewer --workers").map(shards)
-    bar: tqdm[Any] = tqdm(found, total=len(shards), unit="shard", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    yield from bar
+    return tqdm(found, total=len(shards), unit="shard", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
 
 def _summary(made: ShardIndex, scans: Sequence[Scan], out: Path) -> list[str]:
     """Return what was found, and what to do next."""
-    lines = []
-    for split in made.splits:
-        shards = [shard for shard in made.shards if shard.split == split]
-        samples, size = sum(shard.num_samples for shard in shards), sum(shard.num_bytes for shard in shards)
-        lines.append(f"{split}: {counted(samples, 'sample')}, {size / 1e6:.1f} MB, {counted(len(shards), 'shard')}")
     classes = "none" if made.label_N is None else f"{int(made.label_N.max()) + 1} classes"
-    lines.append(
-        f"members: {', '.join(made.extensions)}   labels: {classes}   attributes: {len(made.attribute_names) or 'none'}"
-    )
-    lines += [f"left out: {line}" for line in left_out(scans)]
-    lines.append(f"index: {out / HEAD}   next: mixdist verify {shlex.quote(str(out))}")
-    return lines
+    attributes = len(made.attribute_names) or "none"
+    return [
+        *describe_splits(made),
+        f"members: {', '.join(made.extensions)}   labels: {classes}   attributes: {attributes}",
+        *(f"left out: {line}" for line in left_out(scans)),
+        f"index: {out / HEAD}   next: mixdist verify {shlex.quote(str(out))}",
+    ]

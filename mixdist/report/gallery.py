@@ -13,12 +13,9 @@ from mixdist.report.metrics import read_metrics
 from mixdist.report.rounds import rounds_picture
 
 DRAWN_BY: dict[type[pictures.Picture], Callable[..., None]] = {
-    pictures.Panels: lambda path, panels: grids.experts_picture(
-        path,
-        [grids.Panel(e, title, *(grids.to_uint8(images) for images in arrays)) for e, title, *arrays in panels],
-    ),
-    pictures.Mosaic: lambda path, images: grids.mixture_picture(path, grids.to_uint8(images)),
-    pictures.Rows: lambda path, images, titles: grids.sample_picture(path, [grids.to_uint8(i) for i in images], titles),
+    pictures.Panels: grids.experts_picture,
+    pictures.Mosaic: grids.mixture_picture,
+    pictures.Rows: grids.sample_picture,
     pictures.Plane: plots.scatter_picture,
     pictures.Curves: plots.curves_picture,
     pictures.Contingency: plots.contingency_picture,
@@ -68,4 +65,4 @@ def samples_picture(path: Path, rows: dict[str, Any]) -> None:
         owner = np.repeat(np.arange(len(drawn)), [len(samples) for samples in drawn])
         plots.scatter_picture(path, np.concatenate(drawn), owner, [])
     else:
-        grids.sample_picture(path, [grids.to_uint8(samples) for samples in drawn], list(rows))
+        grids.sample_picture(path, drawn, list(rows))

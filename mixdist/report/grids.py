@@ -1,18 +1,18 @@
 """Grids of images, enlarged pixel by pixel.
 
-Shape letters: n images, H height, W width, C channels.
+Images are (n, C, H, W) with values from 0 to 1. Shape letters: n images, H height, W width, C channels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mixdist.mixtures.pictures import Panel
 from mixdist.report.style import FAINT, INK, colour_of, new_sheet, save
 
 # In pixels: what small images are enlarged to at most, and the white between images, rows, blocks and at the border.
@@ -25,25 +25,6 @@ TITLE: dict[str, Any] = {"color": INK, "fontsize": 11, "fontweight": "bold"}
 
 Text = tuple[float, float, str, dict[str, Any]]
 """x and y in pixels of the image, what is written there, and how."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """What one expert shows: uint8 images (n, H, W) or (n, H, W, 3), any n.
-
-    Args:
-        expert: its global number, which gives its colour.
-        title: as "expert 3: digit 7, 38 rows"; what follows the colon is set beneath.
-        originals: rows of data the expert is in charge of.
-        reconstructions: its reconstructions of them, in the same order.
-        samples: drawn from it.
-    """
-
-    expert: int
-    title: str
-    originals: np.ndarray
-    reconstructions: np.ndarray
-    samples: np.ndarray
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -65,32 +46,23 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 def experts_picture(path: Path, panels: Sequence[Panel]) -> None:
     """Write the main picture: a row for each expert, with a block of columns for each of its three kinds of images.
 
-    A block without any image is left out, with its heading.
-
-    Args:
-        path: of the PNG file.
-        panels: one or more, in the order of the rows.
+    A block without any image is left out, with its heading. What follows the colon of a title is written below it.
     """
-    rows = [[panel.originals, panel.reconstructions, panel.samples] for panel in panels]
-    kept = [i for i in range(3) if any(len(row[i]) for row in rows)] or [0]
-    _write_rows(
-        path,
-        [[row[i] for i in kept] for row in rows],
-        [panel.title for panel in panels],
-        [("originals", "reconstructions", "samples")[i] for i in kept],
-        [panel.expert for panel in panels],
-    )
+    names = ("originals", "reconstructions", "samples")
+    kept = [name for name in names if any(len(getattr(panel, name)) for panel in panels)] or names[:1]
+    rows = [[getattr(panel, name) for name in kept] for panel in panels]
+    _write_rows(path, rows, [panel.title for panel in panels], kept, [panel.expert for panel in panels])
 
 
 def sample_picture(path: Path, images: Sequence[np.ndarray], titles: Sequence[str]) -> None:
-    """Write a grid of each expert's images, uint8 (n, H, W) or (n, H, W, 3) with any n, 16 to a line."""
+    """Write a grid of each expert's images (n, C, H, W), any n, 16 to a line."""
     _write_rows(path, [[block] for block in images], titles, [""], range(len(images)))
 
 
 def mixture_picture(path: Path, images: np.ndarray) -> None:
-    """Write images, uint8 (n, H, W) or (n, H, W, 3), of no expert, line by line in a grid as square as n allows."""
+    """Write images (n, C, H, W) of no expert, line by line in a grid as square as n allows."""
     columns = math.isqrt(len(images) - 1) + 1
-    enlarged = _enlarged(images, "the mixture")
+    enlarged = _enlarged(images)
     tile = _tiled(enlarged, enlarged.shape[1:3], -(-len(images) // columns), columns)
     _write(path, tile[:-ROW_GAP, BLOCK_GAP:])
 
@@ -103,7 +75,7 @@ def _write_rows(
     experts: Sequence[int],
 ) -> None:
     """Write blocks of images, ``rows[row][block]``, with titles and bars of colour at the left and headings above."""
-    rows = [[_enlarged(block, title) for block in row] for row, title in zip(rows, titles, strict=True)]
+    rows = [[_enlarged(block) for block in row] for row in rows]
     cell = np.max([(MIN_HEIGHT, 1), *(block.shape[1:3] for row in rows for block in row)], axis=0).tolist()
     columns = [
         max(min(LINE_IMAGES, max(map(len, blocks))), -(-LETTER * len(heading) // (cell[1] + GAP)))
@@ -129,12 +101,11 @@ def _write_rows(
     _write(path, np.concatenate(strips)[:-ROW_GAP], texts)
 
 
-def _enlarged(images: np.ndarray, title: str) -> np.ndarray:
-    """Return images enlarged by a whole number to at most ``CELL``, in colour: (n, height, width, 3)."""
-    assert images.dtype == np.uint8, (title, images.dtype)
-    assert images.shape[3:] in ((), (3,)), (title, images.shape)
-    zoom = max(1, CELL // max(images.shape[1:3]))
-    large = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+def _enlarged(images: np.ndarray) -> np.ndarray:
+    """Return images as uint8, enlarged by a whole number to at most ``CELL``, in colour: (n, height, width, 3)."""
+    pixels = to_uint8(images)
+    zoom = max(1, CELL // max(pixels.shape[1:3]))
+    large = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
     return large if large.ndim == 4 else large[..., None].repeat(3, axis=3)
 
 

@@ -82,12 +82,6 @@ class MetricsLog:
         self._file.close()
         self._events.close()
 
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def read_metrics(directory: Path) -> list[Record]:
     """Return the records of a run in the order written; a torn last line is left out, no file gives no records.
@@ -169,12 +163,6 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it stands and end its line."""
         self._bar.close()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -98,6 +98,7 @@ def save(figure: Figure, path: Path, box: Bbox | None = None) -> None:
     """Write a figure as PNG, whole or not at all; ``box`` in inches, or all that is drawn and a margin."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     with aside_of(path) as aside:
         # Without the software's version in it the same data gives the same bytes.
         FigureCanvasAgg(figure).print_figure(
