@@ -37,7 +37,7 @@ IMAGES = "jpg;png;webp;jpeg"
 
 
 def ours(samples: ShardSamples, batch: int) -> Callable[[], Iterator[int]]:
-    """Give what makes a pass: the sizes of its batches."""
+    """Return what makes a pass: the sizes of its batches."""
     loader = Loader(samples, batch, seed=0, epochs=10**6)
     passes = iter(range(10**6))
 
@@ -50,7 +50,7 @@ def ours(samples: ShardSamples, batch: int) -> Callable[[], Iterator[int]]:
 
 
 def theirs(urls: Sequence[str], workers: int, batch: int) -> Callable[[], Iterator[int]]:
-    """Give what makes a pass of webdataset's pipeline."""
+    """Return what makes a pass of webdataset's pipeline."""
     pipeline = (
         webdataset.WebDataset(list(urls), shardshuffle=len(urls), seed=0)
         .shuffle(1000)
@@ -73,7 +73,7 @@ def _planes(image: np.ndarray) -> np.ndarray:
 
 
 def speed(once: Callable[[], Iterator[int]]) -> float:
-    """Samples a second of a pass, from its first batch to its last."""
+    """Return the samples a second of a pass, from its first batch to its last."""
     sizes = once()
     next(sizes)
     begin = time.perf_counter()
@@ -81,7 +81,7 @@ def speed(once: Callable[[], Iterator[int]]) -> float:
 
 
 def raw_ours(samples: ShardSamples) -> float:
-    """Members read a second, in random order."""
+    """Return the members read a second, in random order."""
     order = np.random.default_rng(0).permutation(len(samples))
     begin = time.perf_counter()
     wanted = samples.shelf.wanted(samples.places[order])
@@ -91,14 +91,14 @@ def raw_ours(samples: ShardSamples) -> float:
 
 
 def raw_theirs(urls: Sequence[str]) -> float:
-    """Samples a second of webdataset's reader."""
+    """Return the samples a second of webdataset's reader."""
     begin = time.perf_counter()
     count = sum(1 for _ in webdataset.WebDataset(list(urls), shardshuffle=False))
     return count / (time.perf_counter() - begin)
 
 
 def memory() -> int:
-    """Bytes resident in this process and all that it has started, shared ones counted once (PSS)."""
+    """Return the bytes resident in this process and all that it has started, shared ones counted once (PSS)."""
     total, seen = 0, [os.getpid()]
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -167,7 +167,7 @@ def tell(found: dict[str, Any]) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure and tell."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", help="folder of shards with their index")
     parser.add_argument("--workers", type=positive, default=2)

@@ -43,7 +43,7 @@ SEED = 5
 
 
 class Even(torch.autograd.Function):
-    """An all-to-all of equal parts: (W, ...) to (W, ...); its adjoint is itself."""
+    """An all-to-all of equal parts, (W, ...) to (W, ...), which is its own adjoint."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, wire: Wire, group: Any) -> Tensor:
@@ -109,11 +109,11 @@ class Work:
             loss.backward()
 
     def loss(self, resp_BE: Tensor) -> Tensor:
-        """Give the weighted loss of this rank's rows."""
+        """Return the weighted loss of this rank's rows."""
         raise NotImplementedError
 
     def bytes_sent(self) -> float:
-        """Bytes that left a rank in the last step, mean over ranks."""
+        """Return the bytes that left a rank in the last step, mean over ranks."""
         meter = self.wire.meter
         counted = gather_json(meter.wire_bytes + meter.sync_bytes, self.mesh.world)
         return sum(counted) / len(counted)
@@ -173,7 +173,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
-    """Let both ways take turns; give what is written. Every rank calls it."""
+    """Run both ways in turns; return what is written. Every rank calls it."""
     for name, value in (("experts", options.experts), ("batch", options.batch)):
         if value % mesh.world_size:
             raise ValueError(
@@ -204,7 +204,7 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def hold(routing: str, ours: Work, token: Work, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Hold one way against the other; every rank calls it."""
+    """Compare one way with the other; every rank calls it."""
     assert isinstance(token, Token)
     sent, padded = ours.bytes_sent(), token.bytes_sent()
     kinder = {"rows_need_no_gradient": 3 / 4, "forward_alone": 2 / 4, "bfloat16_forward_alone": 1 / 4}

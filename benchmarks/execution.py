@@ -47,7 +47,7 @@ def make(execution: str, kind: str, num_experts: int) -> tuple[ExpertBank, Nativ
 
 
 def step(bank: ExpertBank, engine: Native, rows: Batch, noise: Noise) -> float:
-    """Do one step; give its seconds."""
+    """Do one step; return its seconds."""
     begin = time.perf_counter()
     engine.zero_grad()
     bank(rows, noise).loss_R.mean().backward()

@@ -13,9 +13,9 @@ read: mixdist with placement by load; each rank reads the rows of its experts it
 wire: the same, but rows are read in shares and sent to their owners, once an epoch.
 fixed: as read, but experts stay in blocks of their numbers: what placement by load is worth.
 
-Ratios are of seconds over hand's, from a barrier to a barrier. Sent bytes are held against the least: the rows that an
-epoch's experts own on ranks that do not hold them, without ids. Discriminators, scores and the move of experts to
-their places are timed apart, in rounds of their own after the turns.
+Ratios are of seconds over hand's, from a barrier to a barrier. Sent bytes are compared with the minimum: the rows that
+an epoch's experts own on ranks that do not hold them, without ids. Discriminators, scores and the move of experts to
+their places are timed separately, in rounds of their own after the turns.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
-    """Let the rivals take turns; give what is written. Every rank calls it."""
+    """Run the rivals in turns; return what is written. Every rank calls it."""
     dataset = make_data(options.rows)
     table = skewed(dataset, options.experts, options.skew)
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +116,7 @@ def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
 
 
 def make_data(num_rows: int) -> Dataset:
-    """Smooth noise as uint8 images, the same on every rank."""
+    """Return smooth noise as uint8 images, the same on every rank."""
     coarse = torch.rand(num_rows, 1, 4, 4, generator=torch.Generator().manual_seed(SEED))
     x = nn.functional.interpolate(coarse, (SIDE, SIDE), mode="bilinear")
     field = Field((1, SIDE, SIDE), torch.uint8, 1 / 255)
@@ -159,7 +159,7 @@ class ByHand:
             gather_json(None, self.world)
 
     def train(self, e: int) -> float:
-        """Train an expert on its split for a round's epochs; give the last one's mean loss."""
+        """Train an expert on its split for a round's epochs; return the last one's mean loss."""
         expert, optimizer, x = self.experts[e], self.optimizers[e], self.splits[e]
         total = 0.0
         for _ in range(self.options.epochs):
@@ -175,7 +175,7 @@ class ByHand:
         return total / len(x)
 
     def first_loss(self) -> float:
-        """Mean over the experts of the loss in the last epoch of the first round; every rank calls it."""
+        """Return the mean over the experts of the loss in the last epoch of the first round; every rank calls it."""
         losses = [loss for told in gather_json(self.losses, self.world) for loss in told.values()]
         return sum(losses) / len(losses)
 

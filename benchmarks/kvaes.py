@@ -49,7 +49,7 @@ from mixdist.training.checkpoint import checkpoints_in
 
 
 def finish(cell: Cell, options: argparse.Namespace, splits: Sequence[str] = ("test", "train")) -> dict[str, Any]:
-    """Run a cell, or go on with it, or read it where it is finished; give what is known of it.
+    """Run a cell, or go on with it, or read it where it is finished; return what is known of it.
 
     Raises:
         ValueError: the folder holds a run of another config under this name, or a command fails.
@@ -134,7 +134,7 @@ def command(words: Sequence[str], log: Path) -> None:
 
 
 def run_all(cells: Sequence[Cell], options: argparse.Namespace, splits: Sequence[str]) -> list[dict[str, Any]]:
-    """Run cells, the longest first; what fails is told at the end, when the others are done."""
+    """Run cells, the longest first; report those that failed at the end."""
     order = sorted(cells, key=lambda cell: -cell.gradients * cell.parameters)
     # Workers import torch once and run cell after cell: a start takes seconds, and there are some ninety commands.
     context = multiprocessing.get_context("spawn")
@@ -152,14 +152,14 @@ def run_all(cells: Sequence[Cell], options: argparse.Namespace, splits: Sequence
 
 
 def begin() -> None:
-    """Make a worker ready: one thread, no life of its own, and no words on Ctrl-C: the command tells it."""
+    """Prepare a worker: one thread; it ends with its parent, and leaves messages about Ctrl-C to the command."""
     torch.set_num_threads(1)
     end_with_parent()
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
 def _tell(name: str, future: Future[dict[str, Any]]) -> str | None:
-    """Print that a cell is done; give what went wrong."""
+    """Print that a cell is done; return what went wrong."""
     error = future.exception()
     if error is not None:
         return f"{name}: {error if isinstance(error, ValueError) else repr(error)}"
@@ -170,7 +170,7 @@ def _tell(name: str, future: Future[dict[str, Any]]) -> str | None:
 
 
 def only(cells: Sequence[Cell], columns: Sequence[str]) -> list[Cell]:
-    """Give the cells of some models.
+    """Return the cells of some models.
 
     Raises:
         ValueError: no cell has such a model.

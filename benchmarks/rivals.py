@@ -56,7 +56,7 @@ class Problem:
     num_batches: int = 8
 
     def data(self) -> Dataset:
-        """Smooth noise as uint8 images, the same on every rank."""
+        """Return smooth noise as uint8 images, the same on every rank."""
         draw = torch.Generator().manual_seed(SEED)
         num_rows = self.num_batches * self.batch_size
         coarse = torch.rand(num_rows, 3, 4, 4, generator=draw)
@@ -79,7 +79,7 @@ class Problem:
         return make_gate(dataset.spec, self.num_experts)
 
     def objective(self) -> WeightedLoss:
-        """sum_e r_e l_e, and the balance term."""
+        """Return sum_e r_e l_e and the balance term."""
         return WeightedLoss(KLBalance(self.balance) if self.balance else None)
 
 
@@ -111,7 +111,7 @@ class Rival:
         self.first_loss: float | None = None
 
     def take(self) -> RankBatch:
-        """The next rows."""
+        """Return the next rows."""
         self.number += 1
         return self.loader.batch(*divmod(self.number - 1, self.loader.num_batches)).to(self.device)
 
@@ -125,7 +125,7 @@ class Rival:
         raise NotImplementedError
 
     def bytes_held(self) -> dict[str, int]:
-        """Bytes on this rank of the experts' parameters, and of the whole optimiser state."""
+        """Return the bytes on this rank of the experts' parameters, and of the whole optimiser state."""
         raise NotImplementedError
 
 
@@ -246,12 +246,12 @@ class ExpertParallel(Rival):
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors."""
+    """Return the bytes of tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def state_bytes(optimizers: Iterable[Optimizer]) -> int:
-    """Bytes of the tensors in the optimisers' states."""
+    """Return the bytes of the tensors in the optimisers' states."""
     return num_bytes(
         v for o in optimizers for state in o.state.values() for v in state.values() if isinstance(v, Tensor)
     )

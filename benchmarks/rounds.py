@@ -125,7 +125,7 @@ class Rounds(competition.Rounds):
         }
 
     def traffic(self) -> dict[str, Any]:
-        """Give the bytes that all ranks send in a round's epochs, and the least."""
+        """Return the bytes that all ranks send in a round's epochs, and the least."""
         self.history.reset()
         self.run(1)
         record, mesh = self._record({}), self.mesh
@@ -139,7 +139,7 @@ class Rounds(competition.Rounds):
         return {"sent_bytes": sent, "least_bytes": least, "sent_over_least": sent / least if least else None}
 
     def judge(self, rounds: int) -> dict[str, Any]:
-        """Give the seconds of a round's discriminators and scores, those of the slowest rank; one more is not timed."""
+        """Return seconds of a round's discriminators and scores, those of the slowest rank; one more is not timed."""
         found = []
         for _ in range(rounds + 1):
             self.history.reset()

@@ -107,7 +107,7 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def sweep(options: argparse.Namespace, words: Sequence[str]) -> list[dict[str, Any]]:
-    """Start torchrun once for each number of ranks; give all rows."""
+    """Start torchrun once for each number of ranks; return all rows."""
     passed, rows = list(words), []
     for name in ("--sweep", "--plot", "--out"):
         while any(word.split("=")[0] == name for word in passed):
@@ -235,7 +235,7 @@ def row_of(mode: str, problem: Problem, fit: dict[str, Any], mesh: Mesh, options
 
 
 def traffic(step: Callable[[], None], wire: CountingWire, mesh: Mesh) -> dict[str, float]:
-    """Give a step's bytes, messages, and shares of waiting and transfer: means over the ranks, of medians."""
+    """Return a step's bytes, messages, and shares of waiting and transfer: means over the ranks, of medians."""
     shares: dict[str, list[float]] = {"waiting": [], "transfer": []}
     for _ in range(TIMED_STEPS):
         wire.messages, begin = 0, now(mesh, barrier=True)
@@ -305,7 +305,7 @@ def seen_by(row: dict[str, Any]) -> int:
 
 
 def pyplot() -> Any:
-    """Give matplotlib's pyplot for files."""
+    """Return matplotlib's pyplot for files."""
     try:
         import matplotlib
     except ImportError:

@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
-    """Let the rivals take turns; give what is written. Every rank calls it."""
+    """Run the rivals in turns; return what is written. Every rank calls it."""
     problem = Problem(options.size, options.experts, options.batch, options.image, options.balance)
     rivals = make(problem, mesh, options)
     seconds, cpu = take_turns(runs(rivals, mesh), options, mesh)
@@ -145,7 +145,7 @@ def describe(
 
 
 def traffic(rivals: dict[str, Rival | None], mesh: Mesh, timed_steps: int) -> dict[str, dict[str, Any]]:
-    """Give shares of waiting and transfer, in separate steps in which the rivals take turns; and bytes of a step."""
+    """Return shares of waiting and transfer, in separate steps in which the rivals take turns; and bytes of a step."""
     told: dict[str, dict[str, Any]] = {}
     shares: dict[str, dict[str, list[float]]] = {}
     collective_times: dict[str, list[list[float]]] = {}

@@ -1,4 +1,4 @@
-"""What the benchmarks share: rivals that take turns on all ranks, medians of ratios, how figures are told."""
+"""What the benchmarks share: rivals that take turns on all ranks, medians of ratios, how figures are printed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def meet(num_experts: int, options: argparse.Namespace) -> Mesh:
 def take_turns(
     rivals: Mapping[str, Callable[[int], Any]], options: argparse.Namespace, mesh: Mesh
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Give seconds a step of each rival in each turn, those of the slowest rank; and CPU seconds a step, of all ranks.
+    """Return each rival's seconds a step in each turn, those of the slowest rank, and CPU seconds a step of all ranks.
 
     The second say what a step costs where other programs take part of the machine; waiting is not in them.
 
