@@ -9,7 +9,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from threading import get_ident
 
@@ -91,16 +91,14 @@ class Blocks:
                 f"room there, lower cache.limit_gb, or set cache.folder to another disk"
             ) from None
 
-    @contextmanager
-    def turn(self, name: str, until: float) -> Iterator[None]:
+    def turn(self, name: str, until: float) -> AbstractContextManager[bool | None]:
         """Let one process of the machine at a time fetch a block; waits end at a time limit.
 
         Args:
             name: of the block.
             until: time.monotonic() after which it is fetched without a turn.
         """
-        with _locked(self.folder / "turns" / f"{zlib.crc32(name.encode()) % _NUM_TURNS:03d}", until):
-            yield
+        return _locked(self.folder / "turns" / f"{zlib.crc32(name.encode()) % _NUM_TURNS:03d}", until)
 
     def close(self) -> None:
         """Close what is open; reading opens it again."""
@@ -162,13 +160,10 @@ class Blocks:
         listed = sorted(self._listed())
         left = sum(size for _, size, _ in listed)
         for _, size, path in listed:
-            if left <= goal:
-                break
-            if path.endswith(_PARTIAL):
-                continue
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-            left -= size
+            if left > goal and not path.endswith(_PARTIAL):
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+                left -= size
         return left
 
     def _listed(self) -> Iterator[tuple[float, int, str]]:

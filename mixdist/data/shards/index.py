@@ -32,6 +32,7 @@ _NOT_OURS = (
 )
 """What numpy, zipfile and json raise on foreign bytes."""
 _TUPLES, _OTHERS = ("extensions", "class_names", "attribute_names", "image"), ("source", "base", "made")
+_ARRAYS = {"id": "id_N", "member": "member_NM2", "crc": "crc_NM", "label": "label_N", "attribute": "attribute_NA"}
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.tar")
 
 
@@ -119,16 +120,9 @@ class ShardIndex:
 
     def part(self, i: int) -> ShardIndex:
         """Return the index of shard ``i`` alone."""
-        start, stop = self.starts[i : i + 2]
-        return replace(
-            self,
-            shards=self.shards[i : i + 1],
-            id_N=self.id_N[start:stop],
-            member_NM2=self.member_NM2[start:stop],
-            crc_NM=self.crc_NM[start:stop],
-            label_N=None if self.label_N is None else self.label_N[start:stop],
-            attribute_NA=None if self.attribute_NA is None else self.attribute_NA[start:stop],
-        )
+        rows = slice(*self.starts[i : i + 2])
+        arrays = {_ARRAYS[name]: array[rows] for name, array in self._arrays().items()}
+        return replace(self, shards=self.shards[i : i + 1], **arrays)  # type: ignore[arg-type]
 
     @property
     def fingerprint(self) -> str:
@@ -140,12 +134,7 @@ class ShardIndex:
         return digest.hexdigest()
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
-        arrays: dict[str, NDArray[Any]] = {"id": self.id_N, "member": self.member_NM2, "crc": self.crc_NM}
-        if self.label_N is not None:
-            arrays["label"] = self.label_N
-        if self.attribute_NA is not None:
-            arrays["attribute"] = self.attribute_NA
-        return arrays
+        return {name: array for name, field in _ARRAYS.items() if (array := getattr(self, field)) is not None}
 
     def write(self, folder: Path) -> None:
         """Write ``index.npz`` and then ``index.json``, which makes it complete.
@@ -154,8 +143,7 @@ class ShardIndex:
             OSError: they cannot be written; then nothing is left under their names that was not there.
         """
         samples = io.BytesIO()
-        arrays: dict[str, Any] = {**self._arrays()}
-        np.savez_compressed(samples, **arrays)  # its zip has a fixed date: the same index, the same bytes
+        np.savez_compressed(samples, **self._arrays())  # type: ignore[arg-type]  # its zip has a fixed date: the same index, the same bytes
         head = {
             "format": FORMAT,
             "shards": [asdict(shard) for shard in self.shards],
@@ -185,18 +173,10 @@ class ShardIndex:
             if hashlib.sha256(samples).hexdigest() != about["samples_sha256"]:
                 raise ValueError(f"{SAMPLES} differs from its checksum")
             with np.load(io.BytesIO(samples), allow_pickle=False) as arrays:
-                found = {key: arrays[key] for key in arrays.files}
-            rest: dict[str, Any] = {name: about[name] for name in _OTHERS}
+                rest: dict[str, Any] = {field: arrays[key] for key, field in _ARRAYS.items() if key in arrays.files}
+            rest |= {name: about[name] for name in _OTHERS}
             rest |= {name: None if about[name] is None else tuple(about[name]) for name in _TUPLES}
-            index = ShardIndex(
-                tuple(ShardEntry(**entry) for entry in about["shards"]),
-                id_N=found["id"],
-                member_NM2=found["member"],
-                crc_NM=found["crc"],
-                label_N=found.get("label"),
-                attribute_NA=found.get("attribute"),
-                **rest,
-            )
+            index = ShardIndex(tuple(ShardEntry(**entry) for entry in about["shards"]), **rest)
             check_names([shard.name for shard in index.shards])  # even if signed: a name must stay in the folder
             if index.fingerprint != about["fingerprint"]:
                 raise ValueError(f"{HEAD} differs from its fingerprint")
@@ -234,10 +214,9 @@ class ShardIndex:
 def split_of(name: str) -> str:
     """Return the split that a shard's name says: train, valid or test, else what precedes the number."""
     words = set(re.split(r"[^a-z]+", name.lower()))
-    kin = {"train": {"train", "training"}, "valid": {"val", "valid", "validation"}, "test": {"test"}}
-    for split, names in kin.items():
-        if words & names:
-            return split
+    for kin in (("train", "training"), ("valid", "val", "validation"), ("test",)):
+        if words.intersection(kin):
+            return kin[0]
     return re.sub(r"[-_.]*\d*\.tar$", "", name) or "train"
 
 

@@ -99,8 +99,7 @@ class RemoteStorage:
         pool = ThreadPoolExecutor(_ASKED_AT_ONCE)
         try:
             found = pool.map(self._num_bytes, [shard.name for shard in index.shards])
-            sizes = ((shard.name, shard.num_bytes, size) for shard, size in zip(index.shards, found, strict=True))
-            check_sizes(self._folder.base, sizes)
+            check_sizes(self._folder.base, index, found)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -10,6 +10,7 @@ import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,8 +38,8 @@ class Scan:
         num_bytes: of the file.
         sha256: of the file.
         keys: N names of samples, in order: the members' names up to the first dot after the folder.
-        extensions: of the members, in small letters, sorted; M.
-        member_NM2: where each member's bytes begin in the tar and how many there are, int64; -1 where it is absent.
+        member_NM2: where each member's bytes begin in the tar and how many there are, int64, M as ``EXTENSIONS``; -1
+            where it is absent.
         crc_NM: zlib.crc32 of each member's bytes, uint32; 0 where it is absent.
         label_N: classes from ``cls``, int64; None unless every sample has one.
         attributes: A names and uint8 (N, A) of 0 and 1, from ``json``; None unless every sample has the same names.
@@ -49,7 +50,6 @@ class Scan:
     num_bytes: int
     sha256: str
     keys: list[str]
-    extensions: tuple[str, ...]
     member_NM2: NDArray[np.int64]
     crc_NM: NDArray[np.uint32]
     label_N: NDArray[np.int64] | None = None
@@ -105,7 +105,9 @@ class _Samples:
         self._columns = 0  # of the sample that is being read, a bit each
         self._sample, self._column, self._crc = array("q"), array("B"), array("I")
         self._offset, self._size = array("q"), array("q")
-        self._labels, self._attributes = array("q"), _Attributes()
+        self._labels = array("q")
+        self._names: tuple[str, ...] = ()  # of the attributes in json, as long as all samples have the same
+        self._values, self._num_attributed = bytearray(), 0
 
     def add(self, member: Member, crc: int, data: bytes) -> None:
         """Take a member.
@@ -134,7 +136,7 @@ class _Samples:
         if column == _CLS:
             self._labels.append(self._label(member, data))
         elif column == _JSON:
-            self._attributes.add(data if member.size <= PIECE else b"")
+            self._add_attributes(_attributes(data) if member.size <= PIECE and b'"attributes"' in data else {})
 
     def _place(self, member: Member) -> tuple[str, int]:
         """Return a member's key and the column of its extension."""
@@ -168,55 +170,38 @@ class _Samples:
             self.tar.refuse(member.header, what, "number the classes, or name the member txt")
         return int(match[1])
 
+    def _add_attributes(self, found: dict[str, Any]) -> None:
+        self._names = self._names or tuple(found)
+        if found and found.keys() == set(self._names):
+            self._values += bytes([found[name] for name in self._names])
+            self._num_attributed += 1
+
     def scan(self) -> Scan:
         """Return arrays with a row for each sample."""
-        num = len(self.keys)
-        sample = np.frombuffer(self._sample, dtype=np.int64)
-        used, column = np.unique(np.frombuffer(self._column, dtype=np.uint8), return_inverse=True)
-        member_NM2 = np.full((num, len(used), 2), ABSENT, dtype=np.int64)
-        member_NM2[sample, column, 0], member_NM2[sample, column, 1] = self._offset, self._size
-        crc_NM = np.zeros((num, len(used)), dtype=np.uint32)
-        crc_NM[sample, column] = self._crc
+        num, where = len(self.keys), (np.array(self._sample), np.array(self._column))
+        member_NM2 = np.full((num, len(EXTENSIONS), 2), ABSENT, dtype=np.int64)
+        member_NM2[where] = np.stack([self._offset, self._size], axis=-1)
+        crc_NM = np.zeros((num, len(EXTENSIONS)), dtype=np.uint32)
+        crc_NM[where] = self._crc
         shard, left_out = self.tar.shard, []
         if 0 < len(self._labels) < num:
             left_out.append(f"labels: {len(self._labels)} of {num} samples of shard {shard!r} have a cls")
-        attributes = self._attributes.table(num)
-        if attributes is None and self._attributes.names:
+        attributes = None
+        if self._num_attributed == num:
+            attributes = self._names, np.array(self._values, dtype=np.uint8).reshape(num, len(self._names))
+        elif self._names:
             left_out.append(f"attributes: not all samples of shard {shard!r} have the same ones of 0 and 1 in json")
         return Scan(
             shard,
             self.tar.stream.offset,
             self.tar.stream.sha256,
             self.keys,
-            tuple(EXTENSIONS[c] for c in used),
             member_NM2,
             crc_NM,
             np.array(self._labels, dtype=np.int64) if len(self._labels) == num else None,
             attributes,
             tuple(left_out),
         )
-
-
-class _Attributes:
-    """The attributes in the json of one sample after another, as long as all have the same names."""
-
-    def __init__(self) -> None:
-        self.names: tuple[str, ...] = ()
-        self._rows, self._num = bytearray(), 0
-
-    def add(self, data: bytes) -> None:
-        """Take a sample's json; what is no object with attributes of 0, 1, true and false is none."""
-        found = _attributes(data) if b'"attributes"' in data else {}
-        self.names = self.names or tuple(found)
-        if found and found.keys() == set(self.names):
-            self._rows += bytes([found[name] for name in self.names])
-            self._num += 1
-
-    def table(self, num: int) -> Attributes | None:
-        """Return names and values (N, A), if all ``num`` samples have them."""
-        if self._num != num:
-            return None
-        return self.names, np.frombuffer(bytes(self._rows), dtype=np.uint8).reshape(num, len(self.names))
 
 
 def _attributes(data: bytes) -> dict[str, Any]:
@@ -267,7 +252,8 @@ def assemble(
         ids = [np.arange(starts[i], starts[i + 1]) for i in range(len(scans))]
     assert [len(part) for part in ids] == [len(one.keys) for one in scans], "an id for each sample"
     assert all(np.all(np.diff(part) > 0) for part in ids), "ids ascend within a shard"
-    extensions = tuple(sorted({extension for one in scans for extension in one.extensions}))
+    member_NM2 = np.concatenate([one.member_NM2 for one in scans])
+    used_M = (member_NM2[..., 0] != ABSENT).any(0)
     label_N = _labels(scans, class_names)
     attribute_names, attribute_NA = _same_attributes(scans) or ((), None)
     return ShardIndex(
@@ -275,10 +261,10 @@ def assemble(
             ShardEntry(one.name, split, one.num_bytes, one.sha256, len(one.keys), int(part[0]))
             for one, split, part in zip(scans, splits, ids, strict=True)
         ),
-        extensions,
+        tuple(compress(EXTENSIONS, used_M)),
         np.concatenate(ids).astype(np.int64),
-        np.concatenate([_widened(one.member_NM2, one.extensions, extensions, ABSENT) for one in scans]),
-        np.concatenate([_widened(one.crc_NM, one.extensions, extensions, 0) for one in scans]),
+        member_NM2.compress(used_M, axis=1),
+        np.concatenate([one.crc_NM for one in scans]).compress(used_M, axis=1),
         label_N,
         attribute_NA,
         tuple(class_names) if label_N is not None else (),
@@ -337,13 +323,3 @@ def _same_attributes(scans: Sequence[Scan]) -> Attributes | None:
     if len(found) < len(scans) or any(names != found[0][0] for names, _ in found):
         return None
     return found[0][0], np.concatenate([values for _, values in found])
-
-
-def _widened(
-    array_NM: NDArray[Any], extensions: tuple[str, ...], all_extensions: tuple[str, ...], absent: int
-) -> NDArray[Any]:
-    """Add columns for the extensions that this shard does not have."""
-    shape = (len(array_NM), len(all_extensions), *array_NM.shape[2:])
-    wide = np.full(shape, absent, dtype=array_NM.dtype)
-    wide[:, [all_extensions.index(extension) for extension in extensions]] = array_NM
-    return wide

@@ -7,7 +7,6 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from threading import Lock
 from typing import Any, Protocol
 
 from mixdist.data.shards.index import ShardIndex
@@ -74,8 +73,8 @@ class LocalStorage:
 
     def check(self, index: ShardIndex) -> None:
         """See :meth:`Storage.check`."""
-        sizes = ((shard.name, shard.num_bytes, _size(self.folder / shard.name)) for shard in index.shards)
-        check_sizes(str(self.folder), sizes)
+        paths = (self.folder / shard.name for shard in index.shards)
+        check_sizes(str(self.folder), index, (path.stat().st_size if path.exists() else None for path in paths))
 
     def close(self) -> None:
         """See :meth:`Storage.close`."""
@@ -92,11 +91,8 @@ class Descriptors:
     """
 
     def __init__(self, limit: int) -> None:
-        assert limit >= 1, limit
         self._limit = limit
-        self._open: OrderedDict[str, int] = OrderedDict()
-        # Held over a read: a descriptor that another thread closed could by then be another file's.
-        self._lock = Lock()
+        self._open: OrderedDict[str, _Descriptor] = OrderedDict()
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         """Read up to ``size`` bytes at a place; fewer where the file ends.
@@ -104,20 +100,18 @@ class Descriptors:
         Raises:
             OSError: the file cannot be opened or read.
         """
-        with self._lock:
-            descriptor = self._open.get(path)
-            if descriptor is None:
-                descriptor = self._add(path)
-            else:
-                self._open.move_to_end(path)
-            if size > _LARGE:  # memory follows the file and not its claims
-                size = max(0, min(size, os.fstat(descriptor).st_size - offset))
-            data = os.pread(descriptor, size, offset)
-            while len(data) < size:  # a read of more than 2 GiB, or from a file system that gives less at once
-                more = os.pread(descriptor, size - len(data), offset + len(data))
-                if not more:
-                    break
-                data += more
+        file = self._open.pop(path, None)
+        while file is None and len(self._open) >= self._limit:
+            self._open.popitem(last=False)
+        self._open[path] = file = file or _Descriptor(path)
+        if size > _LARGE:  # memory follows the file and not its claims
+            size = max(0, min(size, os.fstat(file.number).st_size - offset))
+        data = os.pread(file.number, size, offset)
+        while len(data) < size:  # a read of more than 2 GiB, or from a file system that gives less at once
+            more = os.pread(file.number, size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
         return data
 
     def holds(self, path: str) -> bool:
@@ -126,33 +120,25 @@ class Descriptors:
 
     def forget(self, path: str) -> None:
         """Close a file, so that it is opened anew."""
-        with self._lock:
-            descriptor = self._open.pop(path, None)
-            if descriptor is not None:
-                os.close(descriptor)
+        self._open.pop(path, None)
 
     def close(self) -> None:
         """Close all; reading opens them again."""
-        with self._lock:
-            while self._open:
-                os.close(self._open.popitem()[1])
+        self._open.clear()
 
-    def _add(self, path: str) -> int:
-        while len(self._open) >= self._limit:
-            os.close(self._open.popitem(last=False)[1])
-        descriptor = os.open(Path(path), os.O_RDONLY | os.O_CLOEXEC)
-        self._open[path] = descriptor
-        return descriptor
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Descriptors, (self._limit,)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"limit": self._limit}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["limit"])  # type: ignore[misc]
+class _Descriptor:
+    """An open file; it is closed once no thread reads from it."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        if hasattr(self, "_open"):
-            self.close()
+        if hasattr(self, "number"):
+            os.close(self.number)
 
 
 def check_bytes(where: str, offset: int, size: int, crc: int, data: bytes) -> bytes:
@@ -175,27 +161,21 @@ def check_bytes(where: str, offset: int, size: int, crc: int, data: bytes) -> by
     return data
 
 
-def check_sizes(folder: str, sizes: Iterable[tuple[str, int, int | None]]) -> None:
+def check_sizes(folder: str, index: ShardIndex, sizes: Iterable[int | None]) -> None:
     """Check the sizes of shards against the index.
 
     Args:
         folder: path or address, for the message.
-        sizes: name, bytes by the index, and bytes found or None where there is no such file, of each shard.
+        index: of the shards.
+        sizes: bytes found of each shard, or None where there is no such file.
 
     Raises:
         ValueError: one is missing or of another size.
     """
-    for name, expected, found in sizes:
-        if found != expected:
+    for shard, found in zip(index.shards, sizes, strict=True):
+        if found != shard.num_bytes:
             has = "is missing" if found is None else f"has {found} bytes"
             raise ValueError(
-                f"shard {name!r} {has} in {folder!r}, but the index says {expected} bytes: put the file that the index "
-                f"was made for there; mixdist verify names what else differs"
+                f"shard {shard.name!r} {has} in {folder!r}, but the index says {shard.num_bytes} bytes: put the file "
+                f"that the index was made for there; mixdist verify names what else differs"
             )
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None

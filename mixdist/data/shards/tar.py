@@ -19,19 +19,14 @@ _BASE = 65521
 """zlib.adler32 sums bytes modulo this prime, ten times faster than Python does."""
 _POSIX, _GNU = b"ustar\x0000", b"ustar  \x00"
 _FILE, _FOLDER = (0x30, 0), 0x35
-_LONG_NAME, _PAX, _PAX_GLOBAL = 0x4C, 0x78, 0x67
-_KINDS = {
-    b"1": "a hard link",
-    b"2": "a symbolic link",
-    b"3": "a character device",
-    b"4": "a block device",
-    b"6": "a fifo",
-    b"K": "a long link",
-    b"S": "a sparse file",
-}
+_LONG_NAME, _PAX, _PAX_GLOBAL = b"Lxg"
+_DEVICES = "a character device", "a block device"
+_KINDS = dict(zip(b"1234", ("a hard link", "a symbolic link", *_DEVICES), strict=True))
+_KINDS |= dict(zip(b"6KS", ("a fifo", "a long link", "a sparse file"), strict=True))
 _OCTAL = re.compile(rb" *([0-7]+)[ \0]*")
 _RECORD = re.compile(rb"([1-9][0-9]{0,8}) ([^=\n]+)=")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_NO_PARTS = frozenset(("", ".", ".."))
 _MAX_EXTENSION = 1 << 16
 
 
@@ -52,11 +47,6 @@ class HashedStream:
     def offset(self) -> int:
         """Return the number of bytes taken so far; at the end, all of them."""
         return self._start + self._at
-
-    @property
-    def fetched(self) -> int:
-        """Return the number of bytes that came from the stream so far."""
-        return self._start + len(self._block)
 
     @property
     def sha256(self) -> str:
@@ -103,7 +93,6 @@ class Tar:
     def __init__(self, stream: Stream, shard: str) -> None:
         self.shard, self.stream = shard, HashedStream(stream)
         self._take = self.stream.take
-        self._safe_folder: str | None = None
 
     def refuse(self, offset: int, what: str, remedy: str) -> NoReturn:
         """Raise the ValueError that names the shard and the place."""
@@ -116,7 +105,7 @@ class Tar:
             ValueError: damaged, cut, no plain file or folder, or an unsafe name.
         """
         longer: str | None = None
-        claimed: int | None = None
+        claimed: int | None = None  # bytes, by a pax header
         first = place = self.stream.offset
         while (head := self._header(place)) is not None:
             kind, size = head[156], self._size(head, place)
@@ -133,8 +122,8 @@ class Tar:
                 what = f"{name!r} has {size} bytes by its header and {claimed} by its pax header"
                 self.refuse(place, what, REMAKE)
             if kind in _FILE:
-                return Member(self._checked(name, place), first, place + BLOCK, size)
-            self._skip(kind, name, size, place)
+                return Member(self._checked(name.removeprefix("./"), place), first, place + BLOCK, size)
+            self._skip_folder(kind, name, size, place)
             longer, claimed = None, None
             first = place = self.stream.offset
         if first != place:
@@ -161,7 +150,7 @@ class Tar:
         return crc, data
 
     def _cut(self, where: str) -> NoReturn:
-        self.refuse(self.stream.fetched, f"the archive ends {where}", AGAIN)
+        self.refuse(self.stream.offset, f"the archive ends {where}", AGAIN)
 
     def _header(self, place: int) -> bytes | None:
         """Return the next 512 bytes, with checksum and magic number checked; None at the end of the archive."""
@@ -216,40 +205,27 @@ class Tar:
             self.refuse(place, f"the name {name!r} is not UTF-8", "rename it and make the shard again")
 
     def _checked(self, name: str, place: int) -> str:
-        """Return a file's name, without ``./`` before it.
+        """Return a name.
 
         Raises:
             ValueError: it leaves its folder, or has characters that no file's name needs.
         """
-        if name.startswith("./"):
-            name = name[2:]
-        folder, slash, base = name.rpartition("/")
-        if base in ("", ".", "..") or not name.isprintable() or "\\" in name or (":" in name and _SCHEME.match(name)):
-            self._unsafe(name, place)
-        if slash and folder != self._safe_folder:
-            self._check_folder(folder, name, place)
-            self._safe_folder = folder
+        strange = not name.isprintable() or "\\" in name or (":" in name and _SCHEME.match(name))
+        if strange or not _NO_PARTS.isdisjoint(name.split("/")):
+            what = f"the name {name!r} is unsafe, expected a relative one without '..', empty parts"
+            self.refuse(place, f"{what}, '\\', ':' or controls", "rename it and make the shard again")
         return name
 
-    def _check_folder(self, folder: str, name: str, place: int) -> None:
-        parts = folder.split("/")
-        if any(part in ("", ".", "..") for part in parts) or not folder.isprintable() or "\\" in folder:
-            self._unsafe(name, place)
-
-    def _skip(self, kind: int, name: str, size: int, place: int) -> None:
+    def _skip_folder(self, kind: int, name: str, size: int, place: int) -> None:
         """Skip a folder; refuse everything else."""
         if kind != _FOLDER:
-            what = _KINDS.get(bytes([kind]), f"a member of type {bytes([kind])!r}")
+            what = _KINDS.get(kind, f"a member of type {bytes([kind])!r}")
             self.refuse(place, f"{name!r} is {what}, expected a plain file", REMAKE)
         folder = name.removesuffix("/").removeprefix("./")
         if folder != ".":
-            self._check_folder(folder or name, name, place)
+            self._checked(folder or name, place)
         if size:
             self.refuse(place, f"the folder {name!r} has {size} bytes, expected none", REMAKE)
-
-    def _unsafe(self, name: str, place: int) -> NoReturn:
-        what = f"the name {name!r} is unsafe, expected a relative one without '..', empty parts, '\\', ':' or controls"
-        self.refuse(place, what, "rename it and make the shard again")
 
     def _extension(self, kind: int, size: int, place: int) -> tuple[str | None, int | None]:
         """Return the name and the size in the bytes of a long name or a pax header, where it gives them."""
@@ -261,19 +237,15 @@ class Tar:
         if kind == _LONG_NAME:
             return self._decoded(data.split(b"\0", 1)[0], place), None
         records = self._records(data, place)
-        refused = [key for key in records if key == "linkpath" or key.startswith("GNU.sparse")]
-        if records.get("hdrcharset", b"UTF-8") not in (b"UTF-8", b"ISO-IR 10646 2000 UTF-8"):
-            refused.append("hdrcharset")
-        if kind == _PAX_GLOBAL:
-            refused += [key for key in ("path", "size") if key in records]
-        if refused:
-            self.refuse(place, f"a pax record {refused[0]!r}, expected those of plain files", REMAKE)
-        name = self._decoded(records["path"], place) if "path" in records else None
-        if "size" not in records:
-            return name, None
-        if not records["size"].isdigit() or len(records["size"]) > 18:
-            self.refuse(place, f"the pax size {records['size']!r} is no number from 0", AGAIN)
-        return name, int(records["size"])
+        utf8 = records.get("hdrcharset", b"UTF-8") in (b"UTF-8", b"ISO-IR 10646 2000 UTF-8")
+        never = {"linkpath", *(() if utf8 else ("hdrcharset",)), *(("path", "size") if kind == _PAX_GLOBAL else ())}
+        for key in records:
+            if key in never or key.startswith("GNU.sparse"):
+                self.refuse(place, f"a pax record {key!r}, expected those of plain files", REMAKE)
+        name, claimed = records.get("path"), records.get("size")
+        if claimed is not None and not re.fullmatch(rb"[0-9]{1,18}", claimed):
+            self.refuse(place, f"the pax size {claimed!r} is no number from 0", AGAIN)
+        return None if name is None else self._decoded(name, place), None if claimed is None else int(claimed)
 
     def _records(self, data: bytes, place: int) -> dict[str, bytes]:
         """Return pax records, "LENGTH KEY=VALUE" with a line end each, no key twice."""

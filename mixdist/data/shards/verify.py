@@ -53,23 +53,26 @@ def examine(stream: Stream, part: ShardIndex, decode: bool) -> Verdict:
         offset, size = int(offsets[where]), int(sizes[where])
         data, what = _member(source, offset, size, int(part.crc_NM[place, column]))
         if what is None and decode and place not in hurt and part.extensions[column] in IMAGES:
-            what = _undecodable(data)
+            try:
+                plain(open_image(data), 3)
+            except Unreadable as error:
+                what = f"cannot be decoded: {error}"
         if what is not None and place not in hurt:
             hurt[place] = (
                 f"shard {shard.name!r}, byte {offset}: {part.extensions[column]} of sample {part.id_N[place]} {what}"
             )
     while source.take(PIECE):
         pass
-    num_bytes, sha256 = source.offset, source.sha256
-    lines = _shortened(list(hurt.values()), shard.name)
-    if num_bytes != shard.num_bytes:
-        lines.insert(0, f"shard {shard.name!r} has {num_bytes} bytes, expected {shard.num_bytes}")
-    elif sha256 != shard.sha256 and len(hurt) == len(part) > 1:
+    lines = list(hurt.values())[:MOST_TOLD]
+    if len(hurt) > MOST_TOLD:
+        lines.append(f"shard {shard.name!r}: and {len(hurt) - MOST_TOLD} more samples like these")
+    if source.offset != shard.num_bytes:
+        lines.insert(0, f"shard {shard.name!r} has {source.offset} bytes, expected {shard.num_bytes}")
+    elif source.sha256 != shard.sha256 and len(hurt) == len(part) > 1:
         lines = [f"shard {shard.name!r} is another file than the index was made for: no sample is where it should be"]
-    elif sha256 != shard.sha256 and not hurt:
-        lines = [f"shard {shard.name!r} differs from its sha256, but in headers or padding only: no sample is damaged"]
-    elif sha256 != shard.sha256:
-        lines.insert(0, f"shard {shard.name!r} differs from its sha256")
+    elif source.sha256 != shard.sha256:
+        but = "" if hurt else ", but in headers or padding only: no sample is damaged"
+        lines.insert(0, f"shard {shard.name!r} differs from its sha256{but}")
     return Verdict(lines, len(hurt))
 
 
@@ -86,17 +89,3 @@ def _member(source: HashedStream, offset: int, size: int, crc: int) -> tuple[byt
     if zlib.crc32(data) != crc:
         return data, f"has other bytes than the index says (crc32 of its {size} bytes)"
     return data, None
-
-
-def _shortened(lines: list[str], shard: str) -> list[str]:
-    if len(lines) <= MOST_TOLD:
-        return lines
-    return [*lines[:MOST_TOLD], f"shard {shard!r}: and {len(lines) - MOST_TOLD} more samples like these"]
-
-
-def _undecodable(data: bytes) -> str | None:
-    try:
-        plain(open_image(data), 3)
-    except Unreadable as error:
-        return f"cannot be decoded: {error}"
-    return None
