@@ -60,12 +60,15 @@ class RangeServer:
     def kill(self) -> None:
         """End it at once, in the middle of whatever it does."""
         if self._child is not None:
-            child, self._child = self._child, None
-            child.kill()
-            child.wait(10)
-            for stream in (child.stdin, child.stdout):
-                assert stream is not None
-                stream.close()
+            with self._child as child:  # closes its pipes and waits for it
+                child.kill()
+            self._child = None
+
+    def __enter__(self) -> RangeServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def be(self, *moods: dict[str, Any]) -> None:
         _write_moods(self._control, list(moods))
@@ -155,13 +158,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if what == "cut":
             body = body[:value]
+            self.close_connection = True
         if what == "trickle":
             for byte in body:
                 self.wfile.write(bytes([byte]))
                 time.sleep(value)
         self.wfile.write(body)
-        if what == "cut":
-            self.close_connection = True
 
 
 class _Server(ThreadingHTTPServer):

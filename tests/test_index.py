@@ -326,9 +326,8 @@ def test_one_bad_shard_leaves_no_index(tmp_path: Path) -> None:
 def server(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
     monkeypatch.setattr(fetch, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(commands, "_BLOCK", 4000)
-    started = RangeServer(folder, tmp_path)
-    yield started
-    started.kill()
+    with RangeServer(folder, tmp_path) as started:
+        yield started
 
 
 def test_shards_at_an_address_are_indexed(folder: Path, server: RangeServer, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ import pytest
 from mixdist.data.shards import cache as blocks
 from mixdist.data.shards import fetch, http
 from mixdist.data.shards.cache import Blocks
+from mixdist.data.shards.index import ShardIndex
 from mixdist.data.shards.remote import Cache, RemoteStorage
 from mixdist.data.shards.storage import Damage, Storage
 from mixdist.data.sources.shards import open_shards
 from tests import light_reader
 from tests.errors import error_of
 from tests.range_server import RangeServer
-from tests.small_shards import Member, make, rebased
+from tests.small_shards import Member, make
 
 BLOCK = 10_000
 WATCHDOG_S = 60.0
@@ -59,9 +61,8 @@ def members(shards: tuple[Path, list[Member]]) -> list[Member]:
 
 @pytest.fixture(scope="module")
 def standing(shards: tuple[Path, list[Member]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RangeServer]:
-    started = RangeServer(shards[0], tmp_path_factory.mktemp("control"))
-    yield started
-    started.kill()
+    with RangeServer(shards[0], tmp_path_factory.mktemp("control")) as started:
+        yield started
 
 
 @pytest.fixture
@@ -85,11 +86,9 @@ def _kept(cache: Cache) -> list[Path]:
 
 def _size(cache: Cache) -> int:
     total = 0
-    for path in Path(cache.folder).glob("blocks/*"):
-        try:
+    for path in _kept(cache):
+        with suppress(FileNotFoundError):  # removed meanwhile
             total += path.stat().st_size
-        except FileNotFoundError:  # removed meanwhile
-            continue
     return total
 
 
@@ -125,12 +124,8 @@ def test_blocks_of_any_size(server: RangeServer, cache: Cache, shards: tuple[Pat
 def test_the_index_lies_here_and_the_shards_there(
     server: RangeServer, shards: tuple[Path, list[Member]], cache: Cache, tmp_path: Path
 ) -> None:
-    here = tmp_path / "here"
-    here.mkdir()
-    for name in ("index.json", "index.npz"):
-        shutil.copy(shards[0] / name, here)
-    rebased(here, server.url)
-    index, remote = open_shards(str(here), cache)
+    replace(ShardIndex.read(shards[0]), base=server.url).write(tmp_path)
+    index, remote = open_shards(str(tmp_path), cache)
     assert isinstance(remote, RemoteStorage)
     remote.check(index)
     _read_all(remote, shards[1])
@@ -138,17 +133,12 @@ def test_the_index_lies_here_and_the_shards_there(
 
 def test_a_shard_that_changed_is_another(cache: Cache, tmp_path: Path) -> None:
     changing = tmp_path / "changing"
-    control = tmp_path / "control"
-    control.mkdir()
     first = make(changing, [[5000, 6000]], seed=1)
-    other = RangeServer(changing, control)
-    try:
+    with RangeServer(changing, tmp_path) as other:
         _read_all(open_shards(other.url, cache)[1], first)
         second = make(changing, [[5000, 6000]], seed=2)
         assert second[0].data != first[0].data
         _read_all(open_shards(other.url, cache)[1], second)
-    finally:
-        other.kill()
 
 
 # What may pass.
@@ -236,18 +226,15 @@ def test_the_pause_that_a_server_asks_for_is_kept(server: RangeServer, members: 
 def test_proxies_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", "http://user:secret@127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "direct.example.org")
-    told = _error(
-        lambda: fetch.RemoteFolder("https://example.org/x", BLOCK, 0, 5.0).info("a.tar"), "example.org/x/a.tar"
-    )
+    one = fetch.RemoteFolder("https://example.org/x", BLOCK, 0, 5.0)
+    told = _error(lambda: one.info("a.tar"), "example.org/x/a.tar")
     assert "refused" in told
     assert "secret" not in told
     proxied, direct = (http._pool(f"https://{host}/") for host in ("example.org", "direct.example.org"))
     assert proxied.proxy_headers == {"proxy-authorization": "Basic dXNlcjpzZWNyZXQ="}
     assert direct.proxy is None
     monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:9")
-    _error(
-        lambda: fetch.RemoteFolder("https://example.org/x", BLOCK, 0, 5.0).info("a.tar"), "example.org/x/a.tar", "proxy"
-    )
+    _error(lambda: one.info("a.tar"), "example.org/x/a.tar", "proxy")
 
 
 def test_this_machine_is_reached_past_proxies(
@@ -330,13 +317,11 @@ def test_bytes_that_stay_wrong_are_damage(server: RangeServer, members: list[Mem
 
 
 def test_shards_that_do_not_fit_the_index(shards: tuple[Path, list[Member]], cache: Cache, tmp_path: Path) -> None:
-    folder, control = tmp_path / "other", tmp_path / "control"
+    folder = tmp_path / "other"
     shutil.copytree(shards[0], folder)
-    control.mkdir()
     one, members = shards[1][0], shards[1]
     num_bytes = (folder / one.shard).stat().st_size
-    server = RangeServer(folder, control)
-    try:
+    with RangeServer(folder, tmp_path) as server:
         index, remote = open_shards(server.url, cache)
         remote.check(index)
         os.truncate(folder / one.shard, 15_000)
@@ -352,8 +337,6 @@ def test_shards_that_do_not_fit_the_index(shards: tuple[Path, list[Member]], cac
         _error(lambda: open_shards(server.url, cache), server.url, "index.npz", kind=ValueError)
         (folder / "index.npz").unlink()
         _error(lambda: open_shards(server.url, cache), f"{server.url}/index.npz", "404", kind=ValueError)
-    finally:
-        server.kill()
 
 
 def test_check_ends_when_the_server_is_away(server: RangeServer, cache: Cache) -> None:
@@ -383,22 +366,15 @@ def test_https_with_a_certificate(
     words = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2"]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, *words]
     subprocess.run(command, check=True, capture_output=True, timeout=30)
-    server = RangeServer(shards[0], tmp_path, certificate, key)
-    try:
+    with RangeServer(shards[0], tmp_path, certificate, key) as server:
         _error(lambda: open_shards(server.url, cache), server.url, "certificate")
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         _read_all(open_shards(server.url, cache)[1], shards[1])
         server.be({"do": "redirect", "value": "http://127.0.0.1/{path}"})
         _error(lambda: open_shards(server.url, cache), server.url, "http://127.0.0.1/", "scheme")
-    finally:
-        server.kill()
 
 
 # The cache.
-
-
-def _unread_disk(path: Path) -> None:
-    path.write_bytes(b"")
 
 
 def _rot(path: Path) -> None:
@@ -407,7 +383,7 @@ def _rot(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("harm", [_rot, _unread_disk, Path.unlink, lambda path: os.truncate(path, 3000)])
+@pytest.mark.parametrize("harm", [_rot, Path.unlink, *(lambda path, n=n: os.truncate(path, n) for n in (0, 3000))])
 def test_a_harmed_block_is_fetched_again(
     server: RangeServer, members: list[Member], cache: Cache, harm: Callable[[Path], Any]
 ) -> None:
@@ -544,14 +520,9 @@ def test_processes_share_a_small_cache(
     small = _changed(cache, limit_gb=5 * (BLOCK + 20) / 1e9)
     remote = open_shards(server.url, small)[1]
     running = [processes.apply_async(light_reader.read_all, (remote, members * 5, seed)) for seed in (1, 2, 3)]
-    most = 0
-
-    def look() -> None:
-        nonlocal most
-        most = max(most, _size(small))
-
-    assert _results(running, look) == [list(range(5 * len(members)))] * 3
-    assert 3 * BLOCK < most <= small.limit_gb * 1e9 + 3 * (BLOCK + 20)
+    sizes: list[int] = []
+    assert _results(running, lambda: sizes.append(_size(small))) == [list(range(5 * len(members)))] * 3
+    assert 3 * BLOCK < max(sizes) <= small.limit_gb * 1e9 + 3 * (BLOCK + 20)
 
 
 def test_another_process_finds_the_cache_warm(

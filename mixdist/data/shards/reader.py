@@ -123,16 +123,17 @@ class Pool:
             return partial(self.reading.several, wanted)
         size = min(_MOST, max(_LEAST, -(-len(wanted) // (2 * self.workers))))
         started = [self._workers.start(wanted[first : first + size]) for first in range(0, len(wanted), size)]
-        return lambda: _joined([read() for read in started], size)
+
+        def finish() -> Read:
+            parts = [read() for read in started]
+            bad = [Bad(n * size + one.place, one.reason) for n, (_, some) in enumerate(parts) for one in some]
+            return np.concatenate([arrays for arrays, _ in parts]), bad
+
+        return finish
 
     def close(self) -> None:
         """End the processes, whatever they are doing."""
         self._workers.close()
-
-
-def _joined(parts: list[Read], size: int) -> Read:
-    bad = [Bad(n * size + one.place, one.reason) for n, (_, some) in enumerate(parts) for one in some]
-    return np.concatenate([arrays for arrays, _ in parts]), bad
 
 
 def read_npy(data: bytes) -> NDArray[Any]:

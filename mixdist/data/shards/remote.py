@@ -56,11 +56,6 @@ class Cache:
         if self.retries < 0:
             raise ValueError(f"cache.retries ({self.retries}) must be at least 0")
 
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block."""
-        return int(self.block_mb * 1e6)
-
 
 class RemoteStorage:
     """Shards at an address; a block is fetched once and kept for all processes of the machine.
@@ -110,10 +105,9 @@ class RemoteStorage:
     def _part(self, shard: str, number: int, start: int, stop: int) -> bytes:
         """Return what a block has of the bytes from ``start`` to ``stop`` of a shard."""
         num_bytes, stem = self._shards[shard]
-        first = number * self._folder.block
+        name, first = f"{stem}-{number:06d}", number * self._folder.block
         size = min(self._folder.block, num_bytes - first)
         start, stop = max(start - first, 0), min(stop - first, size)
-        name = f"{stem}-{number:06d}"
         part = self._blocks.read(name, size, start, stop)
         if part is None:
             until = time.monotonic() + self._folder.patience_s
@@ -172,4 +166,4 @@ def read_index(address: str, cache: Cache) -> ShardIndex:
 
 def _folder(base: str, cache: Cache) -> RemoteFolder:
     settings = f"cache.retries ({cache.retries}) or cache.timeout_s ({cache.timeout_s:g})"
-    return RemoteFolder(base, cache.block_bytes, cache.retries, cache.timeout_s, settings)
+    return RemoteFolder(base, int(cache.block_mb * 1e6), cache.retries, cache.timeout_s, settings)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from mixdist.data.dataset import Samples
 from mixdist.data.loader import share
 from mixdist.data.order import Epoch, OrderName, shuffled, shuffled_blocks
 from mixdist.data.shards.index import ShardIndex
-from mixdist.data.shards.reader import Pool, Read, Wanted
+from mixdist.data.shards.reader import Pool, Wanted
 from mixdist.terms import Batch, Spec
 
 _SURVEYED_AT_ONCE = 512
@@ -54,15 +53,11 @@ class Shelf:
 
     def wanted(self, places: NDArray[np.int64]) -> list[Wanted]:
         """Return where samples lie, by their places in the index."""
-        columns, shards = self.column_M[places], self.shard_of(places)
+        columns, shards = self.column_M[places], np.searchsorted(self.index.starts, places, side="right") - 1
         members, crcs = self.index.member_NM2[places, columns], self.index.crc_NM[places, columns]
         names = [shard.name for shard in self.index.shards]
         found = zip(shards.tolist(), members.tolist(), crcs.tolist(), strict=True)
         return [Wanted(names[shard], offset, size, crc) for shard, (offset, size), crc in found]
-
-    def shard_of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the number of the shard of each place."""
-        return np.searchsorted(self.index.starts, places, side="right") - 1
 
     def described(self, place: int, reason: str) -> str:
         """Return which sample is bad, and why."""
@@ -120,31 +115,25 @@ class ShardSamples(Samples):
         names = self.spec if fields is None else fields
         places = self.places[index.numpy()]
         started = self.shelf.pool.start(self.shelf.wanted(places)) if "x" in names else None
-        return partial(self._finish, index, places, started, names, epoch)
 
-    def _finish(
-        self,
-        index: Tensor,
-        places: NDArray[np.int64],
-        started: Callable[[], Read] | None,
-        names: Sequence[str] | Spec,
-        epoch: Epoch | None,
-    ) -> Batch:
-        rows = {"id": self._ids[index]}
-        if started is not None:
-            arrays, bad = started()
-            if bad:
-                raise ValueError(
-                    f"{self.shelf.described(int(places[bad[0].place]), bad[0].reason)}; mixdist verify --decode finds "
-                    f"all such samples, data.init_args.on_error skip leaves them out"
-                )
-            rows["x"] = torch.from_numpy(arrays)
-            if epoch is not None and self.augment is not None:
-                rows["x"] = self.augment(rows["x"], rows["id"], epoch)
-        for name, column in {"y": self.label_N, "attributes": self.attribute_NA}.items():
-            if name in names and column is not None:
-                rows[name] = column.index_select(0, index)
-        return rows
+        def finish() -> Batch:
+            rows = {"id": self._ids[index]}
+            if started is not None:
+                arrays, bad = started()
+                if bad:
+                    raise ValueError(
+                        f"{self.shelf.described(int(places[bad[0].place]), bad[0].reason)}; mixdist verify --decode "
+                        f"finds all such samples, data.init_args.on_error skip leaves them out"
+                    )
+                rows["x"] = torch.from_numpy(arrays)
+                if epoch is not None and self.augment is not None:
+                    rows["x"] = self.augment(rows["x"], rows["id"], epoch)
+            for name, column in {"y": self.label_N, "attributes": self.attribute_NA}.items():
+                if name in names and column is not None:
+                    rows[name] = column.index_select(0, index)
+            return rows
+
+        return finish
 
     def first(self, num_rows: int) -> ShardSamples:
         return self._of(np.arange(min(num_rows, len(self))))

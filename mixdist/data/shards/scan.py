@@ -99,8 +99,7 @@ class _Samples:
 
     def __init__(self, tar: Tar) -> None:
         self.tar = tar
-        self.keys: list[str] = []
-        self._seen: set[str] = set()
+        self.keys: dict[str, None] = {}  # in order
         self._key = ""
         self._columns = 0  # of the sample that is being read, a bit each
         self._sample, self._column, self._crc = array("q"), array("B"), array("I")
@@ -117,12 +116,11 @@ class _Samples:
         """
         key, column = self._place(member)
         if key != self._key:
-            if key in self._seen:
+            if key in self.keys:
                 what = f"key {key!r} of {member.name!r} comes again after other samples (a duplicate, or interleaved)"
                 remedy = "put a sample's members one after the other under a key of its own"
                 self.tar.refuse(member.header, what, remedy)
-            self._seen.add(key)
-            self.keys.append(key)
+            self.keys[key] = None
             self._key, self._columns = key, 0
         if self._columns >> column & 1:
             what = f"sample {key!r} has a second {EXTENSIONS[column]!r} ({member.name!r})"
@@ -195,7 +193,7 @@ class _Samples:
             shard,
             self.tar.stream.offset,
             self.tar.stream.sha256,
-            self.keys,
+            list(self.keys),
             member_NM2,
             crc_NM,
             np.array(self._labels, dtype=np.int64) if len(self._labels) == num else None,
