@@ -72,26 +72,6 @@ def _index(name: str) -> Callable[[Path], Artefact]:
     return make
 
 
-def _verified(folder: Path) -> tuple[ShardIndex, bytes]:
-    return make_shards(folder).part(2), (folder / THIRD).read_bytes()
-
-
-def _examined(part: ShardIndex, data: bytes) -> Verdict:
-    return examine(io.BytesIO(data), part, decode=False)
-
-
-def _shard(folder: Path) -> Artefact:
-    part, whole = _verified(folder)
-
-    def read(data: bytes) -> bool:
-        for line in _examined(part, data).lines:
-            raise ValueError(line)
-        return True
-
-    num = len(whole)
-    return Artefact(whole, read, num, range(0, num, 512), range(0, num, 61), 1.0, f"shard '{THIRD}'")
-
-
 def _members(folder: Path) -> Artefact:
     members = small_shards.make(folder, [[100, 0, 512, 3000]])
     path = folder / members[0].shard
@@ -144,7 +124,6 @@ def _packed(folder: Path) -> Artefact:
 
 ARTEFACTS: dict[str, Callable[[Path], Artefact]] = {
     **{name: _index(name) for name in (HEAD, SAMPLES)},
-    "shard against its index": _shard,
     "members of a shard": _members,
     **{f"{kind} archive": _archive(kind) for kind in FORMATS},
     "header in an archive": _header,
@@ -186,8 +165,22 @@ def test_any_flipped_bit_is_found_or_changes_nothing(kind: str, tmp_path: Path) 
 # What is told of a shard that differs from its index.
 
 
-def test_a_flipped_bit_is_told_with_its_sample_and_outside_of_members_with_none(tmp_path: Path) -> None:
-    part, whole = _verified(tmp_path)
+def _examined(part: ShardIndex, data: bytes) -> Verdict:
+    return examine(io.BytesIO(data), part, decode=False)
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> tuple[ShardIndex, bytes]:
+    part = make_shards(tmp_path).part(2)
+    whole = (tmp_path / THIRD).read_bytes()
+    assert _examined(part, whole).lines == []
+    return part, whole
+
+
+def test_a_flipped_bit_is_told_with_its_sample_or_outside_of_members_with_none(
+    shard: tuple[ShardIndex, bytes],
+) -> None:
+    part, whole = shard
     inside: dict[int, tuple[int, int, int]] = {}
     for n in range(len(part)):
         for column, (offset, size) in enumerate(part.member_NM2[n].tolist()):
@@ -198,14 +191,15 @@ def test_a_flipped_bit_is_told_with_its_sample_and_outside_of_members_with_none(
         verdict = _examined(part, bytes(hurt))
         assert verdict.num_hurt == (place in inside)
         assert len(verdict.lines) == 1 + (place in inside)
+        assert verdict.lines[0].startswith(f"shard '{THIRD}'")
         if place in inside:
             n, column, offset = inside[place]
             named = f"shard '{THIRD}', byte {offset}: {part.extensions[column]} of sample {14 + n} "
             assert verdict.lines[1].startswith(named)
 
 
-def test_a_cut_shard_is_told_with_every_sample_that_is_lost(tmp_path: Path) -> None:
-    part, whole = _verified(tmp_path)
+def test_a_cut_shard_is_told_with_every_sample_that_is_lost(shard: tuple[ShardIndex, bytes]) -> None:
+    part, whole = shard
     end_N = part.member_NM2.sum(-1).max(-1)
     for length in range(0, len(whole), 512):  # every boundary of a member is one
         verdict = _examined(part, whole[:length])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from mixdist.data.shards.samples import ShardSamples
 from mixdist.noise import Purpose
 from mixdist.parallel.mesh import Placement
 from tests.errors import error_of
-from tests.tars import COUNTS, SIDE, image_of, make_index, make_shards, sample_of, write_shard
+from tests.tars import COUNTS, SIDE, encoded, image_of, make_index, make_shards, sample_of, write_shard
 
 NUM_TRAIN = 44
 BLOCKS: dict[str, Any] = {"block": 5, "window": 2}
@@ -171,8 +172,6 @@ def test_images_are_brought_to_a_size_and_a_label_may_be_an_attribute(folder: Pa
 
 
 def test_arrays_are_read_without_pickles(tmp_path: Path) -> None:
-    import io
-
     def array_of(number: int, values: Any) -> dict[str, bytes | str]:
         file = io.BytesIO()
         np.save(file, values, allow_pickle=True)
@@ -228,8 +227,6 @@ class TestDamage:
         error_of(lambda: few.without([3, 30]), "2 of 44 samples", "data.init_args.max_skipped", 0.02)
 
     def test_other_sizes_are_no_rows(self, tmp_path: Path) -> None:
-        from tests.tars import encoded
-
         odd = {"__key__": "000000001", "png": encoded(image_of(1, 6)), "cls": "0"}
         write_shard(tmp_path / "train-0.tar", [{**sample_of(0)}, {**sample_of(1), **odd}])
         index = make_index(tmp_path, ["train-0.tar"])

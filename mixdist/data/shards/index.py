@@ -114,9 +114,8 @@ class ShardIndex:
 
     def places(self, split: str) -> NDArray[np.int64]:
         """Return the places of the samples of a part, ascending."""
-        starts = self.starts
-        parts = [np.arange(starts[i], starts[i + 1]) for i, shard in enumerate(self.shards) if shard.split == split]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+        nums = [shard.num_samples for shard in self.shards]
+        return np.flatnonzero(np.repeat([shard.split == split for shard in self.shards], nums))
 
     def part(self, i: int) -> ShardIndex:
         """Return the index of shard ``i`` alone."""
