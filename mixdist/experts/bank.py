@@ -167,7 +167,7 @@ class ExpertBank(nn.Module):
             return self._run_stack(rows, noise, mask_RE)
         columns = []
         for i, e in enumerate(self.ids):
-            terms = [self._recomputed(e, *piece[1:]) for piece in self._pieces(i, e, rows, noise, mask_RE)]
+            terms = [self._recomputed(e, taken, eps) for _, taken, eps in self._pieces(i, e, rows, noise, mask_RE)]
             column = _map(lambda *fields: torch.cat(fields), *terms)
             columns.append(_map(lambda field, i=i: _place(field, i, mask_RE), column))
         return _map(lambda *fields: torch.stack(fields, dim=1), *columns)
@@ -215,8 +215,10 @@ class ExpertBank(nn.Module):
                 piece = places_M[piece]
             taken = own if count == num_rows and size >= count else {n: column[piece] for n, column in own.items()}
             if self.compute.channels_last:
-                taken = {n: _channels_last(column) for n, column in taken.items()}
-            yield piece, taken, _eps(noise, taken["id"], [e], expert)
+                last = torch.channels_last
+                taken = {n: x.contiguous(memory_format=last) if x.dim() == 4 else x for n, x in taken.items()}
+            shape = expert.noise_shape
+            yield piece, taken, None if noise is None or shape is None else noise(taken["id"], [e], shape)[0]
 
     def _recomputed(self, e: int, rows: Batch, eps: Tensor | None) -> ExpertTerms:
         if self.compute.recompute and torch.is_grad_enabled():
@@ -262,20 +264,12 @@ def _differentiate(losses: Tensor, grads: Tensor) -> None:
         losses.backward(grads)
 
 
-def _eps(noise: Noise | None, ids: Tensor, experts: Sequence[int], expert: Expert) -> Tensor | None:
-    return None if noise is None or expert.noise_shape is None else noise(ids, experts, expert.noise_shape)[0]
-
-
 def _place(field: Tensor, i: int, mask_RE: Tensor | None) -> Tensor:
     """Put an expert's field (M, ...) to its rows: (R, ...)."""
     if mask_RE is None:
         return field
     full = field.new_zeros(mask_RE.shape[0], *field.shape[1:])
     return full.index_put((mask_RE[:, i].nonzero()[:, 0],), field)
-
-
-def _channels_last(column: Tensor) -> Tensor:
-    return column.contiguous(memory_format=torch.channels_last) if column.dim() == 4 else column
 
 
 def _map(change: Callable[..., Tensor], *terms: ExpertTerms) -> ExpertTerms:

@@ -98,16 +98,14 @@ class Ensemble(Mixture):
         execution: Execution = "auto",
         compute: Compute = Compute(),  # noqa: B008 (frozen)
     ) -> None:
-        listed = list(expert) if isinstance(expert, Sequence) else None
-        number = num_experts if listed is None else len(listed)
-        if number is None or number < 1 or num_experts not in (None, number):
-            wanted = "give 1 or more" if listed is None else f"leave it out, or give {len(listed)}, one for each"
+        self.alike = not isinstance(expert, Sequence)
+        self.make_experts = list(expert) if isinstance(expert, Sequence) else [expert] * (num_experts or 0)
+        self.num_experts, self.execution, self.compute = len(self.make_experts), execution, compute
+        if not self.num_experts or num_experts not in (None, self.num_experts):
+            wanted = "give 1 or more" if self.alike else f"leave it out, or give {self.num_experts}, one for each"
             raise ValueError(f"mixture.num_experts ({num_experts}) must be the number of experts: {wanted}")
-        self.num_experts, self.execution, self.compute = number, execution, compute
-        self.alike = listed is None
-        self.make_experts: list[MakeExpert] = [expert] * number if listed is None else listed  # type: ignore[list-item]
         for key in ("micro_batch", "recompute", "compile"):
-            value = getattr(self.compute, key)
+            value = getattr(compute, key)
             if execution == "stacked" and value:
                 raise ValueError(
                     f"mixture.compute.{key} ({value}) needs experts in a loop, and mixture.execution is stacked: set "

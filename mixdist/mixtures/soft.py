@@ -243,16 +243,14 @@ class Soft(Ensemble):
             eps = at.draw(Purpose.GATE).normal(rows["id"], [0], self.gate.noise_shape, self.dtype)[0]
         return self.gate(self.values(rows, self.gate.fields), eps)
 
-    def log_weights(self, gating: Gating) -> Tensor:
-        """Return the log weights of all experts for each row outside training: what routing leaves out is -inf."""
-        if self.routing is None:
-            return gating.log_resp_BE
-        choices_BK = self.routing.choices(gating.log_resp_BE)
-        asked_BK = choices_BK < gating.log_resp_BE.shape[1]
-        return self.routing.log_weights(gating.log_resp_BE, lay_out(gating.log_resp_BE, choices_BK, asked_BK).routed_BE)
-
     def choose(self, batch: RankBatch, route: Route, at: Moment) -> Tensor:
-        return self.log_weights(self.gating(batch.rows, at))
+        """Return the log weights of all experts for each row outside training: what routing leaves out is -inf."""
+        log_resp_BE = self.gating(batch.rows, at).log_resp_BE
+        if self.routing is None:
+            return log_resp_BE
+        choices_BK = self.routing.choices(log_resp_BE)
+        plan = lay_out(log_resp_BE, choices_BK, choices_BK < self.num_experts)
+        return self.routing.log_weights(log_resp_BE, plan.routed_BE)
 
     @torch.no_grad()
     def shares(self, dataset: Samples, batch_size: int, at: Moment) -> Tensor:
