@@ -169,8 +169,8 @@ def run(case: Contest) -> dict[str, Any]:
 
     made.scoring.verdict = judge  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mixdist.competition.placement.MOVES_A_SECOND", math.inf)
-        patch.setattr("mixdist.competition.pieces.PIECE_BYTES", case.piece_bytes)
+        patch.setattr("mixdist.competition.entrants.MOVES_A_SECOND", math.inf)
+        patch.setattr("mixdist.competition.delivery.PIECE_BYTES", case.piece_bytes)
         for record in records_of(made):
             records.append(record)
             if "round" in record:

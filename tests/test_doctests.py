@@ -26,8 +26,7 @@ WITHOUT: dict[str, set[str]] = {
         *("Context", "Evaluation", "ExpertEvaluation", "Facts", "Model", "Request", "Stage", "Study"),
     },
     "competition": {
-        *("Assignment", "Discriminators", "Elbo", "Fixed", "HardMixture"),
-        *("LabelOracle", "Likelihood", "Random", "Rounds", "Rules", "Score"),
+        *("Assignment", "HardMixture", "Rounds", "Rules", "Score"),
     },
     "data": {"Cifar10", "Idx", "Samples", "Shards"},
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixdist.competition.entrant import Entrant
-from mixdist.competition.placement import move_entrants
+from mixdist.competition.entrants import Entrants
 from mixdist.engines import Native, Solo
 from mixdist.engines.state import read_optimizer, write_optimizer
 from mixdist.noise import Moment, Purpose
@@ -88,20 +88,16 @@ def there_and_back(ranks: int, optimizer: str) -> dict[str, Tensor]:
     """Train, let all experts move to the last rank or the next ones, and home; report what is here before and after."""
     case, mesh = Contest(optimizer=optimizer), mesh_of(4, ranks, ranks)
     wire = Wire(mesh.device)
-    entrants = {e: trained(case, wire, e, 1 + e % 2, ranks) for e in mesh.experts}
+    entrants = Entrants(make_mixture(case, mesh, wire), phase := make_phase(case, 1))
+    entrants.update({e: trained(case, wire, e, 1 + e % 2, ranks) for e in mesh.experts})
+    here = list(entrants.values())
     report = {f"before {e} {n}": t for e, entrant in entrants.items() for n, t in entrant.tensors().items()}
-    made: list[int] = []
-
-    def make(e: int) -> Entrant:
-        made.append(e)
-        return Entrant(e, make_mixture(case, mesh, wire), make_phase(case, 1))
-
     home = [list(mesh.placement.experts_of(member)) for member in range(ranks)]
     around, crowd = [home[-1], *home[:-1]], [[] for _ in range(ranks - 1)] + [[0, 1, 2, 3]]
     for homes in (around, crowd, home):
-        entrants = move_entrants(entrants, homes, mesh, wire, make, 1)
+        entrants.move(homes, phase, 1)
         assert list(entrants) == homes[mesh.member]
-    assert made or ranks == 1
+    assert not any(entrant in here for entrant in entrants.values())
     # Each goes on from there: what an optimiser and a schedule remember counts.
     places = [(part, len(part)) for part in torch.arange(45).split(16)]
     after = {f"after {e} {n}": t for e, entrant in entrants.items() for n, t in entrant.tensors().items()}

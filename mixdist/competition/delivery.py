@@ -5,8 +5,10 @@ Positions are places in the data set, ascending. Both readers give the same rows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from dataclasses import replace
+from functools import cache, partial
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -23,17 +25,20 @@ from mixdist.terms import Batch, Spec
 T = TypeVar("T")
 Delivery = Literal["read", "wire"]
 Wanted = Callable[[int], Tensor]
-"""Gives the positions that a rank wants, ascending; every rank can tell for every other."""
+"""Returns the positions that a rank wants, ascending; every rank can compute them for every other."""
+
+PIECE_BYTES = 1 << 28
+"""Rows that a rank holds at once while its experts train: an epoch's at most."""
 
 
 class Reader(Protocol):
     """Brings rows to ranks."""
 
     def start(self, wanted: Wanted, fields: Sequence[str], epoch: Epoch | None = None) -> Callable[[], Batch]:
-        """Begin to bring this rank the rows it wants; what is given waits for them and is called once, in turn.
+        """Start to bring this rank its rows; return a callable that blocks until they are there.
 
-        Every rank calls both. Rows are as stored, in ascending order of position, and augmented for an epoch of
-        training where one is given.
+        Every rank calls both, the callable once and in order. Rows are as stored, in ascending order of position, and
+        augmented for an epoch of training where one is given.
         """
 
 
@@ -74,28 +79,24 @@ class WireReader:
         spec = {name: self.dataset.spec[name] for name in fields}
         own = self.held[self.mesh.rank]
         if self.dataset.in_memory:
-            if tuple(fields) not in self.laid_out:
-                rows = self.dataset.take(torch.arange(own.start, own.stop), fields=fields)
-                self.laid_out = {tuple(fields): pack(rows, spec)}
-            packed = self.laid_out[tuple(fields)]
+            if (key := tuple(fields)) not in self.laid_out:
+                self.laid_out = {key: pack(self.dataset.take(torch.arange(own.start, own.stop), fields=fields), spec)}
+            packed = self.laid_out[key]
             return lambda: self._exchange(wanted, spec, packed, lambda index: index - own.start)
-        asked = [self._within(wanted(rank), self.mesh.rank) for rank in range(self.mesh.world_size)]
-        read = torch.cat(asked).unique()
+        read = torch.cat([self._within(wanted(rank), self.mesh.rank) for rank in range(self.mesh.world_size)]).unique()
         begun = self.dataset.start(read, epoch, fields)
         return lambda: self._exchange(wanted, spec, pack(begun(), spec), lambda index: torch.searchsorted(read, index))
 
     def _exchange(self, wanted: Wanted, spec: Spec, packed: Tensor, place: Callable[[Tensor], Tensor]) -> Batch:
-        """Send each rank what it wants of this rank's share; ``place`` tells where in ``packed`` positions are."""
+        """Send each rank what it wants of this rank's share; ``place`` returns where in ``packed`` positions are."""
         me, world, device = self.mesh.rank, range(self.mesh.world_size), self.mesh.device
         index = wanted(me)
         own = packed.index_select(0, place(self._within(index, me))).to(device)
         if self.mesh.world is None:
             return unpack(own, spec)
-        others = [rank for rank in world if rank != me]
-        parts = [packed.index_select(0, place(self._within(wanted(rank), me))) for rank in others]
-        sizes = iter([part.numel() for part in parts])
+        parts = [packed[:0] if r == me else packed.index_select(0, place(self._within(wanted(r), me))) for r in world]
         width = costs.row_bytes(spec.values())
-        sent = [0 if rank == me else next(sizes) for rank in world]
+        sent = [part.numel() for part in parts]
         received = [0 if rank == me else width * len(self._within(index, rank)) for rank in world]
         self.wire.meter.wire_bytes_min += sum(len(part) for part in parts) * width
         flat = torch.cat([part.reshape(-1) for part in parts]).to(device)
@@ -104,7 +105,7 @@ class WireReader:
         return unpack(torch.cat([part.reshape(-1, width) for part in arrived]), spec)
 
     def _within(self, index: Tensor, rank: int) -> Tensor:
-        """The positions that a rank holds."""
+        """Return those of the positions that a rank holds."""
         held = self.held[rank]
         first, last = torch.searchsorted(index, torch.tensor([held.start, held.stop])).tolist()
         return index[first:last]
@@ -115,11 +116,15 @@ class Brought(NamedTuple):
 
     Args:
         rows: as stored, each once.
-        place: tells for a batch the places of this replica's part of it among the rows.
+        place: returns the places of this replica's part of a batch among the rows.
     """
 
     rows: Batch
     place: Callable[[Tensor], Tensor]
+
+    def places(self, batches: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
+        """Return for each batch the places of this replica's part among the rows, and the size of the whole."""
+        return [(self.place(batch), len(batch)) for batch in batches]
 
 
 def bring(
@@ -129,14 +134,14 @@ def bring(
     fields: Sequence[str],
     epoch: Epoch | None = None,
 ) -> Callable[[], Brought]:
-    """Begin to bring each rank the rows of batches of positions, of which every replica takes its part.
+    """Start to bring each rank the rows of batches of positions, of which every replica takes its part.
 
-    Every rank calls it, and what it gives, which waits for the rows.
+    Every rank calls it, and the callable that it returns, which blocks until the rows are there.
 
     Args:
         reader: brings rows, each once to a rank.
         mesh: this rank's place.
-        batches: gives those that are for a member of the EP group; every rank can tell for every member.
+        batches: returns those of a member of the EP group; every rank can compute them for every member.
         fields: to be brought.
         epoch: of training; None for rows as they are.
     """
@@ -146,20 +151,20 @@ def bring(
         mine = share(len(batch), placement.replica_of(rank), placement.num_replicas)
         return batch[mine.start : mine.stop]
 
+    @cache
     def wanted(rank: int) -> Tensor:
         parts = [part(batch, rank) for batch in batches(placement.member_of(rank))]
         return torch.cat(parts).unique() if parts else torch.zeros(0, dtype=torch.int64)
 
-    wanted = lru_cache(maxsize=None)(wanted)
     begun, index = reader.start(wanted, fields, epoch), wanted(mesh.rank)
     return lambda: Brought(begun(), lambda batch: torch.searchsorted(index, part(batch, mesh.rank)).to(mesh.device))
 
 
 def prefetched(starts: Iterable[Callable[[], Callable[[], T]]]) -> Iterator[T]:
-    """Wait for things one after another, each begun before the one before it is given away.
+    """Yield results in order, starting each one before the previous is yielded.
 
     Args:
-        starts: each begins something and gives what waits for it.
+        starts: each starts something and returns a callable that blocks until its result is there.
     """
     begun: Callable[[], T] | None = None
     for start in starts:
@@ -169,3 +174,49 @@ def prefetched(starts: Iterable[Callable[[], Callable[[], T]]]) -> Iterator[T]:
         begun = following
     if begun is not None:
         yield begun()
+
+
+def pieces_of_epoch(
+    reader: Reader,
+    mesh: Mesh,
+    dataset: Samples,
+    fields: Sequence[str],
+    epoch: Epoch,
+    homes: Sequence[Sequence[int]],
+    own: Callable[[int], Tensor],
+    batch_size: int,
+) -> Iterator[tuple[Brought, Callable[[int], Sequence[Tensor]]]]:
+    """Yield an epoch of experts that train by themselves in pieces; every rank goes through them.
+
+    A piece is as many batches of every expert as fit into memory, mostly all of them: the rows of this rank's experts,
+    and a function that returns an expert's batches, positions in the data set. Pieces depend on nothing that a rank
+    alone knows.
+
+    Args:
+        reader: brings rows.
+        mesh: this rank's place.
+        dataset: the samples.
+        fields: that experts read.
+        epoch: names the order, with each expert's number.
+        homes: each member's experts.
+        own: returns the positions of an expert's samples; every rank can compute them for every expert.
+        batch_size: of every expert.
+    """
+
+    @cache
+    def batches(e: int) -> Sequence[Tensor]:
+        mine = own(e)
+        return dataset.ordered(mine, replace(epoch, expert=e), batch_size).split(batch_size) if len(mine) else ()
+
+    row_bytes = sum(dataset.spec[name].num_bytes for name in fields)
+    several = max(1, PIECE_BYTES // (row_bytes * batch_size * max(map(len, homes))))
+    most = max(len(own(e)) for experts in homes for e in experts)
+
+    def begin(first: int) -> Callable[[], tuple[Brought, Callable[[int], Sequence[Tensor]]]]:
+        def some(e: int) -> Sequence[Tensor]:
+            return batches(e)[first : first + several]
+
+        begun = bring(reader, mesh, lambda member: [b for e in homes[member] for b in some(e)], fields, epoch)
+        return lambda: (begun(), some)
+
+    return prefetched(partial(begin, first) for first in range(0, max(1, math.ceil(most / batch_size)), several))

@@ -45,7 +45,7 @@ class Entrant:
         self.bank = ExpertBank({number: self.expert}, "loop", mixture.compute)
         self.discriminator: Discriminator | None = None
         self.discriminator_engine: Solo | None = None
-        self.rows = 0  # trained on, since somebody asked
+        self.rows = 0  # trained on since the last record
         self.loss: float | None = None
         self.loss_rows = 0  # that ``loss`` is a mean over
         self.discriminator_losses: list[float] = []  # of the round's batches
@@ -118,19 +118,14 @@ class Entrant:
 
     def meet(self, round: int) -> None:
         """Get a discriminator for a round: a new one, or the one of the round before."""
-        mixture, context = self.mixture, self.context
-        discriminating = mixture.discriminating
+        discriminating = self.mixture.discriminating
         assert discriminating is not None
         self.discriminator_losses = []
         if self.discriminator is None or discriminating.fresh:
-            self.discriminator = mixture.make_discriminator(self.number, round if discriminating.fresh else 0)
-            self.discriminator_engine = Solo(
-                f"discriminator {self.number}",
-                self.discriminator,
-                context.mesh.replica_group,
-                context.wire,
-                discriminating.optimizer,
-            )
+            self.discriminator = self.mixture.make_discriminator(self.number, round if discriminating.fresh else 0)
+            group, wire = self.context.mesh.replica_group, self.context.wire
+            name, make = f"discriminator {self.number}", discriminating.optimizer
+            self.discriminator_engine = Solo(name, self.discriminator, group, wire, make)
 
     def challenge(self, rows: Batch, batches: Iterable[tuple[Tensor, int]], round: int) -> None:
         """Train the discriminator on batches of a round, each against as many of the expert's samples.
@@ -141,7 +136,8 @@ class Entrant:
         assert discriminator is not None
         assert engine is not None
         for places_R, size in batches:
-            ids = torch.arange(size, device=places_R.device)[self._mine(size)]
+            own = share(size, self.context.mesh.replica, self.context.mesh.placement.num_replicas)
+            ids = torch.arange(own.start, own.stop, device=places_R.device)
             name = discriminator.fields[0]
             x = self.context.spec[name].values(rows[name][places_R], self.context.dtype)
             samples = self.samples(ids, round, engine.steps)
@@ -151,12 +147,6 @@ class Entrant:
             loss = (real_R.sum() + false_R.sum()) / size
             loss.backward()
             self.discriminator_losses.append(engine.step(loss))
-
-    def _mine(self, size: int) -> slice:
-        """Return this replica's part of a batch of ``size``."""
-        mesh = self.context.mesh
-        part = share(size, mesh.replica, mesh.placement.num_replicas)
-        return slice(part.start, part.stop)
 
     @property
     def discriminator_loss_mean(self) -> float | None:
@@ -181,49 +171,35 @@ class Entrant:
     def tensors(self) -> dict[str, Tensor]:
         """Return all that goes with it to another rank."""
         found: dict[str, Tensor] = {"steps": torch.tensor(self.steps)}
-        for owned in self.owned():
-            kind = owned.name.split()[0]
-            found |= {f"{kind}/model/{name}": tensor for name, tensor in owned.module.state_dict().items()}
-            found |= {f"{kind}/optimizer/{name}": tensor for name, tensor in self.engine_of(owned).state().items()}
+        for kind, engine in self.engines.items():
+            found |= {f"{kind}/model/{name}": tensor for name, tensor in engine.module.state_dict().items()}
+            found |= {f"{kind}/optimizer/{name}": tensor for name, tensor in engine.state().items()}
         return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in found.items()}
 
     def take(self, found: dict[str, Tensor], round: int) -> None:
-        """Put back what ``tensors`` gave on another rank."""
+        """Put back what ``tensors`` returned on another rank."""
         if any(name.startswith("discriminator/") for name in found):
             self.meet(round)
-        for owned in self.owned():
-            kind = owned.name.split()[0]
-            model, optimizer = (_under(f"{kind}/{part}/", found) for part in ("model", "optimizer"))
-            owned.module.load_state_dict(model, strict=True)
-            self.engine_of(owned).load_state(optimizer)
+        for kind, engine in self.engines.items():
+            engine.module.load_state_dict(under(f"{kind}/model/", found), strict=True)
+            engine.load_state(under(f"{kind}/optimizer/", found))
         self.go_to(found["steps"].tolist())
 
     @property
-    def num_bytes(self) -> int:
-        """What moving it to another rank takes."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+    def engines(self) -> dict[str, Solo]:
+        """The engines of its modules, by the kind of module."""
+        discriminating = self.discriminator_engine
+        return {"expert": self.engine} | ({} if discriminating is None else {"discriminator": discriminating})
 
     def owned(self) -> list[Owned]:
-        """Its modules as checkpoints have them."""
-        modules = [Owned(f"expert {self.number}", self.expert, self.number)]
-        if self.discriminator is not None:
-            modules.append(Owned(f"discriminator {self.number}", self.discriminator, self.number))
-        return modules
-
-    def engine_of(self, owned: Owned) -> Solo:
-        """The engine of one of its modules."""
-        engine = self.engine if owned.module is self.expert else self.discriminator_engine
-        assert engine is not None
-        return engine
+        """Return its modules as checkpoints have them."""
+        return [Owned(f"{kind} {self.number}", one.module, self.number) for kind, one in self.engines.items()]
 
     @property
     def steps(self) -> list[int]:
         """Steps and epochs done of the expert in its phase, and steps of its discriminator."""
-        return [
-            self.engine.steps,
-            self.engine.epochs,
-            self.discriminator_engine.steps if self.discriminator_engine else 0,
-        ]
+        discriminating = self.discriminator_engine
+        return [self.engine.steps, self.engine.epochs, discriminating.steps if discriminating else 0]
 
     def go_to(self, steps: list[int]) -> None:
         """Set how many steps were done before."""
@@ -247,5 +223,6 @@ class Drawn:
         return self.eps_1R[:, first : self.given]
 
 
-def _under(prefix: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
+def under(prefix: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, by the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from safetensors.torch import load, save
 from torch import Tensor
 
-from mixdist.competition.entrant import Entrant
+from mixdist.competition.entrant import Entrant, under
 from mixdist.competition.mixture import HardMixture
-from mixdist.competition.placement import better_homes, move_entrants
-from mixdist.engines import NotFinite
+from mixdist.competition.placement import load_balanced
+from mixdist.engines import NotFinite, Solo
 from mixdist.parallel.agreement import Agreed, gather_json
+from mixdist.parallel.collectives import move
 from mixdist.terms import Owned
 from mixdist.training.checkpoint import load_module
 from mixdist.training.manifest import file_name, read_manifest
 from mixdist.training.phases import Phase
+
+MOVES_A_SECOND = 1e8
+"""Bytes of experts taken to move in a second: what a placement must save to be worth it."""
 
 
 class Entrants(dict[int, Entrant]):
@@ -49,7 +54,7 @@ class Entrants(dict[int, Entrant]):
             entrant.enter(phase)
 
     def attempt(self, act: Callable[[], None]) -> None:
-        """Train something; what goes wrong is kept until all ranks can agree on it."""
+        """Train something; keep an error until all ranks can agree on it."""
         try:
             if self.bad is None:
                 act()
@@ -67,24 +72,54 @@ class Entrants(dict[int, Entrant]):
             raise Agreed(f"{where}: {found[0]}")
 
     def balance(self, load_E: NDArray[np.float64], phase: Phase, round: int) -> None:
-        """Move experts to where they are trained soonest, if that takes less time than it saves.
+        """Place experts by load, the longest first, if moving them takes less time than it saves.
 
         Args:
-            load_E: seconds that each expert will train.
+            load_E: seconds that each expert will train, the same on every rank.
             phase: how they train.
             round: of the discriminators that move along.
         """
-        self.move(better_homes(self, self.homes, load_E, self.mesh), phase, round)
+        balanced = load_balanced(load_E, len(self.homes))
+        now, then = (max(sum(load_E[e] for e in experts) for experts in homes) for homes in (self.homes, balanced))
+        stays = {e for old, new in zip(self.homes, balanced, strict=True) for e in set(old) & set(new)}
+        leaving = sum(t.nbytes for e, entrant in self.items() if e not in stays for t in entrant.tensors().values())
+        moved = sum(gather_json(leaving, self.mesh.ep_group))  # replicas have the same to move, so all decide alike
+        if now - then > moved / MOVES_A_SECOND:
+            self.move(balanced, phase, round)
 
     def move(self, homes: list[list[int]], phase: Phase, round: int) -> None:
-        """Move experts between ranks, with optimiser state and discriminator; every rank calls it."""
+        """Move experts between ranks, with optimiser state and discriminator; every rank calls it.
+
+        A replica moves within its EP group.
+
+        Args:
+            homes: the experts of each member of the EP group from now on.
+            phase: how they train.
+            round: of the discriminators that move along.
+        """
         if homes == self.homes:
             return
-        make = partial(Entrant, mixture=self.mixture, phase=phase)
-        here = move_entrants(self, homes, self.mesh, self.wire, make, round)
+        me, group, device = self.mesh.member, self.mesh.ep_group, self.mesh.device
+        leaving = [sorted(set(self) & set(experts)) if p != me else [] for p, experts in enumerate(homes)]
+        parts = [self._pack(experts).to(device) for experts in leaving]
+        shapes = [(sizes[me],) for sizes in gather_json([len(part) for part in parts], group)]
+        arrived = move(parts, me, shapes, self.wire.all_gather, group)
+        here = {e: entrant for e, entrant in self.items() if e in homes[me]}
+        for part in arrived:
+            found = load(part.cpu().numpy().tobytes()) if len(part) else {}
+            for e in {int(name.partition("/")[0]) for name in found}:
+                here[e] = Entrant(e, self.mixture, phase)
+                here[e].take(under(f"{e}/", found), round)
         self.clear()
-        self.update(here)
+        self.update(sorted(here.items()))
         self.homes = homes
+
+    def _pack(self, experts: list[int]) -> Tensor:
+        """Return the bytes of some experts, with all that goes with them."""
+        if not experts:
+            return torch.zeros(0, dtype=torch.uint8)
+        tensors = {f"{e}/{name}": t for e in experts for name, t in self[e].tensors().items()}
+        return torch.frombuffer(bytearray(save(tensors)), dtype=torch.uint8)
 
     # What a checkpoint holds
 
@@ -94,10 +129,7 @@ class Entrants(dict[int, Entrant]):
 
     def state(self) -> dict[int, Any]:
         """Return, as JSON, what all ranks' entrants are beside their modules; every rank calls it."""
-        own = {
-            e: {"steps": entrant.steps, "loss": entrant.loss, "loss_rows": entrant.loss_rows}
-            for e, entrant in self.items()
-        }
+        own = {e: {"steps": one.steps, "loss": one.loss, "loss_rows": one.loss_rows} for e, one in self.items()}
         return {e: one for rank in gather_json(own, self.mesh.world) for e, one in rank.items()}
 
     def load(self, path: Path, state: dict[str, Any], round: int) -> None:
@@ -117,10 +149,12 @@ class Entrants(dict[int, Entrant]):
 
     def optimizer_state(self, owned: Owned) -> dict[str, Tensor]:
         """Return the optimiser's state of a module of some entrant."""
-        assert owned.expert is not None
-        return self[owned.expert].engine_of(owned).state()
+        return self._engine(owned).state()
 
     def load_optimizer_state(self, owned: Owned, state: dict[str, Tensor]) -> None:
         """Put back what ``optimizer_state`` returned."""
+        self._engine(owned).load_state(state)
+
+    def _engine(self, owned: Owned) -> Solo:
         assert owned.expert is not None
-        self[owned.expert].engine_of(owned).load_state(state)
+        return self[owned.expert].engines[owned.name.split()[0]]

@@ -67,13 +67,13 @@ class History:
         if busiest:
             self.seconds_a_row = seconds.get("experts_s", 0.0) / busiest
         names = ("wire_bytes", "wire_bytes_min", "sync_bytes")
-        losses_E, judges_E, rows_E = zip(*(by_expert[e] for e in sorted(by_expert)), strict=True)
+        losses_E, discriminators_E, rows_E = zip(*(by_expert[e] for e in sorted(by_expert)), strict=True)
         total = sum(loss * rows for loss, rows in zip(losses_E, rows_E, strict=True) if loss is not None)
         record = {
             **fields,
             "loss": _finite(total / sum(rows_E)) if sum(rows_E) else None,
             "expert_loss": [_finite(loss) for loss in losses_E],
-            "discriminator_loss": [_finite(loss) for loss in judges_E],
+            "discriminator_loss": [_finite(loss) for loss in discriminators_E],
             **{name: sum(t["bytes"][i] for t in gathered) for i, name in enumerate(names)},
             **seconds,
             "peak_memory_bytes": max(t["peak"] for t in gathered),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mixdist.competition.discriminators import Discriminator
 from mixdist.competition.rules import Rules
-from mixdist.competition.scores import Discriminators, Score
+from mixdist.competition.scores import Discriminators
 from mixdist.data import RankBatch, Samples
 from mixdist.experts import Compute, Expert, ExpertBank
 from mixdist.gates import Gate
@@ -56,9 +56,8 @@ class HardMixture(Ensemble):
     def setup(self, context: Context) -> None:
         """Make this rank's experts, and one discriminator to see that it can be made."""
         super().setup(context)
-        device = context.mesh.device
         self.discriminators: dict[int, Discriminator] = {}
-        self.log_z_E = torch.zeros(self.num_experts, dtype=torch.float64, device=device)
+        self.log_z_E = torch.zeros(self.num_experts, dtype=torch.float64, device=context.mesh.device)
         self.share_E = torch.full_like(self.log_z_E, 1 / self.num_experts)
         for expert in self.bank.owned().values():
             self.score_rule.check(self.spec, self.num_experts, expert)
@@ -136,12 +135,16 @@ class HardMixture(Ensemble):
         return self.score_rule.fields
 
     def choose(self, batch: RankBatch, route: Route, at: Moment) -> Tensor:
-        rows = self.values(route.rows(), self.fields)
+        scores_Re = self.scores(self.values(route.rows(), self.fields), at)
+        return won(self.dispatch.combine(scores_Re, route).double() - self.log_z_E)
+
+    def scores(self, rows: Batch, at: Moment) -> Tensor:
+        """Return the scores of rows by this rank's experts, before normalisation, (R, e)."""
         columns = [
             self.score_rule.column(e, expert, self.discriminators.get(e), rows, at, self.dtype)
             for e, expert in self.bank.owned().items()
         ]
-        return won(self.dispatch.combine(torch.stack(columns, dim=1), route).double() - self.log_z_E)
+        return torch.stack(columns, dim=1)
 
     def shares(self, dataset: Samples, batch_size: int, at: Moment) -> Tensor:
         """Return alpha, of the training set, whatever data set is asked about."""
@@ -149,8 +152,7 @@ class HardMixture(Ensemble):
 
     def gate_in_process(self) -> Gate:
         """Return the mixture's decisions as a gate."""
-        at = Moment(self.context.seed, EVALUATION_PHASE)
-        return HardGate(self.bank.owned(), self.discriminators, self.score_rule, self.log_z_E, at, self.dtype)
+        return HardGate(self)
 
     def protocol(self, num_samples: int) -> dict[str, Any]:
         """Return how likelihoods and weights were taken."""
@@ -165,40 +167,18 @@ class HardGate(Gate):
     """A hard mixture's decisions in one process, in a gate's place: log 1 for the winner, log 0 for the others.
 
     Args:
-        experts: all, by number.
-        discriminators: their discriminators, where the score has them.
-        score: how experts are compared.
-        log_z_E: each expert's normaliser over the training set.
-        at: names the draws.
-        dtype: of real numbers.
+        mixture: has all experts, and their discriminators where the score has them.
     """
 
-    def __init__(
-        self,
-        experts: Mapping[int, Expert],
-        discriminators: Mapping[int, Discriminator],
-        score: Score,
-        log_z_E: Tensor,
-        at: Moment,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, mixture: HardMixture) -> None:
         super().__init__()
-        self.experts, self.discriminators, self.score, self.at, self.dtype = (
-            dict(experts),
-            dict(discriminators),
-            score,
-            at,
-            dtype,
-        )
-        self.log_z_E = log_z_E
-        self.fields = tuple(dict.fromkeys((*(f for one in experts.values() for f in one.fields), *score.fields)))
+        self.mixture, self.at = mixture, Moment(mixture.context.seed, EVALUATION_PHASE)
+        read = (name for expert in mixture.bank.owned().values() for name in expert.fields)
+        self.fields = tuple(dict.fromkeys((*read, *mixture.extra_fields)))
 
     def forward(self, rows: Batch, eps: Tensor | None) -> Gating:
-        columns = [
-            self.score.column(e, expert, self.discriminators.get(e), rows, self.at, self.dtype)
-            for e, expert in self.experts.items()
-        ]
-        return Gating(won(torch.stack(columns, dim=1).double() - self.log_z_E).to(self.dtype))
+        scores_BE = self.mixture.scores(rows, self.at).double() - self.mixture.log_z_E
+        return Gating(won(scores_BE).to(self.mixture.dtype))
 
 
 def won(scores_BE: Tensor) -> Tensor:

@@ -38,14 +38,14 @@ class Verdict(NamedTuple):
 
     Args:
         expert_N: each sample's best expert.
-        best_N: its score there, nats; None where nobody asked.
+        best_N: its score there, nats; None unless requested.
         log_z_E: each expert's normaliser; 0 where the score has none.
         objective: F = -1/N sum_i [log N + s_{c(i)}(x_i)] with the new table c, the empirical loss of seed document
             004's theorem 2 for f = -log (without log N where scores have no normaliser); nats; None where infinite.
         objective_before: F with the table of the round before; None before the first, and where infinite.
     """
 
-    expert_N: NDArray[np.int64]
+    expert_N: NDArray[np.integer[Any]]
     best_N: NDArray[np.float64] | None
     log_z_E: Tensor
     objective: float | None
@@ -89,7 +89,7 @@ class Scoring:
         Args:
             entrants: this rank's experts.
             round: for the draws.
-            attempt: does what it is given, and keeps to itself what goes wrong: other ranks wait for the next rows.
+            attempt: calls a function and keeps its error for later: other ranks wait for the next rows.
         """
         discriminating = self.mixture.discriminating
         assert discriminating is not None
@@ -103,13 +103,12 @@ class Scoring:
             numbers = [round * num_batches + n for n in range(first, min(first + together, num_batches))]
             batches = [self._batch(number, an_epoch, discriminating.batch_size) for number in numbers]
             # Those of two passes over the data are augmented as in the first of them.
-            begun = bring(
-                self.reader, self.mesh, partial(_same, batches), self.fields, self._epoch(numbers[0] // an_epoch)
-            )
+            epoch = self._epoch(numbers[0] // an_epoch)
+            begun = bring(self.reader, self.mesh, lambda member: batches, self.fields, epoch)
             return lambda: (begun(), batches)
 
         for brought, batches in prefetched(partial(begin, first) for first in range(0, num_batches, together)):
-            places = [(brought.place(batch), len(batch)) for batch in batches]
+            places = brought.places(batches)
             for entrant in entrants.values():
                 attempt(partial(entrant.challenge, brought.rows, places, round))
 
@@ -118,7 +117,7 @@ class Scoring:
         return Epoch(self.context.seed, 0, number, purpose=Purpose.RIVAL)
 
     def _batch(self, number: int, an_epoch: int, batch_size: int) -> Tensor:
-        """Positions of a discriminator's batch; batches are numbered through all rounds."""
+        """Return the positions of a discriminator's batch; batches are numbered through all rounds."""
         epoch, place = divmod(number, an_epoch)
         if self._order is None or self._order[0] != epoch:
             everything = torch.arange(self.num_samples)
@@ -147,29 +146,28 @@ class Scoring:
             log_z_e = torch.stack([column_N.contiguous().logsumexp(0) for column_N in columns_Ne.double().unbind(1)])
         scores_Ne = columns_Ne.double() - log_z_e
         bad = scores_Ne.isnan().any(0).tolist()
-        told = gather_json(dict(zip(entrants, zip(log_z_e.tolist(), bad, strict=True), strict=True)), self.mesh.world)
-        by_expert = {int(e): z for one in told for e, (z, _) in one.items()}
-        for e in sorted(int(e) for one in told for e, (_, is_bad) in one.items() if is_bad):
+        gathered = gather_json(list(zip(entrants, bad, log_z_e.tolist(), strict=True)), self.mesh.world)
+        by_expert = {e: (is_bad, log_z) for rank in gathered for e, is_bad, log_z in rank}
+        for e in sorted(e for e, (is_bad, _) in by_expert.items() if is_bad):
             raise Agreed(f"round {round}: expert {e} gives a sample a score that is not a number: lower learning rates")
-        log_z_E = torch.tensor([by_expert[e] for e in sorted(by_expert)], dtype=torch.float64, device=self.mesh.device)
+        log_z_E = log_z_e.new_tensor([by_expert[e][1] for e in sorted(by_expert)])
         return self._decide(scores_Ne.to(columns_Ne.dtype), homes, log_z_E, table)
 
     def _columns(self, entrants: Mapping[int, Entrant], round: int) -> Tensor:
         """Score all samples by this rank's experts, (N, e), before normalisation."""
         replicas, at = self.mesh.placement.num_replicas, Moment(self.context.seed, SCORING_PHASE + round)
         columns_Ne = torch.zeros(self.num_samples, len(entrants), dtype=self.context.dtype, device=self.mesh.device)
-        fields = self.fields
 
         def begin(first: int) -> Callable[[], tuple[Batch, Tensor]]:
             def wanted(rank: int) -> Tensor:
                 start = first + self.mesh.placement.replica_of(rank) * self.block
                 return torch.arange(min(start, self.num_samples), min(start + self.block, self.num_samples))
 
-            begun = self.reader.start(wanted, fields)
+            begun = self.reader.start(wanted, self.fields)
             return lambda: (begun(), wanted(self.mesh.rank))
 
         for stored, index in prefetched(partial(begin, n) for n in range(0, self.num_samples, self.block * replicas)):
-            rows = self.context.values(stored, fields)
+            rows = self.context.values(stored, self.fields)
             for place, (e, entrant) in enumerate(entrants.items() if len(index) else ()):
                 column = self.score.column(e, entrant.expert, entrant.discriminator, rows, at, self.context.dtype)
                 columns_Ne[index[0] : index[0] + len(index), place] = column
@@ -213,7 +211,3 @@ class Scoring:
         shapes = [(len(part),) for part in parts]
         arrived = move(sent, self.mesh.member, shapes, self.context.wire.all_gather, self.mesh.ep_group)
         return torch.cat(arrived).cpu().numpy()
-
-
-def _same(batches: Sequence[Tensor], member: int) -> Sequence[Tensor]:
-    return batches

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixdist.competition.delivery import OwnReader, WireReader
+from mixdist.competition.delivery import OwnReader, WireReader, pieces_of_epoch
 from mixdist.competition.entrant import Entrant
 from mixdist.competition.entrants import Entrants
 from mixdist.competition.history import History, in_words, table_files
 from mixdist.competition.mixture import HardMixture
-from mixdist.competition.pieces import Pieces
 from mixdist.competition.reassign import Scoring, Verdict
 from mixdist.competition.table import Assignment, StarvedRule, reseeded, starved
 from mixdist.data import Epoch, Samples
@@ -75,7 +74,7 @@ class Rounds:
         log_every: int = 10,
         fresh: bool = True,
     ) -> None:
-        # First, since ranks may have to tell each other of their experts.
+        # First: ``facts`` is a collective where experts differ.
         read = [name for facts in mixture.facts for name in facts.fields]
         self.fields = tuple(dict.fromkeys([*read, *mixture.extra_fields]))
         self.mixture, self.dataset, self.phases, self.rules = mixture, dataset, list(phases), mixture.rules
@@ -102,7 +101,6 @@ class Rounds:
             self.table = Assignment.load(Path(rules.table), self.data, len(dataset), self.num_experts)
         reads = rules.delivery == "read"
         self.reader = OwnReader(dataset, self.mesh) if reads else WireReader(dataset, self.mesh, self.wire)
-        self.pieces = Pieces(dataset, self.reader, self.mesh, self.fields)
         self.scoring = Scoring(mixture, self.reader, dataset, rules.block, self.fields, rules.starved == "reseed")
         self.position = RoundPosition(round=0 if rules.start == "all" else 1)
         self.entrants = Entrants(mixture, self.phase)
@@ -151,11 +149,13 @@ class Rounds:
         Raises:
             Agreed: a loss, gradient or score is not finite; names the expert.
         """
-        return self._epoch() if self.pretraining or self._trains() else self._round()
+        trains = self.position.round >= 1 and self.position.epoch < self.phase.epochs
+        return self._epoch() if self.pretraining or trains else self._round()
 
     def end(self) -> None:
         """Bring every expert back to the home that its number has, and give the mixture what was trained."""
-        self._move(self.entrants.first_homes())
+        with self.history.timed("moving_s"):
+            self.entrants.move(self.entrants.first_homes(), self.phase, self._round_before)
         assert self.table is not None
         discriminators = {
             e: entrant.discriminator for e, entrant in self.entrants.items() if entrant.discriminator is not None
@@ -163,12 +163,14 @@ class Rounds:
         self.mixture.receive({e: entrant.expert for e, entrant in self.entrants.items()}, discriminators)
         self.mixture.load_state(self._mixture_state())
 
+    @property
+    def _round_before(self) -> int:
+        """The round that made this one's discriminators."""
+        return max(self.position.round - 1, 0)
+
     def _mixture_state(self) -> dict[str, Any]:
         share = self.table.share_E.tolist() if self.table is not None and self.scored else []
         return {"log_z": self.log_z_E.tolist(), "share": share}
-
-    def _trains(self) -> bool:
-        return self.position.round >= 1 and self.position.epoch < self.phase.epochs
 
     # Epochs
 
@@ -177,10 +179,13 @@ class Rounds:
         at, pretraining = self.position, self.pretraining
         if not pretraining and at.epoch == 0:
             self._place()
-        for piece in self.pieces.of(self._named(), self.entrants.homes, self._own, self.phase.batch_size):
+        homes, own = self.entrants.homes, cache(self._own)
+        number = at.epoch if pretraining else (at.round - 1) * self.phase.epochs + at.epoch
+        epoch, where = Epoch(self.seed, at.phase, number), (self.reader, self.mesh, self.dataset, self.fields)
+        for brought, batches in pieces_of_epoch(*where, epoch, homes, own, self.phase.batch_size):
             with self.history.timed("experts_s"):
                 for e, entrant in self.entrants.items():
-                    self.entrants.attempt(partial(entrant.train, piece.brought.rows, piece.places(e), at.phase))
+                    self.entrants.attempt(partial(entrant.train, brought.rows, brought.places(batches(e)), at.phase))
         for entrant in self.entrants.values():
             self.entrants.attempt(entrant.end_epoch)
         ended = pretraining and at.epoch + 1 == self.phase.epochs
@@ -199,14 +204,8 @@ class Rounds:
         at = self.position
         self.entrants.agree(f"pretrain[{at.phase}]" if self.pretraining else f"round {at.round}")
 
-    def _named(self) -> Epoch:
-        """Name this epoch."""
-        at = self.position
-        number = at.epoch if self.pretraining else (at.round - 1) * self.phase.epochs + at.epoch
-        return Epoch(self.seed, at.phase, number)
-
     def _own(self, e: int) -> Tensor:
-        """The positions that an expert trains on."""
+        """Return the positions that an expert trains on."""
         table = self.table
         if self.pretraining and self.rules.start == "all":
             return torch.arange(len(self.dataset))
@@ -233,12 +232,11 @@ class Rounds:
                 self.entrants, self.entrants.homes, at.round, None if old is None else old.expert_N
             )
         self.log_z_E = verdict.log_z_E
-        expert_N = verdict.expert_N
         if rules.score.keeps and old is not None:
-            expert_N, verdict = old.expert_N.astype(np.int64), verdict._replace(objective=verdict.objective_before)
-        table = Assignment.of(expert_N, self.num_experts, self.data, at.round)
-        starved_experts = [] if rules.starved == "none" else self._starved(table)
+            verdict = verdict._replace(expert_N=old.expert_N, objective=verdict.objective_before)
+        table = Assignment.of(verdict.expert_N, self.num_experts, self.data, at.round)
         rule = rules.starved
+        starved_experts = [] if rule == "none" else self._starved(table)
         if rule == "reseed" and (at.round >= rules.rounds or rules.score.keeps):
             rule = "none"  # nobody would train on what it gives, or the split is for good
         begins = bool(starved_experts) and rule == "reseed"
@@ -253,12 +251,11 @@ class Rounds:
         return Advance(True, record, in_words(record), table_files(table))
 
     def _reseed(self, table: Assignment, verdict: Verdict, starved_experts: list[int]) -> Assignment:
-        """Return starved experts the samples that are modelled worst, and weights anew."""
+        """Give starved experts new weights; return the table that gives them the samples modelled worst."""
         assert verdict.best_N is not None
         for e in set(starved_experts) & set(self.entrants):
-            fresh = Entrant(e, self.mixture, self.phase, round=self.position.round + 1)
-            fresh.engine.go_to(0, self.entrants[e].engine.epochs)
-            kept = self.entrants[e]
+            kept, fresh = self.entrants[e], Entrant(e, self.mixture, self.phase, round=self.position.round + 1)
+            fresh.engine.go_to(0, kept.engine.epochs)
             fresh.discriminator, fresh.discriminator_engine = kept.discriminator, kept.discriminator_engine
             self.entrants[e] = fresh
         expert_N = reseeded(table.expert_N.astype(np.int64), verdict.best_N, starved_experts, self.num_experts)
@@ -297,11 +294,7 @@ class Rounds:
         if self.rules.placement == "load" and len(self.entrants.homes) > 1 and self.table is not None and pace:
             load_E = self.phase.epochs * pace * np.maximum(self.table.counts_E, 1e-6)
             with self.history.timed("moving_s"):
-                self.entrants.balance(load_E, self.phase, max(self.position.round - 1, 0))
-
-    def _move(self, homes: list[list[int]]) -> None:
-        with self.history.timed("moving_s"):
-            self.entrants.move(homes, self.phase, max(self.position.round - 1, 0))
+                self.entrants.balance(load_E, self.phase, self._round_before)
 
     # What a run leaves behind
 
@@ -342,4 +335,4 @@ class Rounds:
             self.position = replace(self.position, stopped=False)  # it stopped by a rule that is no longer there
         self.entrants.enter(self.phase)
         check_optimizer(path, state, self.entrants.kind())
-        self.entrants.load(path, state["entrants"], max(self.position.round - 1, 0))
+        self.entrants.load(path, state["entrants"], self._round_before)

@@ -77,6 +77,12 @@ class Discriminators(Score):
 
     Raises:
         ValueError: a number below 1.
+
+    Examples:
+        >>> from mixdist.competition import Discriminators
+        >>> from mixdist.nets import MLP
+        >>> Discriminators(MLP([100]), batches=1, fresh=False).normalized
+        True
     """
 
     normalized = True
@@ -131,6 +137,18 @@ class Elbo(Score):
 
     Args:
         normalized: compare as discriminators do, by each expert's part of the training set.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.competition import Elbo
+        >>> from mixdist.experts import Centroid
+        >>> from mixdist.noise import Moment
+        >>> from mixdist.terms import Field
+        >>> centre = Centroid({"x": Field((2,), torch.float32)})
+        >>> rows = {"id": torch.arange(2), "x": torch.stack([centre.mean[0], centre.mean[0] + 1]).detach()}
+        >>> near, far = Elbo().column(0, centre, None, rows, Moment(0), torch.float32).tolist()
+        >>> round(near - far, 4)
+        1.0
     """
 
     def __init__(self, normalized: bool = False) -> None:
@@ -157,6 +175,12 @@ class Likelihood(Score):
 
     Raises:
         ValueError: no sample at all.
+
+    Examples:
+        >>> from mixdist.competition import Competition, Likelihood
+        >>> from mixdist.experts import VAE
+        >>> Competition(VAE, num_experts=3, score=Likelihood(num_samples=50)).rules.score.num_samples
+        50
     """
 
     def __init__(self, num_samples: int = 20, normalized: bool = False) -> None:
@@ -180,6 +204,14 @@ class LabelOracle(Score):
 
     Args:
         field: the label.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.competition import LabelOracle
+        >>> from mixdist.noise import Moment
+        >>> rows = {"id": torch.arange(3), "y": torch.tensor([0, 1, 0])}
+        >>> LabelOracle().column(0, None, None, rows, Moment(0), torch.float32)
+        tensor([0., -inf, 0.])
     """
 
     def __init__(self, field: str = "y") -> None:
@@ -196,7 +228,16 @@ class LabelOracle(Score):
 
 
 class Random(Score):
-    """log u with u uniform on (0, 1), drawn anew each round: experts that learn from no competition."""
+    """log u with u uniform on (0, 1), drawn anew each round: experts that learn from no competition.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.competition import Random
+        >>> from mixdist.noise import Moment
+        >>> scores = Random().column(0, None, None, {"id": torch.arange(3)}, Moment(0), torch.float32)
+        >>> scores.shape, bool((scores < 0).all())
+        (torch.Size([3]), True)
+    """
 
     def column(
         self, e: int, expert: Expert, discriminator: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
@@ -208,6 +249,11 @@ class Fixed(Elbo):
     """Samples stay in the split that they began in: a bag of experts, each on its own part of the data.
 
     Held-out rows, which have no place, go to the expert with the highest bound.
+
+    Examples:
+        >>> from mixdist.competition import Competition, Fixed
+        >>> from mixdist.experts import VAE
+        >>> bag = Competition(VAE, num_experts=3, start="split", score=Fixed())
     """
 
     keeps = True

@@ -32,15 +32,8 @@ class Native(Engine):
     Experts that run as one stack share an optimiser over the stack, which one that works element by element cannot
     tell from theirs; its state is cut into theirs where it is saved.
 
-    A missing gradient counts as zero, so that the optimiser of an expert without rows steps like any other.
-
-    Args:
-        parts: the mixture's modules on this rank.
-        mesh: this rank's place.
-        wire: the counted collectives.
-        optimizer: makes an optimiser for a module's parameters; one that works element by element.
-        schedule: makes a learning-rate schedule, stepped after every step; or None.
-        clip_norm: largest norm of the whole gradient; or None.
+    A missing gradient counts as zero, so that the optimiser of an expert without rows steps like any other. Arguments
+    are those of :class:`Engine`.
     """
 
     def __init__(
@@ -63,7 +56,7 @@ class Native(Engine):
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Forget every gradient: the next backward pass puts its own there, without a pass over memory to add them."""
+        """Clear every gradient: the next backward pass puts its own there, without a pass over memory to add them."""
         for _, parameters in self.trained:
             for parameter in parameters:
                 parameter.grad = None
@@ -71,15 +64,6 @@ class Native(Engine):
             stacked.grad = None
 
     def step(self, outcome: Outcome, step: int) -> Totals:
-        """Reduce gradients, check that all is finite, clip, and step the optimisers.
-
-        Args:
-            outcome: of the mixture's backward on this rank.
-            step: its number, for messages.
-
-        Raises:
-            NotFinite: a loss or gradient is not finite; names the expert. No parameter was changed.
-        """
         gradients = self.collect()
         shared = [g for owned, grads in gradients if owned.expert is None for g in grads]
         finish = self._start_reduce(shared, self.mesh.world)
@@ -99,31 +83,26 @@ class Native(Engine):
         return totals
 
     def fast_forward(self, steps: int) -> None:
-        """Bring the schedules to where they are after ``steps`` steps: they are pure functions of it."""
         for schedule in self.schedules:
             fast_forward(schedule, steps)
 
     def kind(self) -> str:
-        """Name the optimiser as far as its state depends on it: class, and flags such as amsgrad."""
         return next((kind(optimizer) for optimizer in self.optimizers.values()), "none")
 
     def learning_rate(self) -> float:
-        """The learning rate of the next step; 0 where nothing trains."""
         return next((float(o.param_groups[0]["lr"]) for o in self.optimizers.values()), 0.0)
 
     def optimizer_state(self, owned: Owned) -> dict[str, Tensor]:
-        """Return the optimiser's state of a module: "<parameter>.<key>" to tensor."""
         optimizer = self._optimizer(owned)
         return {} if optimizer is None else read_optimizer(optimizer, self._slots(owned))
 
     def load_optimizer_state(self, owned: Owned, state: dict[str, Tensor]) -> None:
-        """Put back what ``optimizer_state`` gave; tensors of a parameter's shape go to its device."""
         optimizer = self._optimizer(owned)
         if optimizer is not None:
             write_optimizer(optimizer, self._slots(owned), state)
 
     def _tensors(self) -> Iterator[tuple[Owned, list[Tensor]]]:
-        """What each optimiser steps: the parameters of a module, or for a stack's first expert those of all."""
+        """Yield what each optimiser steps: the parameters of a module, or for a stack's first expert those of all."""
         stacked = False
         for owned, parameters in self.trained:
             if owned.expert is None or not self.parts.stack:
@@ -169,7 +148,7 @@ class Native(Engine):
         return finish
 
     def _squares(self, gradients: list[tuple[Owned, list[Tensor]]]) -> Tensor:
-        """The squared norm of each expert that this rank speaks for, (E,)."""
+        """Return the squared norm of each expert that this rank speaks for, (E,)."""
         squares_E = torch.zeros(self.num_experts, dtype=torch.float64, device=self.mesh.device)
         for owned, grads in gradients:
             if owned.expert is not None and self.mesh.speaks_for(owned.expert):

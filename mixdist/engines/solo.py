@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +46,12 @@ class Solo:
         self.steps = self.epochs = 0
 
     def zero_grad(self) -> None:
-        """Forget the gradient."""
+        """Clear the gradient."""
         for parameter in self.parameters:
             parameter.grad = None
 
     def step(self, loss: Tensor) -> float:
-        """Reduce, check, clip and step; give the loss of the whole batch.
+        """Reduce, check, clip and step; return the loss of the whole batch.
 
         Args:
             loss: this rank's part of the batch's loss, without a gradient.
@@ -65,11 +64,8 @@ class Solo:
         if self.group is not None:
             flat = torch.cat([loss.to(grads[0].dtype), *(g.reshape(-1) for g in grads)])
             self.wire.all_reduce(flat, self.group)
-            places = [1]
-            for grad in grads:
-                places.append(places[-1] + grad.numel())
-            loss = flat[:1]
-            grads = [flat[a:b].view_as(g) for (a, b), g in zip(pairwise(places), grads, strict=True)]
+            loss, *parts = flat.split([1, *(g.numel() for g in grads)])
+            grads = [part.view_as(g) for part, g in zip(parts, grads, strict=True)]
         for parameter, grad in zip(self.parameters, grads, strict=True):
             parameter.grad = grad
         norms = torch._foreach_norm(grads)
@@ -109,7 +105,7 @@ class Solo:
         return read_optimizer(self.optimizer, self._slots())
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Put back what ``state`` gave."""
+        """Put back what ``state`` returned."""
         write_optimizer(self.optimizer, self._slots(), state)
 
     def _slots(self) -> Iterator[Slot]:

@@ -34,7 +34,7 @@ def read_optimizer(optimizer: Optimizer, slots: Iterable[Slot]) -> dict[str, Ten
 
 
 def write_optimizer(optimizer: Optimizer, slots: Iterable[Slot], state: dict[str, Tensor]) -> None:
-    """Put back what ``read_optimizer`` gave; tensors of a parameter's shape go to its device."""
+    """Put back what ``read_optimizer`` returned; tensors of a parameter's shape go to its device."""
     group = optimizer.param_groups[0]
     for name, tensor, place in slots:
         own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.rpartition(".")[0] == name}

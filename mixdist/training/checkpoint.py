@@ -48,7 +48,7 @@ class Stateful(Protocol):
         """Return the optimiser's state of a module: "<parameter>.<key>" to tensor."""
 
     def load_optimizer_state(self, owned: Owned, state: dict[str, Tensor]) -> None:
-        """Put back what ``optimizer_state`` gave."""
+        """Put back what ``optimizer_state`` returned."""
 
 
 def directory_name(step: int) -> str:
@@ -136,7 +136,7 @@ class CheckpointStore:
         engine: Stateful,
         files: Mapping[str, bytes],
     ) -> dict[str, Any]:
-        """Write the files that this rank speaks for; give their entries in the manifest."""
+        """Write the files that this rank speaks for; return their entries in the manifest."""
         written: dict[str, Any] = {}
         for one in owned:
             if self.mesh.speaks_for(one.expert):
@@ -179,7 +179,7 @@ class CheckpointStore:
             shutil.rmtree(_doomed(old), ignore_errors=True)
 
     def found(self) -> list[Path]:
-        """The checkpoints under their final names, newest first."""
+        """Return the checkpoints under their final names, newest first."""
         return checkpoints_in(self.root)
 
     def choose(self) -> tuple[Path, list[str]]:

@@ -86,13 +86,12 @@ class Trainer:
             NotFinite: a loss or gradient is not finite; names the expert.
         """
         begin = time.perf_counter()  # rows_per_s is of training alone, not of saves between steps
-        loader = self._loader()
         at = self.position
         logged = (at.total + 1) % self.log_every == 0 or at.total in (0, self.total_steps - 1)
-        totals, batch, rate = self._step(loader, logged)
+        totals, batch, rate = self._step(logged)
         record = self._record(totals, batch, rate, self._seconds + time.perf_counter() - begin) if logged else None
         self._seconds = 0.0 if logged else self._seconds + time.perf_counter() - begin
-        return Advance(self._move_on(loader.num_batches), record)
+        return Advance(self._move_on(), record)
 
     def end(self) -> None:
         """End the engine."""
@@ -132,11 +131,11 @@ class Trainer:
             load_module(path, owned, self.engine)
         self.engine.fast_forward(self.position.step)
 
-    def _move_on(self, num_batches: int) -> bool:
+    def _move_on(self) -> bool:
         """Move to the next step; return True where an epoch ended."""
         p = self.position
         p = replace(p, batch=p.batch + 1, step=p.step + 1, total=p.total + 1)
-        ended = p.batch == num_batches
+        ended = p.batch == self.loader.num_batches
         if ended:
             p = replace(p, epoch=p.epoch + 1, batch=0)
         if p.epoch == self.phase.epochs and p.phase + 1 < len(self.phases):
@@ -153,7 +152,8 @@ class Trainer:
             kind = "gate" if owned.expert is None else "experts"
             for parameter in parameters:
                 parameter.requires_grad_(phase.trains in ("both", kind))
-        self._cached: Loader | None = None
+        place, pin = (self.mesh.rank, self.mesh.world_size), self.mesh.device.type == "cuda"
+        self.loader = Loader(self.dataset, phase.batch_size, self.seed, number, *place, epochs=phase.epochs, pin=pin)
         self._upcoming: RankBatch | None = None
         make = self.make_engine
         engine = make(self.mixture.parts, self.mesh, self.wire, phase.optimizer, phase.schedule, phase.clip_norm)
@@ -166,30 +166,15 @@ class Trainer:
             raise ValueError(f"phase {number} trains {phase.trains}, which has no parameters: set trains to both")
         return engine
 
-    def _loader(self) -> Loader:
-        if self._cached is None:
-            mesh, phase = self.mesh, self.phase
-            self._cached = Loader(
-                self.dataset,
-                phase.batch_size,
-                self.seed,
-                self.position.phase,
-                mesh.rank,
-                mesh.world_size,
-                epochs=phase.epochs,
-                pin=mesh.device.type == "cuda",
-            )
-        return self._cached
-
-    def _step(self, loader: Loader, logged: bool) -> tuple[Totals, RankBatch, float]:
+    def _step(self, logged: bool) -> tuple[Totals, RankBatch, float]:
         """Do the step of the position; return its totals, its rows and its learning rate."""
         at = self.position
         self.wire.meter.reset(timed=logged)
         for owned in self.owned:
             getattr(owned.module, "anneal", lambda step: None)(at.step)
         self.phase.objective.anneal(at.step)
-        batch = self._upcoming or loader.batch(at.epoch, at.batch).to(self.mesh.device)
-        self._upcoming = self._next(loader) if self.mixture.prefetch else None
+        batch = self._upcoming or self.loader.batch(at.epoch, at.batch).to(self.mesh.device)
+        self._upcoming = self._next() if self.mixture.prefetch else None
         self.engine.zero_grad()
         moment, phase = Moment(self.seed, at.phase, at.step), self.phase
         with self.engine.accumulating():
@@ -203,9 +188,9 @@ class Trainer:
         self._rows += batch.total
         return totals, batch, rate
 
-    def _next(self, loader: Loader) -> RankBatch | None:
+    def _next(self) -> RankBatch | None:
         """Return this rank's rows of the next step, or None at the end of the phase."""
-        at = self.position
+        at, loader = self.position, self.loader
         epoch, batch = divmod(at.epoch * loader.num_batches + at.batch + 1, loader.num_batches)
         return loader.batch(epoch, batch).to(self.mesh.device) if epoch < self.phase.epochs else None
 
