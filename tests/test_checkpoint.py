@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Outcome, Owned, Parts
-from mixdist.training.checkpoint import LATEST, STATE, CheckpointStore, load_module, read_state
-from mixdist.training.manifest import MANIFEST
+from mixdist.training.checkpoint import LATEST, STATE, CheckpointStore, Saved, load_module, read_state
+from mixdist.training.manifest import MANIFEST, digest
 
 NUM_EXPERTS = 2
 FILES = ["MANIFEST.json", "expert-0000.safetensors", "expert-0001.safetensors", "gate.safetensors", "state.json"]
@@ -60,7 +61,7 @@ class Run:
                 parameter.grad = torch.full_like(parameter, step)
         zero = torch.zeros(1, dtype=torch.float64)
         self.engine.step(Outcome(zero, {}), step)
-        self.store.save(step, {"position": {"total": step}}, self.owned, self.engine)
+        self.store.save(step, Saved({"position": {"total": step}}, self.owned, self.engine))
 
     def tensors(self) -> dict[str, Tensor]:
         weights = {f"{o.name}.{k}": v.clone() for o in self.owned for k, v in o.module.state_dict().items()}
@@ -173,23 +174,16 @@ class Writing(Breaking):
         if "w" in "".join(map(str, given[1:2])):
             self.left -= 1
             if self.left == 0:
-                write = file.write
 
-                class Half:
-                    def __init__(self, error: Callable[[], BaseException]) -> None:
-                        self.error = error
+                def write(data: bytes) -> None:
+                    with file:
+                        file.write(data[: len(data) // 2])
+                    raise self.error()
 
-                    def __enter__(self) -> Half:
-                        return self
-
-                    def __exit__(self, *_: object) -> None:
-                        file.close()
-
-                    def write(self, data: bytes) -> None:
-                        write(data[: len(data) // 2])
-                        raise self.error()
-
-                return Half(self.error)
+                half = MagicMock()  # as a context manager it lets errors through
+                half.__exit__.return_value = None
+                half.__enter__.return_value.write = write
+                return half
         return file
 
 
@@ -271,8 +265,6 @@ def test_every_cut_and_every_flipped_byte_is_found(name: str, tmp_path: Path) ->
 
 def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change a manifest as someone would who knows how its checksum is made."""
-    from mixdist.training.manifest import digest
-
     manifest = json.loads((path / MANIFEST).read_text())
     change(manifest)
     manifest["sha256"] = digest(manifest)

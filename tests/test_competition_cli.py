@@ -165,15 +165,8 @@ def test_a_score_that_is_no_number_names_the_expert(folder: Path) -> None:
         "    def column(self, e, *rest):\n        value = torch.inf if e == 1 else 0.0\n"
         "        return super().column(e, *rest) + value\n"
     )
-    line = complaint(
-        here(
-            "train",
-            "--config",
-            write_config(folder / "c.yaml", changed(HARD, score="odd.Odd")),
-            "--out",
-            "run",
-        )
-    )
+    config = write_config(folder / "c.yaml", changed(HARD, score="odd.Odd"))
+    line = complaint(here("train", "--config", config, "--out", "run"))
     assert line == "round 0: expert 1 gives a sample a score that is not a number: lower learning rates"
 
 

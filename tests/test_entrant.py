@@ -19,16 +19,24 @@ from tests.contest import Contest, make_mixture, make_phase
 from tests.parity import SEED, data, mesh_of
 from tests.pool import Pool
 
+PLACES = [(part, len(part)) for part in torch.arange(45).split(16)]
+
+
+def go_on(entrant: Entrant) -> None:
+    """Train an expert for an epoch, and its discriminator for a pass over the data."""
+    entrant.train(data().rows, PLACES, 1)
+    entrant.end_epoch()
+    entrant.challenge(data().rows, PLACES, 1)
+
 
 def trained(case: Contest, wire: Wire, number: int = 2, epochs: int = 2, ranks: int = 1) -> Entrant:
     """An expert and its discriminator that have trained for some epochs of 45 rows in batches of 16."""
     entrant = Entrant(number, make_mixture(case, mesh_of(4, ranks, ranks), wire), make_phase(case, 1))
-    places = [(part, len(part)) for part in torch.arange(45).split(16)]
     for _ in range(epochs):
-        entrant.train(data().rows, places, 1)
+        entrant.train(data().rows, PLACES, 1)
         entrant.end_epoch()
     entrant.meet(1)
-    entrant.challenge(data().rows, places, 1)
+    entrant.challenge(data().rows, PLACES, 1)
     return entrant
 
 
@@ -99,12 +107,9 @@ def there_and_back(ranks: int, optimizer: str) -> dict[str, Tensor]:
         assert list(entrants) == homes[mesh.member]
     assert not any(entrant in here for entrant in entrants.values())
     # Each goes on from there: what an optimiser and a schedule remember counts.
-    places = [(part, len(part)) for part in torch.arange(45).split(16)]
     after = {f"after {e} {n}": t for e, entrant in entrants.items() for n, t in entrant.tensors().items()}
     for entrant in entrants.values():
-        entrant.train(data().rows, places, 1)
-        entrant.end_epoch()
-        entrant.challenge(data().rows, places, 1)
+        go_on(entrant)
     return report | after | {f"on {e} {n}": t for e, x in entrants.items() for n, t in x.tensors().items()}
 
 
@@ -119,9 +124,6 @@ def test_there_and_back_nothing_is_lost(pool: Callable[[int], Pool], ranks: int,
         for name, tensor in stayed.tensors().items():
             assert torch.equal(found[f"before {e} {name}"], tensor), name
             assert torch.equal(found[f"after {e} {name}"], tensor), name
-        places = [(part, len(part)) for part in torch.arange(45).split(16)]
-        stayed.train(data().rows, places, 1)
-        stayed.end_epoch()
-        stayed.challenge(data().rows, places, 1)
+        go_on(stayed)
         for name, tensor in stayed.tensors().items():
             assert torch.equal(found[f"on {e} {name}"], tensor), name

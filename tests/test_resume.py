@@ -133,6 +133,22 @@ def test_other_layouts_take_over(ranks: int, killed: Path, whole: Path, folder: 
     assert_close(run, whole)
 
 
+def assert_goes_on(config: str, stop: int, last: int) -> Path:
+    """Train, and go on from a copy without the checkpoints after ``stop``: everything is the same, bit for bit."""
+    assert here("train", "--config", config, "--out", "whole").code == 0
+    whole = Path("whole")
+    run = copy_of(whole, "again")
+    for path in run.glob("checkpoints/step-*"):
+        if int(path.name.removeprefix("step-")) > stop:
+            shutil.rmtree(path)
+    assert here("train", "--resume", "again").code == 0
+    assert records(run) == records(whole)
+    for name in ("gate", *(f"expert-{e:04d}" for e in range(4))):
+        mine, theirs = (r / "checkpoints" / f"step-{last:09d}" / f"{name}.safetensors" for r in (run, whole))
+        assert mine.read_bytes() == theirs.read_bytes()
+    return run
+
+
 @pytest.mark.parametrize("stop", [2, 3, 5], ids=["in the first phase", "between the phases", "in the second"])
 def test_phases_go_on_bit_for_bit(stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -144,18 +160,8 @@ def test_phases_go_on_bit_for_bit(stop: int, tmp_path: Path, monkeypatch: pytest
         "train__clip_norm": 10.0,
         "checkpoint": {"every": 1, "keep": 100},
     }
-    config = config_of(tmp_path, **phases)
-    assert here("train", "--config", config, "--out", "whole").code == 0
-    run = copy_of(tmp_path / "whole", "again")
-    for path in run.glob("checkpoints/step-*"):
-        if int(path.name.removeprefix("step-")) > stop:
-            shutil.rmtree(path)
-    assert here("train", "--resume", "again").code == 0
     # Nothing depends on what the process did before: not on torch's generator, not on optimisers of another phase.
-    assert records(run) == records(tmp_path / "whole")
-    for name in ("gate", *(f"expert-{e:04d}" for e in range(4))):
-        mine, theirs = (r / "checkpoints" / "step-000000008" / f"{name}.safetensors" for r in (run, tmp_path / "whole"))
-        assert mine.read_bytes() == theirs.read_bytes()
+    assert_goes_on(config_of(tmp_path, **phases), stop, 8)
 
 
 @pytest.mark.parametrize(
@@ -169,27 +175,15 @@ def test_phases_go_on_bit_for_bit(stop: int, tmp_path: Path, monkeypatch: pytest
 def test_switches_go_on_bit_for_bit(switches: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is in flight between two steps belongs to neither; what auto took is kept."""
     monkeypatch.chdir(tmp_path)
-    config = config_of(
-        tmp_path, train__batch_size=300, train__epochs=2, checkpoint={"every": 1, "keep": 100}, **switches
-    )
-    assert here("train", "--config", config, "--out", "whole").code == 0
-    run = copy_of(tmp_path / "whole", "again")
-    for path in run.glob("checkpoints/step-*"):
-        if int(path.name.removeprefix("step-")) > 4:
-            shutil.rmtree(path)
-    assert here("train", "--resume", "again").code == 0
-    assert records(run) == records(tmp_path / "whole")
+    often = {"every": 1, "keep": 100}
+    config = config_of(tmp_path, train__batch_size=300, train__epochs=2, checkpoint=often, **switches)
+    run = assert_goes_on(config, 4, 10)
     found = read_metrics(run)
     assert all("dead_experts" in record for record in found)
     assert [r["step"] for r in found if r.get("duplicate_experts") == []] == [1, 6]  # the first of each epoch
-    executions = [
-        yaml.safe_load((r / "config.yaml").read_text())["mixture"]["init_args"]["execution"]
-        for r in (run, tmp_path / "whole")
-    ]
+    configs = [yaml.safe_load(Path(r, "config.yaml").read_text()) for r in ("again", "whole")]
+    executions = [config["mixture"]["init_args"]["execution"] for config in configs]
     assert executions[0] == executions[1] in ("loop", "stacked")
-    for name in ("gate", *(f"expert-{e:04d}" for e in range(4))):
-        mine, theirs = (r / "checkpoints" / "step-000000010" / f"{name}.safetensors" for r in (run, tmp_path / "whole"))
-        assert mine.read_bytes() == theirs.read_bytes()
 
 
 def test_more_epochs_may_be_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

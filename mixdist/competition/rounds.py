@@ -24,8 +24,8 @@ from mixdist.competition.reassign import Scoring, Verdict
 from mixdist.competition.table import Assignment, StarvedRule, reseeded, starved
 from mixdist.data import Epoch, Samples
 from mixdist.engines import EngineFactory
-from mixdist.training.checkpoint import check_optimizer
-from mixdist.training.loop import Advance, Saved
+from mixdist.training.checkpoint import Saved, check_optimizer
+from mixdist.training.loop import Advance
 from mixdist.training.phases import Phase
 
 TABLE = "assignment.npy"

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,6 +51,22 @@ class Stateful(Protocol):
         """Put back what ``optimizer_state`` returned."""
 
 
+class Saved(NamedTuple):
+    """What a checkpoint holds of a program.
+
+    Args:
+        state: JSON; the same on every rank.
+        owned: this rank's modules.
+        engine: has their optimisers' states.
+        files: other files, as rank 0 has them.
+    """
+
+    state: dict[str, Any]
+    owned: Sequence[Owned]
+    engine: Stateful
+    files: Mapping[str, bytes] = {}
+
+
 def directory_name(step: int) -> str:
     """Return the name of the checkpoint of a step."""
     return f"step-{step:09d}"
@@ -81,15 +97,8 @@ class CheckpointStore:
     def __init__(self, root: Path, mesh: Mesh, keep: int = 3) -> None:
         self.root, self.mesh, self.keep = root, mesh, keep
 
-    def save(
-        self,
-        step: int,
-        state: dict[str, Any],
-        owned: Sequence[Owned],
-        engine: Stateful,
-        files: Mapping[str, bytes] | None = None,
-    ) -> None:
-        """Write the checkpoint of ``step``, with ``files`` as rank 0 has them; every rank calls it.
+    def save(self, step: int, saved: Saved) -> None:
+        """Write the checkpoint of ``step``; every rank calls it.
 
         Raises:
             ValueError: some rank could not write; no checkpoint of this step exists then, older ones are untouched.
@@ -99,7 +108,7 @@ class CheckpointStore:
         entries: dict[str, Any] = {}
         try:
             self._together(final, lambda: self._begin(aside))
-            own = self._together(final, lambda: self._write_own(aside, state, owned, engine, files or {}))
+            own = self._together(final, lambda: self._write_own(aside, saved))
             entries = {name: entry for part in gather_json(own, self.mesh.world) for name, entry in part.items()}
             self._together(final, lambda: self._commit(aside, final, entries))
         except ValueError:
@@ -128,23 +137,16 @@ class CheckpointStore:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
 
-    def _write_own(
-        self,
-        aside: Path,
-        state: dict[str, Any],
-        owned: Sequence[Owned],
-        engine: Stateful,
-        files: Mapping[str, bytes],
-    ) -> dict[str, Any]:
+    def _write_own(self, aside: Path, saved: Saved) -> dict[str, Any]:
         """Write the files that this rank speaks for; return their entries in the manifest."""
         written: dict[str, Any] = {}
-        for one in owned:
+        for one in saved.owned:
             if self.mesh.speaks_for(one.expert):
                 path = aside / file_name(one.name, one.expert)
-                write_file(path, save(_tensors(one, engine)))
+                write_file(path, save(_tensors(one, saved.engine)))
                 written[path.name] = entry(path)
         if self.mesh.rank == 0:
-            for name, data in {STATE: json.dumps(state, indent=2).encode(), **files}.items():
+            for name, data in {STATE: json.dumps(saved.state, indent=2).encode(), **saved.files}.items():
                 write_file(aside / name, data)
                 written[name] = entry(aside / name)
         return written

@@ -13,8 +13,7 @@ import torch
 from mixdist.files import write_file
 from mixdist.parallel.agreement import on_rank_0
 from mixdist.parallel.mesh import Mesh
-from mixdist.terms import Owned
-from mixdist.training.checkpoint import CheckpointStore, Stateful, check_run, read_state
+from mixdist.training.checkpoint import CheckpointStore, Saved, check_run, read_state
 
 
 class Recorder(Protocol):
@@ -40,22 +39,6 @@ class Advance(NamedTuple):
     ended: bool
     record: dict[str, Any] | None = None
     line: str | None = None
-    files: Mapping[str, bytes] = {}
-
-
-class Saved(NamedTuple):
-    """What a checkpoint holds of a program.
-
-    Args:
-        state: JSON; the same on every rank.
-        owned: this rank's modules.
-        engine: has their optimisers' states.
-        files: other files, as rank 0 has them.
-    """
-
-    state: dict[str, Any]
-    owned: Sequence[Owned]
-    engine: Stateful
     files: Mapping[str, bytes] = {}
 
 
@@ -147,7 +130,7 @@ class Loop:
         if self.store is None or self.saved == total:
             return
         saved = self.program.save()
-        self.store.save(total, {**saved.state, "run": self.described}, saved.owned, saved.engine, saved.files)
+        self.store.save(total, saved._replace(state={**saved.state, "run": self.described}))
         self.saved = total
 
     def resume(self, path: Path) -> None:
@@ -162,9 +145,9 @@ class Loop:
         self.saved = self.program.total
 
     def _report(self, advance: Advance) -> None:
-        for recorder in self.recorders if self.mesh.rank == 0 and advance.record is not None else ():
-            assert advance.record is not None
-            recorder.write(advance.record)
+        if self.mesh.rank == 0 and advance.record is not None:
+            for recorder in self.recorders:
+                recorder.write(advance.record)
         if self.directory is not None and advance.files:
             on_rank_0(lambda: self._write(advance.files), self.mesh)
         if self.mesh.rank == 0 and advance.line is not None:

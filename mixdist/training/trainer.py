@@ -13,8 +13,8 @@ from mixdist.engines import Engine, EngineFactory, Native, NotFinite, Totals
 from mixdist.mixtures import Mixture
 from mixdist.noise import Moment
 from mixdist.parallel.agreement import gather_json
-from mixdist.training.checkpoint import check_optimizer, load_module
-from mixdist.training.loop import Advance, Saved, peak_memory
+from mixdist.training.checkpoint import Saved, check_optimizer, load_module
+from mixdist.training.loop import Advance, peak_memory
 from mixdist.training.phases import Phase, Position
 
 
