@@ -62,7 +62,7 @@ class WireReader:
     """Each rank reads its contiguous share of the data set, and rows go once to each rank that wants them.
 
     Since every rank can tell what the others want, nothing but rows and their ids is sent, and a rank reads those of
-    its share that somebody wants, each once. A share of a data set in memory is laid out once and kept.
+    its share that some rank wants, each once. A share of a data set in memory is laid out once and kept.
 
     Args:
         dataset: of which this rank reads its share only.

@@ -1,4 +1,4 @@
-"""The experts of one rank in a competition: where they live, how they go wrong together, what a checkpoint holds."""
+"""The experts of one rank in a competition: placement, errors that all ranks raise, what a checkpoint holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where experts live: by load. Pure."""
+"""Placement of experts on ranks by load; pure."""
 
 from __future__ import annotations
 

@@ -238,7 +238,7 @@ class Rounds:
         rule = rules.starved
         starved_experts = [] if rule == "none" else self._starved(table)
         if rule == "reseed" and (at.round >= rules.rounds or rules.score.keeps):
-            rule = "none"  # nobody would train on what it gives, or the split is for good
+            rule = "none"  # no expert would train on the new split, or the split never changes
         begins = bool(starved_experts) and rule == "reseed"
         if begins:
             table = self._reseed(table, verdict, starved_experts)

@@ -72,11 +72,11 @@ class Assignment:
         return share
 
     def positions(self, expert: int) -> Tensor:
-        """The places of an expert's samples in the data set, ascending, int64."""
+        """Return the places of an expert's samples in the data set, ascending, int64."""
         return torch.from_numpy(np.flatnonzero(self.expert_N == expert))
 
     def changed(self, other: Assignment) -> float:
-        """The part of samples that have another expert in another table."""
+        """Return the part of samples that have another expert in another table."""
         return float((self.expert_N != other.expert_N).mean())
 
     def to_bytes(self) -> bytes:
@@ -86,7 +86,7 @@ class Assignment:
         return file.getvalue()
 
     def describe(self) -> dict[str, Any]:
-        """Say in JSON what the table is: it stands beside the .npy file."""
+        """Return what the table is, as JSON: it stands beside the .npy file."""
         return {
             "round": self.round,
             "num_experts": self.num_experts,
@@ -113,7 +113,7 @@ class Assignment:
 
     @staticmethod
     def read(name: str, table: bytes, about: Any, data: str, num_samples: int, num_experts: int) -> Assignment:
-        """Undo ``to_bytes``, checked against what ``describe`` said of it and against the data set.
+        """Read what ``to_bytes`` wrote, checked against what ``describe`` returned and against the data set.
 
         Raises:
             ValueError: it is no table, it is damaged, or it belongs to other data or another number of experts.

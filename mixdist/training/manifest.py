@@ -28,7 +28,7 @@ def entry(path: Path) -> dict[str, Any]:
 
 
 def digest(manifest: dict[str, Any]) -> str:
-    """The checksum of a manifest's content but for the checksum itself."""
+    """Return the checksum of a manifest's content but for the checksum itself."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
