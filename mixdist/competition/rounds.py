@@ -149,8 +149,7 @@ class Rounds:
         Raises:
             Agreed: a loss, gradient or score is not finite; names the expert.
         """
-        trains = self.position.round >= 1 and self.position.epoch < self.phase.epochs
-        return self._epoch() if self.pretraining or trains else self._round()
+        return self._epoch() if self.pretraining or self._trains() else self._round()
 
     def end(self) -> None:
         """Bring every expert back to the home that its number has, and give the mixture what was trained."""
@@ -171,6 +170,9 @@ class Rounds:
     def _mixture_state(self) -> dict[str, Any]:
         share = self.table.share_E.tolist() if self.table is not None and self.scored else []
         return {"log_z": self.log_z_E.tolist(), "share": share}
+
+    def _trains(self) -> bool:
+        return self.position.round >= 1 and self.position.epoch < self.phase.epochs
 
     # Epochs
 
