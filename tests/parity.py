@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixdist.data import Dataset, Loader
-from mixdist.engines import Native
+from mixdist.engines import Engine, EngineFactory, Native
 from mixdist.evaluation.evaluate import evaluate
 from mixdist.experts import VAE, Centroid, Classifier, Compute, Expert, Regressor
 from mixdist.gates import Consistent, Gate, LabelOracle, Softmax, Uniform
@@ -56,6 +56,7 @@ class Case:
     batch_size: int = 16
     optimizer: str = "adam"
     dtype: str = "float64"
+    engine: str = "native"
     steps: int = 20
 
     def reference(self) -> Case:
@@ -207,15 +208,20 @@ def make_mixture(case: Case, mesh: Mesh, wire: Wire) -> Mixture:
     return mixture
 
 
-def make_engine(case: Case, mixture: Mixture, mesh: Mesh, wire: Wire) -> Native:
+# A second engine is judged by the same cases: name it here, and run them with Case.engine.
+ENGINES: dict[str, EngineFactory] = {"native": Native}
+
+
+def make_engine(case: Case, mixture: Mixture, mesh: Mesh, wire: Wire) -> Engine:
+    make = ENGINES[case.engine]
     if case.optimizer == "clipped-sgd":
-        return Native(mixture.parts, mesh, wire, lambda p: torch.optim.SGD(p, 0.01, momentum=0.9), clip_norm=0.5)
+        return make(mixture.parts, mesh, wire, lambda p: torch.optim.SGD(p, 0.01, momentum=0.9), clip_norm=0.5)
     if case.optimizer == "scheduled-adamw":
         schedule = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=30)
-        return Native(mixture.parts, mesh, wire, lambda p: torch.optim.AdamW(p, 1e-2), schedule)
+        return make(mixture.parts, mesh, wire, lambda p: torch.optim.AdamW(p, 1e-2), schedule)
     # Adam divides by |g| + eps. A gradient that is 0 but for rounding (1e-17: the logit of an expert that no row chose)
     # moves a weight by lr 1e-17 / eps; torch's eps of 1e-8 would make that 1e-11 a step, and no two sums agree on it.
-    return Native(mixture.parts, mesh, wire, lambda p: torch.optim.Adam(p, 1e-2, eps=1e-5))
+    return make(mixture.parts, mesh, wire, lambda p: torch.optim.Adam(p, 1e-2, eps=1e-5))
 
 
 def run(case: Case) -> dict[str, Any]:
