@@ -6,6 +6,7 @@ any field.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -171,11 +172,22 @@ class Parts:
         experts: this rank's experts by global number.
         stack: if experts run as one stack, the tensors that their parameters are slices of, by the parameter's name;
             the leading axis is that of ``experts``.
+
+    Raises:
+        ValueError: a shared module's name that cannot name a file of a checkpoint.
     """
 
     shared: dict[str, nn.Module]
     experts: dict[int, nn.Module] = field(default_factory=dict)
     stack: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.shared:
+            if not re.fullmatch(r"[A-Za-z]\w*", name) or name in ("expert", "discriminator"):
+                raise ValueError(
+                    f"the shared module {name!r} cannot name a file of a checkpoint: give letters, digits and _, but "
+                    f"neither expert nor discriminator"
+                )
 
     def owned(self) -> list[Owned]:
         """Return all modules, shared ones first, experts in ascending order."""

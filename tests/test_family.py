@@ -122,3 +122,62 @@ def test_it_is_drawn_sampled_and_loaded(whole: Path) -> None:
     assert error.item() == pytest.approx(figures["squared_error"], rel=0.3)  # of 20 rows, and of all
     assert model.rows_of_samples(3)["the mixture"].shape == (3, 1, 8, 8)
     assert torch.equal(model.reconstruct(rows), shown)
+
+
+OWN = '''
+import torch
+from tests.two_stage import TwoStage
+
+
+class Silent(TwoStage):
+    """A family without figures: it trains all the same."""
+
+    measure = __import__("mixdist.mixtures", fromlist=["Mixture"]).Mixture.measure
+    study = __import__("mixdist.mixtures", fromlist=["Mixture"]).Mixture.study
+
+
+class Vector(TwoStage):
+    def measure(self, batch, at):
+        return {"error": torch.zeros(batch.size)}
+
+
+class Slashed(TwoStage):
+    @property
+    def parts(self):
+        parts = super().parts
+        return type(parts)({"my decoder": self.decoder}, parts.experts)
+
+
+class Half(TwoStage.__base__):
+    """It has no backward."""
+
+    num_experts = 2
+
+    def setup(self, context):
+        super().setup(context)
+
+    @property
+    def parts(self):
+        return None
+'''
+
+
+@pytest.mark.parametrize(
+    ("family", "code", "said"),
+    [
+        ("Silent", 0, "Silent has no figures"),
+        ("Vector", 2, "error has shape"),
+        ("Slashed", 2, "'my decoder' cannot name a file"),
+        ("Half", 2, "(own.Half) cannot be made without backward"),
+    ],
+)
+def test_a_family_that_lacks_something_is_told_of_it(
+    family: str, code: int, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "own.py").write_text(OWN)
+    monkeypatch.syspath_prepend(folder)
+    config = {**CONFIG, "mixture": {"class_path": f"own.{family}"}}
+    ended = here("train", "--config", write_config(folder / "own.yaml", config), "--out", f"own-{family}")
+    assert ended.code == code, ended
+    assert said in ended.out + ended.err
+    assert ended.err.count("\n") == (code == 2)

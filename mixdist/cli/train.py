@@ -176,6 +176,10 @@ def _resume(loop: Loop, store: CheckpointStore) -> None:
 def _conclude(config: Config, session: Session, run: Path) -> None:
     """Evaluate on held-out rows, draw and print."""
     mixture = session.mixture
+    if not mixture.has_figures:
+        if session.mesh.rank == 0:
+            print(f"{type(mixture).__name__} has no figures: it has no measure method\nrun: {run}", flush=True)
+        return
     evaluation = evaluate(mixture, session.test, config.test_batch_size, config.seed)
     picture = draw(mixture, session.test, evaluation, run, config.seed)
     if session.mesh.rank == 0:

@@ -8,8 +8,11 @@ from typing import Any
 from mixdist.competition.mixture import HardMixture
 from mixdist.competition.rounds import Rounds
 from mixdist.competition.rules import Rules
+from mixdist.data import RankBatch
 from mixdist.experts import Compute
-from mixdist.mixtures import MakeExpert, Stage, WeightedLoss
+from mixdist.mixtures import MakeExpert, Objective, Stage, WeightedLoss
+from mixdist.noise import Moment
+from mixdist.terms import Outcome
 
 
 class Competition(HardMixture):
@@ -68,3 +71,9 @@ class Competition(HardMixture):
                     f"{name}.{key} ({value}) means nothing in a competition: leave it out; to bound memory there is "
                     f"mixture.compute.micro_batch"
                 )
+
+    def backward(
+        self, batch: RankBatch, objective: Objective, at: Moment, num_parts: int = 1, upcoming: RankBatch | None = None
+    ) -> Outcome:
+        """Not used: experts train by themselves in :class:`mixdist.competition.rounds.Rounds`."""
+        raise AssertionError("experts of a competition train by themselves")

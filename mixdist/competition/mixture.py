@@ -19,11 +19,11 @@ from mixdist.competition.scores import Discriminators
 from mixdist.data import RankBatch, Samples
 from mixdist.experts import Compute, Expert, ExpertBank
 from mixdist.gates import Gate
-from mixdist.mixtures import Context, Ensemble, MakeExpert, Objective, check_fields
+from mixdist.mixtures import Context, Ensemble, MakeExpert, check_fields
 from mixdist.mixtures.routing import responsible
 from mixdist.noise import EVALUATION_PHASE, Moment, Purpose
 from mixdist.parallel.route import Route
-from mixdist.terms import Batch, Gating, Outcome, Owned, Parts
+from mixdist.terms import Batch, Gating, Owned, Parts
 
 
 class HardMixture(Ensemble):
@@ -79,12 +79,6 @@ class HardMixture(Ensemble):
     def parts(self) -> Parts:
         """Nothing is shared; the experts are this rank's own."""
         return Parts({}, dict(self.bank.owned()))
-
-    def backward(
-        self, batch: RankBatch, objective: Objective, at: Moment, num_parts: int = 1, upcoming: RankBatch | None = None
-    ) -> Outcome:
-        """Not used: experts train by themselves in :class:`mixdist.competition.rounds.Rounds`."""
-        raise AssertionError("experts of a competition train by themselves")
 
     def receive(self, experts: Mapping[int, Expert], discriminators: Mapping[int, Discriminator]) -> None:
         """Take this rank's experts and discriminators, as training left them."""

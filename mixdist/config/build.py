@@ -49,6 +49,8 @@ def build_mesh(config: Config) -> Mesh:
     # Where a gradient stays 0, Adam's mean of it sinks to subnormal numbers, with which some processors are slow.
     torch.set_flush_denormal(True)
     launch = Launch.read()
+    if not hasattr(config.mixture, "num_experts"):
+        raise ValueError(f"{type(config.mixture).__name__} has no num_experts: set it in its __init__")
     placement = Placement.plan(config.mixture.num_experts, launch.world_size, config.mesh.ep_size)
     return Mesh(placement, launch, choose_device(config.mesh.device, launch), config.mesh.timeout_s)
 

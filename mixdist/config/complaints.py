@@ -7,12 +7,13 @@ of the classes on the way, so that no key needs to be known here.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from mixdist.config.places import Place, near
+from mixdist.config.places import Place, find, near
 from mixdist.messages import one_line
 
 CONFIG = "mixdist.config.config.Config"
@@ -31,6 +32,7 @@ _VALUE = re.compile(
     r"(?:G[oi][tv]\w* value:|import path string:|Import path|class, but|Unable to load config) "
     r"(?:NestedArg\(key='\w+', val=)?(.*)"
 )
+_OF_FAMILIES = ("gate", "expert", "num_experts", "routing", "execution", "compute", "score", "rounds")
 _PLAIN = {
     "int": "a whole number such as 10",
     "float": "a number such as 0.1",
@@ -53,6 +55,9 @@ def explain(message: str, parser: ArgumentParser) -> str:
             return one_line(told)
     value = _VALUE.search(rest)
     given = re.split(r"\. Got value: Namespace\(| does not correspond| is abstract", value[1])[0] if value else ""
+    if inspect.isabstract(made := find(given)):
+        missing = " and ".join(sorted(made.__abstractmethods__))
+        return f"{place.key} ({given}) cannot be made without {missing}: write what is missing, or choose another class"
     expected, why = _expected(sentences, place)
     if not expected or not place.key:
         return f"{place.key}: {one_line(sentences[0])}; see {parser.prog} --help".removeprefix(": ")
@@ -120,6 +125,8 @@ def _unknown(sentence: str, place: Place, parser: ArgumentParser) -> str | None:
         owner = (place.key and (place.path or place.key)) or "a config"
         listed = ", ".join(dict.fromkeys(key.partition(".")[0] for key in taken)) or "no arguments"
         guess = near(name, taken if place.key else keys_of(parser)) or "remove it; "
+        if not place.key and name in _OF_FAMILIES:
+            guess = "it belongs under mixture.init_args; "
         return f"unknown config key {place.inner(name).key}: {guess}{owner} takes {listed}"
     if not sentence.startswith("unrecognized arguments: "):
         return None

@@ -7,7 +7,9 @@ The grammar is jsonargparse's: every dataclass field is a key, every key an opti
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,6 +53,8 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     """
     for path in values_of(argv, "--config"):
         _check_yaml(path)
+    if "" in sys.path:  # the parser changes directory while it reads a file, and classes lie in this one
+        sys.path[sys.path.index("")] = os.getcwd()
     with explained(parser):
         parsed: Namespace = parser.parse_args(list(argv))
         # While None means that nothing is given, the parser accepts null for any type.

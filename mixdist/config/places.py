@@ -62,7 +62,7 @@ class Place(NamedTuple):
         found = [] if self.base is None else [self.base]
         for one in found:  # which grows
             found += one.__subclasses__()
-        paths = {_public_path(one, self.base.__module__) for one in found[1:]}
+        paths = {_public_path(one, self.base.__module__) for one in found[1:] if not inspect.isabstract(one)}
         return sorted(path for path in paths if path)
 
     def wants(self) -> str:

@@ -46,7 +46,7 @@ class KernelDensity(NamedTuple):
         return {
             "samples": self.num_samples,
             "samples_of_experts": self.counts_E,
-            "drawn": "x ~ sum_k alpha_k p_k(x), with the noise of p(x|z): as many of each expert as its weight says",
+            "drawn": "x of the whole mixture, with the noise of p(x|z); as many of each expert as samples_of_experts",
             "bandwidth": self.bandwidth,
             "bandwidth_at_edge": self.at_edge,
             "bandwidth_chosen_on": f"{self.chosen_on} training rows, none of them among those reported",
@@ -100,7 +100,10 @@ def check_draws(mixture: Mixture, num_samples: int) -> None:
     if num_samples < 0:
         raise ValueError(f"--kde ({num_samples}) must be 0 or more: give 10000 for a usual estimate, 0 for none")
     if num_samples and mixture.drawn_field is None:
-        raise ValueError(f"--kde ({num_samples}) needs experts that draw x, and these do not: set --kde 0")
+        raise ValueError(
+            f"--kde ({num_samples}) needs samples of the mixture, and {type(mixture).__name__} with these experts "
+            f"draws none: set --kde 0"
+        )
 
 
 def _flat(dataset: Samples, name: str, index: torch.Tensor) -> np.ndarray:

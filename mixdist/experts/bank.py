@@ -131,8 +131,8 @@ class ExpertBank(nn.Module):
         if not self.can_stack:
             kinds = " and ".join(dict.fromkeys(type(expert).__name__ for expert in self.owned().values()))
             raise ValueError(
-                f"execution (stacked) needs experts of one stackable class and shape, and here are {kinds}: set "
-                f"execution to loop"
+                f"mixture.execution (stacked) needs experts of one stackable class with parameters of the same shapes, "
+                f"and {kinds} here cannot be stacked: set it to loop"
             )
         for name, _ in self._first.named_parameters():
             own = [expert.get_parameter(name) for expert in self.owned().values()]

@@ -102,8 +102,9 @@ class Ensemble(Mixture):
         self.make_experts = list(expert) if isinstance(expert, Sequence) else [expert] * (num_experts or 0)
         self.num_experts, self.execution, self.compute = len(self.make_experts), execution, compute
         if not self.num_experts or num_experts not in (None, self.num_experts):
-            wanted = "give 1 or more" if self.alike else f"leave it out, or give {self.num_experts}, one for each"
-            raise ValueError(f"mixture.num_experts ({num_experts}) must be the number of experts: {wanted}")
+            wanted = "give 1 or more" if self.alike else f"leave it out and list 1 or more (here {self.num_experts})"
+            given = "null" if num_experts is None else num_experts
+            raise ValueError(f"mixture.num_experts ({given}) must be the number of experts: {wanted}")
         for key in ("micro_batch", "recompute", "compile"):
             value = getattr(compute, key)
             if execution == "stacked" and value:
@@ -186,6 +187,11 @@ class Ensemble(Mixture):
         """Return the fact that all experts share, as ``common("predicts")``; None where they differ."""
         found = {getattr(facts, ability) for facts in self.facts}
         return found.pop() if len(found) == 1 else None
+
+    @property
+    def one_density(self) -> bool:
+        """Whether all experts give the density of one field: only then do their likelihoods make a mixture's."""
+        return len({facts.predicts or facts.samples or facts.reconstructs for facts in self.facts}) == 1
 
     @property
     def modelled(self) -> str:
@@ -271,7 +277,8 @@ class Ensemble(Mixture):
         return Model(gate, experts, self.spec, self.dtype, seed, list(class_names))
 
     def protocol(self, num_samples: int) -> dict[str, Any]:
-        sampled, field = self.common("weighs"), self.spec.get(self.modelled)
+        sampled = any(facts.weighs for facts in self.facts)
+        field = self.spec.get(self.modelled) if self.one_density else None
         return {
             "num_samples": num_samples if sampled else None,
             "sampled": evidence.SAMPLED if sampled else evidence.EXACT,

@@ -138,8 +138,9 @@ class ExpertStudy(Study):
     - ``accuracy``, ``purity``, ``nmi``, ``ari``: see :func:`clustering`.
     - ``routing_entropy`` = mean_n H(r_n), nats, 0 in a hard mixture, and ``experts_in_use`` = exp H(mean_n r_n).
 
-    Where experts differ, figures that some of them do not have are left out. Log densities are those of values, as
-    models see them; :func:`mixdist.mixtures.evidence.stored_units` turns them into those of stored numbers.
+    Where experts differ, figures that some of them do not have are left out, and likelihoods if they are densities of
+    different fields. Log densities are those of values, as models see them;
+    :func:`mixdist.mixtures.evidence.stored_units` turns them into those of stored numbers.
 
     Args:
         mixture: the mixture.
@@ -260,7 +261,10 @@ class ExpertStudy(Study):
 
     def _figures(self, sums: dict[str, np.ndarray], counts_EC: np.ndarray | None) -> dict[str, float]:
         mean = {name: float(value) / len(self.dataset) for name, value in sums.items() if value.ndim == 0}
-        names = ("loss", "elbo", "bound", "log_likelihood_shares", "log_likelihood_gate", "prediction_accuracy", "nll")
+        densities = (
+            ("elbo", "bound", "log_likelihood_shares", "log_likelihood_gate") if self.mixture.one_density else ()
+        )
+        names = ("loss", *densities, "prediction_accuracy", "nll")
         known = [name for name in names if name in mean and (self.mixture.alike or math.isfinite(mean[name]))]
         figures = {name: mean[name] for name in known}
         if self.dataset.log_density_N is not None:

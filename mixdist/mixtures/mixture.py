@@ -185,6 +185,12 @@ class Mixture(ABC):
 
     # Results
 
+    @property
+    def has_figures(self) -> bool:
+        """Whether the family has a ``measure`` or a ``study`` of its own."""
+        kind = type(self)
+        return kind.measure is not Mixture.measure or kind.study is not Mixture.study
+
     def measure(self, batch: RankBatch, at: Moment) -> dict[str, Tensor]:
         """Return named sums over this rank's rows of held-out data; their means over all rows are the figures."""
         raise ValueError(f"{type(self).__name__} has no figures: write its measure method")

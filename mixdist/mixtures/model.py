@@ -81,14 +81,18 @@ class Model:
     def _log_responsibilities(self, named: Batch) -> Tensor:
         return self._run(self.gate, named, Purpose.GATE).log_resp_BE
 
-    def _run(self, module: Gate | Expert, named: Batch, purpose: Purpose, number: int = 0) -> Any:
-        """Run rows with the noise of evaluation: given their ids from training they get that run's figures."""
+    @staticmethod
+    def _require(module: Gate | Expert, named: Batch) -> None:
         for name in module.fields:
             if name not in named:
                 kind = type(module).__name__
                 raise ValueError(
                     f"{kind} needs the field {name!r}, given were {sorted(named)}: give rows as a dict of fields"
                 )
+
+    def _run(self, module: Gate | Expert, named: Batch, purpose: Purpose, number: int = 0) -> Any:
+        """Run rows with the noise of evaluation: given their ids from training they get that run's figures."""
+        self._require(module, named)
         eps = None
         if module.noise_shape is not None:
             draw = Moment(self.seed, EVALUATION_PHASE).draw(purpose)
@@ -111,12 +115,22 @@ class Model:
             raise ValueError(f"expert {number} is not one of the model's: give 0 to {len(self.experts) - 1}")
         return self.experts[number]
 
+    def _able(self, number: int, ability: str, named: Batch) -> Expert:
+        one = self._expert(number)
+        if not one.can(ability):
+            raise ValueError(f"expert {number} ({type(one).__name__}) does not {ability}: choose another")
+        self._require(one, named)
+        return one
+
     @torch.no_grad()
     def reconstruct(self, rows: Tensor | np.ndarray | Batch, expert: int | None = None) -> Tensor:
         """Reconstruct rows by one expert, or each by its most responsible one: (N, *shape of x)."""
         named = self.rows(rows)
         if expert is not None:
-            return self._expert(expert).reconstruct(named)
+            return self._able(expert, "reconstruct", named).reconstruct(named)
+        fields = {getattr(one, "field", "x") for one in self.experts.values()}
+        if len(fields) > 1:
+            raise ValueError(f"experts reconstruct different fields ({', '.join(sorted(fields))}): name one expert")
         expert_N = self.assign(named)
         results = torch.empty_like(named["x"])
         for e in expert_N.unique().tolist():

@@ -75,7 +75,10 @@ class Study:
     def add(self, batch: RankBatch) -> None:
         """Count a batch of this rank's rows; every rank calls it."""
         for name, value in self.measure(batch, self.request.at).items():
-            self.sum(name, value)
+            total = torch.as_tensor(value)
+            if total.dim():
+                raise ValueError(f"measure's {name} has shape {tuple(total.shape)}: return one sum over the rows")
+            self.sum(name, total)
 
     def sum(self, name: str, value: Tensor) -> None:
         """Add to a named sum, in float64."""
@@ -90,7 +93,7 @@ class Study:
     def result(self, sums: dict[str, np.ndarray], columns: dict[str, np.ndarray]) -> Evaluation:
         """Return the evaluation, given the sums over all rows and the columns in the data set's order."""
         num_rows = len(self.dataset)
-        figures = {name: float(total) / num_rows for name, total in sums.items() if total.ndim == 0}
+        figures = {name: float(total) / num_rows for name, total in sums.items()}
         return Evaluation(self.dataset, figures)
 
     def own_columns(self) -> dict[str, np.ndarray]:

@@ -51,7 +51,7 @@ def draw(mixture: Mixture, dataset: Samples, evaluation: Evaluation, run: Path, 
 def draw_picture(folder: Path, picture: pictures.Picture) -> Path:
     """Draw one picture into a PNG file of its name in a folder; return its path."""
     name, *arrays = picture
-    path = folder / str(name)
+    path = (folder / str(name)).with_suffix(".png")
     DRAWN_BY[type(picture)](path, *arrays)
     return path
 

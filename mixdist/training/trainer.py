@@ -155,8 +155,13 @@ class Trainer:
         place, pin = (self.mesh.rank, self.mesh.world_size), self.mesh.device.type == "cuda"
         self.loader = Loader(self.dataset, phase.batch_size, self.seed, number, *place, epochs=phase.epochs, pin=pin)
         self._upcoming: RankBatch | None = None
-        make = self.make_engine
-        engine = make(self.mixture.parts, self.mesh, self.wire, phase.optimizer, phase.schedule, phase.clip_norm)
+        parts = self.mixture.parts
+        try:
+            engine = self.make_engine(parts, self.mesh, self.wire, phase.optimizer, phase.schedule, phase.clip_norm)
+        except TypeError as error:  # an abstract class, or another constructor
+            raise ValueError(
+                f"engine cannot be made ({error}): see mixdist.engines.Engine for what it takes"
+            ) from error
         if self.mixture.parts.stack and not engine.stacks:
             raise ValueError(
                 f"mixture.execution (stacked) cannot be used with the engine {type(engine).__name__}, which needs each "
