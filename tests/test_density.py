@@ -171,7 +171,7 @@ def test_experts_that_do_not_draw_are_refused(tmp_path: Path, monkeypatch: pytes
     assert here("train", "--config", write_config(tmp_path / "c.yaml", config), "--out", "run").code == 0
     ended = here("evaluate", "run", "--kde", "10")
     assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
-    assert "--kde (10) needs experts that draw x, and these do not: set --kde 0" in ended.err
+    assert "--kde (10)" in ended.err
 
 
 def test_a_soft_mixture_has_a_kernel_density(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
