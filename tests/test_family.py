@@ -126,14 +126,14 @@ def test_it_is_drawn_sampled_and_loaded(whole: Path) -> None:
 
 OWN = '''
 import torch
+from mixdist.mixtures import Mixture
 from tests.two_stage import TwoStage
 
 
 class Silent(TwoStage):
     """A family without figures: it trains all the same."""
 
-    measure = __import__("mixdist.mixtures", fromlist=["Mixture"]).Mixture.measure
-    study = __import__("mixdist.mixtures", fromlist=["Mixture"]).Mixture.study
+    measure = Mixture.measure
 
 
 class Vector(TwoStage):
@@ -148,7 +148,7 @@ class Slashed(TwoStage):
         return type(parts)({"my decoder": self.decoder}, parts.experts)
 
 
-class Half(TwoStage.__base__):
+class Half(Mixture):
     """It has no backward."""
 
     num_experts = 2
