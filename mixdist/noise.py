@@ -46,6 +46,7 @@ class Purpose(IntEnum):
     CHANCE = 11  # assignments by chance: the first split, random scores
     BLOCKS = 12  # the order of blocks of neighbouring samples in an epoch
     AUGMENT = 13  # flips and shifts of a row in an epoch
+    SPLIT = 14  # which rows are set apart: phase 0 for testing, phase 1 for validation
 
 
 def philox(counter: Words, key: tuple[Tensor | int, Tensor | int]) -> Words:
