@@ -170,8 +170,9 @@ class _Samples:
 
     def _add_attributes(self, found: dict[str, Any]) -> None:
         self._names = self._names or tuple(found)
-        if found and found.keys() == set(self._names):
-            self._values += bytes([found[name] for name in self._names])
+        same = tuple(found) == self._names
+        if found and (same or found.keys() == set(self._names)):
+            self._values += bytes(found.values() if same else [found[name] for name in self._names])
             self._num_attributed += 1
 
     def scan(self) -> Scan:
@@ -209,7 +210,7 @@ def _attributes(data: bytes) -> dict[str, Any]:
         values = list(found.values())
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return {}
-    return found if all(type(value) in (bool, int) and 0 <= value <= 1 for value in values) else {}
+    return found if {*map(type, values)} <= {bool, int} and {*values} <= {0, 1} else {}
 
 
 def assemble(
