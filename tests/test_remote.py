@@ -115,7 +115,7 @@ def test_every_member_is_read_and_fetched_once(
     _read_all(remote, members)
 
 
-@pytest.mark.parametrize("block", [1, 997, 3000, 1 << 20])
+@pytest.mark.parametrize("block", [31, 997, 3000, 1 << 20])
 def test_blocks_of_any_size(server: RangeServer, cache: Cache, shards: tuple[Path, list[Member]], block: int) -> None:
     members = [one for one in shards[1] if one.size <= 50 * block]
     assert members
