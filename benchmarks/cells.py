@@ -16,6 +16,7 @@ from mixdist.competition import Competition
 from mixdist.config.config import Config
 from mixdist.config.options import parse
 from mixdist.config.parsing import config_parser, make_config
+from mixdist.data.sources.splits import load_splits
 from mixdist.experts import Expert
 from mixdist.nets import MLP, Conv, Network
 from mixdist.terms import Spec
@@ -163,7 +164,7 @@ def plan(problem: Problem, options: argparse.Namespace) -> list[Cell]:
     more = [*(["--data.init_args.root", str(options.data_root)] if problem.name == "mnist" else []), *options.more]
     files = {kind: CONFIGS / f"kvaes_{problem.name}_{kind}.yaml" for kind in ("small", "bag", "vae")}
     mixture = read(["--config", str(files["small"]), *more])
-    train, _ = mixture.data.load()
+    train = load_splits(mixture.data, mixture.valid).train
     layers = {f"VAE-{number}": problem.widths(number) for number in problem.numbers}
     layers["matched"] = matched(problem, mixture, read(["--config", str(files["vae"]), *more]), train.spec)
     cells = []

@@ -121,7 +121,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     root, index = Path(options.root), ShardIndex.read(Path(options.root))
     shards = [shard for shard in index.shards if shard.split == "train"]
     urls = [str(root / shard.name) for shard in shards]
-    samples, _ = Shards(options.root, workers=options.workers, holdout=options.holdout, label="none").load()
+    samples = Shards(options.root, workers=options.workers, holdout=options.holdout, label="none").load().train
     passes = {"mixdist": ours(samples, options.batch), "webdataset": theirs(urls, options.workers, options.batch)}
     rates: dict[str, list[float]] = {f"{what} {name}": [] for what in ("decoded", "raw") for name in passes}
     held = []

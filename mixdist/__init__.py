@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["load"]
 
 
-def load(run: str | PathLike[str]) -> Any:
+def load(run: str | PathLike[str], weights: Literal["best", "newest"] = "best") -> Any:
     """Return the trained mixture of a run's directory, on one process: responsibilities, reconstructions, samples.
+
+    Args:
+        run: the directory.
+        weights: of the best checkpoint, where the run's ``select`` monitors a figure, else of the newest good one; or
+            of the newest good one in any case.
 
     Raises:
         ValueError: the directory holds no run, or no good checkpoint.
@@ -17,7 +22,7 @@ def load(run: str | PathLike[str]) -> Any:
     # Imported here, so that `import mixdist` stays light and modules of the package may be imported alone.
     from mixdist.model import load as load_model
 
-    return load_model(run)
+    return load_model(run, weights)
 
 
 def __getattr__(name: str) -> Any:

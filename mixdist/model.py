@@ -14,12 +14,18 @@ from mixdist.config.parsing import RESOLVED, read_config
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement
 from mixdist.training.checkpoint import CheckpointStore, load_mixture, read_state
+from mixdist.training.selection import Which, choose_checkpoint
 
 
-def load(run: str | PathLike[str]) -> Any:
-    """Return the model of a run's newest good checkpoint; neither the data nor the ranks that trained it are needed.
+def load(run: str | PathLike[str], weights: Which = "best") -> Any:
+    """Return the model of a run's checkpoint; neither the data nor the ranks that trained it are needed.
 
     What it is depends on the family: of soft mixtures and competitions a :class:`mixdist.mixtures.Model`.
+
+    Args:
+        run: its directory.
+        weights: of the best checkpoint, where the run's ``select`` monitors a figure, else of the newest good one; or
+            of the newest good one in any case.
 
     Raises:
         ValueError: the directory holds no run, or no good checkpoint.
@@ -30,7 +36,7 @@ def load(run: str | PathLike[str]) -> Any:
     config = read_config(directory / RESOLVED)
     number = config.mixture.num_experts
     mesh = Mesh(Placement.plan(number, 1), Launch(), torch.device("cpu"))
-    path, passed_over = CheckpointStore(directory / "checkpoints", mesh).choose()
+    path, passed_over = choose_checkpoint(CheckpointStore(directory / "checkpoints", mesh), weights)
     for sentence in passed_over:
         warnings.warn(f"{sentence}; using {path.name}", stacklevel=2)
     about = read_state(path)["run"]

@@ -23,6 +23,7 @@ from mixdist.config.config import CheckpointConfig, Config, MeshConfig
 from mixdist.data import Blobs, Digits
 from mixdist.training.manifest import MANIFEST
 from mixdist.training.phases import Phase
+from mixdist.training.selection import Select
 from tests.launch import SMALL, changed, complaint, here, refused, torchrun, write_config
 from tests.test_refusals import OWN_ROWS
 
@@ -69,7 +70,7 @@ def test_what_needs_no_torch_does_not_import_it(module: str) -> None:
 def test_every_key_is_in_the_help() -> None:
     text = " ".join(train_parser().format_help().split())
     keys = [field.name for field in dataclasses.fields(Config)]
-    sections = {"train": Phase, "mesh": MeshConfig, "checkpoint": CheckpointConfig}
+    sections = {"train": Phase, "mesh": MeshConfig, "checkpoint": CheckpointConfig, "select": Select}
     for section, kind in sections.items():
         keys += [f"{section}.{field.name}" for field in dataclasses.fields(kind)]
     missing = [key for key in [*keys, "config", "out", "resume"] if f"--{key} " not in text]
@@ -143,7 +144,7 @@ def test_a_run_is_loaded_as_it_ended(own: bool, folder: Path, monkeypatch: pytes
     assert (ended.code, ended.err) == (0, "")
 
     model = mixdist.load("run")
-    _, test = Digits().load()
+    test = Digits().load().test
     rows = {"x": test.rows["x"], "id": test.rows["id"]}
     resp = model.responsibilities(rows)
     assert resp.shape == (len(test), 4)

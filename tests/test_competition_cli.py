@@ -205,7 +205,7 @@ def test_a_run_has_its_tables_and_pictures(run: Path) -> None:
 def test_a_run_is_loaded_without_its_data(run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(run.parent)
     model = mixdist.load(run)
-    train, _ = Blobs(num_classes=3, rows=240, test_rows=40, spread=0.2).load()
+    train = Blobs(num_classes=3, rows=240, test_rows=40, spread=0.2).load().train
     table = np.load(run / "assignments" / "round-0003.npy", allow_pickle=False)
     # Scores of discriminators have no noise: the training set goes where the last round put it.
     assert torch.equal(model.assign(train.rows["x"]), torch.from_numpy(table.astype(np.int64)))

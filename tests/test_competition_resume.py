@@ -182,7 +182,7 @@ def test_one_process_takes_over_inside_a_round(killed: Path, whole: Path) -> Non
     ended = here("train", "--resume", run.name)
     assert (ended.code, ended.err) == (0, "")
     assert_close(run, whole)
-    assert "held-out rows" in ended.out
+    assert "test rows" in ended.out
     assert [line.split()[:2] for line in ended.out.splitlines()[:2]] == [["round", "2:"], ["round", "3:"]]
 
 

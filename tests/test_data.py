@@ -101,8 +101,8 @@ def test_attributes_are_bytes_of_0_and_1_with_a_name_each() -> None:
 
 @pytest.mark.parametrize("source", [Digits(), Blobs(), Blobs(1, 1, 3, 1), Parabolas()], ids=lambda s: type(s).__name__)
 def test_every_source_keeps_its_splits_apart_and_repeats_itself(source: Source) -> None:
-    train, test = source.load()
-    again, _ = source.load()
+    train, test, _ = source.load()
+    again = source.load().train
     assert not set(train.rows["id"].tolist()) & set(test.rows["id"].tolist())
     assert train.spec == test.spec
     assert train.label == test.label
@@ -118,7 +118,7 @@ def test_digits() -> None:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    train, test = Digits().load()
+    train, test, _ = Digits().load()
     assert (len(train), len(test)) == (1438, 359)
     for part in (train, test):
         ids = part.rows["id"]
@@ -142,7 +142,7 @@ def test_a_smaller_test_set_of_digits_is_part_of_a_larger_one() -> None:
 def test_blobs_have_the_spread_and_separation_asked_for() -> None:
     source = Blobs(num_classes=4, num_features=5, rows=8000, test_rows=400, spread=0.2, separation=3.0, seed=9)
     assert torch.pdist(source.centres()).min().item() == pytest.approx(3.0)
-    train, test = source.load()
+    train, test, _ = source.load()
     assert (len(train), len(test)) == (8000, 400)
     for part in (train, test):
         centres = source.centres()[part.rows["y"].long()]
@@ -152,7 +152,7 @@ def test_blobs_have_the_spread_and_separation_asked_for() -> None:
 
 
 def test_parabolas_follow_their_formula() -> None:
-    train, _ = Parabolas(rows=5000, split=0.4, noise=0.02).load()
+    train = Parabolas(rows=5000, split=0.4, noise=0.02).load().train
     x, y, branch = (train.rows[name].double() for name in ("x", "y", "branch"))
     assert train.label == "branch"
     assert train.num_classes == 2
@@ -168,7 +168,7 @@ def test_parabolas_follow_their_formula() -> None:
 def test_k_means_does_not_find_the_split_of_the_parabolas() -> None:
     from sklearn.cluster import KMeans
 
-    train, _ = Parabolas().load()
+    train = Parabolas().load().train
     x, branch = train.rows["x"].numpy(), train.rows["branch"].numpy()
     clusters = KMeans(2, n_init=3, random_state=0).fit(x)
     assert abs(clusters.cluster_centers_.mean()) < 0.05

@@ -41,7 +41,7 @@ def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_data_set_an_expert_a_gate_and_an_objective_of_your_own(examples: Path) -> None:
     (soft,) = blocks(DOCS / "extend.md", "yaml")
     (examples / "own.yaml").write_text(soft + "log_every: 1\n")
-    assert "1000 held-out rows: loss" in train("own.yaml", "--train.epochs", "3", "--out", "run")
+    assert "1000 test rows: loss" in train("own.yaml", "--train.epochs", "3", "--out", "run")
     records = list(read_metrics(examples / "run"))
     losses = [record["loss"] for record in records]
     assert len(losses) == 30

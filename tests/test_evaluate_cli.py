@@ -98,7 +98,7 @@ def test_the_first_rows_alone_are_evaluated_where_asked(run: Path) -> None:
     for num_rows in (1, 2):
         ended, told = evaluated(run, "--rows", str(num_rows), "--num_samples", "2")
         assert told["protocol"]["rows"] == sum(expert["rows"] for expert in told["experts"]) == num_rows
-        assert f"\n{num_rows} held-out rows: " in ended.out
+        assert f"\n{num_rows} test rows: " in ended.out
         figures.append(told["figures"]["log_likelihood_shares"])
     assert figures[0] != figures[1]
 
@@ -106,7 +106,7 @@ def test_the_first_rows_alone_are_evaluated_where_asked(run: Path) -> None:
 def test_the_figures_are_the_run_s_own(run: Path) -> None:
     """The command finds the weights, the rows and the noise that the run ended with."""
     ended = here("train", "--resume", str(run))
-    (line,) = [line for line in ended.out.splitlines() if "held-out rows" in line]
+    (line,) = [line for line in ended.out.splitlines() if "test rows" in line]
     figures = evaluated(run, "--num_samples", "1")[1]["figures"]
     for name in ("loss", "accuracy", "nmi", "rmse_row", "routing_entropy"):
         assert f"{name} {figures[name]:.4f}" in line

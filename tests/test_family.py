@@ -95,7 +95,7 @@ def test_it_is_evaluated_on_any_layout(whole: Path) -> None:
     for ranks in (1, 2, 4):
         ended = together("evaluate", whole.name, ranks=ranks, folder=whole.parent)
         assert ended.code == 0, ended.err
-        assert "359 held-out rows: squared_error" in ended.out
+        assert "359 test rows: squared_error" in ended.out
         found.append(json.loads((whole / "evaluation.json").read_text()))
     assert found[0]["figures"].keys() == {"squared_error", "largest_weight"}
     assert found[0]["protocol"]["mixture"] == CONFIG["mixture"]

@@ -51,7 +51,7 @@ def test_a_run_in_the_plane_shows_its_rounds_and_no_images(folder: Path) -> None
 
 FACES = '''
 import torch
-from mixdist.data import Dataset, Source
+from mixdist.data import Dataset, Source, Splits
 from mixdist.gates import Gate
 from mixdist.terms import Field, Gating
 
@@ -73,7 +73,7 @@ class Faces(Source):
     """Images in red or blue with the attributes Red and, in half of both, Large."""
 
     def load(self):
-        return self.part(0, 40), self.part(40, 20)
+        return Splits(self.part(0, 40), self.part(40, 20))
 
     def part(self, first, rows):
         ids = torch.arange(first, first + rows)

@@ -40,7 +40,7 @@ def test_the_density_integrates_to_one() -> None:
 
 
 def test_it_is_near_the_truth_and_never_better() -> None:
-    train, test = Bananas(3, rows=3000, test_rows=1500).load()
+    train, test, _ = Bananas(3, rows=3000, test_rows=1500).load()
     rows, reported = (d.spec["x"].values(d.rows["x"], torch.float64).numpy() for d in (train, test))
     assert test.log_density_N is not None
     estimate = parzen(rows[:2000], rows[2000:], reported)

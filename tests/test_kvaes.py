@@ -18,7 +18,7 @@ from tests.test_benchmarks import load
 cells, kvaes, tables = load("cells"), load("kvaes"), load("tables")
 MIXTURES = sorted((ROOT / "configs").glob("kvaes_*_small.yaml"))
 QUICK = ["--data.init_args.rows", "120", "--data.init_args.test_rows", "30", "--train.batch_size", "50"]
-QUICK += ["--pretrain", "[]", "--mixture.rounds", "1", "--train.epochs", "1"]
+QUICK += ["--pretrain", "[]", "--mixture.rounds", "1", "--train.epochs", "1", "--valid", "null"]
 
 
 @pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
@@ -56,7 +56,9 @@ def test_a_matched_vae_has_the_mixture_s_parameters_to_two_per_cent() -> None:
 
 
 def test_a_baseline_that_may_learn_less_is_refused() -> None:
-    options = argparse.Namespace(data_root=Path("none"), more=["--data.init_args.rows", "90", "--train.epochs", "3"])
+    options = argparse.Namespace(
+        data_root=Path("none"), more=["--data.init_args.rows", "90", "--train.epochs", "3", *QUICK[-2:]]
+    )
     # 2 x 3 + 15 x 3 epochs against 3.
     with pytest.raises(ValueError, match=r"kvaes_3modes_bag.yaml has 270 .* 4590: give 51 epochs in all"):
         cells.plan(cells.PROBLEMS["3modes"], options)

@@ -111,7 +111,7 @@ def test_the_same_layout_goes_on_bit_for_bit(killed: Path, whole: Path, folder: 
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert ended.out.splitlines()[:-1]  # the table at the end, equal too
-    assert "held-out rows" in ended.out
+    assert "test rows" in ended.out
 
 
 def test_one_process_takes_over_from_two(

@@ -57,7 +57,7 @@ def stream(samples: ShardSamples, ranks: int, start: int = 0, phase: int = 3) ->
 
 
 def test_samples_are_what_was_written(folder: Path) -> None:
-    train, test = Shards(str(folder), workers=0).load()
+    train, test, _ = Shards(str(folder), workers=0).load()
     assert (len(train), len(test)) == (NUM_TRAIN, 9)
     assert torch.cat([train.ids, test.ids]).tolist() == list(range(sum(COUNTS.values())))
     rows = test.take(torch.tensor([8, 0, 3]))
@@ -144,7 +144,7 @@ def test_shifts_move_by_every_offset_and_mirror_edges() -> None:
 
 
 def test_training_rows_are_augmented_and_held_out_ones_are_not(folder: Path) -> None:
-    train, test = Shards(str(folder), workers=0, augment=Augment(flip=True)).load()
+    train, test, _ = Shards(str(folder), workers=0, augment=Augment(flip=True)).load()
     everything = torch.arange(NUM_TRAIN)
     plain = train.take(everything)["x"]
     assert torch.equal(plain, train.take(everything)["x"])
@@ -155,15 +155,15 @@ def test_training_rows_are_augmented_and_held_out_ones_are_not(folder: Path) -> 
 
 def test_a_split_is_held_out_by_id_where_there_is_none(tmp_path: Path) -> None:
     make_shards(tmp_path, {"train-000000.tar": 200})
-    train, test = Shards(str(tmp_path), holdout=0.2, workers=0).load()
+    train, test, _ = Shards(str(tmp_path), holdout=0.2, workers=0).load()
     assert sorted([*train.ids.tolist(), *test.ids.tolist()]) == list(range(200))
     assert 20 <= len(test) <= 60
     again = Shards(str(tmp_path), holdout=0.2, workers=0, limit=10).load()
-    assert [part.ids.tolist() for part in again] == [train.ids[:10].tolist(), test.ids[:10].tolist()]
+    assert [part.ids.tolist() for part in again[:2]] == [train.ids[:10].tolist(), test.ids[:10].tolist()]
 
 
 def test_images_are_brought_to_a_size_and_a_label_may_be_an_attribute(folder: Path) -> None:
-    train, _ = Shards(str(folder), size=4, crop=6, label="Tall", workers=0).load()
+    train = Shards(str(folder), size=4, crop=6, label="Tall", workers=0).load().train
     assert train.spec["x"].shape == (3, 4, 4)
     assert train.class_names == ("not Tall", "Tall")
     assert train.take(torch.arange(11))["y"].tolist() == [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1]
@@ -180,7 +180,7 @@ def test_arrays_are_read_without_pickles(tmp_path: Path) -> None:
     write_shard(tmp_path / "train-0.tar", [array_of(n, np.full(3, n, dtype=np.float32)) for n in range(5)])
     write_shard(tmp_path / "test-0.tar", [array_of(5, np.full(3, 5, dtype=np.float32)), array_of(6, np.array([None]))])
     make_index(tmp_path, ["train-0.tar", "test-0.tar"])
-    train, test = Shards(str(tmp_path), workers=0).load()
+    train, test, _ = Shards(str(tmp_path), workers=0).load()
     assert train.take(torch.tensor([4, 1]))["x"].tolist() == [[4.0] * 3, [1.0] * 3]
     error_of(lambda: test.take(torch.tensor([1])), "sample 6 in shard test-0.tar at offset ", ".npy")
 

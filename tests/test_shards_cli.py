@@ -25,7 +25,7 @@ from tests.tars import COUNTS, make_index, make_shards, sample_of, write_shard
 IN_MEMORY = '''
 """The rows of the shards, in memory."""
 import torch
-from mixdist.data import Dataset, Source
+from mixdist.data import Dataset, Source, Splits
 from mixdist.terms import Field
 from tests.tars import image_of
 
@@ -38,7 +38,7 @@ SPEC = {
 
 class Rows(Source):
     def load(self):
-        return self.part(0, 44), self.part(44, 53)
+        return Splits(self.part(0, 44), self.part(44, 53))
 
     def part(self, first, last):
         ids = torch.arange(first, last)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from mixdist.cli.ending import report_errors_once
-from mixdist.config.build import Session, build, build_mesh, describe
+from mixdist.config.build import KINDS, Session, build, build_mesh, describe
 from mixdist.config.config import Config
 from mixdist.config.options import parse, values_of
 from mixdist.config.parsing import RESOLVED, config_parser, make_config, plain
@@ -29,6 +29,7 @@ from mixdist.noise import EVALUATION_PHASE, Moment
 from mixdist.parallel.agreement import agreed, on_rank_0
 from mixdist.report.metrics import Progress, table
 from mixdist.training.checkpoint import CheckpointStore, load_mixture, read_state
+from mixdist.training.selection import Which, choose_checkpoint
 
 
 def evaluate_run(argv: Sequence[str]) -> None:
@@ -50,9 +51,10 @@ def evaluate_run(argv: Sequence[str]) -> None:
     with report_errors_once(mesh, "look at that rank's own messages, then start the evaluation again"):
         session = build(config, mesh)
         with closing(session):
-            check_draws(session.mixture, options.kde)
+            agreed(lambda: check_draws(session.mixture, options.kde), mesh.world)
+            agreed(lambda: session.split(options.split), mesh.world)
             assert run is not None
-            checkpoint = _restore(config, session, run)
+            checkpoint = _restore(config, session, run, options.weights)
             _evaluate(config, session, options, checkpoint, run)
 
 
@@ -60,14 +62,22 @@ def evaluate_parser() -> ArgumentParser:
     """Make the parser of ``mixdist evaluate``."""
     parser = config_parser(
         "mixdist evaluate",
-        "Evaluate the newest good checkpoint of a run on held-out rows, in one process or under torchrun on any number "
-        "of ranks: likelihoods by importance sampling, reconstruction, clustering, routing. The run's own config "
+        "Evaluate the best or newest good checkpoint of a run, in one process or under torchrun on any number of "
+        "ranks: likelihoods by importance sampling, reconstruction, clustering, routing. The run's own config "
         "holds; dotted options override it, as --data.root for data that was moved. Writes RUN/evaluation.json (for "
         "another split, RUN/evaluation-SPLIT.json). Example: torchrun --standalone --nproc-per-node 2 -m mixdist "
         "evaluate runs/mnist --num_samples 100",
     )
     parser.add_argument("run", type=str, help="the run's directory")
-    parser.add_argument("--split", type=Literal["test", "train"], default="test", help="the rows: test or train")
+    parser.add_argument(
+        "--split", type=Literal["test", "valid", "train"], default="test", help="the rows: test, valid or train"
+    )
+    parser.add_argument(
+        "--weights",
+        type=Literal["best", "newest"],
+        default="best",
+        help="of the best checkpoint, where the run's select monitors a figure; or of the newest one",
+    )
     parser.add_argument("--rows", type=int | None, help="take the first so many rows of the split; unset, all")
     parser.add_argument("--num_samples", type=int, default=100, help="importance samples for each row and expert")
     parser.add_argument(
@@ -86,14 +96,14 @@ def _run_of(argv: Sequence[str]) -> Path | None:
     return None
 
 
-def _restore(config: Config, session: Session, run: Path) -> Path:
-    """Put the weights of the run's newest good checkpoint in place, on all ranks or none; return its path.
+def _restore(config: Config, session: Session, run: Path, weights: Which) -> Path:
+    """Put the weights of the run's best or newest good checkpoint in place, on all ranks or none; return its path.
 
     Raises:
         Agreed: there is none, or it belongs to other data or to another number of experts.
     """
     mesh = session.mesh
-    checkpoint, passed_over = CheckpointStore(run / "checkpoints", mesh).choose()
+    checkpoint, passed_over = choose_checkpoint(CheckpointStore(run / "checkpoints", mesh), weights)
     for sentence in passed_over if mesh.rank == 0 else ():
         print(f"mixdist: {sentence}; using {checkpoint.name}", file=sys.stderr, flush=True)
     agreed(lambda: _load(config, session, checkpoint), mesh.world)
@@ -107,6 +117,7 @@ def _load(config: Config, session: Session, checkpoint: Path) -> None:
     )
     remedies = {
         "num_experts": f"evaluate with the run's own {RESOLVED}",
+        "valid": f"evaluate with the run's own {RESOLVED}",
         "data": "point --data at the data that the run was trained on",
         "spec": "read the data as the run did",
     }
@@ -121,7 +132,7 @@ def _load(config: Config, session: Session, checkpoint: Path) -> None:
 def _evaluate(config: Config, session: Session, options: Namespace, checkpoint: Path, run: Path) -> None:
     path = run / ("evaluation.json" if options.split == "test" else f"evaluation-{options.split}.json")
     on_rank_0(lambda: _check_writable(path), session.mesh)
-    dataset = session.test if options.split == "test" else session.train
+    dataset = session.split(options.split)
     dataset = dataset if options.rows is None else dataset.first(options.rows)
     batches, rank0 = -(-len(dataset) // config.test_batch_size), session.mesh.rank == 0
     with closing(Progress(batches, 0, rank0 and sys.stderr.isatty())) as bar:
@@ -159,7 +170,7 @@ def _how(config: Config, session: Session, options: Namespace, checkpoint: Path,
 
 def _report(evaluation: Evaluation, how: dict[str, Any], kde: KernelDensity | None, run: Path, path: Path) -> None:
     """Print the figures and write them to the run."""
-    print(summary(evaluation, "held-out" if how["split"] == "test" else "training"), flush=True)
+    print(summary(evaluation, how["split"]), flush=True)
     if "log_likelihood_gate" in evaluation.figures:
         drawn = how["num_samples"]
         how_many = f"{drawn} importance sample{'s' if drawn > 1 else ''} for each expert" if drawn else "exact"
@@ -180,9 +191,9 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def summary(evaluation: Evaluation, kind: str = "held-out") -> str:
+def summary(evaluation: Evaluation, split: str = "test") -> str:
     """Return what ends a run: the family's table, the figures, and what is amiss."""
     figures = "   ".join(f"{name} {value:.4f}" for name, value in evaluation.figures.items())
     headers, lines = evaluation.table()
     above = [table(headers, lines)] if headers else []
-    return "\n".join([*above, f"{len(evaluation.dataset)} {kind} rows: {figures}", *evaluation.findings])
+    return "\n".join([*above, f"{len(evaluation.dataset)} {KINDS[split]} rows: {figures}", *evaluation.findings])

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from mixdist.cli.ending import report_errors_once
 from mixdist.cli.evaluate import summary
-from mixdist.config.build import Session, build, build_mesh, build_program, describe
+from mixdist.config.build import Session, build, build_mesh, build_program, build_selection, describe
 from mixdist.config.config import Config
 from mixdist.config.options import parse, values_of
 from mixdist.config.parsing import RESOLVED, config_parser, dump, make_config
@@ -25,8 +25,9 @@ from mixdist.parallel.agreement import agreed, on_rank_0
 from mixdist.parallel.mesh import Mesh
 from mixdist.report.gallery import draw
 from mixdist.report.metrics import MetricsLog, Progress
-from mixdist.training.checkpoint import CheckpointStore, checkpoints_in
+from mixdist.training.checkpoint import CheckpointStore, checkpoints_in, load_mixture
 from mixdist.training.loop import Loop, Program
+from mixdist.training.selection import Selection, choose_checkpoint
 
 
 def train(argv: Sequence[str]) -> None:
@@ -40,16 +41,21 @@ def train(argv: Sequence[str]) -> None:
     held: IO[str] | None = None
     try:
         with report_errors_once(mesh, "look at that rank's own messages, then go on with --resume"):
-            session = build(config, mesh)
+            session = build(config, mesh, tests=False)
             with closing(session):
                 # Before the run has a directory: what does not fit leaves nothing behind.
                 program = agreed(lambda: build_program(config, session, fresh=not resumed), mesh.world)
+                selection = agreed(lambda: build_selection(config, session, program), mesh.world)
+                if selection is not None:
+                    program.ready()
+                    selection.try_out()
                 run = Path(on_rank_0(lambda: _directory(parsed, resumed), mesh))
                 held = _hold(run, mesh)
                 for name, (value, _) in session.mixture.choices().items():
                     parsed.mixture.init_args[name] = value  # what was chosen here: the run goes on with it
                 try:
-                    _train(config, session, program, run, dump(parsed), bool(resumed))
+                    loop = _train(config, session, program, selection, run, dump(parsed), bool(resumed))
+                    _conclude(config, session, loop, run)
                 except KeyboardInterrupt:
                     raise KeyboardInterrupt(_remedy(run, "mixdist train --resume")) from None
     finally:
@@ -145,10 +151,19 @@ def _choose_directory(parsed: Namespace, resumed: Path | None) -> Path:
             number += 1
 
 
-def _train(config: Config, session: Session, program: Program, run: Path, resolved: str, resumed: bool) -> None:
+def _train(
+    config: Config,
+    session: Session,
+    program: Program,
+    selection: Selection | None,
+    run: Path,
+    resolved: str,
+    resumed: bool,
+) -> Loop:
     mesh, rank0 = session.mesh, session.mesh.rank == 0
     store = CheckpointStore(run / "checkpoints", mesh, config.checkpoint.keep)
-    loop = Loop(program, mesh, describe(config, session.train), store, config.checkpoint.every, directory=run)
+    about, every = describe(config, session.train), config.checkpoint.every
+    loop = Loop(program, mesh, about, store, every, directory=run, selection=selection)
     if resumed:
         _resume(loop, store)
     if rank0:
@@ -161,7 +176,7 @@ def _train(config: Config, session: Session, program: Program, run: Path, resolv
     finally:
         for recorder in loop.recorders:
             recorder.close()
-    _conclude(config, session, run)
+    return loop
 
 
 def _resume(loop: Loop, store: CheckpointStore) -> None:
@@ -173,17 +188,31 @@ def _resume(loop: Loop, store: CheckpointStore) -> None:
     store.set_aside_after(checkpoint)
 
 
-def _conclude(config: Config, session: Session, run: Path) -> None:
-    """Evaluate on held-out rows, draw and print."""
-    mixture = session.mixture
+def _conclude(config: Config, session: Session, loop: Loop, run: Path) -> None:
+    """Evaluate the best checkpoint on validation rows, where there are some, else on test rows; draw and print."""
+    mixture, kept = session.mixture, _restore_best(loop)
     if not mixture.has_figures:
         if session.mesh.rank == 0:
             print(f"{type(mixture).__name__} has no figures: it has no measure method\nrun: {run}", flush=True)
         return
-    evaluation = evaluate(mixture, session.test, config.test_batch_size, config.seed)
-    picture = draw(mixture, session.test, evaluation, run, config.seed)
+    rows = session.split(session.watched)
+    evaluation = evaluate(mixture, rows, config.test_batch_size, config.seed)
+    picture = draw(mixture, rows, evaluation, run, config.seed)
     if session.mesh.rank == 0:
         chosen = [f"   {name}: {value} ({why})" for name, (value, why) in mixture.choices().items() if why]
         shown = f"   picture: {picture}" if picture else ""
-        print(summary(evaluation))
-        print(f"run: {run}{''.join(chosen)}{shown}", flush=True)
+        print(summary(evaluation, session.watched))
+        print(f"run: {run}{kept}{''.join(chosen)}{shown}", flush=True)
+
+
+def _restore_best(loop: Loop) -> str:
+    """Put the best checkpoint's weights in place of the last ones; return which it is, in words."""
+    selection, store = loop.selection, loop.store
+    if selection is None or selection.found.step is None or store is None:
+        return ""
+    checkpoint, passed_over = choose_checkpoint(store)
+    for sentence in passed_over if store.mesh.rank == 0 else ():
+        print(f"mixdist: {sentence}; using {checkpoint.name}", file=sys.stderr, flush=True)
+    agreed(lambda: load_mixture(checkpoint, selection.mixture), store.mesh.world)
+    found, early = selection.found, ", ended early" if selection.stopped else ""
+    return f"   checkpoint: {checkpoint.name} (best {selection.monitor} {found.value:.4f}{early})"

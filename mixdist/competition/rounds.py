@@ -151,16 +151,20 @@ class Rounds:
         """
         return self._epoch() if self.pretraining or self._trains() else self._round()
 
-    def end(self) -> None:
-        """Bring every expert back to the home that its number has, and give the mixture what was trained."""
+    def ready(self) -> None:
+        """Bring every expert back to the home that its number has, and give the mixture what was trained so far."""
         with self.history.timed("moving_s"):
             self.entrants.move(self.entrants.first_homes(), self.phase, self._round_before)
-        assert self.table is not None
         discriminators = {
             e: entrant.discriminator for e, entrant in self.entrants.items() if entrant.discriminator is not None
         }
         self.mixture.receive({e: entrant.expert for e, entrant in self.entrants.items()}, discriminators)
-        self.mixture.load_state(self._mixture_state())
+        self.mixture.load_state(self._mixture_state() if self.scored else self.mixture.state())
+
+    def end(self) -> None:
+        """Give the mixture what was trained."""
+        assert self.table is not None
+        self.ready()
 
     @property
     def _round_before(self) -> int:
@@ -250,7 +254,7 @@ class Rounds:
         self.table, self.changed = table, changed
         self.position = replace(at, round=at.round + 1, epoch=0, total=at.total + 1, stopped=stopped)
         record = self._report(table, verdict, changed, starved_experts, rule)
-        return Advance(True, record, in_words(record), table_files(table))
+        return Advance(True, record, in_words(record), table_files(table), selectable=True)
 
     def _reseed(self, table: Assignment, verdict: Verdict, starved_experts: list[int]) -> Assignment:
         """Give starved experts new weights; return the table that gives them the samples modelled worst."""

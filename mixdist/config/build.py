@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from mixdist.config.config import Config
-from mixdist.data import Samples
+from mixdist.data import Samples, Splits
+from mixdist.data.sources.splits import load_splits
 from mixdist.mixtures import Context, Mixture
 from mixdist.parallel.agreement import Agreed, agreed, alike, gather_json
 from mixdist.parallel.launch import Launch
@@ -17,12 +18,15 @@ from mixdist.parallel.mesh import Mesh, Placement, choose_device
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Field, Spec
 from mixdist.training.loop import Program
+from mixdist.training.selection import Selection
 from mixdist.training.trainer import Trainer
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 STORED_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 STORED_REALS = (torch.float16, torch.float32, torch.float64)
 SKIPS_SHOWN = 20
+KINDS = {"train": "training", "valid": "validation", "test": "test"}
+"""What the rows of a split are called."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,32 @@ class Session:
     train: Samples
     test: Samples
     mixture: Mixture
+    valid: Samples | None = None
+
+    @property
+    def watched(self) -> str:
+        """The split that a run is looked at by until its last step: valid where there are such rows, else test."""
+        return "test" if self.valid is None else "valid"
+
+    def split(self, name: str) -> Samples:
+        """Return the rows of a split: train, valid or test.
+
+        Raises:
+            ValueError: there are no validation rows.
+        """
+        rows: Samples | None = getattr(self, name)
+        if rows is None:
+            raise ValueError(
+                f"--split {name} has no rows in this run: train with valid, such as 0.1 of the training rows, or name "
+                f"train or test"
+            )
+        return rows
 
     def close(self) -> None:
         """End what works for the data."""
-        self.train.close()
-        self.test.close()
+        for rows in (self.train, self.test, self.valid):
+            if rows is not None:
+                rows.close()
 
 
 def build_mesh(config: Config) -> Mesh:
@@ -55,23 +80,29 @@ def build_mesh(config: Config) -> Mesh:
     return Mesh(placement, launch, choose_device(config.mesh.device, launch), config.mesh.timeout_s)
 
 
-def build(config: Config, mesh: Mesh) -> Session:
+def build(config: Config, mesh: Mesh, tests: bool = True) -> Session:
     """Load the data and make the mixture's modules; every rank calls it.
+
+    Args:
+        config: the run.
+        mesh: this rank's place.
+        tests: whether test rows will be read although there are validation rows; training leaves them alone.
 
     Raises:
         Agreed: something does not fit; the same message on every rank.
     """
 
-    def make() -> tuple[Samples, Samples]:
-        train, test = config.data.load()
-        build_mixture(config, train.spec, mesh)
-        return train, test
+    def make() -> Splits:
+        splits = load_splits(config.data, config.valid)
+        build_mixture(config, splits.train.spec, mesh)
+        return splits
 
-    train, test = agreed(make, mesh.world)
-    train, test = _readable("training", train, mesh), _readable("test", test, mesh)
-    alike("the data", [train.fingerprint[:16], test.fingerprint[:16]], mesh.world)
-    config.mixture.tune(train, config.train)
-    return Session(mesh, train, test, config.mixture)
+    splits = agreed(make, mesh.world)
+    names = ["train", "test"] if splits.valid is None else ["train", "valid", *(["test"] if tests else [])]
+    splits = splits._replace(**{name: _readable(name, getattr(splits, name), mesh) for name in names})
+    alike("the data", [getattr(splits, name).fingerprint[:16] for name in names], mesh.world)
+    config.mixture.tune(splits.train, config.train)
+    return Session(mesh, splits.train, splits.test, config.mixture, splits.valid)
 
 
 def build_mixture(config: Config, spec: Spec, mesh: Mesh) -> Mixture:
@@ -98,7 +129,29 @@ def build_program(config: Config, session: Session, fresh: bool) -> Program:
     return program
 
 
-def _readable(kind: str, dataset: Samples, mesh: Mesh) -> Samples:
+def build_selection(config: Config, session: Session, program: Program) -> Selection | None:
+    """Make what chooses the best checkpoint; None where nothing is monitored.
+
+    Raises:
+        ValueError: there are no validation rows, the family cannot be evaluated between steps, or the figure's name
+            does not say whether it is to be small or large.
+    """
+    wanted, mixture = f"select.monitor ({config.select.monitor})", session.mixture
+    if config.select.monitor is None:
+        return None
+    if session.valid is None:
+        raise ValueError(
+            f"{wanted} needs validation rows, and the data has none: set valid to a part of the training rows, such as "
+            f"0.1, or leave select out"
+        )
+    lacking = [] if mixture.has_figures else [f"{type(mixture).__name__}.measure"]
+    lacking += [] if hasattr(program, "ready") else [f"{type(program).__name__}.ready"]
+    if lacking:
+        raise ValueError(f"{wanted} needs {' and '.join(lacking)}: write that method, or leave select out")
+    return Selection(config.select, mixture, session.valid, session.train, config.test_batch_size, config.seed)
+
+
+def _readable(split: str, dataset: Samples, mesh: Mesh) -> Samples:
     """Leave out what cannot be read, where the data is to do so: every rank looks at its share, all take all lists."""
     own = agreed(lambda: dataset.unreadable(mesh.rank, mesh.world_size), mesh.world)
     skipped = [(int(sample), str(why)) for part in gather_json(own, mesh.world) for sample, why in part]
@@ -108,7 +161,8 @@ def _readable(kind: str, dataset: Samples, mesh: Mesh) -> Samples:
         for _, why in skipped[:SKIPS_SHOWN]:
             print(f"mixdist: skipped: {why}", file=sys.stderr)
         more = f", the first {SKIPS_SHOWN} named above" if len(skipped) > SKIPS_SHOWN else ""
-        print(f"mixdist: {len(skipped)} of {len(dataset)} {kind} samples skipped{more}", file=sys.stderr, flush=True)
+        of = f"{len(dataset)} {KINDS[split]} samples"
+        print(f"mixdist: {len(skipped)} of {of} skipped{more}", file=sys.stderr, flush=True)
     try:
         return dataset.without([sample for sample, _ in skipped])
     except ValueError as mistake:
@@ -121,6 +175,7 @@ def describe(config: Config, dataset: Samples) -> dict[str, Any]:
     return {
         "seed": config.seed,
         "dtype": config.dtype,
+        "valid": config.valid,
         "batch_sizes": [phase.batch_size for phase in phases],
         "pretrain_epochs": [phase.epochs for phase in config.pretrain],
         "data": dataset.fingerprint,

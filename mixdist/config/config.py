@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mixdist.data import Source
+from mixdist.data.sources.splits import check_part
 from mixdist.engines import EngineFactory
 from mixdist.mixtures import Mixture
 from mixdist.training.phases import Phase
+from mixdist.training.selection import Select
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class CheckpointConfig:
     Args:
         every: steps between checkpoints, in a competition epochs and scorings; unset, one at the end of each epoch, in
             a competition of each round. The end of the run is always saved.
-        keep: how many of the newest to keep.
+        keep: how many of the newest to keep; the best is kept besides, where ``select`` monitors a figure.
     """
 
     every: int | None = None
@@ -51,6 +53,9 @@ class Config:
 
     Args:
         data: class of mixdist.data, or your own Source.
+        valid: validation rows, cut out of the training rows by their ids, the same in every run: a part, such as 0.1,
+            or a number of rows; unset, the source's own, if it has some. Choices are made on them; test rows are left
+            to the end.
         mixture: class of mixdist.mixtures, mixdist.competition.Competition, or your own Mixture: the family, with its
             experts and all options that it alone has.
         seed: names every random draw: the same seed, the same run.
@@ -60,6 +65,7 @@ class Config:
         train: the main phase.
         mesh: where experts live.
         checkpoint: when to save.
+        select: which checkpoint is the best, and whether training ends early: by a figure on validation rows.
         log_every: steps between lines of metrics.jsonl; a competition has one for each epoch of pretraining and each
             round, whatever is said here.
         test_batch_size: rows of the global batch in evaluation.
@@ -67,6 +73,7 @@ class Config:
 
     data: Source
     mixture: Mixture
+    valid: int | float | None = None
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
     engine: EngineFactory | None = None
@@ -74,6 +81,7 @@ class Config:
     train: Phase = field(default_factory=Phase)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    select: Select = field(default_factory=Select)
     log_every: int = 10
     test_batch_size: int = 1000
 
@@ -98,6 +106,9 @@ def check(config: Config) -> None:
     for key, value in positive.items():
         if value is not None and not value > 0:
             raise ValueError(f"{key} ({value}) must be above 0: give 1 or more")
+    config.select.check()
+    if config.valid is not None:
+        check_part("valid", config.valid)
     if not 0 <= config.seed < 2**64:
         raise ValueError(f"seed ({config.seed}) must be from 0 to 2**64 - 1: choose another")
     config.mixture.check(phases)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixdist.data.augment import Augment
-    from mixdist.data.dataset import Dataset, Samples, Source
+    from mixdist.data.dataset import Dataset, Samples, Source, Splits
     from mixdist.data.loader import Loader, RankBatch, share
     from mixdist.data.order import Epoch
     from mixdist.data.sources.bananas import Bananas
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "augment": ("Augment",),
-    "dataset": ("Dataset", "Samples", "Source"),
+    "dataset": ("Dataset", "Samples", "Source", "Splits"),
     "loader": ("Loader", "RankBatch", "share"),
     "order": ("Epoch",),
     "sources.bananas": ("Bananas",),
@@ -46,6 +46,7 @@ __all__ = [
     "Samples",
     "Shards",
     "Source",
+    "Splits",
     "share",
 ]
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,9 +60,17 @@ class Samples(ABC):
             ValueError: raised by the returned callable: a sample cannot be read.
         """
 
-    @abstractmethod
-    def first(self, num_rows: int) -> Samples:
+    def part(self, index: Tensor) -> Self:
+        """Return the samples at the positions ``index``, int64, ascending.
+
+        Raises:
+            ValueError: these samples cannot be cut.
+        """
+        raise ValueError(f"{type(self).__name__} cannot be cut: write its part method, or leave valid and --rows out")
+
+    def first(self, num_rows: int) -> Self:
         """Return the first ``num_rows`` samples in the data set's order, or all if there are fewer."""
+        return self.part(torch.arange(min(num_rows, len(self))))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -186,10 +195,10 @@ class Dataset(Samples):
         # For rows of bytes index_select takes a tenth of the time of indexing.
         return {name: self.rows[name].index_select(0, index) for name in names}
 
-    def first(self, num_rows: int) -> Dataset:
-        rows = {name: column[:num_rows] for name, column in self.rows.items()}
+    def part(self, index: Tensor) -> Self:
         known = self.log_density_N
-        return replace(self, rows=rows, log_density_N=None if known is None else known[:num_rows])
+        rows = self._take(index, ("id", *self.spec))
+        return replace(self, rows=rows, log_density_N=None if known is None else known[index])
 
     def _check(self, name: str, field: Field) -> None:
         column = self.rows[name]
@@ -242,6 +251,24 @@ class Dataset(Samples):
         raise ValueError(f"field {name!r} of sample {sample} holds {value}, expected {expected}: {remedy}.")
 
 
+S = TypeVar("S", bound=Samples)
+
+
+class Splits(NamedTuple, Generic[S]):
+    """The parts of a data set; no id is in two of them.
+
+    Args:
+        train: what a mixture is trained on.
+        test: read by the last step alone, which tells how good the result is.
+        valid: read to choose settings and the best checkpoint, where the source has such rows of its own; a config's
+            ``valid`` cuts them out of the training rows of any other.
+    """
+
+    train: S
+    test: S
+    valid: S | None = None
+
+
 class Source(ABC):
     """A data set that a config can name.
 
@@ -249,19 +276,20 @@ class Source(ABC):
         A source of your own loads two data sets whose ids are all different:
 
         >>> import torch
-        >>> from mixdist.data import Dataset, Source
+        >>> from mixdist.data import Dataset, Source, Splits
         >>> from mixdist.terms import Field
         >>> class Waves(Source):
         ...     def load(self):
         ...         spec, parts = {"x": Field((), torch.float32)}, (torch.arange(80), torch.arange(80, 100))
-        ...         return tuple(Dataset({"id": ids, "x": (ids / 10).sin()}, spec) for ids in parts)
-        >>> [len(dataset) for dataset in Waves().load()]
-        [80, 20]
+        ...         return Splits(*(Dataset({"id": ids, "x": (ids / 10).sin()}, spec) for ids in parts))
+        >>> splits = Waves().load()
+        >>> len(splits.train), len(splits.test), splits.valid
+        (80, 20, None)
     """
 
     @abstractmethod
-    def load(self) -> tuple[Samples, Samples]:
-        """Read the training set and the held-out test set.
+    def load(self) -> Splits:
+        """Read the training set, the held-out test set and, where there is one, the validation set.
 
-        Ids are global over both and belong to the samples: they follow the source's own order, not the run's seed.
+        Ids are global over all and belong to the samples: they follow the source's own order, not the run's seed.
         """

@@ -111,7 +111,7 @@ class Loader:
         Two ranks read the two halves of the batch that one process reads:
 
         >>> from mixdist.data import Blobs, Loader
-        >>> train, _ = Blobs(rows=100).load()
+        >>> train = Blobs(rows=100).load().train
         >>> whole = Loader(train, batch_size=8, seed=0).batch(epoch=0, index=0)
         >>> halves = [Loader(train, 8, seed=0, rank=rank, world_size=2).batch(0, 0) for rank in (0, 1)]
         >>> [half.counts for half in halves]

@@ -39,6 +39,7 @@ def evaluate(
     """
     mesh, over_batch = mixture.context.mesh, mixture.dispatch.over_batch
     modules = [owned.module for owned in mixture.owned()]
+    training = {part: part.training for module in modules for part in module.modules()}
     for module in modules:
         module.eval()
     study = mixture.study(dataset, Request(Moment(seed, EVALUATION_PHASE), batch_size, num_samples, shares_from))
@@ -47,8 +48,8 @@ def evaluate(
     for index in range(loader.num_batches):
         study.add(loader.batch(0, index).to(mesh.device))
         on_batch(index + 1, loader.num_batches)
-    for module in modules:
-        module.train()
+    for part, was in training.items():
+        part.training = was
     sums = {name: over_batch.sum(value.contiguous()).cpu().numpy() for name, value in study.sums.items()}
     return study.result(sums, _in_order(study.own_columns(), dataset, mesh))
 

@@ -152,7 +152,8 @@ class Progress:
         """Move to the record's "step" and show its "loss" (nats a row) and "rows_per_s", where it has them."""
         formats = {"loss": ("loss", ".4g"), "rows_per_s": ("rows/s", ",.0f")}
         shown = {name: f"{record[key]:{form}}" for key, (name, form) in formats.items() if record.get(key) is not None}
-        self._bar.set_postfix(shown, refresh=False)
+        if shown:
+            self._bar.set_postfix(shown, refresh=False)
         self._bar.update(record["step"] - self._bar.n)
 
     def tell(self, line: str) -> None:

@@ -16,6 +16,7 @@ from mixdist.report.style import (
     FAINT,
     INK,
     PALE,
+    PALETTE,
     add_legend,
     colour_of,
     draw_stack,
@@ -229,23 +230,29 @@ def _near(x_N2: np.ndarray, points_M2: np.ndarray) -> np.ndarray:
 
 
 def training_picture(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write the loss over steps, and each expert's share of the load over steps.
+    """Write the loss over steps, on training and on validation rows, and each expert's share of the load over steps.
 
     Args:
         path: of the PNG file.
-        records: as ``read_metrics`` gives them; those with "loss" (nats a row) and those with "load" (a number for each
-            expert) are drawn, the loads as shares.
+        records: as ``read_metrics`` gives them; those with "loss" or "valid_loss" (nats a row) and those with "load" (a
+            number for each expert) are drawn, the loads as shares.
 
     Raises:
         ValueError: where no record has a loss.
     """
     losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
+    valid = [(record["step"], record["valid_loss"]) for record in records if record.get("valid_loss") is not None]
     loads = [(record["step"], record["load"]) for record in records if record.get("load")]
     if not losses:
         raise ValueError(f"records ({len(records)}) have no loss: expected one or more; train for a step first.")
     figure, halves = new_figure(8.0, 5.6 if loads else 3.2, rows=2 if loads else 1)
     axes = styled(halves[0], "" if loads else "step", "loss, nats a row")
     axes.plot(*zip(*losses, strict=True), color=INK, linewidth=1.4, marker="o" if len(losses) == 1 else "")
+    if valid:
+        axes.lines[0].set_label("training")
+        look: dict[str, Any] = {"color": PALETTE[0], "linewidth": 1.2, "marker": "o", "markersize": 3}
+        axes.plot(*zip(*valid, strict=True), label="validation", **look)
+        add_legend(axes)
     if loads:
         axes = styled(halves[1], "step", "share of the load")
         draw_stack(axes, [step for step, _ in loads], [np.divide(load, sum(load) or 1).tolist() for _, load in loads])

@@ -97,8 +97,13 @@ class CheckpointStore:
     def __init__(self, root: Path, mesh: Mesh, keep: int = 3) -> None:
         self.root, self.mesh, self.keep = root, mesh, keep
 
-    def save(self, step: int, saved: Saved) -> None:
+    def save(self, step: int, saved: Saved, best: int | None = None) -> None:
         """Write the checkpoint of ``step``; every rank calls it.
+
+        Args:
+            step: done in the run.
+            saved: what it holds.
+            best: the step whose checkpoint stays, however old it is; None for none.
 
         Raises:
             ValueError: some rank could not write; no checkpoint of this step exists then, older ones are untouched.
@@ -116,7 +121,7 @@ class CheckpointStore:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
         if self.mesh.rank == 0:
-            self._prune()
+            self._prune("" if best is None else directory_name(best))
 
     def _together(self, final: Path, act: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
         """Do one stage of saving on every rank, and fail on every rank if one does."""
@@ -171,11 +176,11 @@ class CheckpointStore:
         _sync_directory(self.root)
         write_file(self.root / LATEST, (final.name + "\n").encode())
 
-    def _prune(self) -> None:
-        """Remove all but the newest, and what crashes left; what cannot be removed stays for the next time."""
+    def _prune(self, best: str) -> None:
+        """Remove all but the newest and the best, and what crashes left; what cannot be removed stays for once more."""
         for left in [*self.root.glob("step-*.doomed"), *self.root.glob("step-*.partial")]:
             shutil.rmtree(left, ignore_errors=True)
-        for old in self.found()[self.keep :]:
+        for old in [path for path in self.found()[self.keep :] if path.name != best]:
             with suppress(OSError):
                 os.rename(old, _doomed(old))
             shutil.rmtree(_doomed(old), ignore_errors=True)
@@ -195,13 +200,21 @@ class CheckpointStore:
             raise Agreed(f"{self.root} holds no checkpoint: name another run, or remove this one and start it anew")
         passed_over: list[str] = []
         for name in candidates:
-            damage, fatal = self._verify(self.root / name)
-            agree(fatal, self.mesh.world)
-            damages = [d for d in gather_json(damage, self.mesh.world) if d]
-            if not damages:
+            damage = self.damage(self.root / name)
+            if damage is None:
                 return self.root / name, passed_over
-            passed_over.append(f"checkpoint {name} is damaged ({damages[0]})")
+            passed_over.append(f"checkpoint {name} is damaged ({damage})")
         raise Agreed(f"{self.root} holds no good checkpoint: {'; '.join(passed_over)}; start the run anew")
+
+    def damage(self, path: Path) -> str | None:
+        """Return what is wrong with a checkpoint, or None; every rank calls it and checks a share of the files.
+
+        Raises:
+            Agreed: it lacks an expert or has one too many (named).
+        """
+        damage, fatal = self._verify(path)
+        agree(fatal, self.mesh.world)
+        return next((found for found in gather_json(damage, self.mesh.world) if found), None)
 
     def set_aside_after(self, chosen: Path) -> None:
         """Rename the checkpoints newer than the one a run goes on from, so that they never count as its newest."""

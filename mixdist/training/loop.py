@@ -14,6 +14,7 @@ from mixdist.files import write_file
 from mixdist.parallel.agreement import on_rank_0
 from mixdist.parallel.mesh import Mesh
 from mixdist.training.checkpoint import CheckpointStore, Saved, check_run, read_state
+from mixdist.training.selection import Selection
 
 
 class Recorder(Protocol):
@@ -34,12 +35,14 @@ class Advance(NamedTuple):
         record: for metrics.jsonl, or None.
         line: for the console, or None.
         files: to be written under the run's directory, by relative path; their bytes are those of rank 0.
+        selectable: an epoch of the main phase or a round ended: the mixture may be evaluated for a selection.
     """
 
     ended: bool
     record: dict[str, Any] | None = None
     line: str | None = None
     files: Mapping[str, bytes] = {}
+    selectable: bool = False
 
 
 class Program(Protocol):
@@ -62,6 +65,9 @@ class Program(Protocol):
 
     def advance(self) -> Advance:
         """Do the next step; every rank calls it."""
+
+    def ready(self) -> None:
+        """Put the modules as they are now in place for an evaluation between two steps; every rank calls it."""
 
     def end(self) -> None:
         """Put the trained modules in place after the last step; every rank calls it."""
@@ -89,6 +95,7 @@ class Loop:
         recorders: receive each record, on rank 0.
         tell: receives lines for the console, on rank 0.
         directory: of the run, for files that the program leaves; None for none.
+        selection: chooses the best checkpoint and may end training; None for neither.
     """
 
     def __init__(
@@ -101,11 +108,12 @@ class Loop:
         recorders: Sequence[Recorder] = (),
         tell: Callable[[str], None] = lambda line: None,
         directory: Path | None = None,
+        selection: Selection | None = None,
     ) -> None:
         self.program, self.mesh, self.described = program, mesh, described or {}
         self.store, self.save_every, self.directory = store, save_every, directory
         self.recorders, self.tell = list(recorders), tell
-        self.saved = -1
+        self.selection, self.saved = selection, -1
 
     def fit(self) -> None:
         """Run from the position to the end.
@@ -116,21 +124,40 @@ class Loop:
         """
         program = self.program
         program.begin()
-        while not program.finished:
+        while not self.finished:
             advance = program.advance()
             self._report(advance)
+            best = self._select() if advance.selectable else False
             due = program.total % self.save_every == 0 if self.save_every else advance.ended
-            if due or program.finished:
+            if due or best or self.finished:
                 self.save()
         program.end()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the program has come to its end, or the selection ends it early."""
+        return self.program.finished or (self.selection is not None and self.selection.stopped)
+
+    def _select(self) -> bool:
+        """Evaluate where it is time; return whether the mixture is the best so far."""
+        selection, step = self.selection, self.program.total
+        if selection is None or not selection.end_epoch():
+            return False
+        self.program.ready()
+        self._report(Advance(True, selection.evaluate(step)))
+        self.program.begin()  # what an evaluation takes and sends is not training's
+        return selection.found.step == step
 
     def save(self) -> None:
         """Write a checkpoint of the position; every rank calls it."""
         total = self.program.total
         if self.store is None or self.saved == total:
             return
-        saved = self.program.save()
-        self.store.save(total, saved._replace(state={**saved.state, "run": self.described}))
+        saved, selection = self.program.save(), self.selection
+        state = {**saved.state, "run": self.described}
+        if selection is not None:
+            state["selection"] = selection.state()
+        self.store.save(total, saved._replace(state=state), selection.found.step if selection else None)
         self.saved = total
 
     def resume(self, path: Path) -> None:
@@ -141,6 +168,8 @@ class Loop:
         """
         state = read_state(path)
         check_run(path, state, self.described)
+        if self.selection is not None:
+            self.selection.load(path, state.get("selection"))
         self.program.load(path, state)
         self.saved = self.program.total
 

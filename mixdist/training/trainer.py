@@ -91,7 +91,12 @@ class Trainer:
         totals, batch, rate = self._step(logged)
         record = self._record(totals, batch, rate, self._seconds + time.perf_counter() - begin) if logged else None
         self._seconds = 0.0 if logged else self._seconds + time.perf_counter() - begin
-        return Advance(self._move_on(), record)
+        main, ended = at.phase + 1 == len(self.phases), self._move_on()
+        return Advance(ended, record, selectable=ended and main)
+
+    def ready(self) -> None:
+        """Bring weights that are sharded together."""
+        self.engine.gather()
 
     def end(self) -> None:
         """End the engine."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -135,14 +136,9 @@ class ShardSamples(Samples):
 
         return finish
 
-    def first(self, num_rows: int) -> ShardSamples:
-        return self._of(np.arange(min(num_rows, len(self))))
-
-    def _of(self, kept: NDArray[np.int64]) -> ShardSamples:
-        label_N, attribute_NA = (
-            None if c is None else c[torch.from_numpy(kept)] for c in (self.label_N, self.attribute_NA)
-        )
-        return replace(self, places=self.places[kept], label_N=label_N, attribute_NA=attribute_NA)
+    def part(self, index: Tensor) -> Self:
+        label_N, attribute_NA = (None if c is None else c[index] for c in (self.label_N, self.attribute_NA))
+        return replace(self, places=self.places[index.numpy()], label_N=label_N, attribute_NA=attribute_NA)
 
     def ordered(self, positions: Tensor, epoch: Epoch, batch_size: int) -> Tensor:
         if self.shelf.order == "full":
@@ -173,13 +169,13 @@ class ShardSamples(Samples):
                 found.append((int(self.shelf.index.id_N[place]), self.shelf.described(place, reason)))
         return found
 
-    def without(self, ids: Sequence[int]) -> ShardSamples:
+    def without(self, ids: Sequence[int]) -> Self:
         if len(ids) > self.shelf.max_skipped * len(self):
             raise ValueError(
                 f"{len(ids)} of {len(self)} samples cannot be read, more than data.init_args.max_skipped "
                 f"({self.shelf.max_skipped:g}) of them: see mixdist verify --decode, fix them, or raise it"
             )
-        return self._of(np.flatnonzero(~np.isin(self._ids.numpy(), np.asarray(ids))))
+        return self.part(torch.isin(self._ids, torch.as_tensor(ids)).logical_not().nonzero()[:, 0])
 
     def close(self) -> None:
         self.shelf.pool.close()

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mixdist.data.dataset import Dataset, Source
+from mixdist.data.dataset import Dataset, Source, Splits
 from mixdist.data.sources.synthetic import require_number, require_rows
 from mixdist.noise import Draw, Purpose
 from mixdist.terms import Batch, Field
@@ -67,7 +67,7 @@ class Bananas(Source):
     Examples:
         >>> from mixdist.data import Bananas
         >>> source = Bananas(modes=9, rows=900, test_rows=90)
-        >>> train, _ = source.load()
+        >>> train = source.load().train
         >>> train.rows["x"].shape, train.log_density_N.shape, train.num_classes
         (torch.Size([900, 2]), torch.Size([900]), 9)
         >>> round(source.entropy(), 3)  # nats, of standardised values
@@ -83,7 +83,7 @@ class Bananas(Source):
         require_number("separation", separation, 0.0, 1e4)
         self.modes, self.rows, self.test_rows, self.separation, self.seed = modes, rows, test_rows, separation, seed
 
-    def load(self) -> tuple[Dataset, Dataset]:
+    def load(self) -> Splits[Dataset]:
         """Draw the samples.
 
         Raises:
@@ -96,8 +96,7 @@ class Bananas(Source):
         rows = {"id": ids, "x": (bend(noise_N2) + centres_C2[component_N]).float()}
         rows["y"] = label_C[component_N].to(torch.uint8)
         parts = slice(0, self.rows), slice(self.rows, None)
-        train, test = (self._dataset({name: column[part] for name, column in rows.items()}) for part in parts)
-        return train, test
+        return Splits(*(self._dataset({name: column[part] for name, column in rows.items()}) for part in parts))
 
     def components(self) -> tuple[Tensor, Tensor]:
         """Return the bananas' centres, float64 (C, 2) in original units, and the mode of each, int64 (C,)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mixdist.data.dataset import Dataset, Source
+from mixdist.data.dataset import Dataset, Source, Splits
 from mixdist.noise import Draw, Purpose
 from mixdist.terms import Field
 
@@ -23,7 +23,7 @@ class Digits(Source):
 
     Examples:
         >>> from mixdist.data import Digits
-        >>> train, test = Digits(test_fraction=0.1).load()
+        >>> train, test, _ = Digits(test_fraction=0.1).load()
         >>> len(train), len(test), train.num_classes
         (1617, 180, 10)
         >>> test.rows["x"].shape, test.rows["x"].dtype
@@ -35,7 +35,7 @@ class Digits(Source):
             raise ValueError(f"test_fraction ({test_fraction}) must be between 0 and 1: set it to 0.2, for example.")
         self.test_fraction = test_fraction
 
-    def load(self) -> tuple[Dataset, Dataset]:
+    def load(self) -> Splits[Dataset]:
         """Read the digits: 1,438 for training and 359 for testing, unless ``test_fraction`` says otherwise.
 
         Raises:
@@ -55,5 +55,4 @@ class Digits(Source):
         by_hash = hashes.argsort(stable=True)
         parts = by_hash[split:].sort().values, by_hash[:split].sort().values
         names = tuple(str(digit) for digit in range(10))
-        train, test = (Dataset({key: column[part] for key, column in rows.items()}, spec, "y", names) for part in parts)
-        return train, test
+        return Splits(*(Dataset({key: column[p] for key, column in rows.items()}, spec, "y", names) for p in parts))

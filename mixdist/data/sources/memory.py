@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mixdist.data.dataset import Dataset, Source
+from mixdist.data.dataset import Dataset, Source, Splits
 from mixdist.data.formats import SOURCES, Listing, Sample, open_listing
 from mixdist.data.images import SOURCE_FORMATS, Unreadable, decode
 from mixdist.data.sources.splits import choose_splits, class_field
@@ -27,15 +27,17 @@ class Memory(Source):
         kind: of source: celeba, imagenet, cifar10, cifar100, svhn, idx (MNIST), parquet (the Hugging Face hub), or
             folder (any tree of images: folders train, valid and test are splits, the folders in them classes).
         root: its folder.
-        limit: takes the first so many samples of both splits; None takes all.
+        limit: takes the first so many samples of each split; None takes all.
         num_classes: classes of the label; None for as many as have names, else as are there.
         size: bring images to this side: the largest square in their middle, resized; unset, they must have one size.
         crop: keep a square of this side in the middle first.
         channels: 3 for colour, 1 for grey; unset, what the source usually has.
         train: the training split, as the source has it.
         test: the held-out split; unset, test, or valid where there is no test.
-        holdout: the part of the training split that is held out where there is no held-out split: chosen by id, the
-            same in every run.
+        holdout: what is held out of the training split where there is no held-out split: a part, as 0.1, or a number
+            of samples; chosen by id, the same in every run.
+
+    The split valid, where there is one that is not the held-out one, is the validation set.
 
     Raises:
         ValueError: if a number is out of range, or there is no such kind.
@@ -48,7 +50,7 @@ class Memory(Source):
         ...     inner = Path(folder.name, split, "cat")
         ...     inner.mkdir(parents=True)
         ...     Image.new("RGB", (8, 8)).save(inner / "1.png")
-        >>> train, test = Memory("folder", folder.name).load()
+        >>> train, test, _ = Memory("folder", folder.name).load()
         >>> train.spec["x"].shape, train.class_names, test.ids
         ((3, 8, 8), ('cat',), tensor([1]))
         >>> folder.cleanup()
@@ -65,7 +67,7 @@ class Memory(Source):
         channels: int | None = None,
         train: str = "train",
         test: str | None = None,
-        holdout: float = 0.0,
+        holdout: int | float = 0,
     ) -> None:
         if kind not in SOURCES:
             raise ValueError(f"kind ({kind}) must be one of {', '.join(SOURCES)}")
@@ -78,8 +80,8 @@ class Memory(Source):
         self.size, self.crop, self.channels = size, crop, channels
         self.train, self.test, self.holdout = train, test, holdout
 
-    def load(self) -> tuple[Dataset, Dataset]:
-        """Read both splits.
+    def load(self) -> Splits[Dataset]:
+        """Read the splits.
 
         Raises:
             ValueError: if the folder, a file or a split is missing, a file is damaged, foreign or disagrees with
@@ -91,10 +93,9 @@ class Memory(Source):
         samples_of = {split: listing.samples(split, 0, listing.count(split)) for split in listing.splits}
         ids_of = {split: np.array([one.id for one in samples]) for split, samples in samples_of.items()}
         chosen = choose_splits(self.root, ids_of, self.train, self.test, self.holdout)
-        train, test = (
-            self._dataset(listing, [samples_of[split][i] for i in places[: self.limit]]) for split, places in chosen
+        return Splits(
+            *(self._dataset(listing, [samples_of[split][i] for i in places[: self.limit]]) for split, places in chosen)
         )
-        return train, test
 
     def _dataset(self, listing: Listing, samples: Sequence[Sample]) -> Dataset:
         x = self._images(listing, samples)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mixdist.data.augment import Augment
-from mixdist.data.dataset import Source
+from mixdist.data.dataset import Source, Splits
 from mixdist.data.images import Decoder, Unreadable
 from mixdist.data.order import OrderName
 from mixdist.data.shards.index import ABSENT, ShardIndex
@@ -61,9 +61,9 @@ class Shards(Source):
         label: y, the class; an attribute's name, for its two values; none; or auto: y where there are classes.
         train: the training split, as the index has it.
         test: the held-out split; unset, test, or valid where there is no test.
-        holdout: the part of the training split that is held out where there is no held-out split: chosen by id, the
-            same in every run.
-        limit: takes the first so many samples of both; unset, all.
+        holdout: what is held out of the training split where there is no held-out split: a part, as 0.1, or a number
+            of samples; chosen by id, the same in every run.
+        limit: takes the first so many samples of each split; unset, all.
         order: of an epoch: blocks mixes neighbours in storage, so that few places are read at a time; full mixes all.
         block: neighbours in a block.
         window: blocks that are mixed at a time: block x window samples.
@@ -75,6 +75,8 @@ class Shards(Source):
         max_skipped: the largest part of the samples that skip may leave out.
         augment: random changes of training images: flip, shift.
         cache: where shards from an address are kept.
+
+    The split valid, where there is one that is not the held-out one, is the validation set.
 
     Raises:
         ValueError: if a number is out of range, or the decoder is not installed.
@@ -89,7 +91,7 @@ class Shards(Source):
         label: str = "auto",
         train: str = "train",
         test: str | None = None,
-        holdout: float = 0.0,
+        holdout: int | float = 0,
         limit: int | None = None,
         order: OrderName = "blocks",
         block: int = 64,
@@ -120,7 +122,7 @@ class Shards(Source):
         self.shelving = {"order": order, "block": block, "window": window, "ahead": ahead}
         self.skipping = {"on_error": on_error, "max_skipped": max_skipped}
 
-    def load(self) -> tuple[ShardSamples, ShardSamples]:
+    def load(self) -> Splits[ShardSamples]:
         """Read the index, and one sample for its shape.
 
         Raises:
@@ -129,9 +131,9 @@ class Shards(Source):
         """
         index, storage = open_shards(self.root, self.cache)
         storage.check(index)
-        train, test = self._splits(index)
+        splits = self._splits(index)
         content = _content(self.root, index)
-        reading = self._reading(index, storage, train)
+        reading = self._reading(index, storage, splits[0])
         shelf = Shelf(index, Pool(reading, self.workers), content, **self.shelving, **self.skipping)  # type: ignore[arg-type]
         assert reading.shape is not None
         kind = torch.from_numpy(np.zeros(0, dtype=reading.dtype)).dtype
@@ -143,14 +145,13 @@ class Shards(Source):
             spec["y"] = labels.field
         if attribute_MA is not None:
             spec["attributes"] = Field((attribute_MA.shape[1],), torch.uint8)
-        return self._samples(shelf, train, spec, labels), self._samples(shelf, test, spec, labels)
+        return Splits(*(self._samples(shelf, places, spec, labels) for places in splits))
 
-    def _splits(self, index: ShardIndex) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the places of the training and of the held-out samples."""
+    def _splits(self, index: ShardIndex) -> list[NDArray[np.int64]]:
+        """Return the places of the training samples, of those for tests and, where there are some, for validation."""
         ids_of = {split: index.id_N[index.places(split)] for split in index.splits}
         chosen = choose_splits(self.root, ids_of, self.train, self.test, self.holdout)
-        train, test = (index.places(split)[places[: self.limit]] for split, places in chosen)
-        return train, test
+        return [index.places(split)[places[: self.limit]] for split, places in chosen]
 
     def _reading(self, index: ShardIndex, storage: Storage, train: NDArray[np.int64]) -> Reading:
         content = "image" if any(extension in IMAGES for extension in index.extensions) else "npy"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixdist.data.dataset import Dataset, Source
+from mixdist.data.dataset import Dataset, Source, Splits
 from mixdist.noise import Draw, Purpose
 from mixdist.terms import Batch, Field, Spec
 
@@ -30,7 +30,7 @@ class Blobs(Source):
 
     Examples:
         >>> from mixdist.data import Blobs
-        >>> train, test = Blobs(num_classes=3, num_features=2, rows=90, test_rows=30).load()
+        >>> train, test, _ = Blobs(num_classes=3, num_features=2, rows=90, test_rows=30).load()
         >>> train.rows["x"].shape, test.rows["id"][0].item()
         (torch.Size([90, 2]), 90)
         >>> train.rows["y"][:5].tolist()
@@ -55,7 +55,7 @@ class Blobs(Source):
         self.num_classes, self.num_features, self.rows, self.test_rows = num_classes, num_features, rows, test_rows
         self.spread, self.separation, self.seed = spread, separation, seed
 
-    def load(self) -> tuple[Dataset, Dataset]:
+    def load(self) -> Splits[Dataset]:
         """Draw the samples.
 
         Raises:
@@ -100,7 +100,7 @@ class Parabolas(Source):
 
     Examples:
         >>> from mixdist.data import Parabolas
-        >>> train, _ = Parabolas(rows=100, split=0.4).load()
+        >>> train = Parabolas(rows=100, split=0.4).load().train
         >>> bool(((train.rows["x"][:, 0] >= 0.4) == train.rows["branch"]).all())
         True
         >>> train.class_names
@@ -116,7 +116,7 @@ class Parabolas(Source):
         require_number("noise", noise, 0.0, 1e6)
         self.rows, self.test_rows, self.split, self.noise, self.seed = rows, test_rows, split, noise, seed
 
-    def load(self) -> tuple[Dataset, Dataset]:
+    def load(self) -> Splits[Dataset]:
         """Draw the samples.
 
         Raises:
@@ -138,13 +138,11 @@ class Parabolas(Source):
         return _split(rows, spec, self.rows, "branch", ("left", "right"))
 
 
-def _split(
-    rows: Batch, spec: Spec, num_train: int, label: str, class_names: tuple[str, ...] = ()
-) -> tuple[Dataset, Dataset]:
+def _split(rows: Batch, spec: Spec, num_train: int, label: str, class_names: tuple[str, ...] = ()) -> Splits[Dataset]:
     """Split into the first ``num_train`` rows for training, the rest for testing."""
     train = {name: column[:num_train] for name, column in rows.items()}
     test = {name: column[num_train:] for name, column in rows.items()}
-    return Dataset(train, spec, label, class_names), Dataset(test, spec, label, class_names)
+    return Splits(Dataset(train, spec, label, class_names), Dataset(test, spec, label, class_names))
 
 
 def require_rows(**counts: int) -> None:
