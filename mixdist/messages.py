@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
+from pathlib import Path
 
+PACKAGE = Path(__file__).resolve().parent
 USER_ERROR, INTERRUPTED = 2, 130
 LINGER_S = 10.0
 """Seconds that other ranks wait before they exit with an error: a launcher ends all processes when one fails, and
@@ -28,6 +31,21 @@ def counted(number: int, noun: str) -> str:
 def format_error(error: Exception) -> str:
     """Return an error as one line."""
     return one_line(str(error)) + (": fix it and try again" if isinstance(error, OSError) else "")
+
+
+def last_own_line(error: BaseException) -> str:
+    """Return the last line of an error's way that lies outside of this package and of libraries, or nothing."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if not path.is_relative_to(PACKAGE) and "site-packages" not in path.parts and path.suffix == ".py":
+            return f"{path.name} line {frame.lineno}"
+    return ""
+
+
+def describe_failure(error: BaseException) -> str:
+    """Return an error of a user's own code in one line: its kind, its text, and where it was raised."""
+    text, place = one_line(str(error)), last_own_line(error)
+    return f"{type(error).__name__}{text and f': {text}'}{place and f'; {place}'}"
 
 
 def fail(message: str, rank: int, alone: bool) -> int:

@@ -14,6 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+STORED_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+STORED_REALS = (torch.float16, torch.float32, torch.float64)
+"""The types that rows may be stored in."""
+
 Batch = dict[str, Tensor]
 """Named fields of rows, each with the row axis first; "id" (int64) names the samples."""
 

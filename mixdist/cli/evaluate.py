@@ -44,7 +44,7 @@ def evaluate_run(argv: Sequence[str]) -> None:
         raise ValueError(f"--num_samples ({options.num_samples}) must be 1 or more: give 100 for a usual estimate")
     if options.rows is not None and options.rows < 1:
         raise ValueError(f"--rows ({options.rows}) must be 1 or more: leave it out for all rows")
-    config = make_config(parser, options)
+    config = make_config(parser, options, trains=False)
     if not values_of(argv, "--mesh.ep_size"):  # the layout is this command's, not the one that trained
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, ep_size=None))
     mesh = build_mesh(config)

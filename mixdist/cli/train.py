@@ -45,6 +45,8 @@ def train(argv: Sequence[str]) -> None:
             with closing(session):
                 # Before the run has a directory: what does not fit leaves nothing behind.
                 program = agreed(lambda: build_program(config, session, fresh=not resumed), mesh.world)
+                if not resumed:
+                    program.begin()
                 selection = agreed(lambda: build_selection(config, session, program), mesh.world)
                 if selection is not None:
                     program.ready()

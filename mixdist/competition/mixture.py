@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mixdist.competition.contracts import inspect_competitors
 from mixdist.competition.discriminators import Discriminator
 from mixdist.competition.rules import Rules
 from mixdist.competition.scores import Discriminators
 from mixdist.data import RankBatch, Samples
 from mixdist.experts import Compute, Expert, ExpertBank
 from mixdist.gates import Gate
-from mixdist.mixtures import Context, Ensemble, MakeExpert, check_fields
+from mixdist.mixtures import Context, Ensemble, MakeExpert, Stage, check_fields
 from mixdist.mixtures.routing import responsible
 from mixdist.noise import EVALUATION_PHASE, Moment, Purpose
 from mixdist.parallel.route import Route
@@ -113,6 +114,10 @@ class HardMixture(Ensemble):
     def density_weights(self, share_E: np.ndarray) -> np.ndarray:
         """Return alpha, whatever the responsibilities."""
         return self.share_E.cpu().numpy()
+
+    def inspect(self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None = None) -> None:
+        """Check experts, score and discriminators."""
+        inspect_competitors(self, self.bank.owned(), self.discriminators, rows, batch, at, stage)
 
     @property
     def extra_fields(self) -> tuple[str, ...]:

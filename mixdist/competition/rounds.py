@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mixdist.competition.contracts import inspect_entrants
 from mixdist.competition.delivery import OwnReader, WireReader, pieces_of_epoch
 from mixdist.competition.entrant import Entrant
 from mixdist.competition.entrants import Entrants
@@ -24,6 +25,7 @@ from mixdist.competition.reassign import Scoring, Verdict
 from mixdist.competition.table import Assignment, StarvedRule, reseeded, starved
 from mixdist.data import Epoch, Samples
 from mixdist.engines import EngineFactory
+from mixdist.noise import Moment
 from mixdist.training.checkpoint import Saved, check_optimizer
 from mixdist.training.loop import Advance
 from mixdist.training.phases import Phase
@@ -99,10 +101,10 @@ class Rounds:
             self.table = Assignment.uniform(len(dataset), self.num_experts, self.data, self.seed)
         elif rules.table is not None and fresh:
             self.table = Assignment.load(Path(rules.table), self.data, len(dataset), self.num_experts)
-        reads = rules.delivery == "read"
-        self.reader = OwnReader(dataset, self.mesh) if reads else WireReader(dataset, self.mesh, self.wire)
+        wire = rules.delivery == "wire"
+        self.reader = WireReader(dataset, self.mesh, self.wire) if wire else OwnReader(dataset, self.mesh)
         self.scoring = Scoring(mixture, self.reader, dataset, rules.block, self.fields, rules.starved == "reseed")
-        self.position = RoundPosition(round=0 if rules.start == "all" else 1)
+        self.position, self._inspected = RoundPosition(round=int(rules.start != "all")), (-1, -1)
         self.entrants = Entrants(mixture, self.phase)
         self.log_z_E = mixture.log_z_E
         self.objective: float | None = None
@@ -140,7 +142,8 @@ class Rounds:
         return self.position.total
 
     def begin(self) -> None:
-        """Begin to count seconds and bytes anew."""
+        """Check the first samples and what is to run on them, and begin to count seconds and bytes anew."""
+        self._inspect()
         self.history.reset()
 
     def advance(self) -> Advance:
@@ -149,15 +152,20 @@ class Rounds:
         Raises:
             Agreed: a loss, gradient or score is not finite; names the expert.
         """
+        self._inspect()
         return self._epoch() if self.pretraining or self._trains() else self._round()
+
+    def _inspect(self) -> None:
+        """Check them once a phase and round."""
+        if not self.finished and self._inspected != (at := (self.position.phase, self.position.round)):
+            inspect_entrants(self.mixture, self.entrants, self.dataset, self.phase, Moment(self.seed, at[0]))
+            self._inspected = at
 
     def ready(self) -> None:
         """Bring every expert back to the home that its number has, and give the mixture what was trained so far."""
         with self.history.timed("moving_s"):
             self.entrants.move(self.entrants.first_homes(), self.phase, self._round_before)
-        discriminators = {
-            e: entrant.discriminator for e, entrant in self.entrants.items() if entrant.discriminator is not None
-        }
+        discriminators = {e: one.discriminator for e, one in self.entrants.items() if one.discriminator is not None}
         self.mixture.receive({e: entrant.expert for e, entrant in self.entrants.items()}, discriminators)
         self.mixture.load_state(self._mixture_state() if self.scored else self.mixture.state())
 
@@ -325,7 +333,7 @@ class Rounds:
         Raises:
             ValueError: it does not fit the config.
         """
-        self.position = RoundPosition(**state["position"])
+        self.position, self._inspected = RoundPosition(**state["position"]), (-1, -1)
         if self.position.phase >= len(self.phases) or self.position.round > self.rules.rounds + 1:
             raise ValueError(
                 f"checkpoint {path} is in phase {self.position.phase}, round {self.position.round}, but the config has "

@@ -16,14 +16,12 @@ from mixdist.parallel.agreement import Agreed, agreed, alike, gather_json
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement, choose_device
 from mixdist.parallel.wire import Wire
-from mixdist.terms import Field, Spec
+from mixdist.terms import STORED_INTEGERS, STORED_REALS, Field, Spec
 from mixdist.training.loop import Program
 from mixdist.training.selection import Selection
 from mixdist.training.trainer import Trainer
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-STORED_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-STORED_REALS = (torch.float16, torch.float32, torch.float64)
 SKIPS_SHOWN = 20
 KINDS = {"train": "training", "valid": "validation", "test": "test"}
 """What the rows of a split are called."""

@@ -35,8 +35,13 @@ def config_parser(prog: str = "mixdist train", description: str = "") -> Argumen
     return parser
 
 
-def make_config(parser: ArgumentParser, parsed: Namespace) -> Config:
+def make_config(parser: ArgumentParser, parsed: Namespace, trains: bool = True) -> Config:
     """Make the Config of what was parsed: classes are imported, sources made; modules wait for the data's spec.
+
+    Args:
+        parser: of the config.
+        parsed: what it took from YAML and arguments.
+        trains: try the optimisers, which takes seconds, since torch imports its compiler for the first of them.
 
     Raises:
         ValueError: a value that makes no sense.
@@ -47,6 +52,8 @@ def make_config(parser: ArgumentParser, parsed: Namespace) -> Config:
         made = parser.instantiate(parsed)
     config = Config(**{name: made[name] for name in Config.__dataclass_fields__})
     check(config)
+    if not trains:
+        return config
     for i, phase in enumerate(config.pretrain):
         _try_out(f"pretrain[{i}]", phase.optimizer, phase.schedule)
     _try_out("train", config.train.optimizer, config.train.schedule)
@@ -70,13 +77,13 @@ def plain(value: Any) -> Any:
 
 
 def read_config(path: Path) -> Config:
-    """Read a YAML file.
+    """Read a YAML file, for anything but training.
 
     Raises:
         ValueError: it cannot be read or does not parse.
     """
     parser = config_parser("mixdist train")
-    return make_config(parser, parse(parser, ["--config", str(path)]))
+    return make_config(parser, parse(parser, ["--config", str(path)]), trains=False)
 
 
 def _try_out(name: str, make: OptimizerFactory, schedule: ScheduleFactory | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixdist.data.order import Epoch, shuffled
-from mixdist.terms import Batch, Field, Spec
+from mixdist.terms import STORED_INTEGERS, STORED_REALS, Batch, Field, Spec
 
 
 class Samples(ABC):
@@ -152,6 +153,9 @@ class Dataset(Samples):
     attribute_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if odd := [name for name, column in self.rows.items() if not isinstance(column, Tensor)]:
+            kind = type(self.rows[odd[0]]).__name__
+            raise ValueError(f"field {odd[0]!r} is a {kind}, expected a tensor: take torch.as_tensor of it")
         if "id" not in self.rows or self.rows.keys() != {"id", *self.spec}:
             raise ValueError(
                 f"rows have the fields {sorted(self.rows)}, expected {sorted({'id', *self.spec})}: add or drop"
@@ -170,6 +174,7 @@ class Dataset(Samples):
                 f"class_names ({len(self.class_names)}) must be {self.num_classes}: name each class or none"
             )
         for name, field in self.spec.items():
+            check_field(name, field)
             self._check(name, field)
         self._check_attributes()
         self._check_log_density()
@@ -249,6 +254,26 @@ class Dataset(Samples):
         where = tuple(good.logical_not().nonzero()[0].tolist())
         value, sample = self.rows[name][where].item(), self.rows["id"][where[0]].item()
         raise ValueError(f"field {name!r} of sample {sample} holds {value}, expected {expected}: {remedy}.")
+
+
+def check_field(name: str, field: Field) -> None:
+    """Check the description of a field.
+
+    Raises:
+        ValueError: a type that rows cannot be stored in, or numbers that mean nothing.
+    """
+    stored = STORED_INTEGERS if isinstance(field, Field) and field.num_classes else (*STORED_INTEGERS, *STORED_REALS)
+    if not isinstance(field, Field) or field.dtype not in stored:
+        given = getattr(field, "dtype", type(field).__name__)
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in stored)
+        raise ValueError(f"field {name!r} is {given}, expected a Field of {known}: store it as one of these")
+    if not isinstance(field.shape, tuple) or not all(isinstance(n, int) and n > 0 for n in field.shape):
+        raise ValueError(f"field {name!r} has shape {field.shape}, expected a tuple of numbers from 1: fix its spec")
+    if not (math.isfinite(field.scale) and field.scale and math.isfinite(field.offset)):
+        raise ValueError(
+            f"field {name!r} has scale {field.scale} and offset {field.offset}, expected finite ones, and a scale that "
+            f"is not 0: fix its spec"
+        )
 
 
 S = TypeVar("S", bound=Samples)

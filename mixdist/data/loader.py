@@ -168,6 +168,12 @@ class Loader:
         positions = self._positions(epoch, index)
         return RankBatch(rows, tuple(len(share(len(positions), r, self.world_size)) for r in range(self.world_size)))
 
+    def ids(self, epoch: int, index: int) -> Tensor:
+        """Return the ids of this rank's share of a global batch."""
+        positions = self._positions(epoch, index)
+        mine = share(len(positions), self.rank, self.world_size)
+        return self.dataset.ids[positions[mine.start : mine.stop]]
+
     def _start(self, epoch: int, index: int) -> Callable[[], Batch]:
         positions = self._positions(epoch, index)
         mine = share(len(positions), self.rank, self.world_size)

@@ -27,6 +27,9 @@ class Solo:
         optimizer: makes the optimiser.
         schedule: makes a learning-rate schedule, stepped after every epoch; or None.
         clip_norm: largest norm of this module's gradient; or None.
+
+    Raises:
+        ValueError: the module has nothing to train.
     """
 
     def __init__(
@@ -41,6 +44,12 @@ class Solo:
     ) -> None:
         self.name, self.module, self.group, self.wire, self.clip_norm = name, module, group, wire, clip_norm
         self.parameters = trainable(module)
+        if not self.parameters:
+            number, kind = len(list(module.parameters())), type(module).__name__
+            raise ValueError(
+                f"{name} ({kind}) has {number} parameters, and none requires a gradient, but it is to train: leave "
+                f"some free, and make buffers of what stays as it is"
+            )
         self.optimizer = optimizer(self.parameters)
         self.schedule = schedule(self.optimizer) if schedule else None
         self.steps = self.epochs = 0

@@ -9,6 +9,7 @@ from safetensors.numpy import load, save
 
 from mixdist.data import Loader, Samples
 from mixdist.mixtures import Evaluation, Mixture, Request
+from mixdist.mixtures.inspection import inspect
 from mixdist.noise import EVALUATION_PHASE, Moment
 from mixdist.parallel.agreement import gather_bytes
 from mixdist.parallel.mesh import Mesh
@@ -36,17 +37,22 @@ def evaluate(
         num_samples: importance samples for each row and expert; None for no likelihoods.
         shares_from: rows that the mixture's weights are taken from, the training rows; None for ``dataset`` itself.
         on_batch: called with the number of batches done and of all.
+
+    Raises:
+        Agreed: a module or the family breaks its contract.
     """
     mesh, over_batch = mixture.context.mesh, mixture.dispatch.over_batch
     modules = [owned.module for owned in mixture.owned()]
     training = {part: part.training for module in modules for part in module.modules()}
     for module in modules:
         module.eval()
-    study = mixture.study(dataset, Request(Moment(seed, EVALUATION_PHASE), batch_size, num_samples, shares_from))
-    study.start()
     loader = Loader(dataset, batch_size, seed, 0, mesh.rank, mesh.world_size, ordered=True)
+    at, first = Moment(seed, EVALUATION_PHASE), loader.batch(0, 0).to(mesh.device)
+    inspect(mixture, first, loader.ids(0, 0), at)
+    study = mixture.study(dataset, Request(at, batch_size, num_samples, shares_from))
+    study.start()
     for index in range(loader.num_batches):
-        study.add(loader.batch(0, index).to(mesh.device))
+        study.add(first if index == 0 else loader.batch(0, index).to(mesh.device))
         on_batch(index + 1, loader.num_batches)
     for part, was in training.items():
         part.training = was

@@ -73,6 +73,12 @@ class Likelihood(nn.Module):
         log_scale = math.log(_FIRST_SCALE[name] if scale == "learned" else scale)
         self.log_scale = nn.Parameter(torch.full((1, 1), log_scale)) if learned else log_scale
 
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """The range of the x that it can model, or None for all real numbers."""
+        bounded = self.name in ("bernoulli", "logistic") or self.mean_name == "sigmoid"
+        return (0.0, 1.0) if bounded else None
+
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
         """Return log p(x|output), nats: x (R, D), output (R, D) or (E, R, D); result (R,) or (E, R)."""
         if self.name == "bernoulli":

@@ -19,15 +19,16 @@ from mixdist.experts import Compute, Expert, ExpertBank, Noise, time_executions
 from mixdist.gates import Gate
 from mixdist.mixtures import evidence, samples
 from mixdist.mixtures.figures import ExpertEvaluation, ExpertStudy
+from mixdist.mixtures.members import inspect_experts, inspect_gate, inspect_stack
 from mixdist.mixtures.mixture import Context, Mixture, Stage
 from mixdist.mixtures.model import Model
 from mixdist.mixtures.pictures import Picture
 from mixdist.mixtures.shown import expert_pictures
 from mixdist.mixtures.study import Evaluation, Request, Study
 from mixdist.noise import Moment, Purpose
-from mixdist.parallel.agreement import gather_json
+from mixdist.parallel.agreement import agreed, gather_json
 from mixdist.parallel.route import Route
-from mixdist.terms import Batch, ExpertTerms, Spec
+from mixdist.terms import Batch, ExpertTerms, Gating, Spec
 
 MakeExpert = Callable[[Spec], Expert]
 Execution = Literal["auto", "loop", "stacked"]
@@ -138,9 +139,24 @@ class Ensemble(Mixture):
         seen = stage.batch_size / mesh.placement.num_replicas / stage.accumulate * self.part_of_rows
         stored = dataset.take(torch.arange(min(len(dataset), max(1, round(seen)))))
         rows = self.values({name: column.to(mesh.device) for name, column in stored.items()}, bank.fields)
-        bank.timed = time_executions(bank.owned(), rows, self.noise(Moment(self.context.seed)), how)
+        at, few = Moment(self.context.seed), {name: column[:8] for name, column in stored.items()}
+        agreed(lambda: inspect_experts(self, bank.owned(), few, few, at, stage), mesh.world)
+        bank.timed = time_executions(bank.owned(), rows, self.noise(at), how)
         if gather_json(min(bank.timed, key=lambda way: bank.timed[way]), mesh.world)[0] == "stacked":
             bank.stack_up()
+
+    def inspect(self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None = None) -> None:
+        """Check the experts, and the gate where the family has one."""
+        self.inspect_members(rows, batch, at, stage)
+
+    def inspect_members(
+        self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None
+    ) -> tuple[Tensor, Gating | None]:
+        """Check experts and gate; return the losses of an expert (n,), and what the gate says of the rows."""
+        losses = inspect_experts(self, self.bank.owned(), rows, batch.rows, at, stage)
+        inspect_stack(self, rows, at, losses)
+        gate = getattr(self, "gate", None)
+        return losses, inspect_gate(self, gate, rows, at, stage) if isinstance(gate, Gate) else None
 
     def choices(self) -> dict[str, tuple[Any, str]]:
         """Return the execution that ``tune`` chose, and the times of both."""
@@ -302,8 +318,13 @@ def check_fields(key: str, module: Any, spec: Spec) -> None:
     """Check the ``fields`` that a gate, expert or score reads against those of the data.
 
     Raises:
-        ValueError: a field is missing.
+        ValueError: a field is missing, or fields or noise_shape are of another type.
     """
+    kind, fields, noise = type(module).__name__, module.fields, getattr(module, "noise_shape", None)
+    if not isinstance(fields, (tuple, list)) or not all(isinstance(name, str) for name in fields):
+        raise ValueError(f"{key}: {kind}.fields ({fields!r}) must be a tuple of names: give ('x',) for one field")
+    if noise is not None and not (isinstance(noise, tuple) and all(isinstance(n, int) and n >= 0 for n in noise)):
+        raise ValueError(f"{key}: {kind}.noise_shape ({noise!r}) must be None or a tuple of numbers, such as (4,)")
     for name in module.fields:
         if name not in spec:
             raise ValueError(

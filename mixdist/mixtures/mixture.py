@@ -172,6 +172,22 @@ class Mixture(ABC):
                 given where ``prefetch`` is true.
         """
 
+    def inspect(self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None = None) -> None:  # noqa: B027
+        """Check what a user wrote for the family, before the first step of a phase or before an evaluation.
+
+        It must change nothing and not communicate; :mod:`mixdist.mixtures.contracts` has the checks of gates, experts
+        and objectives. ``backward`` and ``measure`` of a family of one's own are checked without it.
+
+        Args:
+            rows: a few stored rows, the same on every rank.
+            batch: this rank's rows of the first batch.
+            at: names the draws.
+            stage: the phase; None before an evaluation, with the modules in evaluation.
+
+        Raises:
+            ValueError: something breaks its contract.
+        """
+
     def settle(self) -> None:  # noqa: B027
         """Drain a prefetched send whose step will not run."""
 

@@ -6,6 +6,7 @@ Shape letters: N rows, E experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,21 @@ import torch
 from torch import Tensor
 
 from mixdist.experts import Expert
+from mixdist.experts.likelihood import Likelihood
 from mixdist.gates import Gate
+from mixdist.mixtures.contracts import IN_RANGE
 from mixdist.mixtures.routing import responsible
 from mixdist.mixtures.samples import drawn
 from mixdist.noise import EVALUATION_PHASE, Moment, Purpose
-from mixdist.terms import Batch, ExpertTerms, Spec
+from mixdist.terms import STORED_INTEGERS, Batch, ExpertTerms, Field, Spec
 
 
 class Model:
     """Gate and all experts of a run, in evaluation mode on the CPU.
 
-    Rows are given as a tensor or array for the field "x", or as a dict by field; numbers of a field's stored type
-    (uint8 pixels) are scaled as in training, others are taken as they are.
+    Rows are given as a tensor or array for the field "x", or as a dict by field, each (N, *shape) or flat (N, D), so
+    images as (N, channels, height, width). Whole numbers are stored ones where the field is stored so (pixels from 0 to
+    255, of any integer type), and scaled as in training; real numbers are taken as they are.
 
     Args:
         gate: the gate.
@@ -47,31 +51,73 @@ class Model:
         """Turn what a user gives into rows of numbers.
 
         Raises:
-            ValueError: an unknown field, or rows of another shape.
+            ValueError: an unknown field, rows of another shape, or numbers that cannot be this field's.
         """
         named = given if isinstance(given, dict) else {"x": given}
-        rows = {name: self._field(name, torch.as_tensor(values)) for name, values in named.items() if name != "id"}
+        rows = {name: self._field(name, _tensor(name, values)) for name, values in named.items() if name != "id"}
         lengths = {name: len(column) for name, column in rows.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"rows have fields of lengths {lengths}: give at least one field, all equally long")
         num_rows = next(iter(lengths.values()))
-        rows["id"] = torch.as_tensor(named.get("id", torch.arange(num_rows)))
-        if rows["id"].shape != (num_rows,):
+        ids = _tensor("id", named.get("id", torch.arange(num_rows)))
+        if ids.shape != (num_rows,) or ids.dtype not in STORED_INTEGERS:
             raise ValueError(
-                f"id has shape {tuple(rows['id'].shape)}: give one whole number for each of {num_rows} rows"
+                f"id has shape {tuple(ids.shape)} of {ids.dtype}: give one whole number for each of {num_rows} rows"
             )
-        return rows
+        return rows | {"id": ids.long()}
 
     def _field(self, name: str, values: Tensor) -> Tensor:
         if name not in self.spec:
             raise ValueError(f"field {name!r} is not one of the model's: give {sorted(self.spec)}")
         field = self.spec[name]
-        if values.dim() == 0 or math.prod(values.shape[1:]) != field.num_values:
+        axes = [n for n in values.shape[1:] if n != 1]  # an axis of one place changes no order
+        if not values.dim() or axes not in ([n for n in field.shape if n != 1], [field.num_values]):
             wanted = ", ".join(map(str, ("N", *field.shape)))
-            raise ValueError(f"field {name!r} has shape {tuple(values.shape)}: give N rows as ({wanted})")
+            last = values.dim() == 4 and values.shape[1:] == (*field.shape[1:], *field.shape[:1])
+            raise ValueError(
+                f"field {name!r} has shape {tuple(values.shape)}: give N rows as ({wanted})"
+                f"{', with numpy.moveaxis(rows, -1, 1)' if last else ''}"
+            )
+        if values.is_complex() or (field.num_classes is not None and values.is_floating_point()):
+            wanted = "whole numbers" if field.num_classes else "real numbers"
+            raise ValueError(f"field {name!r} is {values.dtype}, expected {wanted}: convert it")
         values = values.reshape(-1, *field.shape)
-        as_stored = field.num_classes is not None or (values.dtype == field.dtype and not values.is_floating_point())
-        return field.values(values, self.dtype) if as_stored else values.to(self.dtype)
+        whole = not values.is_floating_point() and (values.dtype != torch.bool or field.dtype == torch.bool)
+        stored = field.num_classes is not None or (whole and field.dtype in STORED_INTEGERS)
+        numbers = field.values(values, self.dtype) if stored else values.to(self.dtype)
+        if values.numel():
+            self._check_numbers(name, field, values.double() if stored else numbers, stored)
+        return numbers
+
+    def _check_numbers(self, name: str, field: Field, given: Tensor, stored: bool) -> None:
+        """Check numbers of a field against what they can be, as they are stored or as models see them.
+
+        Raises:
+            ValueError: they cannot be this field's.
+        """
+        low, high, remedy = -math.inf, math.inf, "remove what is no number"
+        if field.num_classes is not None:
+            low, high, remedy = 0.0, field.num_classes - 1.0, "give classes"
+        elif field.dtype in STORED_INTEGERS:
+            low, high = (0.0, 1.0) if field.dtype == torch.bool else _ends(field.dtype)
+            remedy = f"give stored numbers of {field.dtype}"
+            if not stored:
+                low, high = sorted((low * field.scale + field.offset, high * field.scale + field.offset))
+                remedy = f"give them as stored, whole numbers of {field.dtype}, or scaled"
+        for likelihood in () if stored else self._likelihoods(name):
+            if likelihood.limits is not None:
+                low, high = max(low, likelihood.limits[0]), min(high, likelihood.limits[1])
+        least, most = (float(end) for end in given.aminmax())
+        if not (low - IN_RANGE <= least and most <= high + IN_RANGE) or not math.isfinite(most - least):
+            raise ValueError(
+                f"field {name!r} has numbers from {least:g} to {most:g}, expected {low:g} to {high:g}: {remedy}"
+            )
+
+    def _likelihoods(self, name: str) -> Iterator[Likelihood]:
+        """Yield the likelihoods of the experts that model a field."""
+        for one in self.experts.values():
+            if getattr(one, "field", None) == name:
+                yield from (m for m in one.modules() if isinstance(m, Likelihood))
 
     @torch.no_grad()
     def responsibilities(self, rows: Tensor | np.ndarray | Batch) -> Tensor:
@@ -142,7 +188,7 @@ class Model:
     def predict(self, rows: Tensor | np.ndarray | Batch) -> Tensor:
         """Return the responsibility-weighted mean of the experts' predictions (supervised mixtures)."""
         named = self.rows(rows)
-        each = torch.stack([expert.predict(named) for expert in self.experts.values()], dim=1)
+        each = torch.stack([self._able(e, "predict", named).predict(named) for e in self.experts], dim=1)
         return torch.einsum("ne,ne...->n...", self.responsibilities(named), each)
 
     @torch.no_grad()
@@ -156,6 +202,8 @@ class Model:
             observed: draw from p(x|z), noise and all, as the density has it; otherwise the means of p(x|z).
         """
         one = self._expert(expert)
+        if num_samples < 0:
+            raise ValueError(f"num_samples ({num_samples}) must be 0 or more: give how many to draw")
         if one.noise_shape is None or not one.can("draw" if observed else "sample"):
             name = type(one).__name__
             raise ValueError(f"expert {expert} ({name}) has no prior to sample from: use predict of mixdist.load(RUN)")
@@ -166,3 +214,16 @@ class Model:
         plane = "x" in self.spec and self.spec["x"].shape == (2,)
         observed = plane and self.experts[0].can("draw")  # a cloud of means in the plane is no density
         return {f"expert {e}": self.sample(num_samples, e, seed, observed) for e in self.experts}
+
+
+def _ends(dtype: torch.dtype) -> tuple[float, float]:
+    """Return the least and the largest number of an integer type."""
+    info = torch.iinfo(dtype)
+    return float(info.min), float(info.max)
+
+
+def _tensor(name: str, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"field {name!r} cannot be made a tensor ({error}): give a tensor or an array") from error

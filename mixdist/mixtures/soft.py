@@ -15,8 +15,10 @@ from torch import Tensor
 from mixdist.data import Loader, RankBatch, Samples
 from mixdist.experts import Compute
 from mixdist.gates import Gate
+from mixdist.mixtures.contracts import check_objective
 from mixdist.mixtures.ensemble import Ensemble, Execution, MakeExpert, check_fields
 from mixdist.mixtures.health import dead
+from mixdist.mixtures.members import losses_of_all
 from mixdist.mixtures.mixture import Context, Stage
 from mixdist.mixtures.objectives import Objective
 from mixdist.mixtures.routing import RoutingPlan, TopK, admitted, demand, lay_out
@@ -97,6 +99,15 @@ class Soft(Ensemble):
                     f"mixture.one_way (true) needs an objective linear in the experts' losses, and {name}.objective is "
                     f"{kind}: set it to false, or take WeightedLoss"
                 )
+
+    def inspect(self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None = None) -> None:
+        """Check experts, gate and objective."""
+        losses, gating = self.inspect_members(rows, batch, at, stage)
+        if stage is not None and gating is not None:
+            by_itself = gating.loss_B is not None and gating.loss_B.requires_grad
+            learns = gating.log_resp_BE.requires_grad and not by_itself
+            losses_BE = losses_of_all(losses, self.num_experts)
+            check_objective("objective", stage.objective, gating.log_resp_BE, losses_BE, stage.trains, learns)
 
     @property
     def part_of_rows(self) -> float:

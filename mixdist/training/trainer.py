@@ -11,6 +11,7 @@ from typing import Any
 from mixdist.data import Loader, RankBatch, Samples
 from mixdist.engines import Engine, EngineFactory, Native, NotFinite, Totals
 from mixdist.mixtures import Mixture
+from mixdist.mixtures.inspection import inspect
 from mixdist.noise import Moment
 from mixdist.parallel.agreement import gather_json
 from mixdist.training.checkpoint import Saved, check_optimizer, load_module
@@ -45,8 +46,8 @@ class Trainer:
         self.owned = mixture.parts.owned()
         # What a module froze when it was made stays frozen.
         self.learnable = [[p for p in owned.module.parameters() if p.requires_grad] for owned in self.owned]
-        self.position = Position()
-        self.begin()
+        self.position, self._inspected = Position(), -1
+        self._rows, self._seconds = 0, 0.0
         self.engine = self._enter(0)
         for number, phase in enumerate(self.phases):
             key = "train" if number + 1 == len(self.phases) else f"pretrain[{number}]"
@@ -76,7 +77,12 @@ class Trainer:
         return -(-len(self.dataset) // phase.batch_size)
 
     def begin(self) -> None:
-        """Begin to count rows and seconds anew."""
+        """Check what the user wrote on the first rows from the position, and begin to count rows and seconds anew.
+
+        Raises:
+            Agreed: something breaks its contract.
+        """
+        self._inspect()
         self._rows, self._seconds = 0, 0.0
 
     def advance(self) -> Advance:
@@ -85,6 +91,7 @@ class Trainer:
         Raises:
             NotFinite: a loss or gradient is not finite; names the expert.
         """
+        self._inspect()
         begin = time.perf_counter()  # rows_per_s is of training alone, not of saves between steps
         at = self.position
         logged = (at.total + 1) % self.log_every == 0 or at.total in (0, self.total_steps - 1)
@@ -129,7 +136,7 @@ class Trainer:
                 f"give {self.position.epoch} or more"
             )
         self.engine.close()
-        self.engine = self._enter(self.position.phase)
+        self.engine, self._inspected = self._enter(self.position.phase), -1
         check_optimizer(path, state, self.engine.kind())
         self.mixture.load_state(state["mixture"])
         for owned in self.mixture.owned():
@@ -176,14 +183,32 @@ class Trainer:
             raise ValueError(f"phase {number} trains {phase.trains}, which has no parameters: set trains to both")
         return engine
 
+    def _inspect(self) -> None:
+        """Check what the user wrote, once a phase; its first batch is kept for its first step."""
+        at = self.position
+        if self.finished or self._inspected == at.phase:
+            return
+        self._inspected = at.phase
+        self._anneal()
+        self._upcoming = self._upcoming or self._batch(at.epoch, at.batch)
+        ids = self.loader.ids(at.epoch, at.batch)
+        inspect(self.mixture, self._upcoming, ids, Moment(self.seed, at.phase, at.step), self.phase)
+
+    def _anneal(self) -> None:
+        """Set all schedules for the step of the position."""
+        for owned in self.owned:
+            getattr(owned.module, "anneal", lambda step: None)(self.position.step)
+        self.phase.objective.anneal(self.position.step)
+
+    def _batch(self, epoch: int, index: int) -> RankBatch:
+        return self.loader.batch(epoch, index).to(self.mesh.device)
+
     def _step(self, logged: bool) -> tuple[Totals, RankBatch, float]:
         """Do the step of the position; return its totals, its rows and its learning rate."""
         at = self.position
         self.wire.meter.reset(timed=logged)
-        for owned in self.owned:
-            getattr(owned.module, "anneal", lambda step: None)(at.step)
-        self.phase.objective.anneal(at.step)
-        batch = self._upcoming or self.loader.batch(at.epoch, at.batch).to(self.mesh.device)
+        self._anneal()
+        batch = self._upcoming or self._batch(at.epoch, at.batch)
         self._upcoming = self._next() if self.mixture.prefetch else None
         self.engine.zero_grad()
         moment, phase = Moment(self.seed, at.phase, at.step), self.phase
@@ -202,7 +227,7 @@ class Trainer:
         """Return this rank's rows of the next step, or None at the end of the phase."""
         at, loader = self.position, self.loader
         epoch, batch = divmod(at.epoch * loader.num_batches + at.batch + 1, loader.num_batches)
-        return loader.batch(epoch, batch).to(self.mesh.device) if epoch < self.phase.epochs else None
+        return self._batch(epoch, batch) if epoch < self.phase.epochs else None
 
     def _record(self, totals: Totals, batch: RankBatch, rate: float, seconds: float) -> dict[str, Any]:
         """Return the record of the step just done, the same on every rank."""

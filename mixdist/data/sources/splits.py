@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mixdist.data.contracts import load
 from mixdist.data.dataset import Source, Splits
 from mixdist.noise import Purpose, hashes
 from mixdist.terms import Field
@@ -74,15 +75,9 @@ def load_splits(source: Source, valid: float | None) -> Splits:
         valid: a part of the training rows or a number of them; None for the source's own validation rows, if any.
 
     Raises:
-        ValueError: the source returns no splits, has validation rows of its own, or too few rows to be cut.
+        ValueError: the source breaks its contract, has validation rows of its own, or too few rows to be cut.
     """
-    found = source.load()
-    if not isinstance(found, (tuple, list)) or len(found) not in (2, 3):
-        raise ValueError(
-            f"{type(source).__name__}.load returned {type(found).__name__}, expected "
-            f"mixdist.data.Splits(train, test) or Splits(train, test, valid): return that"
-        )
-    splits = Splits(*found)
+    splits = load(source)
     if valid is None:
         return splits
     if splits.valid is not None:

@@ -1,0 +1,323 @@
+"""What a gate, an expert and an objective must be: shapes, dtypes, ranges, purity, gradients that reach what trains.
+
+Each check calls a module on a few rows (:class:`mixdist.mixtures.probe.Probe`), which changes nothing: no gradient, no
+buffer, no generator. Shape letters: n rows of the check, E experts, S importance samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixdist.experts import Expert
+from mixdist.experts.likelihood import Likelihood
+from mixdist.gates import Gate
+from mixdist.mixtures.objectives import Objective
+from mixdist.mixtures.probe import COARSE, Columns, Fault, Probe, check_column, reached, shown
+from mixdist.nets import flat
+from mixdist.terms import Batch, ExpertTerms, Gating
+
+NORMALISED = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""By how much log sum_e q(e|x) may differ from 0."""
+IN_RANGE = 1e-4
+"""By how much a value may lie outside of its range."""
+SUM = "sum over all axes but the first"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A few rows of numbers, and what is checked with them.
+
+    Args:
+        values: real numbers and classes by field, with "id".
+        dtype: of real numbers.
+        takes_none: whether a module may be given no rows.
+    """
+
+    values: Batch
+    dtype: torch.dtype
+    takes_none: bool = False
+
+    def of(self, module: Any) -> Batch:
+        """Return the rows as a module gets them, with the fields that it reads."""
+        return {name: self.values[name] for name in ("id", *dict.fromkeys(module.fields))}
+
+
+def check_gate(key: str, gate: Gate, rows: Rows, eps: Tensor | None, num_experts: int, trains: bool) -> Gating:
+    """Check a gate; return what it says of the rows.
+
+    Args:
+        key: of the gate in the config.
+        gate: the gate, in training or in evaluation.
+        rows: a few.
+        eps: noise for them.
+        num_experts: E.
+        trains: whether it is to learn.
+
+    Raises:
+        Fault: it breaks its contract.
+    """
+    remedy = "return Gating(torch.log_softmax(logits, dim=1)), with one column for each expert"
+
+    def read(gating: Any, num_rows: int) -> Columns:
+        if not isinstance(gating, Gating):
+            raise ValueError(f"returns {shown(gating)}, expected mixdist.terms.Gating: {remedy}")
+        columns = {"log_resp_BE": check_column("log_resp_BE", gating.log_resp_BE, (num_rows, num_experts), remedy)}
+        if gating.loss_B is not None:
+            columns["loss_B"] = check_column("loss_B", gating.loss_B, (num_rows,), f"{SUM}, or leave it out")
+        return columns
+
+    who = f"{key}: {type(gate).__name__}.forward"
+    gating = Probe(who, lambda m, x, e: m(x, e), (gate,), read, rows.dtype, rows.takes_none)(rows.of(gate), eps)
+    log_resp_BE = gating.log_resp_BE
+    _check_normalised(who, log_resp_BE.detach())
+    _check_finite(who, "loss_B", gating.loss_B, rows.values["id"])
+    if trains:
+        outputs = [log_resp_BE] if gating.loss_B is None else [log_resp_BE, gating.loss_B]
+        check_learns(key, who, "log_resp_BE", gate, outputs, "experts")
+    found: Gating = gating
+    return found
+
+
+def _check_normalised(who: str, log_resp_BE: Tensor) -> None:
+    """Check that exp of each row sums to 1."""
+    total_B = log_resp_BE.double().logsumexp(1)
+    if bool(log_resp_BE.isnan().any()):
+        raise Fault(f"{who} returns log_resp_BE that is not a number: look at its rows and its network")
+    off = total_B.abs() > NORMALISED[log_resp_BE.dtype if log_resp_BE.dtype in NORMALISED else torch.float32]
+    if not bool(off.any()):
+        return
+    row_E = log_resp_BE[off][0].double()
+    told = f"log_resp_BE whose exp sums to {row_E.exp().sum():.4g} in a row, expected 1"
+    if abs(row_E.sum() - 1) < COARSE and bool((row_E >= 0).all()):
+        raise Fault(f"{who} returns probabilities, not their logarithms ({told}): return log_softmax, not softmax")
+    raise Fault(f"{who} returns {told}: raw logits need torch.log_softmax(logits, dim=1)")
+
+
+def _check_finite(who: str, name: str, column: Tensor | None, ids: Tensor, about: str = "") -> None:
+    if column is None or bool(column.isfinite().all()):
+        return
+    bad = int((~column.isfinite()).nonzero()[0, 0])
+    value = column.detach()[bad].item()
+    raise Fault(f"{who} returns {name} {value} for sample {ids[bad]}{about}: scale the data, or bound what it computes")
+
+
+def check_learns(key: str, who: str, name: str, module: nn.Module, outputs: Sequence[Tensor], other: str) -> None:
+    """Check that gradients of a module's outputs reach all of it that is said to train.
+
+    Args:
+        key: of the module in the config.
+        who: the method.
+        name: of the output.
+        module: the module.
+        outputs: of the method, with their graphs.
+        other: what may train in its place.
+
+    Raises:
+        Fault: they do not.
+    """
+    parameters, kind = dict(module.named_parameters()), type(module).__name__
+    learn = {n: p for n, p in parameters.items() if p.requires_grad}
+    if parameters and not learn:
+        raise Fault(
+            f"{key}: {kind} is to train, but none of its {len(parameters)} parameters requires a gradient "
+            f"({next(iter(parameters))}, ...): leave some free, make them buffers, or set trains to {other}"
+        )
+    graphs = [one for one in outputs if one.requires_grad]
+    if learn and not graphs:
+        raise Fault(
+            f"{who} returns {name} without a graph, so that no parameter of {kind} learns: compute it from the "
+            f"parameters without detach, item, no_grad or rounding"
+        )
+    leaves = reached(graphs)
+    missing = {n: p for n, p in learn.items() if id(p) not in leaves}
+    missing = _without_gradient(missing, graphs) if missing else {}
+    if missing:
+        raise Fault(
+            f"{who} returns {name} that does not depend on the parameter {next(iter(missing))} of {kind}, which is to "
+            f"train: use it, remove it, or freeze it by requires_grad_(False)"
+        )
+
+
+def _without_gradient(parameters: dict[str, nn.Parameter], outputs: Sequence[Tensor]) -> dict[str, nn.Parameter]:
+    """Return the parameters that a backward pass leaves without gradient: what recomputes hides some from its graph."""
+    kept = {one: one.grad for one in (*parameters.values(), *reached(outputs).values())}
+    for one in kept:
+        one.grad = None
+    torch.autograd.backward([one.masked_fill(~one.isfinite(), 0.0).sum() for one in outputs], retain_graph=True)
+    found = {name: one for name, one in parameters.items() if one.grad is None}
+    for one, grad in kept.items():
+        one.grad = grad
+    return found
+
+
+def check_expert(key: str, expert: Expert, rows: Rows, eps: Tensor | None, trains: bool) -> tuple[Tensor, list[Any]]:
+    """Check an expert.
+
+    Args:
+        key: of the expert in the config.
+        expert: the expert, in training or in evaluation.
+        rows: a few.
+        eps: noise for them.
+        trains: whether it is to learn.
+
+    Returns:
+        its losses (n,), and the likelihoods that it uses with the field that each is of.
+
+    Raises:
+        Fault: it breaks its contract.
+    """
+    remedy = "return ExpertTerms(loss_R), one number a row; " + SUM
+
+    def read(terms: Any, num_rows: int) -> Columns:
+        if not isinstance(terms, ExpertTerms):
+            raise ValueError(f"returns {shown(terms)}, expected mixdist.terms.ExpertTerms: {remedy}")
+        columns = {"loss_R": check_column("loss_R", terms.loss_R, (num_rows,), remedy)}
+        for name in ("log_px_R", "kl_R"):
+            if getattr(terms, name) is not None:
+                columns[name] = check_column(name, getattr(terms, name), (num_rows,), f"{SUM}, or leave it out")
+        return columns
+
+    who = f"{key}: {type(expert).__name__}.forward"
+    used: list[tuple[Likelihood, str]] = []
+
+    def call(module: Expert, values: Batch, noise: Tensor | None) -> Any:
+        with _watched(who, module, values, used):
+            return module(values, noise)
+
+    terms = Probe(who, call, (expert,), read, rows.dtype, rows.takes_none)(rows.of(expert), eps)
+    ranges = [f"{n} from {x.min():.4g} to {x.max():.4g}" for n, x in rows.of(expert).items() if x.is_floating_point()]
+    _check_finite(who, "loss_R", terms.loss_R, rows.values["id"], f" ({', '.join(ranges)})")
+    if trains:
+        check_learns(key, who, "loss_R", expert, [terms.loss_R], "gate")
+    return terms.loss_R.detach(), list(dict.fromkeys(used))
+
+
+@contextmanager
+def _watched(who: str, expert: nn.Module, values: Batch, used: list[tuple[Likelihood, str]]) -> Iterator[None]:
+    """Check what the likelihoods of an expert are given and return, and note the field that each is of."""
+    found = [m for m in expert.modules() if isinstance(m, Likelihood)]
+    for one in found:
+        one.__dict__["log_prob"] = _checked(who, one, one.log_prob, values, used)
+    try:
+        yield
+    finally:
+        for one in found:
+            del one.__dict__["log_prob"]
+
+
+def _checked(
+    who: str, likelihood: Likelihood, log_prob: Callable[..., Any], values: Batch, used: list[tuple[Likelihood, str]]
+) -> Callable[..., Any]:
+    """Return ``log_prob`` with checks."""
+
+    def checked(x: Tensor, output: Tensor) -> Any:
+        result, expected = log_prob(x, output), torch.broadcast_shapes(x.shape[:-1], output.shape[:-1])
+        if not isinstance(result, Tensor) or result.shape != expected:
+            raise Fault(
+                f"{who} calls {type(likelihood).__name__}.log_prob, which returns {shown(result)}, expected a tensor "
+                f"{tuple(expected)}, one number a row: sum over features, as .sum(-1)"
+            )
+        field = next((n for n, v in values.items() if x.numel() and torch.equal(flat(v).to(x), x)), "")
+        if field:
+            used.append((likelihood, field))
+        check_range(who, likelihood, field or "x", x)
+        return result
+
+    return checked
+
+
+def check_range(who: str, likelihood: Likelihood, field: str, x: Tensor) -> None:
+    """Check values against what a likelihood can model.
+
+    Raises:
+        Fault: some lie outside.
+    """
+    if likelihood.limits is None or not x.numel():
+        return
+    (low, high), (least, most) = likelihood.limits, (float(end) for end in x.aminmax())
+    if not (least >= low - IN_RANGE and most <= high + IN_RANGE):
+        kind = f"{likelihood.name}{'' if likelihood.name == 'bernoulli' else ' with mean sigmoid'}"
+        raise Fault(
+            f"{who} gives {type(likelihood).__name__}.log_prob ({kind}) the field {field!r} with values from "
+            f"{least:.6g} to {most:.6g}, expected {low:g} to {high:g}: give the Field in the source a scale (and "
+            f"offset) that bring its values there, or choose likelihood gaussian with mean identity"
+        )
+
+
+def check_objective(
+    key: str, objective: Objective, log_resp_BE: Tensor, losses_BE: Tensor, trains: str, gate_learns: bool
+) -> None:
+    """Check an objective, and its balance term.
+
+    Args:
+        key: of the objective in the config.
+        objective: the objective.
+        log_resp_BE: of a few rows.
+        losses_BE: of all experts for them.
+        trains: what is to learn: both, gate or experts.
+        gate_learns: whether the gate has parameters that learn by these rows alone.
+
+    Raises:
+        Fault: it breaks its contract.
+    """
+    kind = type(objective).__name__
+    leaves = [log_resp_BE.detach().clone().requires_grad_(), losses_BE.detach().clone().requires_grad_()]
+    own = type(objective).expert_rows is not Objective.expert_rows
+    rows_B: Tensor | None = None
+    for method in ["expert_rows"] * own + ["gate_rows", "rows"]:
+        args = leaves[:1] if method == "gate_rows" else leaves
+        column = _read_rows()
+        who = f"{key}: {kind}.{method}"
+        rows_B = Probe(who, getattr(objective, method), (), column, log_resp_BE.dtype, True)(*args)
+        if method == "expert_rows" and objective.linear:
+            _check_linear(key, kind, rows_B, leaves)
+    assert rows_B is not None
+    balance = [] if objective.balance is None else [_check_balance(key, objective, leaves[0])]
+    learns = reached([one for one in (rows_B, *balance) if one.requires_grad])
+    if trains != "gate" and id(leaves[1]) not in learns:
+        raise Fault(
+            f"{key}: {kind}.rows returns rows that do not depend on losses_BE, so that no expert learns, and the phase "
+            f"trains {trains}: compute them from losses_BE without detach or item, or set trains to gate"
+        )
+    if gate_learns and id(leaves[0]) not in learns:
+        raise Fault(
+            f"{key}: {kind}.rows returns rows that do not depend on log_resp_BE, so that the gate does not learn, and "
+            f"the phase trains {trains}: compute them from log_resp_BE without detach or item, or set trains to experts"
+        )
+
+
+def _read_rows() -> Callable[[Any, int], Columns]:
+    remedy = "return the loss of each row; the sum over rows is taken later, over all ranks"
+    return lambda result, num_rows: {"rows": check_column("rows", result, (num_rows,), remedy)}
+
+
+def _check_linear(key: str, kind: str, rows_B: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Check that a row's loss is sum_e r_e l_e, as ``linear`` promises."""
+    log_resp_BE, losses_BE = leaves
+    wanted_B = (log_resp_BE.exp() * losses_BE).sum(1).detach()
+    grad = torch.autograd.grad(rows_B.sum(), losses_BE, retain_graph=True, allow_unused=True)[0]
+    close = grad is not None and torch.allclose(grad, log_resp_BE.exp(), rtol=COARSE, atol=COARSE)
+    if not close or not torch.allclose(rows_B, wanted_B, rtol=COARSE, atol=COARSE):
+        raise Fault(
+            f"{key}: {kind}.linear is true, but expert_rows is not sum_e exp(log_resp) * loss: set linear to false"
+        )
+
+
+def _check_balance(key: str, objective: Objective, log_resp_BE: Tensor) -> Tensor:
+    """Return the balance term for a few rows, once it is seen to be one number."""
+    term, num_rows = objective.balance, len(log_resp_BE)
+    assert term is not None
+    who = f"{key}.balance: {type(term).__name__}.__call__"
+    resp_sum_E = log_resp_BE.double().exp().sum(0)
+    try:
+        value = check_column("its term", term(resp_sum_E, num_rows), (), "return one number for the whole batch")
+    except Exception as error:
+        told = str(error) if isinstance(error, ValueError) else f"fails on {tuple(resp_sum_E.shape)} ({error})"
+        raise Fault(f"{who} {told}") from error
+    return value

@@ -1,0 +1,115 @@
+"""Checks of the gate and the experts of an ensemble, each on the same few rows.
+
+Shape letters: n rows of the check, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mixdist.experts import Expert, Noise
+from mixdist.gates import Gate
+from mixdist.mixtures.abilities import check_abilities
+from mixdist.mixtures.contracts import Rows, check_expert, check_gate, check_range
+from mixdist.mixtures.mixture import Stage
+from mixdist.mixtures.probe import COARSE, Fault
+from mixdist.noise import Moment, Purpose
+from mixdist.terms import Batch, Gating
+
+if TYPE_CHECKING:
+    from mixdist.mixtures.ensemble import Ensemble
+
+
+def inspect_gate(mixture: Ensemble, gate: Gate, rows: Batch, at: Moment, stage: Stage | None) -> Gating:
+    """Check a gate on stored rows; return what it says of them.
+
+    Raises:
+        Fault: it breaks its contract.
+    """
+    eps, values = None, mixture.values(rows, gate.fields)
+    if gate.noise_shape is not None:
+        eps = at.draw(Purpose.GATE).normal(rows["id"], [0], gate.noise_shape, mixture.dtype)[0]
+    trains = stage is not None and stage.trains in ("both", "gate")
+    return check_gate("mixture.gate", gate, _rows(mixture, values), eps, mixture.num_experts, trains)
+
+
+def inspect_experts(
+    mixture: Ensemble,
+    experts: Mapping[int, Expert],
+    rows: Batch,
+    batch: Batch,
+    at: Moment,
+    stage: Stage | None,
+) -> Tensor:
+    """Check experts on stored rows, of those that one class makes the first; return the losses of the first, (n,).
+
+    Args:
+        mixture: has the experts.
+        experts: by number.
+        rows: the same on every rank.
+        batch: this rank's rows, whose values must lie where likelihoods can model them.
+        at: names the draws.
+        stage: the phase; None before an evaluation.
+
+    Raises:
+        Fault: one breaks its contract.
+    """
+    found, trains = [], stage is not None and stage.trains in ("both", "experts")
+    for e, expert in list(experts.items())[: 1 if mixture.alike else None]:
+        key, noise = "mixture.expert" if mixture.alike else f"mixture.expert[{e}]", mixture.noise(at)
+        some = _rows(mixture, mixture.values(rows, expert.fields))
+        eps = None if expert.noise_shape is None else noise(rows["id"], [e], expert.noise_shape)[0]
+        losses, used = check_expert(key, expert, some, eps, trains)
+        for likelihood, field in used:
+            x = mixture.spec[field].values(batch[field], mixture.dtype)
+            check_range(f"{key}: {type(expert).__name__}.forward", likelihood, field, x)
+        if stage is None:
+            check_abilities(key, expert, some, mixture.spec, partial(_drawn, noise, rows["id"], e))
+        found.append(losses)
+    return found[0]
+
+
+def _drawn(noise: Noise, ids: Tensor, e: int, shape: tuple[int, ...]) -> Tensor:
+    """Return an expert's noise, (n, *shape)."""
+    return noise(ids, [e], shape)[0]
+
+
+def inspect_stack(mixture: Ensemble, rows: Batch, at: Moment, losses: Tensor) -> None:
+    """Check that experts which run as one stack give what they give alone.
+
+    Raises:
+        Fault: they do not.
+    """
+    bank = mixture.bank
+    if bank.execution != "stacked":
+        return
+    kind = type(next(iter(bank.owned().values()))).__name__
+    with torch.no_grad():
+        try:
+            stacked = bank(mixture.values(rows, bank.fields), mixture.noise(at)).loss_R
+        except Exception as error:
+            raise Fault(
+                f"mixture.expert: {kind}.forward fails on parameters with a leading expert axis ({error}): set its "
+                f"stackable to False"
+            ) from error
+    shape = (len(losses), len(bank.ids))
+    scale = float(losses.abs().max()) * COARSE
+    if stacked is None or stacked.shape != shape or not torch.allclose(stacked[:, 0], losses, rtol=0.0, atol=scale):
+        raise Fault(
+            f"mixture.expert: {kind}.forward gives other losses in a stack than alone: set its stackable to False"
+        )
+
+
+def _rows(mixture: Ensemble, values: Batch) -> Rows:
+    """Return rows of numbers for a check; under several ranks, or if rows choose experts, there may be none."""
+    return Rows(values, mixture.dtype, mixture.context.mesh.world_size > 1 or mixture.part_of_rows < 1)
+
+
+def losses_of_all(losses: Tensor, num_experts: int) -> Tensor:
+    """Return losses of all experts (n, E) as they may be, from those of one, (n,): other experts live elsewhere."""
+    return losses[:, None] + 0.1 * torch.arange(num_experts, dtype=losses.dtype, device=losses.device)

@@ -1,0 +1,877 @@
+"""What a user writes keeps its contracts, or is told in one line which class and method does not, and what to do.
+
+Faults are checked in this process on a mixture in miniature, some by the command on two ranks; what keeps its contracts
+trains as if nobody had looked.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixdist.competition import Competition, Discriminators, Elbo, Rounds, Score
+from mixdist.data import Dataset, Samples, Source
+from mixdist.data.contracts import load
+from mixdist.evaluation.evaluate import evaluate
+from mixdist.experts import VAE, Expert
+from mixdist.experts.likelihood import Likelihood
+from mixdist.gates import Gate, Softmax
+from mixdist.mixtures import Balance, Context, Mixture, Objective, Soft, TopK, WeightedLoss
+from mixdist.nets import MLP, Network
+from mixdist.noise import Purpose
+from mixdist.parallel.wire import Wire
+from mixdist.terms import Batch, ExpertTerms, Field, Gating, Outcome, Spec
+from mixdist.training.phases import Phase
+from mixdist.training.trainer import Trainer
+from tests.errors import error_of
+from tests.launch import SMALL, changed, complaint, here, together, write_config
+from tests.parity import mesh_of
+from tests.two_stage import TwoStage
+
+NUM_ROWS, NUM_EXPERTS, SIZE = 40, 3, 6
+SPEC: Spec = {"x": Field((SIZE,), torch.float32), "y": Field((), torch.uint8, num_classes=3)}
+
+
+def rows(low: float = 0.0, high: float = 1.0, num_rows: int = NUM_ROWS) -> Dataset:
+    generator = torch.Generator().manual_seed(3)
+    x = low + (high - low) * torch.rand(num_rows, SIZE, generator=generator)
+    ids = torch.arange(num_rows) + 500
+    return Dataset({"id": ids, "x": x, "y": (ids % 3).to(torch.uint8)}, SPEC, "y")
+
+
+# Gates.
+
+
+class Plain(Gate):
+    """A softmax of a linear map; each fault changes what it returns."""
+
+    def __init__(self, spec: Spec, num_experts: int) -> None:
+        super().__init__()
+        self.net = nn.Linear(SIZE, num_experts)
+
+    def forward(self, rows: Batch, eps: Tensor | None) -> Any:
+        return self.out(rows, self.net(rows["x"]))
+
+    def out(self, rows: Batch, logits: Tensor) -> Any:
+        return Gating(torch.log_softmax(logits, dim=1))
+
+
+def gate(out: Callable[..., Any], **members: Any) -> dict[str, Any]:
+    """A mixture with a gate of its own, by what it makes of its logits."""
+    return {"gate": type("Mine", (Plain,), {"out": out, **members})}
+
+
+class Normed(Plain):
+    def __init__(self, spec: Spec, num_experts: int) -> None:
+        super().__init__(spec, num_experts)
+        self.net = nn.Sequential(nn.Linear(SIZE, 4), nn.BatchNorm1d(4), nn.Linear(4, num_experts))
+
+
+class Dropping(Plain):
+    def __init__(self, spec: Spec, num_experts: int) -> None:
+        super().__init__(spec, num_experts)
+        self.net = nn.Sequential(nn.Linear(SIZE, 4), nn.Dropout(0.2), nn.Linear(4, num_experts))
+
+
+class Frozen(Plain):
+    def __init__(self, spec: Spec, num_experts: int) -> None:
+        super().__init__(spec, num_experts)
+        self.requires_grad_(False)
+
+
+class Spare(Plain):
+    def __init__(self, spec: Spec, num_experts: int) -> None:
+        super().__init__(spec, num_experts)
+        self.spare = nn.Parameter(torch.zeros(2))
+
+
+class Counting(Plain):
+    def __init__(self, spec: Spec, num_experts: int) -> None:
+        super().__init__(spec, num_experts)
+        self.register_buffer("count", torch.zeros(()))
+
+    def out(self, rows: Batch, logits: Tensor) -> Any:
+        self.count += 1
+        return super().out(rows, logits)
+
+
+class Remembering(Plain):
+    calls = 0
+
+    def out(self, rows: Batch, logits: Tensor) -> Any:
+        self.calls += 1
+        return super().out(rows, logits * self.calls)
+
+
+def normal(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits, dim=1)
+
+
+def mutate(self: Any, rows: Batch, logits: Tensor) -> Any:
+    rows["x"].mul_(2)
+    return Gating(normal(logits))
+
+
+def put(self: Any, rows: Batch, logits: Tensor) -> Any:
+    rows["x"] = rows["x"] - 0.5
+    return Gating(normal(logits))
+
+
+def fails(self: Any, rows: Batch, logits: Tensor) -> Any:
+    raise IndexError("nothing here")
+
+
+GATES: dict[str, tuple[dict[str, Any], str]] = {
+    "raw logits": (gate(lambda self, rows, z: Gating(z)), "log_resp_BE log_softmax logits"),
+    "probabilities": (gate(lambda self, rows, z: Gating(z.softmax(1))), "probabilities log_softmax"),
+    "a softmax over rows": (gate(lambda self, rows, z: Gating(torch.log_softmax(z, 0))), "log_resp_BE"),
+    "a tensor": (gate(lambda self, rows, z: normal(z)), "Gating tensor"),
+    "nothing": (gate(lambda self, rows, z: None), "Gating None"),
+    "a dict": (gate(lambda self, rows, z: {"log_resp_BE": normal(z)}), "Gating dict"),
+    "one column too many": (gate(lambda self, rows, z: Gating(normal(F.pad(z, (0, 1))))), "(8, 4) (8, 3)"),
+    "a column": (gate(lambda self, rows, z: Gating(normal(z)[:, :1])), "(8, 1) (8, 3)"),
+    "transposed": (gate(lambda self, rows, z: Gating(normal(z).T)), "(3, 8) (8, 3)"),
+    "no number": (gate(lambda self, rows, z: Gating(normal(z) * math.nan)), "not a number"),
+    "a loss of one number": (gate(lambda self, rows, z: Gating(normal(z), z.sum())), "loss_B () (8,)"),
+    "a loss (B, 1)": (gate(lambda self, rows, z: Gating(normal(z), z[:, :1])), "loss_B (8, 1) (8,)"),
+    "double": (gate(lambda self, rows, z: Gating(normal(z).double())), "float64 float32"),
+    "half": (gate(lambda self, rows, z: Gating(normal(z).bfloat16())), "bfloat16 float32"),
+    "no graph": (gate(lambda self, rows, z: Gating(normal(z).detach())), "graph learns detach"),
+    "an argmax": (gate(lambda self, rows, z: Gating(F.one_hot(z.argmax(1), 3).float().log())), "graph learns"),
+    "in place": (gate(mutate), "changes copy"),
+    "another field": (gate(put), "changes copy"),
+    "fails": (gate(fails), "IndexError nothing here test_contracts.py"),
+    "batch mean": (gate(lambda self, rows, z: Gating(normal(z - z.mean(0)))), "depends on the other rows"),
+    "cumulative": (gate(lambda self, rows, z: Gating(normal(z.cumsum(0)))), "depends on the other rows"),
+    "position": (gate(lambda self, rows, z: Gating(normal(z * torch.arange(len(z))[:, None]))), "depends on the other"),
+    "BatchNorm": ({"gate": Normed}, "BatchNorm1d net.1 GroupNorm"),
+    "Dropout": ({"gate": Dropping}, "Dropout net.1 generator noise_shape"),
+    "draws": (gate(lambda self, rows, z: Gating(normal(z + torch.randn_like(z)))), "generator noise_shape"),
+    "draws by Python": (gate(lambda self, rows, z: Gating(normal(z * random.random()))), "Python noise_shape"),
+    "no noise asked": (
+        gate(Plain.out, forward=lambda self, rows, eps: self.out(rows, self.net(rows["x"]) + eps)),
+        "TypeError None",
+    ),
+    "frozen": ({"gate": Frozen}, "2 parameters buffers trains experts"),
+    "unused": ({"gate": Spare}, "spare requires_grad_(False)"),
+    "counts": ({"gate": Counting}, "changes count"),
+    "remembers": ({"gate": Remembering}, "called again"),
+    "fields": (gate(Plain.out, fields="x"), "fields 'x' ('x',)"),
+    "noise_shape": (gate(Plain.out, noise_shape=4), "noise_shape 4"),
+}
+
+
+# Experts.
+
+
+class Auto(Expert):
+    """A linear autoencoder; each fault changes what it returns."""
+
+    noise_shape: Any = (2,)
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(SIZE, 2), nn.Linear(2, SIZE)
+
+    def forward(self, rows: Batch, eps: Any) -> Any:
+        error = self.decode(self.encode(rows["x"]) + 0.1 * eps) - rows["x"]
+        return self.out(rows, error.square())
+
+    def out(self, rows: Batch, error: Tensor) -> Any:
+        return ExpertTerms(error.sum(1))
+
+
+def expert(out: Callable[..., Any], **members: Any) -> dict[str, Any]:
+    return {"expert": type("Mine", (Auto,), {"out": out, **members})}
+
+
+class NormedExpert(Auto):
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.encode = nn.Sequential(nn.Linear(SIZE, 2), nn.BatchNorm1d(2, track_running_stats=False))
+
+
+class FrozenExpert(Auto):
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.requires_grad_(False)
+
+
+class Stacked(Auto):
+    stackable = True
+
+
+class Wide(Likelihood):
+    def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
+        return -(x - output).square()
+
+
+class OwnLikelihood(VAE):
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec, 2, MLP([4]), "gaussian", mean="identity")
+        self.likelihood = Wide("gaussian", 1.0, "identity")
+
+
+class FlatNorm(nn.Sequential):
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__(nn.Linear(num_in, 4), nn.BatchNorm1d(4), nn.Linear(4, num_out))
+
+
+class NormedNetwork(Network):
+    def encoder(self, shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+        return FlatNorm(math.prod(shape), num_outputs)
+
+    def decoder(self, num_inputs: int, shape: tuple[int, ...], num_maps: int = 1) -> nn.Module:
+        return nn.Linear(num_inputs, num_maps * math.prod(shape))
+
+
+def vae(**options: Any) -> dict[str, Any]:
+    return {"expert": lambda spec: VAE(spec, 2, **{"network": MLP([4]), **options})}
+
+
+EXPERTS: dict[str, tuple[dict[str, Any], str]] = {
+    "(R, 1)": (expert(lambda self, rows, e: ExpertTerms(e.sum(1, keepdim=True))), "loss_R (8, 1) (8,)"),
+    "(R, D)": (expert(lambda self, rows, e: ExpertTerms(e)), "loss_R (8, 6) (8,)"),
+    "a number": (expert(lambda self, rows, e: ExpertTerms(e.mean())), "loss_R () (8,)"),
+    "a float": (expert(lambda self, rows, e: ExpertTerms(e.mean().item())), "loss_R float"),
+    "no loss": (expert(lambda self, rows, e: ExpertTerms(log_px_R=-e.sum(1))), "loss_R None"),
+    "a tensor": (expert(lambda self, rows, e: e.sum(1)), "ExpertTerms tensor"),
+    "nothing": (expert(lambda self, rows, e: None), "ExpertTerms None"),
+    "a dict": (expert(lambda self, rows, e: {"loss_R": e.sum(1)}), "ExpertTerms dict"),
+    "integers": (expert(lambda self, rows, e: ExpertTerms(e.sum(1).long())), "int64 float32"),
+    "half": (expert(lambda self, rows, e: ExpertTerms(e.sum(1).half())), "float16 float32"),
+    "no graph": (expert(lambda self, rows, e: ExpertTerms(e.detach().sum(1))), "graph learns detach"),
+    "no number": (expert(lambda self, rows, e: ExpertTerms(e.sum(1) / 0)), "inf sample scale"),
+    "log p (R, D)": (expert(lambda self, rows, e: ExpertTerms(e.sum(1), -e)), "log_px_R (8, 6) (8,)"),
+    "KL of one number": (expert(lambda self, rows, e: ExpertTerms(e.sum(1), -e.sum(1), e.sum())), "kl_R ()"),
+    "batch mean": (expert(lambda self, rows, e: ExpertTerms(e.sum(1) - e.mean())), "depends on the other rows"),
+    "over its rows": (expert(lambda self, rows, e: ExpertTerms(e.sum(1) / len(e))), "depends on the other rows"),
+    "draws": (expert(lambda self, rows, e: ExpertTerms(e.sum(1) * torch.rand(()))), "generator noise_shape"),
+    "BatchNorm": ({"expert": NormedExpert}, "NormedExpert.forward BatchNorm1d encode.1"),
+    "BatchNorm in a network": (vae(network=NormedNetwork()), "VAE.forward BatchNorm1d encoder.1"),
+    "frozen": ({"expert": FrozenExpert}, "FrozenExpert 4 parameters buffers gate"),
+    "half unused": (expert(lambda self, rows, e: ExpertTerms(self.encode(rows["x"]).sum(1))), "decode.weight"),
+    "noise of another shape": (expert(Auto.out, noise_shape=(5,)), "(8, 5) RuntimeError"),
+    "no noise asked for": (expert(Auto.out, noise_shape=None), "noise None TypeError"),
+    "not stackable": ({"expert": Stacked, "execution": "stacked"}, "stackable"),
+    "a likelihood (R, D)": ({"expert": OwnLikelihood}, "OwnLikelihood.forward Wide.log_prob (8, 6) (8,)"),
+}
+BEYOND = {
+    "Bernoulli": (vae(), "VAE.forward Likelihood.log_prob bernoulli 'x'"),
+    "Gaussian with a sigmoid": (vae(likelihood="gaussian"), "VAE.forward sigmoid 'x'"),
+    "Laplace with a sigmoid": (vae(likelihood="laplace"), "VAE.forward sigmoid 'x'"),
+}
+
+
+# Objectives.
+
+
+def objective(rows: Callable[..., Any], base: type[Objective] = Objective, **members: Any) -> dict[str, Any]:
+    return {"objective": type("Mine", (base,), {"expert_rows": rows, **members})()}
+
+
+class Wrong(Balance):
+    def __init__(self, term: Callable[[Tensor], Any]) -> None:
+        self.term = term
+
+    def __call__(self, resp_sum_E: Tensor, num_rows: int) -> Any:
+        return self.term(resp_sum_E)
+
+
+OBJECTIVES: dict[str, tuple[dict[str, Any], str]] = {
+    "a number": (objective(lambda self, r, loss: (r.exp() * loss).sum()), "expert_rows () (8,)"),
+    "a mean": (objective(lambda self, r, loss: (r.exp() * loss).sum(1).mean()), "expert_rows () (8,)"),
+    "(B, 1)": (objective(lambda self, r, loss: (r.exp() * loss).sum(1, keepdim=True)), "expert_rows (8, 1) (8,)"),
+    "(B, E)": (objective(lambda self, r, loss: r.exp() * loss), "expert_rows (8, 3) (8,)"),
+    "over rows": (objective(lambda self, r, loss: (r.exp() * loss).sum(0)), "expert_rows (3,) (8,)"),
+    "nothing": (objective(lambda self, r, loss: None), "expert_rows None"),
+    "not by row": (objective(lambda self, r, loss: (loss - loss.mean()).sum(1)), "depends on the other rows"),
+    "no graph": (objective(lambda self, r, loss: (r.exp() * loss).sum(1).detach()), "losses_BE trains gate"),
+    "no gradient for experts": (objective(lambda self, r, loss: (r.exp() * loss.detach()).sum(1)), "losses_BE trains"),
+    "no gradient for the gate": (objective(lambda self, r, loss: loss.min(1).values), "log_resp_BE trains"),
+    "in place": (objective(lambda self, r, loss: loss.detach().mul_(2).sum(1) + r.sum(1)), "changes"),
+    "linear that is not": (objective(lambda self, r, loss: -(r - loss).logsumexp(1), WeightedLoss), "linear false"),
+    "a gate's part of one number": (
+        {"objective": type("Mine", (WeightedLoss,), {"gate_rows": lambda self, r: r.mean()})()},
+        "gate_rows () (8,)",
+    ),
+    "balance (E,)": ({"objective": WeightedLoss(Wrong(lambda r: r))}, "Wrong.__call__ (3,) ()"),
+    "a balance of Python": ({"objective": WeightedLoss(Wrong(lambda r: 1.0))}, "Wrong.__call__ float"),
+    "a balance that fails": ({"objective": WeightedLoss(Wrong(lambda r: r[5]))}, "Wrong.__call__ index 5"),
+}
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, 1e-2)
+
+
+def make(
+    gate: Any = Plain,
+    expert: Any = Auto,
+    objective: Objective | None = None,
+    data: Dataset | None = None,
+    trains: Any = "both",
+    **options: Any,
+) -> Trainer:
+    """A trainer of a soft mixture before its first step."""
+    data, mesh = data or rows(), mesh_of(NUM_EXPERTS, 1, 1)
+    mixture = Soft(gate, expert, NUM_EXPERTS, **{"execution": "loop", **options})
+    mixture.setup(Context(7, torch.float32, data.spec, mesh, Wire(mesh.device)))
+    return Trainer(mixture, data, [Phase(1, 16, objective=objective or WeightedLoss(), trains=trains, optimizer=adam)])
+
+
+def told(options: dict[str, Any], words: str) -> str:
+    """Begin a run that must end before its first step, with one line that has these words."""
+    return error_of(lambda: make(**options).begin(), *words.split())
+
+
+TABLE = {**{f"gate: {n}": one for n, one in GATES.items()}, **{f"expert: {n}": one for n, one in EXPERTS.items()}}
+TABLE |= {f"objective: {n}": one for n, one in OBJECTIVES.items()}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_broken_contract_is_told_before_the_first_step(name: str) -> None:
+    options, words = TABLE[name]
+    line = told(options, words)
+    assert name.partition(":")[0] in line
+    kind = next(iter(options.values()))
+    kind = getattr(kind, "balance", None) or kind
+    named = getattr(kind, "__name__", type(kind).__name__)
+    assert named in line or named == "<lambda>", line
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_values_that_a_likelihood_cannot_model_are_told(name: str) -> None:
+    options, words = BEYOND[name]
+    line = told({**options, "data": rows(0.0, 300.0)}, words)
+    assert "to 298.333," in line
+    assert "learning rate" not in line
+    outlier = rows()
+    outlier.rows["x"][NUM_ROWS // 2 :] = 300.0
+    assert "to 300," in told({**options, "data": outlier}, words)
+    make(**options).begin()
+
+
+# A rule that is broken only where not every expert sees every row, and rows that a rank does not have.
+
+
+def test_what_fails_without_rows_is_told_where_there_may_be_none() -> None:
+    class Reshaping(Auto):
+        def out(self, rows: Batch, error: Tensor) -> Any:
+            return ExpertTerms(error.view(len(error), -1).sum(1))
+
+    make(expert=Reshaping).begin()
+    told({"expert": Reshaping, "routing": TopK(2)}, "Reshaping.forward (0, 6) RuntimeError")
+
+
+@pytest.mark.parametrize(
+    ("trains", "broken"),
+    [("gate", {"expert": FrozenExpert}), ("experts", {"gate": Frozen}), ("gate", {"expert": Auto})],
+)
+def test_what_is_not_to_train_needs_no_gradient(trains: str, broken: dict[str, Any]) -> None:
+    make(**broken, trains=trains).begin()
+
+
+def test_a_later_phase_is_checked_too() -> None:
+    class Later(Auto):
+        def anneal(self, step: int) -> None:
+            self.late = step == 0 and getattr(self, "begun", False)
+            self.begun = step > 0
+
+        def out(self, rows: Batch, error: Tensor) -> Any:
+            return ExpertTerms(error if self.late else error.sum(1))
+
+    trainer = make(expert=Later)
+    trainer.phases.append(trainer.phases[0])
+    trainer.begin()
+    for _ in range(3):
+        trainer.advance()
+    assert trainer.position.phase == 1
+    error_of(trainer.advance, "Later.forward", "loss_R", "(8, 6)")
+
+
+# Families.
+
+
+class Law(TwoStage):
+    """A family that takes a loss and a remainder of its own."""
+
+    def total(self, batch: Any, h_BH: Tensor) -> Tensor:
+        return (self.decoder(h_BH) - self.x_of(batch.rows)).square().sum() / batch.total
+
+    def backward(self, batch: Any, objective: Any, at: Any, num_parts: int = 1, upcoming: Any = None) -> Any:
+        weights_BE, h_BH = self.through(batch, at)
+        return self.finish(batch, self.total(batch, h_BH), weights_BE)
+
+    def finish(self, batch: Any, loss: Tensor, weights_BE: Tensor) -> Any:
+        loss.backward()
+        return Outcome(loss.detach(), {"rows": loss.detach()})
+
+
+def family(**members: Any) -> type[Mixture]:
+    return type("Mine", (Law,), members)
+
+
+def more_on_rank_1(self: Any, batch: Any, loss: Tensor, weights_BE: Tensor) -> Any:
+    loss.backward()
+    return Outcome(loss.detach(), {"more": loss.detach()} if self.context.mesh.rank else {})
+
+
+def extra_setup(self: Any, context: Context) -> None:
+    Law.setup(self, context)
+    self.extra = context.make(lambda: nn.Linear(SIZE, SIZE), Purpose.GATE)
+
+
+def unlisted(self: Any, batch: Any, h_BH: Tensor) -> Tensor:
+    return (self.extra(self.decoder(h_BH)) - self.x_of(batch.rows)).square().sum() / batch.total
+
+
+def step_by_parts(self: Any, batch: Any, objective: Any, at: Any, num_parts: int = 1, upcoming: Any = None) -> Any:
+    done = []
+    for part in batch.split(num_parts):
+        loss = self.total(part, self.through(part, at)[1])  # over the part's rows, not the batch's
+        loss.backward()
+        done.append(loss.detach())
+    return Outcome(torch.stack(done).sum(), {})
+
+
+FAMILIES: dict[str, tuple[type[Mixture], str]] = {
+    "nothing": (family(finish=lambda self, batch, loss, w: loss.backward()), "Outcome None"),
+    "a loss": (family(finish=lambda self, batch, loss, w: loss), "Outcome tensor"),
+    "a float": (family(finish=lambda self, batch, loss, w: Outcome(loss.item(), {})), "loss float"),
+    "rows": (family(finish=lambda self, batch, loss, w: Outcome(loss.detach().expand(8), {})), "loss (8,) ()"),
+    "parts": (family(finish=lambda self, batch, loss, w: Outcome(loss.detach(), {"w": w})), "parts['w'] (8, 3) ()"),
+    "no gradient": (family(finish=lambda self, batch, loss, w: Outcome(loss.detach(), {})), "no gradient backward()"),
+    "half a gradient": (
+        family(total=lambda self, batch, h: self.decoder[0].weight.sum() * 0 + h.square().sum()),
+        "0.bias decoder requires_grad_(False)",
+    ),
+    "unlisted": (family(total=unlisted, setup=extra_setup), "extra parts"),
+    "draws": (family(total=lambda self, b, h: Law.total(self, b, h) * torch.rand(())), "generator at.draw"),
+    "fails": (family(total=lambda self, b, h: h.nothing), "AttributeError nothing test_contracts.py"),
+    "parts that do not sum": (family(backward=step_by_parts), "num_parts batch.total"),
+}
+
+
+def begin(kind: type[Mixture], ranks: int = 1) -> Trainer:
+    mixture, mesh = kind(NUM_EXPERTS if ranks == 1 else 2), mesh_of(NUM_EXPERTS if ranks == 1 else 2, ranks, ranks)
+    mixture.setup(Context(7, torch.float32, SPEC, mesh, Wire(mesh.device)))
+    trainer = Trainer(mixture, rows(), [Phase(1, 16, objective=WeightedLoss(), optimizer=adam)])
+    trainer.begin()
+    return trainer
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_that_breaks_its_contract_is_told(name: str) -> None:
+    kind, words = FAMILIES[name]
+    error_of(lambda: begin(kind), "Mine.backward", *words.split())
+
+
+def local_mean(self: Any, batch: Any, h_BH: Tensor) -> Tensor:
+    return (self.decoder(h_BH) - self.x_of(batch.rows)).square().sum() / batch.size
+
+
+def plain_statistic(self: Any, batch: Any, h_BH: Tensor) -> Tensor:
+    """A square of a rank's own sum, in place of that over the batch."""
+    return Law.total(self, batch, h_BH) + h_BH.sum(0).square().sum() / batch.total
+
+
+RANK_FAMILIES = {
+    "a mean over a rank's rows": (family(total=local_mean), "times as large batch.total"),
+    "a statistic of a rank's rows": (family(total=plain_statistic), "times as large over_batch"),
+    "other shapes on another rank": (family(finish=more_on_rank_1), "rank 1 parts['more']"),
+}
+
+
+def begun_on_ranks(name: str) -> str:
+    """Begin a family on this rank; return what is told."""
+    kind = TwoStage if name == "right" else RANK_FAMILIES[name][0]
+    try:
+        begin(kind, 2)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", ["right", *RANK_FAMILIES])
+def test_a_family_is_held_to_the_law_of_ranks(name: str, pool: Callable[..., Any]) -> None:
+    lines = pool(2).run("tests.test_contracts:begun_on_ranks", name)
+    assert lines[0] == lines[1]
+    words = "" if name == "right" else RANK_FAMILIES[name][1]
+    assert bool(lines[0]) == bool(words)
+    assert all(word in lines[0] for word in words.split()), lines[0]
+
+
+# Sources.
+
+
+class Own(Source):
+    def __init__(self, made: Callable[[], Any]) -> None:
+        self.made = made
+
+    def load(self) -> Any:
+        return self.made()
+
+
+class Rows(Samples):
+    """Samples of one's own; each fault changes what they are or return."""
+
+    def __init__(self, first: int = 0, **changes: Any) -> None:
+        self.whole, self.changes = Dataset(renumbered(first), SPEC, "y"), changes
+        self.spec: Spec = changes.get("spec", SPEC)
+        self.label, self.class_names, self.log_density_N = "y", (), None
+        self.attribute, self.attribute_names = None, ()
+        if "without" in changes:
+            delattr(self, changes["without"])
+
+    @property
+    def ids(self) -> Tensor:
+        ids: Tensor = self.changes.get("ids", self.whole.ids)
+        return ids
+
+    @property
+    def fingerprint(self) -> str:
+        return self.whole.fingerprint
+
+    def start(self, index: Tensor, epoch: Any = None, fields: Any = None) -> Callable[[], Batch]:
+        taken = self.whole.take(index)
+        return lambda: self.changes.get("rows", dict)(taken) or taken
+
+    def first(self, num_rows: int) -> Samples:
+        return self
+
+
+def renumbered(first: int) -> Batch:
+    return {**rows().rows, "id": torch.arange(first, first + NUM_ROWS)}
+
+
+def own(**changes: Any) -> Callable[[], Any]:
+    return lambda: (Rows(0, **changes), Rows(NUM_ROWS))
+
+
+def stored(x: Tensor, **field: Any) -> Callable[[], Any]:
+    """Two data sets of one field, stored as told."""
+    described = {"shape": tuple(x.shape[1:]), "dtype": x.dtype, **field}
+    return lambda: [
+        Dataset({"id": torch.arange(first, first + len(x)), "x": x}, {"x": Field(**described)}) for first in (0, 99)
+    ]
+
+
+WIDER: Spec = {**SPEC, "x": Field((SIZE + 1,), torch.float32)}
+SOURCES: dict[str, tuple[Callable[[], Any], str]] = {
+    "nothing": (lambda: None, "NoneType Splits(train,"),
+    "one data set": (rows, "Dataset Splits(train,"),
+    "tensors": (lambda: (torch.zeros(3), torch.zeros(3)), "Tensor Splits(train,"),
+    "ids in both": (lambda: (rows(), rows()), "id 500 2 times"),
+    "an id twice": (own(ids=torch.zeros(NUM_ROWS, dtype=torch.int64)), "id 0 40 times"),
+    "ids of another type": (own(ids=torch.arange(40.0)), "ids float32 int64"),
+    "ids as a list": (own(ids=list(range(40))), "ids list int64"),
+    "no label": (own(without="label"), "Rows label None"),
+    "another spec": (lambda: (Rows(), Rows(NUM_ROWS, spec={"x": SPEC["x"]})), "'y' differs"),
+    "wider than said": (own(spec=WIDER), "Rows.start 'x' (1, 6) (1, 7)"),
+    "a field is missing": (own(rows=lambda r: {"id": r["id"], "x": r["x"]}), "Rows.start 'y' missing"),
+    "doubles": (own(rows=lambda r: {**r, "x": r["x"].double()}), "Rows.start 'x' float64 float32"),
+    "other rows": (own(rows=lambda r: {**r, "id": r["id"] + 1}), "Rows.start other ids"),
+    "no numbers": (own(rows=lambda r: {**r, "x": r["x"] * math.nan}), "Rows.start 'x' sample 0 nan"),
+    "no class": (own(rows=lambda r: {**r, "y": r["y"] + 9}), "Rows.start 'y' sample 0 to 2"),
+    "start fails": (own(rows=lambda r: r["z"]), "Rows.start KeyError 'z' test_contracts.py"),
+    "load fails": (lambda: {}["x"], "KeyError 'x' test_contracts.py"),
+    "bfloat16": (stored(torch.zeros(4, 2, dtype=torch.bfloat16)), "'x' bfloat16 float32"),
+    "complex": (stored(torch.zeros(4, 2, dtype=torch.complex64)), "'x' complex64 float32"),
+    "uint16": (stored(torch.zeros(4, 2).to(torch.uint16)), "'x' uint16 int32"),
+    "a shape of one number": (stored(torch.zeros(4, 2), shape=2), "'x' shape 2 tuple"),
+    "scale 0": (stored(torch.zeros(4, 2), scale=0.0), "'x' scale 0.0"),
+    "scale nan": (stored(torch.zeros(4, 2), scale=math.nan), "'x' scale nan"),
+    "offset inf": (stored(torch.zeros(4, 2), offset=math.inf), "'x' offset inf"),
+    "classes as floats": (stored(torch.zeros(4), num_classes=3), "'x' float32 uint8"),
+    "inf": (stored(torch.full((4, 2), math.inf)), "'x' inf sample 0"),
+    "an array": (
+        lambda: Dataset({"id": torch.arange(4), "x": torch.zeros(4).numpy()}, {"x": SPEC["x"]}),
+        "'x' ndarray",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_that_breaks_its_contract_is_told(name: str) -> None:
+    made, words = SOURCES[name]
+    error_of(lambda: load(Own(made)), "Own.load", *words.split())
+
+
+def test_a_source_s_own_words_are_left_as_they_are() -> None:
+    def refuse() -> None:
+        raise ValueError("no disk here: mount it")
+
+    assert error_of(lambda: load(Own(refuse))) == "no disk here: mount it"
+    assert load(Own(lambda: (Rows(), Rows(NUM_ROWS)))).valid is None
+
+
+def test_rows_that_turn_bad_later_are_told_at_the_first_batch() -> None:
+    class Turning(Rows):
+        def start(self, index: Tensor, epoch: Any = None, fields: Any = None) -> Callable[[], Batch]:
+            taken = self.whole.take(index)
+            return lambda: {**taken, "x": taken["x"].flip(1) / 0} if len(index) > 1 else taken
+
+    train, *_ = load(Own(lambda: (Turning(), Rows(NUM_ROWS))))
+    trainer = make(data=train)
+    error_of(trainer.begin, "'x'", "inf", "finite")
+
+
+# Scores and discriminators.
+
+
+class Mark(Score):
+    """The bound of a linear autoencoder; each fault changes what it returns."""
+
+    def column(self, e: int, expert: Any, discriminator: Any, rows: Batch, at: Any, dtype: torch.dtype) -> Any:
+        return self.out(-(expert.decode(expert.encode(rows["x"])) - rows["x"]).square())
+
+    def out(self, fit: Tensor) -> Any:
+        return fit.sum(1)
+
+
+class Drawing(Auto):
+    """An expert that discriminators can train against."""
+
+    def draw(self, eps: Tensor, uniform: Tensor) -> Tensor:
+        return self.decode(eps)
+
+
+def score(out: Callable[..., Any]) -> Score:
+    kind: Any = type("Mine", (Mark,), {"out": out})
+    return kind()
+
+
+SCORES: dict[str, tuple[Score, str]] = {
+    "(R, D)": (score(lambda self, fit: fit), "Mine.column (8, 6) (8,)"),
+    "(R, 1)": (score(lambda self, fit: fit.sum(1, keepdim=True)), "Mine.column (8, 1) (8,)"),
+    "a number": (score(lambda self, fit: fit.sum()), "Mine.column () (8,)"),
+    "nothing": (score(lambda self, fit: None), "Mine.column None"),
+    "doubles": (score(lambda self, fit: fit.sum(1).double()), "Mine.column float64 float32"),
+    "by the batch": (score(lambda self, fit: fit.sum(1) - fit.sum(1).logsumexp(0)), "Mine.column other rows"),
+    "draws": (score(lambda self, fit: fit.sum(1) + torch.rand(len(fit))), "Mine.column generator"),
+    "a loss": (score(lambda self, fit: -fit.sum(1)), "Mine.column higher minus"),
+    "fails": (score(lambda self, fit: fit.nothing), "Mine.column AttributeError test_contracts.py"),
+    "BatchNorm": (Discriminators(NormedNetwork()), "Discriminator.forward BatchNorm1d net.1"),
+}
+
+
+def compete(score: Score, expert: Any = Drawing, data: Dataset | None = None) -> Rounds:
+    data, mesh = data or rows(), mesh_of(NUM_EXPERTS, 1, 1)
+    mixture = Competition(expert, NUM_EXPERTS, rounds=2, score=score)
+    mixture.setup(Context(7, torch.float32, SPEC, mesh, Wire(mesh.device)))
+    return Rounds(mixture, data, [Phase(1, 16, objective=WeightedLoss(), optimizer=adam)] * 2)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_score_that_breaks_its_contract_is_told(name: str) -> None:
+    made, words = SCORES[name]
+    error_of(compete(made).begin, "mixture.score", *words.split())
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_an_expert_of_a_competition_is_checked_as_in_a_soft_mixture(name: str) -> None:
+    options, words = EXPERTS[name]
+    if "execution" in options:  # a competition has no stack
+        return
+    if name == "frozen":  # found before: each expert has an optimiser of its own
+        error_of(lambda: compete(Elbo(), FrozenExpert), "FrozenExpert", "4 parameters", "buffers")
+        return
+    error_of(compete(Elbo(), options["expert"]).begin, "mixture.expert", *words.split())
+
+
+def test_each_round_is_checked() -> None:
+    class Later(Drawing):
+        late = False
+
+        def out(self, rows: Batch, error: Tensor) -> Any:
+            return ExpertTerms(error if self.late else error.sum(1))
+
+    rounds = compete(Mark(), Later)
+    rounds.begin()
+    while rounds.position.round < 2:
+        rounds.advance()
+    for entrant in rounds.entrants.values():
+        entrant.expert.late = True  # type: ignore[assignment]
+    error_of(rounds.advance, "Later.forward", "(8, 6)")
+
+
+# What is right.
+
+
+def trajectory(looked_at: bool, monkeypatch: pytest.MonkeyPatch, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+    with monkeypatch.context() as patch:
+        if not looked_at:
+            patch.setattr("mixdist.training.trainer.inspect", lambda *args: None)
+            patch.setattr("mixdist.competition.rounds.inspect_entrants", lambda *args: None)
+        torch.manual_seed(5)
+        return [*run(), torch.get_rng_state()]
+
+
+def soft() -> list[Tensor]:
+    trainer = make(expert=lambda spec: VAE(spec, 2, MLP([4])), gate=Softmax, routing=TopK(2))
+    trainer.begin()
+    while not trainer.finished:
+        trainer.advance()
+    return [p.detach().clone() for owned in trainer.mixture.owned() for p in owned.module.parameters()]
+
+
+def two_stage() -> list[Tensor]:
+    trainer = begin(TwoStage)
+    trainer.advance()
+    return [p.detach().clone() for owned in trainer.mixture.owned() for p in owned.module.parameters()]
+
+
+def competition() -> list[Tensor]:
+    rounds = compete(Discriminators(MLP([4])), lambda spec: VAE(spec, 2, MLP([4]), kl_warmup=3))
+    rounds.begin()
+    while not rounds.finished:
+        rounds.advance()
+    return [p.detach().clone() for e in rounds.entrants.values() for o in e.owned() for p in o.module.parameters()]
+
+
+@pytest.mark.parametrize("run", [soft, two_stage, competition])
+def test_a_run_that_is_looked_at_is_the_same_bit_for_bit(
+    run: Callable[[], list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, checked = (trajectory(looked_at, monkeypatch, run) for looked_at in (False, True))
+    assert len(plain) == len(checked) > 1
+    assert all(torch.equal(a, b) for a, b in zip(plain, checked, strict=True))
+
+
+def test_a_check_leaves_no_gradient_and_no_buffer() -> None:
+    trainer = make(expert=lambda spec: VAE(spec, 2, MLP([4]), kl_warmup=3), gate=Softmax)
+    modules = [owned.module for owned in trainer.mixture.owned()]
+    trainer.engine.zero_grad()
+    trainer._anneal()
+    before = [b.clone() for m in modules for b in m.buffers()]
+    trainer.begin()
+    assert all(p.grad is None for m in modules for p in m.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, (b for m in modules for b in m.buffers()), strict=True))
+    assert all("log_prob" not in vars(m) and not m._forward_hooks for one in modules for m in one.modules())
+
+
+def test_what_only_rounding_changes_is_no_fault() -> None:
+    """Discrete decisions and long sums differ in the last digits between batches of other sizes."""
+
+    class Coarse(Auto):
+        def out(self, rows: Batch, error: Tensor) -> Any:
+            code = (error.detach() * 1e4).round() / 1e4
+            return ExpertTerms(((error + code - error.detach()) * 1e6).sum(1))
+
+    class Float32Inside(Auto):
+        def out(self, rows: Batch, error: Tensor) -> Any:
+            return ExpertTerms(error.float().sum(1).to(error.dtype))
+
+    for kind in (Coarse, Float32Inside):
+        make(expert=kind).begin()
+
+
+# Evaluation.
+
+
+def ability(**methods: Any) -> Any:
+    return type("Mine", (Auto,), methods)
+
+
+ABILITIES: dict[str, tuple[Any, str]] = {
+    "reconstruct": (ability(reconstruct=lambda self, rows: rows["x"][:, :3]), "Mine.reconstruct (8, 3) (8, 6)"),
+    "sample": (ability(sample=lambda self, eps: eps), "Mine.sample (8, 2) (8, 6)"),
+    "sample by the batch": (ability(sample=lambda self, eps: self.decode(eps - eps.mean(0))), "Mine.sample other rows"),
+    "draw": (ability(draw=lambda self, eps, uniform: torch.rand_like(uniform)), "Mine.draw generator"),
+    "log_weights": (ability(log_weights=lambda self, rows, eps: eps.sum((1, 2))), "Mine.log_weights (8,) (8, 2)"),
+    "predict": (
+        ability(predict=lambda self, rows: rows["x"], target="y", fields=("x", "y")),
+        "Mine.predict (8, 6) (8, 3)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ABILITIES)
+def test_an_optional_method_is_checked_before_an_evaluation(name: str) -> None:
+    kind, words = ABILITIES[name]
+    trainer = make(expert=kind)
+    trainer.begin()
+    error_of(lambda: evaluate(trainer.mixture, rows(), 16, 0), *words.split())
+
+
+def test_an_evaluation_checks_gate_and_experts_as_they_are_there() -> None:
+    class Raw(Plain):
+        def out(self, rows: Batch, logits: Tensor) -> Any:
+            return super().out(rows, logits) if self.training else Gating(logits)
+
+    trainer = make(gate=Raw)
+    trainer.begin()
+    error_of(lambda: evaluate(trainer.mixture, rows(), 16, 0), "Raw.forward", "log_softmax")
+
+
+def test_what_measures_a_family_is_checked() -> None:
+    for measure, words in (
+        (lambda self, batch, at: None, "Mine.measure None"),
+        (lambda self, batch, at: {"error": "large"}, "Mine.measure str"),
+        (lambda self, batch, at: batch.nothing, "Mine.measure AttributeError"),
+    ):
+        trainer = begin(type("Mine", (TwoStage,), {"measure": measure}))
+        error_of(lambda t=trainer: evaluate(t.mixture, rows(), 16, 0), *words.split())
+
+
+# By the command, on one rank and on two.
+
+OWN = '''
+import torch
+from torch import nn
+from mixdist.gates import Softmax
+from mixdist.experts import VAE
+from mixdist.nets import MLP
+from mixdist.terms import Gating
+
+
+class Raw(Softmax):
+    def forward(self, rows, eps):
+        return Gating(self.logits(rows))
+
+
+class Second(VAE):
+    """Right as expert 0, wrong as expert 1."""
+
+    def __init__(self, spec, wrong: bool = False):
+        super().__init__(spec, 2, MLP([4]))
+        self.wrong = wrong
+
+    def forward(self, rows, eps):
+        terms = super().forward(rows, eps)
+        return terms._replace(loss_R=terms.loss_R[:, None]) if self.wrong else terms
+'''
+SECOND = [{"class_path": "own_faults.Second", "init_args": {"wrong": wrong}} for wrong in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"gate": {"class_path": "own_faults.Raw"}}, "Raw.forward log_softmax"),
+        ({"expert": SECOND}, "mixture.expert[1] Second.forward (8, 1) (8,)"),
+    ],
+    ids=["gate", "an expert of the second rank"],
+)
+def test_one_line_on_any_layout_and_nothing_left(
+    changes: dict[str, Any], words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "own_faults.py").write_text(OWN)
+    monkeypatch.syspath_prepend(folder)
+    config = write_config(folder / "c.yaml", changed(SMALL, num_experts=2, **changes))
+    alone = complaint(here("train", "--config", config, "--out", "run"))
+    ended = together("train", "--config", config, "--out", "run", ranks=2, folder=folder)
+    on_two = [line for line in ended.err.splitlines() if line.startswith("mixdist: ")]
+    assert len(on_two) == 1, ended.err
+    assert "Traceback" not in ended.err
+    assert on_two[0].removeprefix("mixdist: ").removeprefix("rank 1: ") == alone
+    assert all(word in alone for word in words.split()), alone
+    assert not (folder / "run").exists()
