@@ -300,8 +300,6 @@ class Rounds:
     def _record(self, fields: dict[str, Any]) -> dict[str, Any]:
         return self.history.record({"step": self.position.total, **fields}, self.entrants)
 
-    # Placement
-
     def _place(self) -> None:
         """Move experts to where they are trained soonest, if that takes less time than it saves."""
         pace = self.history.seconds_a_row  # the same on every rank

@@ -43,7 +43,10 @@ def _check_splits(who: str, found: Any) -> None:
     if len(splits) not in (2, 3) or not all(isinstance(one, Samples) for one in splits):
         given = type(found).__name__
         inside = ", ".join(type(one).__name__ for one in found) if isinstance(found, (tuple, list)) else given
-        raise ValueError(f"{who} returns {inside}, expected mixdist.data.Splits(train, test) or Splits(train, test, valid): return that")
+        raise ValueError(
+            f"{who} returns {inside}, expected mixdist.data.Splits(train, test), or Splits(train, test, valid): return "
+            f"that"
+        )
     for one in splits:
         _check_samples(who, one)
     first = splits[0].spec
