@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mixdist.competition import Competition, Discriminators, Elbo, Rounds, Score
 from mixdist.data import Dataset, Samples, Source
-from mixdist.data.contracts import load
+from mixdist.data.sources.splits import load_splits
 from mixdist.evaluation.evaluate import evaluate
 from mixdist.experts import VAE, Expert
 from mixdist.experts.likelihood import Likelihood
@@ -576,7 +576,7 @@ SOURCES: dict[str, tuple[Callable[[], Any], str]] = {
     "ids as a list": (own(ids=list(range(40))), "ids list int64"),
     "no label": (own(without="label"), "Rows label None"),
     "another spec": (lambda: (Rows(), Rows(NUM_ROWS, spec={"x": SPEC["x"]})), "'y' differs"),
-    "wider than said": (own(spec=WIDER), "Rows.start 'x' (1, 6) (1, 7)"),
+    "wider than said": (lambda: (Rows(spec=WIDER), Rows(NUM_ROWS, spec=WIDER)), "Rows.start 'x' (1, 6) (1, 7)"),
     "a field is missing": (own(rows=lambda r: {"id": r["id"], "x": r["x"]}), "Rows.start 'y' missing"),
     "doubles": (own(rows=lambda r: {**r, "x": r["x"].double()}), "Rows.start 'x' float64 float32"),
     "other rows": (own(rows=lambda r: {**r, "id": r["id"] + 1}), "Rows.start other ids"),
@@ -603,15 +603,15 @@ SOURCES: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_source_that_breaks_its_contract_is_told(name: str) -> None:
     made, words = SOURCES[name]
-    error_of(lambda: load(Own(made)), "Own.load", *words.split())
+    error_of(lambda: load_splits(Own(made), None), "Own.load", *words.split())
 
 
 def test_a_source_s_own_words_are_left_as_they_are() -> None:
     def refuse() -> None:
         raise ValueError("no disk here: mount it")
 
-    assert error_of(lambda: load(Own(refuse))) == "no disk here: mount it"
-    assert load(Own(lambda: (Rows(), Rows(NUM_ROWS)))).valid is None
+    assert error_of(lambda: load_splits(Own(refuse), None)) == "no disk here: mount it"
+    assert load_splits(Own(lambda: (Rows(), Rows(NUM_ROWS))), None).valid is None
 
 
 def test_rows_that_turn_bad_later_are_told_at_the_first_batch() -> None:
@@ -620,7 +620,7 @@ def test_rows_that_turn_bad_later_are_told_at_the_first_batch() -> None:
             taken = self.whole.take(index)
             return lambda: {**taken, "x": taken["x"].flip(1) / 0} if len(index) > 1 else taken
 
-    train, *_ = load(Own(lambda: (Turning(), Rows(NUM_ROWS))))
+    train, *_ = load_splits(Own(lambda: (Turning(), Rows(NUM_ROWS))), None)
     trainer = make(data=train)
     error_of(trainer.begin, "'x'", "inf", "finite")
 

@@ -15,7 +15,7 @@ from mixdist.data.sources.splits import load_splits
 from mixdist.terms import Field
 from tests import sources
 from tests.errors import error_of, refusal_of
-from tests.launch import HARD, changed, here, refused, together, write_config
+from tests.launch import HARD, SMALL, changed, here, refused, together, write_config
 from tests.tars import make_shards
 
 OWN = '''
@@ -148,7 +148,7 @@ def test_a_source_must_return_splits(found: Any) -> None:
         def load(self) -> Any:
             return found
 
-    error_of(lambda: load_splits(Odd(), None), "Odd.load", type(found).__name__, "Splits(train, test)")
+    error_of(lambda: load_splits(Odd(), None), "Odd.load", "Splits(train, test)")
 
 
 @pytest.mark.parametrize("part", [0, 0.0, -3, -0.1, 1.0, 2.5, float("nan"), float("inf")])
@@ -171,7 +171,10 @@ def test_rows_are_left_on_both_sides(part: float) -> None:
 
 def test_training_looks_at_validation_rows_and_leaves_test_rows_alone(folder: Path) -> None:
     (folder / "own_rows.py").write_text(OWN)
-    config = write_config(folder / "c.yaml", changed(data="own_rows.Rows", train__batch_size=40, valid=0.2))
+    expert = HARD["mixture"]["init_args"]["expert"]
+    config = write_config(
+        folder / "c.yaml", changed(SMALL, data="own_rows.Rows", expert=expert, train__batch_size=40, valid=0.2)
+    )
     watched = "--select.monitor", "loss"
     for words in (("--out", "soft"), ("--out", "select", *watched), ("--out", "on", "--train.epochs", "2", *watched)):
         ended = here("train", "--config", config, *words)

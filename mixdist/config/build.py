@@ -91,7 +91,7 @@ def build(config: Config, mesh: Mesh, tests: bool = True) -> Session:
     """
 
     def make() -> Splits:
-        splits = load_splits(config.data, config.valid)
+        splits = load_splits(config.data, config.valid, tests)
         build_mixture(config, splits.train.spec, mesh)
         return splits
 

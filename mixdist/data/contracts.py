@@ -17,12 +17,12 @@ SAID_BY_SAMPLES = ("spec", "label", "class_names", "log_density_N", "attribute",
 
 
 def load(source: Source) -> Splits:
-    """Return what a source loads, once it is seen to be right.
+    """Return what a source loads, once it is seen to be right; rows are not read.
 
     Raises:
         ValueError: it fails, or data sets, fields or ids are not what they must be.
     """
-    who, own = f"data: {type(source).__name__}.load", type(source).__module__.partition(".")[0] != "mixdist"
+    who, own = f"data: {type(source).__name__}.load", is_own(source)
     try:
         found = source.load()
     except (ValueError, OSError) as error:
@@ -35,6 +35,11 @@ def load(source: Source) -> Splits:
     if own:
         _check_splits(who, found)
     return Splits(*found)
+
+
+def is_own(source: Source) -> bool:
+    """Return whether a source is none of the package's."""
+    return type(source).__module__.partition(".")[0] != "mixdist"
 
 
 def _check_splits(who: str, found: Any) -> None:
@@ -72,14 +77,22 @@ def _check_samples(who: str, one: Samples) -> None:
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 1 or not len(ids):
         shown = f"{ids.dtype}, {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"{who}: ids of {kind} ({shown}) must be int64 (N,), one for each sample, at least 1")
-    first = torch.arange(1)
+
+
+def check_first(source: Source, one: Samples) -> None:
+    """Check the first row of a data set that a source has loaded.
+
+    Raises:
+        ValueError: it cannot be read, or is not what the spec says.
+    """
+    who, kind, first = f"data: {type(source).__name__}.load", type(one).__name__, torch.arange(1)
     try:
         rows = one.take(first)
     except ValueError:
         raise
     except Exception as error:
         raise ValueError(f"{who}: {kind}.start fails ({describe_failure(error)}): fix it") from error
-    check_rows(rows, one.spec, ids[first], f"{who}: {kind}.start")
+    check_rows(rows, one.spec, one.ids[first], f"{who}: {kind}.start")
 
 
 def check_rows(rows: Batch, spec: Spec, ids: Tensor, who: str = "data: Samples.start") -> None:

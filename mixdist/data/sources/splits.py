@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mixdist.data.contracts import load
+from mixdist.data.contracts import check_first, is_own, load
 from mixdist.data.dataset import Source, Splits
 from mixdist.noise import Purpose, hashes
 from mixdist.terms import Field
@@ -67,19 +67,29 @@ def held_out(name: str, ids_N: Tensor, part: float, use: int) -> Tensor:
     return held_N
 
 
-def load_splits(source: Source, valid: float | None) -> Splits:
+def load_splits(source: Source, valid: float | None, tests: bool = True) -> Splits:
     """Load a source, and cut validation rows out of its training rows where they are asked for.
 
     Args:
         source: of the data.
         valid: a part of the training rows or a number of them; None for the source's own validation rows, if any.
+        tests: whether test rows may be read although there are validation rows.
 
     Raises:
         ValueError: the source breaks its contract, has validation rows of its own, or too few rows to be cut.
     """
     splits = load(source)
-    if valid is None:
-        return splits
+    if valid is not None:
+        splits = _cut(source, splits, valid)
+    if is_own(source):
+        for one in splits if tests or splits.valid is None else (splits.train, splits.valid):
+            if one is not None:
+                check_first(source, one)
+    return splits
+
+
+def _cut(source: Source, splits: Splits, valid: float) -> Splits:
+    """Cut validation rows out of the training rows."""
     if splits.valid is not None:
         raise ValueError(
             f"valid ({valid}) is for data without validation rows, and {type(source).__name__} has "
