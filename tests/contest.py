@@ -1,15 +1,19 @@
 """One competition in miniature, on any layout: what tests of hard assignment compare.
 
-`run` is called on every rank with a `Contest`; `merge` joins what the ranks report.
+`run` is called on every rank with a `Contest`; `merge` joins what the ranks report. With replicas, which round
+otherwise than one process does, `run` keeps every step of every engine, and `follow` runs one process along them: it
+takes each of its own steps from the very weights that the replicas had there.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -29,6 +33,7 @@ from mixdist.competition import (
     Score,
 )
 from mixdist.competition.reassign import Verdict
+from mixdist.engines import Solo
 from mixdist.experts import Compute
 from mixdist.mixtures import Context, MakeExpert
 from mixdist.nets import MLP, Conv
@@ -71,7 +76,7 @@ class Contest:
 
 def make_score(case: Contest) -> Score:
     def adam(params: Any) -> torch.optim.Optimizer:
-        return torch.optim.Adam(params, 1e-2, eps=1e-5)
+        return torch.optim.Adam(params, 1e-2)
 
     network = Conv([3, 4]) if case.expert == "conv" else MLP([9])
     kinds: dict[str, Callable[[], Score]] = {
@@ -88,8 +93,8 @@ def make_score(case: Contest) -> Score:
 
 
 def make_phase(case: Contest, epochs: int) -> Phase:
-    if case.optimizer == "adam":  # eps: see tests/parity.py
-        return Phase(epochs, case.batch_size, optimizer=lambda p: torch.optim.Adam(p, 1e-2, eps=1e-5))
+    if case.optimizer == "adam":
+        return Phase(epochs, case.batch_size, optimizer=lambda p: torch.optim.Adam(p, 1e-2))
     return Phase(
         epochs,
         case.batch_size,
@@ -155,10 +160,102 @@ def records_of(rounds: Rounds) -> Iterator[dict[str, Any]]:
     rounds.end()
 
 
+class Step(NamedTuple):
+    """What a step of an engine began with, summed over replicas: its loss and, clipped, its gradients."""
+
+    loss: float
+    grads: list[Tensor]
+
+
+Steps = dict[str, list[tuple[int, Step]]]
+"""Of each engine by its name, in order, each with the number of epochs and scorings done before it."""
+
+
+@contextmanager
+def watched(look: Callable[[Solo, list[Tensor]], None], tell: Callable[[Solo, float], float]) -> Iterator[None]:
+    """Show every step's gradients to ``look`` before they are used; ``tell`` gets and returns the step's loss."""
+    plain = Solo.step
+
+    def step(self: Solo, loss: Tensor) -> float:
+        def before(*_: Any) -> None:
+            look(self, [p.grad for p in self.parameters if p.grad is not None])
+
+        hook = self.optimizer.register_step_pre_hook(before)
+        try:
+            return tell(self, plain(self, loss))
+        finally:
+            hook.remove()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Solo, "step", step)
+        yield
+
+
+@contextmanager
+def kept(steps: Steps, when: Callable[[], int]) -> Iterator[None]:
+    """Keep every step."""
+    grads: list[Tensor] = []
+
+    def look(engine: Solo, found: list[Tensor]) -> None:
+        grads[:] = [grad.clone() for grad in found]
+
+    def tell(engine: Solo, loss: float) -> float:
+        steps[engine.name].append((when(), Step(loss, list(grads))))
+        return loss
+
+    with watched(look, tell):
+        yield
+
+
+@contextmanager
+def following(steps: Steps, differences: dict[str, float]) -> Iterator[None]:
+    """Go on from another run's gradients, and note by how much those made here differ.
+
+    Of a loss |a - b| / |b|; of a step's gradients max|a - b| / max|b| over all of them, since one that is near 0 by
+    cancellation, as that of a scale at its best, has the rounding of the others.
+    """
+    left = {name: [step for _, step in reversed(of)] for name, of in steps.items()}
+
+    def note(name: str, difference: float, size: float) -> None:
+        differences[name] = max(differences.get(name, 0.0), difference / (size or 1.0))
+
+    def look(engine: Solo, found: list[Tensor]) -> None:
+        pairs = list(zip(found, left[engine.name][-1].grads, strict=True))
+        largest = max(theirs.abs().max().item() for _, theirs in pairs)
+        for mine, theirs in pairs:
+            note(f"{engine.name} gradient", (mine - theirs).abs().max().item(), largest)
+            mine.copy_(theirs)
+
+    def tell(engine: Solo, loss: float) -> float:
+        theirs = left[engine.name].pop().loss
+        note(f"{engine.name} loss", abs(loss - theirs), abs(theirs))
+        return theirs
+
+    with watched(look, tell):
+        yield
+    assert not any(left.values()), "the other run took more steps"
+
+
+def follow(case: Contest, steps: Steps) -> tuple[dict[str, Any], dict[str, float]]:
+    """Run a case in one process along the steps of another run; return its report, and how far its own steps were."""
+    differences: dict[str, float] = {}
+    with following(steps, differences):
+        report = run(case.reference())
+    return report, differences
+
+
 def run(case: Contest) -> dict[str, Any]:
     """Pretrain and compete on this rank; report what every scoring decided, all records, and all that experts are."""
     mesh = mesh_of(case.num_experts, case.ranks, case.ep_size)
-    made = make_rounds(case, mesh, Wire(mesh.device))
+    made, steps = make_rounds(case, mesh, Wire(mesh.device)), defaultdict[str, list[tuple[int, Step]]](list)
+    if mesh.placement.num_replicas == 1:
+        return report_of(case, mesh, made)
+    with kept(steps, lambda: made.total):
+        report = report_of(case, mesh, made)
+    return report | ({"steps": dict(steps)} if mesh.leads else {})
+
+
+def report_of(case: Contest, mesh: Mesh, made: Rounds) -> dict[str, Any]:
     verdicts, tables, records = list[Verdict](), list[list[int]](), list[dict[str, Any]]()
     made.scoring.needs_best = True
     verdict = made.scoring.verdict
@@ -189,7 +286,10 @@ def run(case: Contest) -> dict[str, Any]:
 
 def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Join what ranks report: every expert once, every copy held against it, bit for bit."""
-    merged = reports[0] | {"experts": {}}
+    merged = reports[0] | {"experts": {}, "steps": {}}
+    for report in reports:
+        for name, steps in report.get("steps", {}).items():  # an expert may have moved from one to another
+            merged["steps"][name] = sorted([*merged["steps"].get(name, []), *steps], key=lambda step: step[0])
     for rank, report in enumerate(reports):
         for name, tensor in report["experts"].items():
             other = merged["experts"].setdefault(name, tensor)

@@ -219,9 +219,7 @@ def make_engine(case: Case, mixture: Mixture, mesh: Mesh, wire: Wire) -> Engine:
     if case.optimizer == "scheduled-adamw":
         schedule = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=30)
         return make(mixture.parts, mesh, wire, lambda p: torch.optim.AdamW(p, 1e-2), schedule)
-    # Adam divides by |g| + eps. A gradient that is 0 but for rounding (1e-17: the logit of an expert that no row chose)
-    # moves a weight by lr 1e-17 / eps; torch's eps of 1e-8 would make that 1e-11 a step, and no two sums agree on it.
-    return make(mixture.parts, mesh, wire, lambda p: torch.optim.Adam(p, 1e-2, eps=1e-5))
+    return make(mixture.parts, mesh, wire, lambda p: torch.optim.Adam(p, 1e-2))
 
 
 def run(case: Case) -> dict[str, Any]:

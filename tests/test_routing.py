@@ -120,3 +120,43 @@ def test_the_gradient_of_the_weights_is_finite_where_no_expert_is_left() -> None
 def test_what_top_k_refuses(options: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=f"^{said}"):
         TopK(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("num_chosen", [1, 2, 3, 5, 9])
+def test_an_expert_that_a_row_did_not_choose_gets_a_gradient_of_exactly_zero(
+    num_chosen: int, dtype: torch.dtype
+) -> None:
+    """Through a gate's own log-softmax over all experts, whatever the sizes; the others get that of a softmax."""
+    generator = torch.Generator().manual_seed(num_chosen)
+    logits = (3 * torch.randn(200, 12, generator=generator)).to(dtype).requires_grad_()
+    losses = (torch.randn(200, 12, generator=generator) * 10.0 ** torch.arange(-30, 30, 5)).to(dtype)
+    losses[:5] = 0.0
+    routed = torch.rand(200, 12, generator=generator).argsort(1) < num_chosen
+    routed[5:9] = False
+    log_weights = TopK(num_chosen).log_weights(logits.log_softmax(1), routed)
+    (log_weights.exp() * losses).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad[~routed].eq(0).all()
+    assert logits.grad.flip(1).sum(1).eq(0).all()  # in any order
+    if num_chosen == 1:
+        assert logits.grad.eq(0).all()
+        return
+    judge = logits.detach().double().requires_grad_()
+    weights = judge.masked_fill(~routed, -math.inf)[routed.any(1)].softmax(1)
+    (weights * losses[routed.any(1)].double()).sum().backward()
+    assert judge.grad is not None
+    largest = judge.grad.abs().amax(1, keepdim=True)
+    error = (logits.grad.double() - judge.grad).abs() / (largest + (losses * routed).double().abs().amax(1, True))
+    assert error.nan_to_num(0.0).max() <= 2.0 ** (6 if dtype == torch.float64 else 5) * torch.finfo(dtype).eps
+
+
+def test_a_gradient_that_is_not_finite_is_not_hidden() -> None:
+    for bad in (math.nan, math.inf):
+        log_resp = torch.zeros(2, 3, dtype=torch.float64).log_softmax(1).requires_grad_()
+        routed = torch.tensor([[True, True, False], [True, False, True]])
+        losses = torch.tensor([[1.0, bad, 0.0], [1.0, 0.0, 2.0]], dtype=torch.float64)
+        (TopK(2).log_weights(log_resp, routed).exp() * losses).sum().backward()
+        assert log_resp.grad is not None
+        assert not log_resp.grad[0].isfinite().all()
+        assert log_resp.grad[1].isfinite().all()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,12 +92,51 @@ class TopK:
         return math.ceil(self.capacity_factor * self.k * num_rows / num_experts)
 
     def log_weights(self, log_resp_BE: Tensor, routed_BE: Tensor) -> Tensor:
-        """Return the log weights (B, E) of the experts that see each row, -inf for the others; the gradient flows."""
-        kept_BE = log_resp_BE.masked_fill(~routed_BE, -math.inf)
+        """Return the log weights (B, E) of the experts that see each row, -inf for the others; the gradient flows.
+
+        Renormalised weights are a softmax over the chosen experts' logits alone: that of any other expert gets a
+        gradient of exactly 0, also through a gate that takes the log-softmax over all.
+        """
         if not self.renormalise:
-            return kept_BE
+            return log_resp_BE.masked_fill(~routed_BE, -math.inf)
+        log_weights_BE: Tensor = _OverChosen.apply(log_resp_BE, routed_BE)
+        return log_weights_BE
+
+
+class _OverChosen(torch.autograd.Function):
+    """log r_e - log sum_f r_f over the chosen experts f of each row; -inf for experts that are not chosen."""
+
+    @staticmethod
+    def forward(ctx: Any, log_resp_BE: Tensor, routed_BE: Tensor) -> Tensor:
+        kept_BE = log_resp_BE.masked_fill(~routed_BE, -math.inf)
         total_B1 = kept_BE.masked_fill(~routed_BE.any(1, keepdim=True), 0.0).logsumexp(1, keepdim=True)
-        return kept_BE - total_B1
+        log_weights_BE = kept_BE - total_B1
+        ctx.save_for_backward(log_weights_BE)
+        return log_weights_BE
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (log_weights_BE,) = ctx.saved_tensors
+        grad_BE = grads[0].masked_fill(log_weights_BE == -math.inf, 0.0)
+        return zero_sum(grad_BE - log_weights_BE.exp() * grad_BE.sum(1, keepdim=True)), None
+
+
+def zero_sum(grad_BE: Tensor) -> Tensor:
+    """Return a gradient whose rows sum to 0 but for rounding as one whose rows sum to exactly 0, in any order.
+
+    The gradient of a log-softmax takes p_e times a row's sum from each logit. What rounding leaves of that sum would be
+    all that an expert gets which the row did not choose, and Adam, which divides a gradient by its size, makes steps of
+    it that no two layouts agree on. Each of a row's n numbers is rounded to a multiple of a power of 2 so large that
+    their sums are exact, and the largest takes up what remains: a change in its last log2 n bits.
+    """
+    most_B1, largest_B1 = grad_BE.abs().max(1, keepdim=True)
+    others_B1 = ((grad_BE != 0).sum(1, keepdim=True).to(grad_BE.dtype) - 1).clamp(min=0.5)
+    # x / mantissa is the power of 2 next above x, exactly.
+    powers_B1 = [x / torch.frexp(x).mantissa for x in (most_B1, others_B1)]
+    unit_B1 = powers_B1[0] * powers_B1[1] * torch.finfo(grad_BE.dtype).eps
+    whole_BE = (grad_BE / unit_B1).round()
+    whole_BE = whole_BE.scatter_add(1, largest_B1, -whole_BE.sum(1, keepdim=True))
+    return (whole_BE * unit_B1).masked_fill((most_B1 == 0) | (unit_B1 == 0), 0.0)
 
 
 def demand(choices_BK: Tensor, num_experts: int) -> Tensor:
