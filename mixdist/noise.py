@@ -40,13 +40,36 @@ class Purpose(IntEnum):
     PRIOR = 5  # samples from the prior, for pictures
     DATA = 6  # synthetic data and splits
     IMPORTANCE = 7  # eps of the posterior samples that estimate a likelihood
-    RIVAL = 8  # an expert's samples for its discriminator: z; and the order of the data there
+    RIVAL = 8  # an expert's samples for its discriminator: z
     OBSERVATION = 9  # x given z, where samples are drawn with it
     DISCRIMINATOR = 10  # initial weights of a discriminator
     CHANCE = 11  # assignments by chance: the first split, random scores
     BLOCKS = 12  # the order of blocks of neighbouring samples in an epoch
     AUGMENT = 13  # flips and shifts of a row in an epoch
     SPLIT = 14  # which rows are set apart: phase 0 for testing, phase 1 for validation
+    MOSAIC = 15  # the places of a mixture's samples in a picture
+
+
+class Kind(IntEnum):
+    """What the words of a stream become. Each kind has streams of its own, so one draw may give all of them."""
+
+    NORMAL = 1
+    UNIFORM = 2
+    HASH = 3
+
+
+_FIRST = {Purpose.OBSERVATION: Kind.UNIFORM, Purpose.AUGMENT: Kind.UNIFORM} | dict.fromkeys(
+    (Purpose.ORDER, Purpose.CHANCE, Purpose.BLOCKS, Purpose.SPLIT, Purpose.MOSAIC), Kind.HASH
+)
+"""The kind whose streams a purpose names by 0, where that is not NORMAL: that of the purpose's first use."""
+
+# Phase numbers that no phase of training has: each keys the noise of one use.
+TRIAL_PHASE = 2**27  # what is run to be checked or timed alone, as often as that takes
+RESTART_PHASE = 2**28  # + round: training of an expert that got new weights in that round
+DISCRIMINATOR_PHASE = 2**29  # + round: samples for discriminators; alone, their passes over the data
+SCORING_PHASE = 2**30  # + round: scores of training rows in a competition
+EVALUATION_PHASE = 2**31  # figures
+ASSIGNMENT_PHASE = 2**31 + 1  # scores that assign rows in an evaluation
 
 
 def philox(counter: Words, key: tuple[Tensor | int, Tensor | int]) -> Words:
@@ -82,27 +105,29 @@ def _rounds(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> t
 
 
 @lru_cache(maxsize=1 << 16)
-def _stream(seed: int, purpose: Purpose, phase: int, expert: int) -> tuple[int, int, int, int]:
+def _stream(seed: int, purpose: Purpose, phase: int, expert: int, kind: int = 0) -> tuple[int, int, int, int]:
     """Return the block of four words that names a stream, computed on the host."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed ({seed}) must be from 0 to 2**64 - 1: choose another seed.")
     assert 0 <= min(phase, expert) <= max(phase, expert) <= _MASK, f"phase {phase} and expert {expert} must be uint32"
-    return _rounds((int(purpose), phase, expert, 0), (seed & _MASK, seed >> 32))
+    return _rounds((int(purpose), phase, expert, kind), (seed & _MASK, seed >> 32))
 
 
-def derive(seed: int, purpose: Purpose, phase: int = 0, expert: int = 0) -> tuple[int, int]:
-    """Return the Philox key of a stream: the first two words of philox((purpose, phase, expert, 0), seed).
+def derive(seed: int, purpose: Purpose, phase: int = 0, expert: int = 0, kind: Kind | None = None) -> tuple[int, int]:
+    """Return the Philox key of a stream: the first two words of philox((purpose, phase, expert, kind), seed).
 
     Args:
         seed: the run's seed, 64 bits.
         purpose: what is drawn.
         phase: the trainer's phase.
         expert: the global expert number; 0 where there is none, as for the gate, which has a purpose of its own.
+        kind: what the words become; 0 stands for the purpose's first kind, and for None.
 
     Raises:
         ValueError: if the seed is not from 0 to 2**64 - 1.
     """
-    return _stream(seed, purpose, phase, expert)[:2]
+    first = _FIRST.get(purpose, Kind.NORMAL)
+    return _stream(seed, purpose, phase, expert, 0 if kind in (None, first) else int(kind))[:2]
 
 
 def weights_seed(seed: int, purpose: Purpose, expert: int = 0, phase: int = 0) -> int:
@@ -122,9 +147,9 @@ def weights_seed(seed: int, purpose: Purpose, expert: int = 0, phase: int = 0) -
 class Draw:
     """The key of random draws, except for their rows and experts.
 
-    ``normal`` and ``uniform`` of one draw use the same words: call only one of them. Numbers come in blocks of
-    four with counter (block, low half of the id, high half of the id, step) and key ``derive(seed, purpose, phase,
-    expert)``, so a longer row starts with the numbers of a shorter one.
+    Numbers come in blocks of four with counter (block, low half of the id, high half of the id, step) and key
+    ``derive(seed, purpose, phase, expert, kind)``, so a longer row starts with the numbers of a shorter one, and
+    ``normal`` and ``uniform`` of one draw are independent.
 
     Args:
         seed: the run's seed, 64 bits.
@@ -173,7 +198,7 @@ class Draw:
         Raises:
             ValueError: if the seed is not from 0 to 2**64 - 1.
         """
-        words = self._words(ids_R, experts, shape, steps_R)
+        words = self._words(Kind.NORMAL, ids_R, experts, shape, steps_R)
         radius = _unit(torch.stack(words[0::2], -1)).log_().mul_(-2.0).sqrt_()
         angle = _unit(torch.stack(words[1::2], -1)).mul_(2.0 * math.pi)
         numbers = torch.stack((angle.cos().mul_(radius), angle.sin_().mul_(radius)), -1)
@@ -186,25 +211,21 @@ class Draw:
 
         Rounding to ``dtype`` never reaches 0 or 1. Arguments, result and errors are those of ``normal``.
         """
-        numbers = _unit(torch.stack(self._words(ids_R, experts, shape), -1))
+        numbers = _unit(torch.stack(self._words(Kind.UNIFORM, ids_R, experts, shape), -1))
         limits = torch.finfo(dtype)
         return _rows(numbers.flatten(2), shape, dtype).clamp_(limits.tiny, 1.0 - limits.eps / 2)
 
     def _words(
-        self, ids_R: Tensor, experts: Sequence[int], shape: tuple[int, ...], steps_R: Tensor | None = None
+        self, kind: Kind, ids_R: Tensor, experts: Sequence[int], shape: tuple[int, ...], steps_R: Tensor | None = None
     ) -> Words:
         """Return Philox words, each (E, R, blocks)."""
         assert (ids_R.dtype, ids_R.ndim) == (torch.int64, 1), f"ids are {ids_R.dtype} {tuple(ids_R.shape)}"
         device = ids_R.device
-        keys = [derive(self.seed, self.purpose, self.phase, expert) for expert in experts]
+        keys = [derive(self.seed, self.purpose, self.phase, expert, kind) for expert in experts]
         key = torch.tensor(keys, dtype=torch.int64, device=device).reshape(-1, 2, 1, 1)
         block = torch.arange(-(-math.prod(shape) // 4), device=device)
         step = torch.tensor(self.step & _MASK, device=device) if steps_R is None else (steps_R & _MASK)[:, None]
         return philox((block, (ids_R & _MASK)[:, None], _high(ids_R)[:, None], step), (key[:, 0], key[:, 1]))
-
-
-EVALUATION_PHASE = 2**31
-"""A phase number that no training phase has: it keys the noise of evaluation."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +283,7 @@ def hashes(
     seed: int, phase: int, epoch: int, ids_N: Tensor, expert: int = 0, purpose: Purpose = Purpose.ORDER
 ) -> Tensor:
     """Return a keyed 64-bit hash of each id, int64 (N,); arguments and errors as for ``permutation``."""
-    key = derive(seed, purpose, phase, expert)
+    key = derive(seed, purpose, phase, expert, Kind.HASH)
     zero, epoch_word = torch.tensor(0), torch.tensor(epoch & _MASK)
     found = torch.empty(len(ids_N), dtype=torch.int64)
     # In pieces, because the temporary words of a hundred million ids would not fit beside them.

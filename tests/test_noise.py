@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from mixdist.noise import Draw, Purpose, derive, permutation, philox, weights_seed
+from mixdist.noise import Draw, Kind, Purpose, derive, permutation, philox, weights_seed
 from tests.errors import error_of
 
 ONES = 0xFFFFFFFF
@@ -43,9 +43,11 @@ def test_philox_gives_the_published_words_and_broadcasts_counters_and_keys() -> 
 
 def test_derive_is_philox_of_the_names() -> None:
     seed = 2**64 - 3
-    counter = tuple(torch.tensor(word) for word in (int(Purpose.GATE), 4, 9, 0))
-    words = [word.item() for word in philox(counter, (seed & ONES, seed >> 32))]  # type: ignore[arg-type]
-    assert derive(seed, Purpose.GATE, 4, 9) == (words[0], words[1])
+    for purpose, first in ((Purpose.GATE, Kind.NORMAL), (Purpose.ORDER, Kind.HASH), (Purpose.AUGMENT, Kind.UNIFORM)):
+        for kind in (None, *Kind):  # 0 for the kind that a purpose had before there were kinds
+            counter = tuple(torch.tensor(word) for word in (int(purpose), 4, 9, 0 if kind in (None, first) else kind))
+            words = [word.item() for word in philox(counter, (seed & ONES, seed >> 32))]  # type: ignore[arg-type]
+            assert derive(seed, purpose, 4, 9, kind) == (words[0], words[1])
 
 
 def test_keys_and_weight_seeds_are_all_different() -> None:
@@ -60,7 +62,7 @@ def test_keys_and_weight_seeds_are_all_different() -> None:
 
 def test_purposes_keep_their_numbers() -> None:
     names = "WEIGHTS POSTERIOR GATE ORDER PRIOR DATA IMPORTANCE RIVAL OBSERVATION DISCRIMINATOR CHANCE BLOCKS AUGMENT "
-    names += "SPLIT"
+    names += "SPLIT MOSAIC"
     assert {purpose.name: purpose.value for purpose in Purpose} == {n: i + 1 for i, n in enumerate(names.split())}
 
 
@@ -109,12 +111,13 @@ def test_empty_and_scalar_shapes(kind: str) -> None:
 def test_the_numbers_are_those_of_the_formula() -> None:
     sample, step, expert = 2**40 + 3, 2**32 + 9, 2
     counter = tuple(torch.tensor(word) for word in (1, 3, 2**8, 9))
-    words = philox(counter, derive(11, Purpose.DATA, 1, expert))  # type: ignore[arg-type]
-    u = [(word.item() + 0.5) / 2**32 for word in words]
+    kinds = Kind.UNIFORM, Kind.NORMAL
+    keys = [derive(11, Purpose.DATA, 1, expert, kind) for kind in kinds]
+    u, v = ([(word.item() + 0.5) / 2**32 for word in philox(counter, key)] for key in keys)  # type: ignore[arg-type]
     draw, ids = Draw(11, Purpose.DATA, 1, step), torch.tensor([sample])
     assert draw.uniform(ids, [expert], (8,), torch.float64)[0, 0, 4:].tolist() == u
     expected = []
-    for a, b in ((u[0], u[1]), (u[2], u[3])):
+    for a, b in ((v[0], v[1]), (v[2], v[3])):
         radius = math.sqrt(-2 * math.log(a))
         expected += [radius * math.cos(2 * math.pi * b), radius * math.sin(2 * math.pi * b)]
     normal = draw.normal(ids, [expert], (8,), torch.float64)[0, 0, 4:]

@@ -52,8 +52,9 @@ class Competition(HardMixture):
     def describe(self, stages: Sequence[Stage]) -> dict[str, Any]:
         """Return what a run goes on with: the number of experts, rules that are part of the run, epochs of a round."""
         kept = {name: getattr(self.rules, name) for name in ("start", "starved", "starved_below", "block")}
-        score = type(self.rules.score).__name__
-        return {**super().describe(stages), "score": score, **kept, "epochs": stages[-1].epochs}
+        score = self.rules.score
+        told = {"score": type(score).__name__} | {f"score.{name}": value for name, value in score.describe().items()}
+        return {**super().describe(stages), **told, **kept, "epochs": stages[-1].epochs}
 
     def check(self, stages: Mapping[str, Stage]) -> None:
         """Refuse what a competition cannot do, or would pass over."""

@@ -18,7 +18,7 @@ from mixdist.competition.mixture import HardMixture
 from mixdist.data.loader import share
 from mixdist.engines import Solo
 from mixdist.experts import Expert, ExpertBank, Noise
-from mixdist.noise import Draw, Moment, Purpose
+from mixdist.noise import DISCRIMINATOR_PHASE, RESTART_PHASE, Moment, Purpose
 from mixdist.terms import Batch, Owned
 from mixdist.training.phases import Phase
 
@@ -34,13 +34,13 @@ class Entrant:
         mixture: makes experts and discriminators, and says how they run.
         phase: how it trains.
         expert: made before; None for a new one.
-        round: whose initial weights a new one gets.
+        round: whose initial weights a new one gets; 0 before the first, else its draws are those of a restart.
     """
 
     def __init__(
         self, number: int, mixture: HardMixture, phase: Phase, expert: Expert | None = None, round: int = 0
     ) -> None:
-        self.number, self.mixture, self.context = number, mixture, mixture.context
+        self.number, self.round, self.mixture, self.context = number, round, mixture, mixture.context
         self.expert = expert or mixture.make_expert(number, round)
         self.bank = ExpertBank({number: self.expert}, "loop", mixture.compute)
         self.discriminator: Discriminator | None = None
@@ -105,7 +105,9 @@ class Entrant:
         if shape is None:
             yield from repeat(None, len(batches))
             return
-        draw = Moment(self.context.seed, phase).draw(Purpose.POSTERIOR)
+        # Its steps began again at 0: in the same phase they would repeat the draws of the expert before it.
+        at = Moment(self.context.seed, RESTART_PHASE + self.round if self.round else phase)
+        draw = at.draw(Purpose.POSTERIOR)
         together = max(1, NUMBERS_AT_ONCE // math.prod(shape) // max([1, *map(len, batches)]))
         for first in range(0, len(batches), together):
             some = batches[first : first + together]
@@ -159,14 +161,13 @@ class Entrant:
         context, expert, discriminating = self.context, self.expert, self.mixture.discriminating
         assert discriminating is not None
         assert expert.noise_shape is not None
-        draw = Draw(context.seed, Purpose.RIVAL, round, step)
-        eps = draw.normal(ids, [self.number], expert.noise_shape, context.dtype)[0]
+        at = Moment(context.seed, DISCRIMINATOR_PHASE + round, step)
+        eps = at.draw(Purpose.RIVAL).normal(ids, [self.number], expert.noise_shape, context.dtype)[0]
         if not discriminating.observe:
             return expert.sample(eps)
         assert self.discriminator is not None
         shape = context.spec[self.discriminator.fields[0]].shape
-        seen = Draw(context.seed, Purpose.OBSERVATION, round, step)
-        return expert.draw(eps, seen.uniform(ids, [self.number], shape, context.dtype)[0])
+        return expert.draw(eps, at.draw(Purpose.OBSERVATION).uniform(ids, [self.number], shape, context.dtype)[0])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that goes with it to another rank."""
@@ -197,13 +198,14 @@ class Entrant:
 
     @property
     def steps(self) -> list[int]:
-        """Steps and epochs done of the expert in its phase, and steps of its discriminator."""
+        """Steps and epochs done of the expert in its phase, steps of its discriminator, and the round it began in."""
         discriminating = self.discriminator_engine
-        return [self.engine.steps, self.engine.epochs, discriminating.steps if discriminating else 0]
+        return [self.engine.steps, self.engine.epochs, discriminating.steps if discriminating else 0, self.round]
 
     def go_to(self, steps: list[int]) -> None:
-        """Set how many steps were done before."""
+        """Set what ``steps`` returned."""
         self.engine.go_to(*steps[:2])
+        self.round = steps[3]
         if self.discriminator_engine is not None:
             self.discriminator_engine.go_to(steps[2])
 

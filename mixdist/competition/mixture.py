@@ -22,7 +22,7 @@ from mixdist.experts import Compute, Expert, ExpertBank
 from mixdist.gates import Gate
 from mixdist.mixtures import Context, Ensemble, MakeExpert, Stage, check_fields
 from mixdist.mixtures.routing import responsible
-from mixdist.noise import EVALUATION_PHASE, Moment, Purpose
+from mixdist.noise import ASSIGNMENT_PHASE, Moment, Purpose
 from mixdist.parallel.route import Route
 from mixdist.terms import Batch, Gating, Owned, Parts
 
@@ -125,6 +125,7 @@ class HardMixture(Ensemble):
         return self.score_rule.fields
 
     def choose(self, batch: RankBatch, route: Route, at: Moment) -> Tensor:
+        at = Moment(at.seed, ASSIGNMENT_PHASE)  # not of the figures: a winner by luck would look better than it is
         scores_Re = self.scores(self.values(route.rows(), self.fields), at)
         return won(self.dispatch.combine(scores_Re, route).double() - self.log_z_E)
 
@@ -162,7 +163,7 @@ class HardGate(Gate):
 
     def __init__(self, mixture: HardMixture) -> None:
         super().__init__()
-        self.mixture, self.at = mixture, Moment(mixture.context.seed, EVALUATION_PHASE)
+        self.mixture, self.at = mixture, Moment(mixture.context.seed, ASSIGNMENT_PHASE)
         read = (name for expert in mixture.bank.owned().values() for name in expert.fields)
         self.fields = tuple(dict.fromkeys((*read, *mixture.extra_fields)))
 

@@ -24,13 +24,11 @@ from mixdist.competition.entrant import Entrant
 from mixdist.competition.mixture import HardMixture
 from mixdist.competition.table import winners
 from mixdist.data import Epoch, Samples, share
-from mixdist.noise import Moment, Purpose
+from mixdist.data.order import digest
+from mixdist.noise import DISCRIMINATOR_PHASE, SCORING_PHASE, Moment
 from mixdist.parallel.agreement import Agreed, agreed, gather_json
 from mixdist.parallel.collectives import move
 from mixdist.terms import Batch
-
-SCORING_PHASE = 2**30
-"""With the round added, a phase number that no training phase has: it keys the noise of scores."""
 
 
 class Verdict(NamedTuple):
@@ -114,15 +112,28 @@ class Scoring:
 
     def _epoch(self, number: int) -> Epoch:
         """Name a pass of discriminators over the data; passes are numbered through all rounds."""
-        return Epoch(self.context.seed, 0, number, purpose=Purpose.RIVAL)
+        return Epoch(self.context.seed, DISCRIMINATOR_PHASE, number)
 
     def _batch(self, number: int, an_epoch: int, batch_size: int) -> Tensor:
         """Return the positions of a discriminator's batch; batches are numbered through all rounds."""
         epoch, place = divmod(number, an_epoch)
-        if self._order is None or self._order[0] != epoch:
+        return self._pass(epoch, batch_size)[place * batch_size : (place + 1) * batch_size]
+
+    def _pass(self, number: int, batch_size: int) -> Tensor:
+        """Return all positions in the order of a pass over the data; the last one is kept."""
+        if self._order is None or self._order[0] != number:
             everything = torch.arange(self.num_samples)
-            self._order = epoch, self.dataset.ordered(everything, self._epoch(epoch), batch_size)
-        return self._order[1][place * batch_size : (place + 1) * batch_size]
+            self._order = number, self.dataset.ordered(everything, self._epoch(number), batch_size)
+        return self._order[1]
+
+    def order_digest(self, round: int) -> str | None:
+        """Return the digest of the order of the pass that a round's discriminators begin inside of, or None."""
+        discriminating = self.mixture.discriminating
+        if discriminating is None:
+            return None
+        an_epoch = -(-self.num_samples // discriminating.batch_size)
+        number = round * (discriminating.batches or discriminating.epochs * an_epoch)
+        return digest(self._pass(number // an_epoch, discriminating.batch_size)) if number % an_epoch else None
 
     @torch.no_grad()
     def verdict(

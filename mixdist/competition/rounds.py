@@ -25,8 +25,8 @@ from mixdist.competition.reassign import Scoring, Verdict
 from mixdist.competition.table import Assignment, StarvedRule, reseeded, starved
 from mixdist.data import Epoch, Samples
 from mixdist.engines import EngineFactory
-from mixdist.noise import Moment
-from mixdist.training.checkpoint import Saved, check_optimizer
+from mixdist.noise import TRIAL_PHASE, Moment
+from mixdist.training.checkpoint import Saved, check_optimizer, check_order
 from mixdist.training.loop import Advance
 from mixdist.training.phases import Phase
 
@@ -158,7 +158,7 @@ class Rounds:
     def _inspect(self) -> None:
         """Check them once a phase and round."""
         if not self.finished and self._inspected != (at := (self.position.phase, self.position.round)):
-            inspect_entrants(self.mixture, self.entrants, self.dataset, self.phase, Moment(self.seed, at[0]))
+            inspect_entrants(self.mixture, self.entrants, self.dataset, self.phase, Moment(self.seed, TRIAL_PHASE))
             self._inspected = at
 
     def ready(self) -> None:
@@ -215,8 +215,7 @@ class Rounds:
 
     def _agree(self) -> None:
         """Fail on every rank where an expert of some rank went wrong."""
-        at = self.position
-        self.entrants.agree(f"pretrain[{at.phase}]" if self.pretraining else f"round {at.round}")
+        self.entrants.agree(f"pretrain[{self.position.phase}]" if self.pretraining else f"round {self.position.round}")
 
     def _own(self, e: int) -> Tensor:
         """Return the positions that an expert trains on."""
@@ -321,6 +320,7 @@ class Rounds:
             "mixture": self._mixture_state(),
             "objective": self.objective,
             "changed": self.changed,
+            "order": self.scoring.order_digest(self.position.round),
         }
         files = {} if self.table is None else {TABLE: self.table.to_bytes()}
         return Saved(state, self.entrants.owned(), self.entrants, files)
@@ -341,10 +341,10 @@ class Rounds:
             name, table, about = str(path / TABLE), (path / TABLE).read_bytes(), state["table"]
             self.table = Assignment.read(name, table, about, self.data, len(self.dataset), self.num_experts)
         self.log_z_E = torch.tensor(state["mixture"]["log_z"], dtype=torch.float64, device=self.mesh.device)
-        self.objective = state["objective"]
-        self.changed = state.get("changed")
+        self.objective, self.changed = state["objective"], state.get("changed")
         if self.changed is not None and self.changed >= self.rules.stop_below:
             self.position = replace(self.position, stopped=False)  # it stopped by a rule that is no longer there
         self.entrants.enter(self.phase)
         check_optimizer(path, state, self.entrants.kind())
+        check_order(path, state, self.scoring.order_digest(self.position.round))
         self.entrants.load(path, state["entrants"], self._round_before)

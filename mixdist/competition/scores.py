@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,10 @@ class Score(ABC):
         Raises:
             ValueError: it cannot score them.
         """
+
+    def describe(self) -> dict[str, Any]:
+        """Return, as JSON, what must be the same for a checkpoint to be resumed, beside the class."""
+        return {}
 
     @abstractmethod
     def column(
@@ -104,6 +109,11 @@ class Discriminators(Score):
         self.network, self.epochs, self.batches, self.fresh = network, epochs, batches, fresh
         self.batch_size, self.observe, self.reads = batch_size, observe, reads
         self.optimizer = optimizer or torch.optim.Adam
+
+    def describe(self) -> dict[str, Any]:
+        """Return what decides which rows are in a batch: passes over the data go on through all rounds."""
+        length = {"epochs": self.epochs} if self.batches is None else {"batches": self.batches}
+        return {"batch_size": self.batch_size, **length}
 
     def discriminator(self, spec: Spec) -> Discriminator:
         """Return a new discriminator of one expert, its weights drawn from torch's generator."""

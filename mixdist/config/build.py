@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,7 @@ def build(config: Config, mesh: Mesh, tests: bool = True) -> Session:
 
     def make() -> Splits:
         splits = load_splits(config.data, config.valid, tests)
+        order_of(splits.train)
         build_mixture(config, splits.train.spec, mesh)
         return splits
 
@@ -177,11 +179,27 @@ def describe(config: Config, dataset: Samples) -> dict[str, Any]:
         "batch_sizes": [phase.batch_size for phase in phases],
         "pretrain_epochs": [phase.epochs for phase in config.pretrain],
         "data": dataset.fingerprint,
+        **order_of(dataset),
         "spec": describe_spec(dataset.spec),
         "label": dataset.label,
         "class_names": list(dataset.class_names),
         "mixture": {"family": f"{kind.__module__}.{kind.__qualname__}", **config.mixture.describe(phases)},
     }
+
+
+def order_of(dataset: Samples) -> dict[str, Any]:
+    """Return what decides the order of a data set's rows, by the keys that a config has them under.
+
+    Raises:
+        ValueError: it is no JSON, so that no checkpoint can hold it.
+    """
+    kind, options = type(dataset).__name__, dataset.order_options
+    try:
+        return {f"data.{name}": value for name, value in json.loads(json.dumps(options)).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{kind}.order_options ({options}) must be JSON by name ({error}): return numbers, words and lists"
+        ) from None
 
 
 def describe_spec(spec: Spec) -> dict[str, Any]:

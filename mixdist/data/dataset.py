@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -88,6 +88,14 @@ class Samples(ABC):
     def ordered(self, positions: Tensor, epoch: Epoch, batch_size: int) -> Tensor:
         """Return positions in the order of an epoch, for batches of ``batch_size``."""
         return shuffled(positions, epoch)
+
+    @property
+    def order_options(self) -> dict[str, Any]:
+        """Return, as JSON, what decides the order of an epoch beside the samples; a run is resumed with the same only.
+
+        A class with an ``ordered`` of its own returns the options of that.
+        """
+        return {"order": "full"}
 
     @property
     def in_memory(self) -> bool:

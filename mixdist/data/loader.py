@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixdist.data.dataset import Samples
-from mixdist.data.order import Epoch
+from mixdist.data.order import Epoch, digest
 from mixdist.terms import Batch
 
 
@@ -174,6 +174,10 @@ class Loader:
         mine = share(len(positions), self.rank, self.world_size)
         return self.dataset.ids[positions[mine.start : mine.stop]]
 
+    def order_digest(self, epoch: int) -> str:
+        """Return the digest of an epoch's order."""
+        return digest(self._order(epoch))
+
     def _start(self, epoch: int, index: int) -> Callable[[], Batch]:
         positions = self._positions(epoch, index)
         mine = share(len(positions), self.rank, self.world_size)
@@ -182,12 +186,14 @@ class Loader:
 
     def _positions(self, epoch: int, index: int) -> Tensor:
         """Return the positions of a global batch."""
+        return self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+
+    def _order(self, epoch: int) -> Tensor:
+        """Return all positions in the order of an epoch; those of this one and the one before are kept."""
         if self.ordered:
-            order = self._all
-        else:
-            if epoch not in self._orders:
-                before = {e: kept for e, kept in self._orders.items() if e == epoch - 1}
-                order = self.dataset.ordered(self._all, Epoch(self.seed, self.phase, epoch), self.batch_size)
-                self._orders = {**before, epoch: order}
-            order = self._orders[epoch]
-        return order[index * self.batch_size : (index + 1) * self.batch_size]
+            return self._all
+        if epoch not in self._orders:
+            before = {e: kept for e, kept in self._orders.items() if e == epoch - 1}
+            order = self.dataset.ordered(self._all, Epoch(self.seed, self.phase, epoch), self.batch_size)
+            self._orders = {**before, epoch: order}
+        return self._orders[epoch]

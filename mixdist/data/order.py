@@ -5,6 +5,7 @@ Shape letters: N samples.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +26,6 @@ class Epoch:
         phase: number of the phase.
         number: number of the epoch within the phase.
         expert: the expert whose epoch it is, if each expert has its own.
-        purpose: the use of the order.
 
     Examples:
         >>> import torch
@@ -39,13 +39,17 @@ class Epoch:
     phase: int = 0
     number: int = 0
     expert: int = 0
-    purpose: Purpose = Purpose.ORDER
+
+
+def digest(order_N: Tensor) -> str:
+    """Return the sha256 of an order, by which a run that is resumed inside an epoch knows it again."""
+    return hashlib.sha256(order_N.contiguous().numpy().data).hexdigest()
 
 
 def shuffled(positions_N: Tensor, epoch: Epoch) -> Tensor:
     """Return positions in full random order: a sort by keyed hashes of their ranks among them."""
     e = epoch
-    return positions_N[permutation(e.seed, e.phase, e.number, len(positions_N), e.expert, e.purpose)]
+    return positions_N[permutation(e.seed, e.phase, e.number, len(positions_N), e.expert)]
 
 
 def shuffled_blocks(positions_N: Tensor, epoch: Epoch, block: int, window: int, batch_size: int) -> Tensor:
@@ -71,7 +75,7 @@ def shuffled_blocks(positions_N: Tensor, epoch: Epoch, block: int, window: int, 
     place_of = torch.empty_like(order)
     place_of[order] = torch.arange(len(order))
     place_N = place_of[block_N]
-    hash_N = hashes(e.seed, e.phase, e.number, positions_N, e.expert, e.purpose)
+    hash_N = hashes(e.seed, e.phase, e.number, positions_N, e.expert)
     mixed = torch.argsort(hash_N, stable=True)
     mixed = mixed[torch.argsort(place_N[mixed] // window, stable=True)]
     # Within a batch by block, those of a block as they were mixed.

@@ -10,7 +10,7 @@ from safetensors.numpy import load, save
 from mixdist.data import Loader, Samples
 from mixdist.mixtures import Evaluation, Mixture, Request
 from mixdist.mixtures.inspection import inspect
-from mixdist.noise import EVALUATION_PHASE, Moment
+from mixdist.noise import EVALUATION_PHASE, TRIAL_PHASE, Moment
 from mixdist.parallel.agreement import gather_bytes
 from mixdist.parallel.mesh import Mesh
 
@@ -48,7 +48,7 @@ def evaluate(
         module.eval()
     loader = Loader(dataset, batch_size, seed, 0, mesh.rank, mesh.world_size, ordered=True)
     at, first = Moment(seed, EVALUATION_PHASE), loader.batch(0, 0).to(mesh.device)
-    inspect(mixture, first, loader.ids(0, 0), at)
+    inspect(mixture, first, loader.ids(0, 0), Moment(seed, TRIAL_PHASE))
     study = mixture.study(dataset, Request(at, batch_size, num_samples, shares_from))
     study.start()
     for index in range(loader.num_batches):

@@ -25,7 +25,7 @@ from mixdist.mixtures.model import Model
 from mixdist.mixtures.pictures import Picture
 from mixdist.mixtures.shown import expert_pictures
 from mixdist.mixtures.study import Evaluation, Request, Study
-from mixdist.noise import Moment, Purpose
+from mixdist.noise import TRIAL_PHASE, Moment, Purpose
 from mixdist.parallel.agreement import agreed, gather_json
 from mixdist.parallel.route import Route
 from mixdist.terms import Batch, ExpertTerms, Gating, Spec
@@ -139,7 +139,7 @@ class Ensemble(Mixture):
         seen = stage.batch_size / mesh.placement.num_replicas / stage.accumulate * self.part_of_rows
         stored = dataset.take(torch.arange(min(len(dataset), max(1, round(seen)))))
         rows = self.values({name: column.to(mesh.device) for name, column in stored.items()}, bank.fields)
-        at, few = Moment(self.context.seed), {name: column[:8] for name, column in stored.items()}
+        at, few = Moment(self.context.seed, TRIAL_PHASE), {name: column[:8] for name, column in stored.items()}
         agreed(lambda: inspect_experts(self, bank.owned(), few, few, at, stage), mesh.world)
         bank.timed = time_executions(bank.owned(), rows, self.noise(at), how)
         if gather_json(min(bank.timed, key=lambda way: bank.timed[way]), mesh.world)[0] == "stacked":

@@ -100,7 +100,7 @@ def _samples(
     if not image:
         return by_expert, None
     whole = np.concatenate([found[e][:count] for e, count in enumerate(whole_E.tolist())])
-    return by_expert, whole[permutation(seed, 0, 0, NUM_WHOLE, purpose=Purpose.PRIOR).numpy()]
+    return by_expert, whole[permutation(seed, 0, 0, NUM_WHOLE, purpose=Purpose.MOSAIC).numpy()]
 
 
 def _grid(dataset: Samples, num_points: int = 200) -> np.ndarray:

@@ -12,9 +12,9 @@ from mixdist.data import Loader, RankBatch, Samples
 from mixdist.engines import Engine, EngineFactory, Native, NotFinite, Totals
 from mixdist.mixtures import Mixture
 from mixdist.mixtures.inspection import inspect
-from mixdist.noise import Moment
+from mixdist.noise import TRIAL_PHASE, Moment
 from mixdist.parallel.agreement import gather_json
-from mixdist.training.checkpoint import Saved, check_optimizer, load_module
+from mixdist.training.checkpoint import Saved, check_optimizer, check_order, load_module
 from mixdist.training.loop import Advance, peak_memory
 from mixdist.training.phases import Phase, Position
 
@@ -116,6 +116,7 @@ class Trainer:
             "position": asdict(self.position),
             "optimizer": self.engine.kind(),
             "mixture": self.mixture.state(),
+            "order": self._order(),
         }
         return Saved(state, self.mixture.owned(), self.engine)
 
@@ -138,10 +139,15 @@ class Trainer:
         self.engine.close()
         self.engine, self._inspected = self._enter(self.position.phase), -1
         check_optimizer(path, state, self.engine.kind())
+        check_order(path, state, self._order())
         self.mixture.load_state(state["mixture"])
         for owned in self.mixture.owned():
             load_module(path, owned, self.engine)
         self.engine.fast_forward(self.position.step)
+
+    def _order(self) -> str | None:
+        """Return the digest of the order of the epoch that the position is inside of; None between epochs."""
+        return self.loader.order_digest(self.position.epoch) if self.position.batch else None
 
     def _move_on(self) -> bool:
         """Move to the next step; return True where an epoch ended."""
@@ -192,7 +198,7 @@ class Trainer:
         self._anneal()
         self._upcoming = self._upcoming or self._batch(at.epoch, at.batch)
         ids = self.loader.ids(at.epoch, at.batch)
-        inspect(self.mixture, self._upcoming, ids, Moment(self.seed, at.phase, at.step), self.phase)
+        inspect(self.mixture, self._upcoming, ids, Moment(self.seed, TRIAL_PHASE), self.phase)
 
     def _anneal(self) -> None:
         """Set all schedules for the step of the position."""

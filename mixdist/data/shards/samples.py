@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -144,6 +144,12 @@ class ShardSamples(Samples):
         if self.shelf.order == "full":
             return shuffled(positions, epoch)
         return shuffled_blocks(positions, epoch, self.shelf.block, self.shelf.window, batch_size)
+
+    @property
+    def order_options(self) -> dict[str, Any]:
+        shelf = self.shelf
+        blocks = {"block": shelf.block, "window": shelf.window} if shelf.order == "blocks" else {}
+        return {"order": shelf.order, **blocks}
 
     @property
     def in_memory(self) -> bool:
