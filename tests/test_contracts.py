@@ -570,6 +570,7 @@ SOURCES: dict[str, tuple[Callable[[], Any], str]] = {
     "nothing": (lambda: None, "NoneType Splits(train,"),
     "one data set": (rows, "Dataset Splits(train,"),
     "tensors": (lambda: (torch.zeros(3), torch.zeros(3)), "Tensor Splits(train,"),
+    "three without names": (lambda: (Rows(), Rows(NUM_ROWS), Rows(2 * NUM_ROWS)), "Rows, Rows, Rows Splits(train,"),
     "ids in both": (lambda: (rows(), rows()), "id 500 2 times"),
     "an id twice": (own(ids=torch.zeros(NUM_ROWS, dtype=torch.int64)), "id 0 40 times"),
     "ids of another type": (own(ids=torch.arange(40.0)), "ids float32 int64"),

@@ -45,7 +45,8 @@ def is_own(source: Source) -> bool:
 def _check_splits(who: str, found: Any) -> None:
     """Check the data sets of a source of one's own against each other."""
     splits = [*found[:2], *(one for one in found[2:] if one is not None)] if isinstance(found, (tuple, list)) else []
-    if len(splits) not in (2, 3) or not all(isinstance(one, Samples) for one in splits):
+    told = len(splits) == 2 or isinstance(found, Splits)  # three without names could be train, valid, test
+    if not (told and all(isinstance(one, Samples) for one in splits)):
         given = type(found).__name__
         inside = ", ".join(type(one).__name__ for one in found) if isinstance(found, (tuple, list)) else given
         raise ValueError(

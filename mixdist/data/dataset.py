@@ -295,6 +295,12 @@ class Splits(NamedTuple, Generic[S]):
         test: read by the last step alone, which tells how good the result is.
         valid: read to choose settings and the best checkpoint, where the source has such rows of its own; a config's
             ``valid`` cuts them out of the training rows of any other.
+
+    Examples:
+        >>> from mixdist.data import Blobs, Splits
+        >>> train, test, _ = Blobs(rows=90, test_rows=30).load()
+        >>> [len(rows) for rows in Splits(train.first(80), test, valid=train.first(10))]
+        [80, 30, 10]
     """
 
     train: S
