@@ -97,7 +97,7 @@ def test_gradients_that_come_ahead_are_those_that_come_after(execution: str, mas
 def test_channels_last_changes_nothing_but_the_memory_format(how: Compute) -> None:
     plain, last = (trained(make_bank(CONV, "loop", compute=compute)) for compute in (Compute(), how))
     for got, wanted in zip(last, plain, strict=True):
-        close(got, wanted, rtol=1e-7, atol=1e-7)
+        close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_bfloat16_runs_the_networks_and_not_the_densities() -> None:

@@ -243,7 +243,7 @@ def test_evaluation_is_the_same_on_two_ranks(run: Path) -> None:
     two = json.loads((run / "evaluation.json").read_text())
     assert two["counts_EC"] == one["counts_EC"]
     for name, value in one["figures"].items():
-        assert two["figures"][name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
+        assert two["figures"][name] == pytest.approx(value, rel=1e-12, abs=1e-12), name
 
 
 @pytest.mark.parametrize("command", ["evaluate", "sample"])

@@ -53,7 +53,7 @@ def test_it_is_near_the_truth_and_never_better() -> None:
 def test_the_bandwidth_is_the_best_on_held_out_rows(size: int) -> None:
     samples, held_out, rows = (RNG.normal(size=(n, size)) ** 3 for n in (400, 300, 10))
     estimate = parzen(samples, held_out, rows)
-    np.testing.assert_allclose(estimate.log_density_N, _by_pairs(samples, rows, estimate.bandwidth), rtol=1e-9)
+    np.testing.assert_allclose(estimate.log_density_N, _by_pairs(samples, rows, estimate.bandwidth), rtol=1e-11)
     rival = minimize_scalar(
         lambda log_h: -_by_pairs(samples, held_out, math.exp(log_h)).mean(),
         bounds=(math.log(estimate.bandwidth / 3), math.log(estimate.bandwidth * 3)),
