@@ -200,6 +200,11 @@ class Stepping(Dataset):
         return positions[torch.argsort(positions % self.step, stable=True)]
 
 
+class Turning(Stepping):
+    """Its rows stand elsewhere, and what it says of them is the same."""
+    fingerprint = "the same rows"
+
+
 class Telling(Stepping):
     @property
     def order_options(self):
@@ -207,32 +212,34 @@ class Telling(Stepping):
 
 
 class Rows(Source):
-    def __init__(self, step: int, tells: bool) -> None:
-        self.step, self.tells = step, tells
+    def __init__(self, step: int, kind: str) -> None:
+        self.step, self.kind = step, globals()[kind]
 
     def load(self):
         x = torch.arange(60.0)[:, None].sin()
         made = []
         for ids in (torch.arange(44), torch.arange(44, 60)):
-            one = (Telling if self.tells else Stepping)({"id": ids, "x": x[ids]}, {"x": Field((1,), torch.float32)})
-            object.__setattr__(one, "step", self.step)
+            if self.kind is Turning:
+                ids = ids.roll(self.step)
+            one = self.kind({"id": ids, "x": x[ids]}, {"x": Field((1,), torch.float32)})
+            object.__setattr__(one, "step", 1 if self.kind is Turning else self.step)
             made.append(one)
         return Splits(*made)
 '''
 
 
-@pytest.mark.parametrize("tells", [True, False])
-def test_an_order_of_ones_own(tells: bool, folder: Path) -> None:
-    """One that tells its options is refused by their names, one that does not by the order itself."""
+@pytest.mark.parametrize("kind", ["Telling", "Stepping", "Turning"])
+def test_an_order_of_ones_own(kind: str, folder: Path) -> None:
+    """One that tells its options is refused by their names, one that does not by the order itself, or of its ids."""
     (folder / "stepping.py").write_text(OWN)
-    data = {"class_path": "stepping.Rows", "init_args": {"step": 7, "tells": tells}}
+    data = {"class_path": "stepping.Rows", "init_args": {"step": 7, "kind": kind}}
     config = soft_config(data)
     config["mixture"]["init_args"]["expert"]["init_args"] |= {"likelihood": "gaussian", "mean": "identity"}
-    run = f"own-{tells}"
+    run = f"own-{kind}"
     steps = steps_of("--config", write_config(folder / "own.yaml", config), "--out", run)
     for stop in (STOP, STEPS):
         other = ["train", "--resume", until(run, stop), "--data.step", "5"]
-        if tells:
+        if kind == "Telling":
             assert_refused(other, "data.step 7 5")
         elif stop == STOP:
             assert_refused(other, "step-000000002 order")
@@ -243,7 +250,7 @@ def test_an_order_of_ones_own(tells: bool, folder: Path) -> None:
 
 def test_options_that_are_no_json_are_refused(folder: Path) -> None:
     (folder / "lying.py").write_text(OWN.replace('{"step": self.step}', '{"step": torch.tensor(1)}'))
-    config = soft_config({"class_path": "lying.Rows", "init_args": {"step": 7, "tells": True}})
+    config = soft_config({"class_path": "lying.Rows", "init_args": {"step": 7, "kind": "Telling"}})
     assert_refused(
         ["train", "--config", write_config(folder / "lying.yaml", config)], "Telling.order_options tensor(1)"
     )

@@ -133,7 +133,9 @@ class Scoring:
             return None
         an_epoch = -(-self.num_samples // discriminating.batch_size)
         number = round * (discriminating.batches or discriminating.epochs * an_epoch)
-        return digest(self._pass(number // an_epoch, discriminating.batch_size)) if number % an_epoch else None
+        if number % an_epoch == 0:
+            return None
+        return digest(self.dataset.ids[self._pass(number // an_epoch, discriminating.batch_size)])
 
     @torch.no_grad()
     def verdict(

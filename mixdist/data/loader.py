@@ -175,8 +175,8 @@ class Loader:
         return self.dataset.ids[positions[mine.start : mine.stop]]
 
     def order_digest(self, epoch: int) -> str:
-        """Return the digest of an epoch's order."""
-        return digest(self._order(epoch))
+        """Return the digest of the ids in an epoch's order."""
+        return digest(self.dataset.ids[self._order(epoch)])
 
     def _start(self, epoch: int, index: int) -> Callable[[], Batch]:
         positions = self._positions(epoch, index)

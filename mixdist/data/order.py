@@ -41,9 +41,9 @@ class Epoch:
     expert: int = 0
 
 
-def digest(order_N: Tensor) -> str:
-    """Return the sha256 of an order, by which a run that is resumed inside an epoch knows it again."""
-    return hashlib.sha256(order_N.contiguous().numpy().data).hexdigest()
+def digest(ids_N: Tensor) -> str:
+    """Return the sha256 of ids in an order, by which a run that is resumed inside an epoch knows it again."""
+    return hashlib.sha256(ids_N.contiguous().numpy().data).hexdigest()
 
 
 def shuffled(positions_N: Tensor, epoch: Epoch) -> Tensor:
