@@ -184,6 +184,9 @@ def test_training_looks_at_validation_rows_and_leaves_test_rows_alone(folder: Pa
     ended = here("train", "--config", hard, "--out", "hard", *watched)
     assert (ended.code, ended.err) == (0, "")
     assert " validation rows: loss " in ended.out
+    for split in ("valid", "train"):
+        ended = here("evaluate", "soft", "--split", split, "--num_samples", "1")
+        assert (ended.code, ended.err) == (0, "")
     refusal_of("evaluate", "soft", named=("test rows were read",))
 
 

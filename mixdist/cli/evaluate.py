@@ -49,7 +49,7 @@ def evaluate_run(argv: Sequence[str]) -> None:
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, ep_size=None))
     mesh = build_mesh(config)
     with report_errors_once(mesh, "look at that rank's own messages, then start the evaluation again"):
-        session = build(config, mesh)
+        session = build(config, mesh, tests=options.split == "test")
         with closing(session):
             agreed(lambda: check_draws(session.mixture, options.kde), mesh.world)
             agreed(lambda: session.split(options.split), mesh.world)

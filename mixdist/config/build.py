@@ -85,7 +85,7 @@ def build(config: Config, mesh: Mesh, tests: bool = True) -> Session:
     Args:
         config: the run.
         mesh: this rank's place.
-        tests: whether test rows will be read although there are validation rows; training leaves them alone.
+        tests: whether test rows will be read although there are validation rows: by the last step alone.
 
     Raises:
         Agreed: something does not fit; the same message on every rank.
