@@ -128,9 +128,9 @@ class Model:
         return self._run(self.gate, named, Purpose.GATE).log_resp_BE
 
     @staticmethod
-    def _require(module: Gate | Expert, named: Batch) -> None:
+    def _require(module: Gate | Expert, named: Batch, spared: str | None = None) -> None:
         for name in module.fields:
-            if name not in named:
+            if name not in named and name != spared:
                 kind = type(module).__name__
                 raise ValueError(
                     f"{kind} needs the field {name!r}, given were {sorted(named)}: give rows as a dict of fields"
@@ -165,7 +165,7 @@ class Model:
         one = self._expert(number)
         if not one.can(ability):
             raise ValueError(f"expert {number} ({type(one).__name__}) does not {ability}: choose another")
-        self._require(one, named)
+        self._require(one, named, getattr(one, "target", None) if ability == "predict" else None)
         return one
 
     @torch.no_grad()
