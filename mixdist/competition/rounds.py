@@ -26,9 +26,10 @@ from mixdist.competition.table import Assignment, StarvedRule, reseeded, starved
 from mixdist.data import Epoch, Samples
 from mixdist.engines import EngineFactory
 from mixdist.noise import TRIAL_PHASE, Moment
-from mixdist.training.checkpoint import Saved, check_optimizer, check_order
+from mixdist.training.checkpoint import Saved
 from mixdist.training.loop import Advance
 from mixdist.training.phases import Phase
+from mixdist.training.resume import check_progress
 
 TABLE = "assignment.npy"
 
@@ -345,6 +346,5 @@ class Rounds:
         if self.changed is not None and self.changed >= self.rules.stop_below:
             self.position = replace(self.position, stopped=False)  # it stopped by a rule that is no longer there
         self.entrants.enter(self.phase)
-        check_optimizer(path, state, self.entrants.kind())
-        check_order(path, state, self.scoring.order_digest(self.position.round))
+        check_progress(path, state, self.entrants.kind(), self.scoring.order_digest(self.position.round))
         self.entrants.load(path, state["entrants"], self._round_before)

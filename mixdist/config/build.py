@@ -24,6 +24,7 @@ from mixdist.training.trainer import Trainer
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SKIPS_SHOWN = 20
+PLAIN = (bool, int, float, str, type(None))
 KINDS = {"train": "training", "valid": "validation", "test": "test"}
 """What the rows of a split are called."""
 
@@ -180,6 +181,9 @@ def describe(config: Config, dataset: Samples) -> dict[str, Any]:
         "pretrain_epochs": [phase.epochs for phase in config.pretrain],
         "data": dataset.fingerprint,
         **order_of(dataset),
+        "source": {
+            name: value for name, value in getattr(config.data, "__dict__", {}).items() if isinstance(value, PLAIN)
+        },
         "spec": describe_spec(dataset.spec),
         "label": dataset.label,
         "class_names": list(dataset.class_names),

@@ -262,50 +262,6 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_run(path: Path, state: dict[str, Any], described: Mapping[str, Any]) -> None:
-    """Check what a checkpoint says of its run against the config's.
-
-    Raises:
-        ValueError: it belongs to another run.
-    """
-    as_stored = json.loads(json.dumps(described))  # where tuples are lists
-    here, made = ({**run, **run.get("mixture", {}), "mixture": None} for run in (as_stored, state["run"]))
-    for key in {**here, **made} if described else ():
-        if made.get(key) != here.get(key):
-            own = "rows (the same data, limit, splits and skipped samples)" if key == "data" else "config"
-            raise ValueError(
-                f"checkpoint {path} was made with {key} {made.get(key)}, the config has {here.get(key)}: resume with "
-                f"the run's own {own}, or start a new run"
-            )
-
-
-def check_order(path: Path, state: dict[str, Any], order: str | None) -> None:
-    """Check the order of the epoch that a checkpoint is inside of: with another, samples would come twice or never.
-
-    Raises:
-        ValueError: it is another, though all that the data says of its order is the same.
-    """
-    if state.get("order") != order:
-        then, now = (str(one)[:16] for one in (state.get("order"), order))
-        raise ValueError(
-            f"checkpoint {path} is inside an epoch with the order {then} of rows, which is {now} now: resume with the "
-            f"code of ordered that the data had, or start a new run"
-        )
-
-
-def check_optimizer(path: Path, state: dict[str, Any], optimizer: str) -> None:
-    """Check the optimiser of a checkpoint against the config's.
-
-    Raises:
-        ValueError: it is another.
-    """
-    if optimizer != state["optimizer"]:
-        raise ValueError(
-            f"checkpoint {path} was made with the optimiser {state['optimizer']}, the config has {optimizer}: resume "
-            f"with the run's own optimiser, or start a new run"
-        )
-
-
 def load_mixture(path: Path, mixture: Mixture) -> None:
     """Put the weights and the state of a trained mixture in place, without optimisers.
 

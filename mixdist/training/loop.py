@@ -13,7 +13,8 @@ import torch
 from mixdist.files import write_file
 from mixdist.parallel.agreement import on_rank_0
 from mixdist.parallel.mesh import Mesh
-from mixdist.training.checkpoint import CheckpointStore, Saved, check_run, read_state
+from mixdist.training.checkpoint import CheckpointStore, Saved, read_state
+from mixdist.training.resume import check_run
 from mixdist.training.selection import Selection
 
 

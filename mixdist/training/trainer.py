@@ -14,9 +14,10 @@ from mixdist.mixtures import Mixture
 from mixdist.mixtures.inspection import inspect
 from mixdist.noise import TRIAL_PHASE, Moment
 from mixdist.parallel.agreement import gather_json
-from mixdist.training.checkpoint import Saved, check_optimizer, check_order, load_module
+from mixdist.training.checkpoint import Saved, load_module
 from mixdist.training.loop import Advance, peak_memory
 from mixdist.training.phases import Phase, Position
+from mixdist.training.resume import check_progress
 
 
 class Trainer:
@@ -138,8 +139,7 @@ class Trainer:
             )
         self.engine.close()
         self.engine, self._inspected = self._enter(self.position.phase), -1
-        check_optimizer(path, state, self.engine.kind())
-        check_order(path, state, self._order())
+        check_progress(path, state, self.engine.kind(), self._order())
         self.mixture.load_state(state["mixture"])
         for owned in self.mixture.owned():
             load_module(path, owned, self.engine)
