@@ -161,10 +161,13 @@ def records_of(rounds: Rounds) -> Iterator[dict[str, Any]]:
 
 
 class Step(NamedTuple):
-    """What a step of an engine began with, summed over replicas: its loss and, clipped, its gradients."""
+    """What a step of an engine began with, summed over replicas: its loss and its gradients, clipped, as one array.
+
+    Thousands of tensors would each take a file descriptor on their way from a rank.
+    """
 
     loss: float
-    grads: list[Tensor]
+    grads: np.ndarray
 
 
 Steps = dict[str, list[tuple[int, Step]]]
@@ -194,13 +197,13 @@ def watched(look: Callable[[Solo, list[Tensor]], None], tell: Callable[[Solo, fl
 @contextmanager
 def kept(steps: Steps, when: Callable[[], int]) -> Iterator[None]:
     """Keep every step."""
-    grads: list[Tensor] = []
+    grads: list[np.ndarray] = []
 
     def look(engine: Solo, found: list[Tensor]) -> None:
-        grads[:] = [grad.clone() for grad in found]
+        grads.append(torch.cat([grad.reshape(-1) for grad in found]).numpy())
 
     def tell(engine: Solo, loss: float) -> float:
-        steps[engine.name].append((when(), Step(loss, list(grads))))
+        steps[engine.name].append((when(), Step(loss, grads.pop())))
         return loss
 
     with watched(look, tell):
@@ -220,11 +223,11 @@ def following(steps: Steps, differences: dict[str, float]) -> Iterator[None]:
         differences[name] = max(differences.get(name, 0.0), difference / (size or 1.0))
 
     def look(engine: Solo, found: list[Tensor]) -> None:
-        pairs = list(zip(found, left[engine.name][-1].grads, strict=True))
-        largest = max(theirs.abs().max().item() for _, theirs in pairs)
-        for mine, theirs in pairs:
-            note(f"{engine.name} gradient", (mine - theirs).abs().max().item(), largest)
-            mine.copy_(theirs)
+        theirs = torch.from_numpy(left[engine.name][-1].grads)
+        mine = torch.cat([grad.reshape(-1) for grad in found])
+        note(f"{engine.name} gradient", (mine - theirs).abs().max().item(), theirs.abs().max().item())
+        for grad, part in zip(found, theirs.split([grad.numel() for grad in found]), strict=True):
+            grad.copy_(part.view_as(grad))
 
     def tell(engine: Solo, loss: float) -> float:
         theirs = left[engine.name].pop().loss

@@ -102,11 +102,8 @@ def test_a_step_that_differs_is_seen(pool: Callable[[int], Pool]) -> None:
     steps = merge(pool(2).run("tests.contest:run", case))["steps"]
     assert max(follow(case, steps)[1].values()) <= STEP
     when, last = steps["expert 2"][-1]
-    grads = [grad * (1 + 1e-11) for grad in last.grads]
-    for wrong, name in (
-        (last._replace(loss=last.loss * (1 + 3e-12)), "loss"),
-        (last._replace(grads=grads), "gradient"),
-    ):
+    loss, grads = last._replace(loss=last.loss * (1 + 3e-12)), last._replace(grads=last.grads * (1 + 1e-11))
+    for wrong, name in ((loss, "loss"), (grads, "gradient")):
         found = follow(case, {**steps, "expert 2": [*steps["expert 2"][:-1], (when, wrong)]})[1]
         assert {n.split()[2] for n, value in found.items() if value > STEP} == {name}
     with pytest.raises(IndexError):  # and a step that was not taken
