@@ -85,7 +85,7 @@ def finish(cell: Cell, options: argparse.Namespace, splits: Sequence[str] = ("te
     # Of a cell that was interrupted nobody knows how long it took.
     seconds = {"train": None if resumed else trained - begin, "evaluate": time.monotonic() - trained}
     likelihood = protocol["mixture"]["init_args"]["expert"]["init_args"]["likelihood"]
-    units = None if likelihood == "bernoulli" else protocol["add_for_stored_units"]
+    units = None if likelihood == "bernoulli" else protocol.get("add_for_stored_units")
     known = {**about, "done": done(run), "figures": figures, "add_for_stored_units": units, "seconds": seconds}
     replace_text(told, json.dumps(known, indent=2))
     return known

@@ -51,11 +51,7 @@ def tuned(found: Sequence[Mapping[str, Any]]) -> str:
     rates = sorted({known["rate"] for known in found})
     lines = []
     for name in dict.fromkeys((known["problem"], known["column"]) for known in found):
-        own = {
-            k["rate"]: k["figures"]["train"]["log_likelihood_shares"]
-            for k in found
-            if (k["problem"], k["column"]) == name
-        }
+        own = {k["rate"]: k["figures"]["train"]["log_likelihood"] for k in found if (k["problem"], k["column"]) == name}
         best = max(own, key=lambda rate: own[rate])
         lines.append([*name, *(f"{own[rate]:.3f}{'*' if rate == best else ''}" for rate in rates)])
     return table(["problem", "model", *(f"{rate:g}" for rate in rates)], lines)
@@ -80,7 +76,7 @@ def shown_seconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds:.0f}"
 
 
-def pair(known: Mapping[str, Any], digits: int, name: str = "log_likelihood_shares", add: float = 0.0) -> str:
+def pair(known: Mapping[str, Any], digits: int, name: str = "log_likelihood", add: float = 0.0) -> str:
     """Return the training and test figure."""
     of = [known["figures"][split][name] + add for split in ("train", "test") if split in known["figures"]]
     return " / ".join(f"{value:.{digits}f}" for value in of)

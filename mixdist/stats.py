@@ -55,8 +55,8 @@ def logistic_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor | float, num_le
     With u and l the two arguments of sigma, sigma(u) - sigma(l) = sigma(u) sigma(-l) (1 - exp(l - u)), and u - l is
     2h / s whatever x and m: no difference of nearly equal numbers is taken, however small s or far m.
 
-    It is a log-probability, not a density: compare it with a log-density of D numbers on [0, 1] after adding
-    -D log 256 nats to the latter, the mass of a cell of unit density.
+    It is a log-probability, not a density. A density that was trained on levels with uniform noise of a step added is
+    a lower bound of it, with D log of the step added to the density's log (Theis et al. 2016, section 3.1).
 
     Args:
         x: levels, numbers k / (num_levels - 1).

@@ -140,6 +140,18 @@ class ExpertTerms(NamedTuple):
     features: Mapping[str, Tensor] = {}
 
 
+class Posterior(NamedTuple):
+    """What q(z|x) is for R rows, by latent dimension.
+
+    Args:
+        mean_RL: E_q[z].
+        kl_RL: KL(q(z_l|x) || p(z_l)), nats.
+    """
+
+    mean_RL: Tensor
+    kl_RL: Tensor
+
+
 class Outcome(NamedTuple):
     """What one step of a mixture leaves on this rank; every tensor is a sum over its rows.
 

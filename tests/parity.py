@@ -20,7 +20,7 @@ from mixdist.evaluation.evaluate import evaluate
 from mixdist.experts import VAE, Centroid, Classifier, Compute, Expert, Regressor
 from mixdist.gates import Consistent, Gate, LabelOracle, Softmax, Uniform
 from mixdist.mixtures import Context, ExpertEvaluation, MakeExpert, Mixture, Soft
-from mixdist.mixtures.objectives import Balance, KLBalance, MixtureLikelihood, Objective, VarianceBalance, WeightedLoss
+from mixdist.mixtures.objectives import Balance, KLBalance, Objective, SoftMinLoss, VarianceBalance, WeightedLoss
 from mixdist.mixtures.routing import TopK
 from mixdist.nets import MLP, Conv
 from mixdist.noise import Draw, Moment, Purpose
@@ -162,10 +162,10 @@ COMPUTE = {"whole": Compute(), "pieces": Compute(micro_batch=2), "recompute": Co
 def make_objective(case: Case) -> Objective:
     balances: dict[str, Balance | None] = {"none": None, "variance": VarianceBalance(0.1), "kl": KLBalance(2.0, 10)}
     if case.objective == "tempered":
-        return MixtureLikelihood(balances[case.balance], temperature=3.0)
+        return SoftMinLoss(balances[case.balance], temperature=3.0)
     if case.objective == "sharpened":
         return WeightedLoss(balances[case.balance], entropy_bonus=-0.3, entropy_steps=12)
-    kind = {"weighted": WeightedLoss, "mixture": MixtureLikelihood}[case.objective]
+    kind = {"weighted": WeightedLoss, "mixture": SoftMinLoss}[case.objective]
     return kind(balances[case.balance])
 
 

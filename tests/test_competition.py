@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations, product
@@ -215,6 +216,40 @@ def test_scores_are_shares_of_the_training_set() -> None:
     for scores_NE in kept:
         assert scores_NE.shape == (45, 4)
         torch.testing.assert_close(scores_NE.exp().sum(0), torch.ones(4).double(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("by_shares", [False, True])
+@pytest.mark.parametrize("score", ["fresh", "normalised", "likelihood"])
+def test_the_objective_with_shares_is_equation_3(score: str, by_shares: bool) -> None:
+    """sum_j alpha_j KL(P_d^j || P_j) by a plain loop; where scores are log p_j, the classification likelihood."""
+    made = make_rounds(case_of((1, 1), score=score, rounds=2), mesh_of(4, 1, 1), Wire(torch.device("cpu")))
+    made.mixture.rules = made.rules = replace(made.rules, by_shares=by_shares)
+    kept: list[tuple[torch.Tensor, Any]] = []
+    decide = made.scoring._decide
+    made.scoring._decide = lambda scores, homes, log_z, table: (  # type: ignore
+        kept.append((scores, table)) or decide(scores, homes, log_z, table)
+    )
+    rounds = [(record, made.table) for record in records_of(made) if "round" in record]
+    assert len(rounds) == len(kept) == 3
+    for (record, table), (scores_NE, before_N) in zip(rounds, kept, strict=True):
+        expert_N, total = table.expert_N.tolist(), 0.0
+        before_E = np.bincount(range(4) if before_N is None or not by_shares else before_N, minlength=4)
+        for j in range(4):
+            own = [n for n, e in enumerate(expert_N) if e == j]
+            for n in own:
+                assert all(
+                    scores_NE[n, j] + np.log(before_E[j]) >= scores_NE[n, i] + np.log(before_E[i]) - 1e-12
+                    for i in range(4)
+                    if before_E[i]
+                )
+                density = 1 / len(own) if made.rules.score.normalized else len(expert_N) / len(own)
+                total += len(own) / len(expert_N) / len(own) * (math.log(density) - scores_NE[n, j].item())
+        assert record["objective_with_shares"] == pytest.approx(total, rel=1e-10)
+        assert record["objective_with_shares"] == pytest.approx(
+            record["objective"] + record["share_entropy"], rel=1e-12
+        )
+        if record["objective_trained"] is not None and not by_shares:
+            assert record["objective"] <= record["objective_trained"] + 1e-12
 
 
 @pytest.mark.parametrize("score", ["fresh", "elbo", "likelihood"])

@@ -227,9 +227,11 @@ def test_a_run_is_evaluated_and_sampled(run: Path) -> None:
     counts = json.loads((run / "assignments" / "round-0003.json").read_text())["counts"]
     assert told["protocol"]["mixture"]["init_args"]["rounds"] == 3
     assert told["figures"]["routing_entropy"] == 0
-    # The winner's likelihood is at least its share of the mixture's, and the mixture's is a density.
-    own, shares = told["figures"]["log_likelihood_gate"], told["figures"]["log_likelihood_shares"]
-    assert shares >= own + np.log(max(counts) / 240) - 5
+    # The mixture has at least the winners' likelihoods times their shares.
+    own = [(expert["rows"], expert["on_own_rows"]["log_likelihood"], expert["weight"]) for expert in told["experts"]]
+    assert [weight for _, _, weight in own] == pytest.approx([count / 240 for count in counts])
+    won = sum(rows * (log_px + np.log(weight)) for rows, log_px, weight in own if rows) / 40
+    assert told["figures"]["elbo"] - 0.5 < won <= told["figures"]["log_likelihood"]
     ended = here("sample", str(run))
     assert (ended.code, ended.err) == (0, "")
     assert (run / "images" / "samples.png").exists()

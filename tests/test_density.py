@@ -124,13 +124,14 @@ def test_the_bar_and_the_bounds_of_a_hard_mixture(run: Path) -> None:
     found = evaluated("--num_samples", "20", "--kde", "1000")
     figures, protocol = found["figures"], found["protocol"]
     # No density has a higher mean log-likelihood than the truth, but for the sampling of 300 rows.
-    assert figures["log_likelihood_shares"] < figures["exact_log_likelihood"] + 0.1
+    assert figures["log_likelihood"] < figures["exact_log_likelihood"] + 0.1
+    assert figures["elbo"] <= figures["log_likelihood"]
     assert figures["kde_log_likelihood"] < figures["exact_log_likelihood"] + 0.1
     # Both estimate the density of one mixture; the kernels blur it.
-    assert figures["kde_log_likelihood"] == pytest.approx(figures["log_likelihood_shares"], abs=1.0)
+    assert figures["kde_log_likelihood"] == pytest.approx(figures["log_likelihood"], abs=1.0)
     assert figures["routing_entropy"] == 0
-    assert "the last round's table" in protocol["weights_of_shares"]
-    assert "log p of the winner" in protocol["weights_of_gate"]
+    assert "the last round's table" in protocol["weights"]
+    assert (protocol["likelihood"], protocol["likelihood_of"]) == ("density", "x")
     assert protocol["mixture"]["class_path"] == "mixdist.competition.Competition"
     assert protocol["mixture"]["init_args"]["score"]["class_path"] == "mixdist.competition.Elbo"
     weights = [expert["weight"] for expert in found["experts"]]
@@ -179,6 +180,6 @@ def test_a_soft_mixture_has_a_kernel_density(tmp_path: Path, monkeypatch: pytest
     assert here("train", "--config", write_config(tmp_path / "c.yaml", SMALL), "--out", "run").code == 0
     found = evaluated("--num_samples", "1", "--kde", "200")
     assert math.isfinite(found["figures"]["kde_log_likelihood"])
-    assert "mean responsibilities" in found["protocol"]["weights_of_shares"]
+    assert "mean responsibilities" in found["protocol"]["weights"]
     weights = np.array([expert["weight"] for expert in found["experts"]])
     assert found["protocol"]["kde"]["samples_of_experts"] == apportioned(weights, 200).tolist()

@@ -70,16 +70,17 @@ def test_one_process_and_two_ranks_agree_and_say_how(run: Path, folder: Path) ->
     assert (expert["likelihood"], expert["scale"]) == ("gaussian", "learned")
     assert protocol["data"] == Digits().load()[1].fingerprint
     figures = one["figures"]
-    assert figures["elbo"] <= figures["bound"] <= figures["log_likelihood_gate"]
+    assert figures["elbo"] <= figures["log_likelihood"]
     assert {"accuracy", "purity", "nmi", "ari", "rmse_row", "rmse_value", "routing_entropy"} <= figures.keys()
     assert figures["rmse_row"] == pytest.approx(8 * figures["rmse_value"])
     assert [e["rows"] for e in one["experts"]] == [sum(counts) for counts in one["counts_EC"]]
     assert sum(e["rows"] for e in one["experts"]) == 359
     assert math.fsum(e["mean_responsibility"] for e in one["experts"]) == pytest.approx(1)
     header, _, *lines = ended.out.splitlines()
-    assert header.split() == ["expert", "rows", "mean", "loss", "elbo", "log-likelihood", "took", "y"]
+    wanted = ["expert", "rows", "mean", "loss", "elbo", "log-likelihood", "active", "units", "took", "y"]
+    assert header.split() == wanted
     assert [line.split()[0] for line in lines[:4]] == ["0", "1", "2", "3"]
-    assert f"log_likelihood_shares {figures['log_likelihood_shares']:.4f}" in ended.out
+    assert f"log_likelihood {figures['log_likelihood']:.4f} +- {one['errors']['log_likelihood']:.2g}" in ended.out
     assert str(run / "evaluation.json") in ended.out
 
 
@@ -90,7 +91,7 @@ def test_another_split_has_a_file_of_its_own(run: Path) -> None:
     assert (run / "evaluation.json").read_bytes() == kept
     assert (train["protocol"]["split"], train["protocol"]["rows"]) == ("train", 1438)
     assert train["figures"] != test["figures"]
-    assert test["experts"][0]["on_all_rows"]["log_likelihood_error"] is None  # one sample has no deviation
+    assert test["experts"][0]["on_all_rows"]["importance_error"] is None  # one sample has no deviation
 
 
 def test_the_first_rows_alone_are_evaluated_where_asked(run: Path) -> None:
@@ -99,7 +100,7 @@ def test_the_first_rows_alone_are_evaluated_where_asked(run: Path) -> None:
         ended, told = evaluated(run, "--rows", str(num_rows), "--num_samples", "2")
         assert told["protocol"]["rows"] == sum(expert["rows"] for expert in told["experts"]) == num_rows
         assert f"\n{num_rows} test rows: " in ended.out
-        figures.append(told["figures"]["log_likelihood_shares"])
+        figures.append(told["figures"]["log_likelihood"])
     assert figures[0] != figures[1]
 
 
@@ -108,8 +109,8 @@ def test_the_figures_are_the_run_s_own(run: Path) -> None:
     ended = here("train", "--resume", str(run))
     (line,) = [line for line in ended.out.splitlines() if "test rows" in line]
     figures = evaluated(run, "--num_samples", "1")[1]["figures"]
-    for name in ("loss", "accuracy", "nmi", "rmse_row", "routing_entropy"):
-        assert f"{name} {figures[name]:.4f}" in line
+    for name in figures.keys() - {"log_likelihood"}:  # it is the one that takes importance samples
+        assert f" {name} {figures[name]:.4f}" in line, name
 
 
 def test_data_may_move_but_not_change(folder: Path) -> None:
@@ -161,4 +162,4 @@ def test_a_supervised_run_is_evaluated(folder: Path) -> None:
     found = evaluated(folder / "run")[1]
     assert found["protocol"]["num_samples"] is None
     assert "is exact" in found["protocol"]["sampled"]
-    assert {"rmse", "log_likelihood_gate"} <= found["figures"].keys()
+    assert {"prediction_rmse", "conditional_log_likelihood"} <= found["figures"].keys()

@@ -23,7 +23,7 @@ import mixdist
 from mixdist.cli.main import main
 from mixdist.data import Digits
 from mixdist.experts import VAE, Centroid, Classifier, Expert, ExpertBank, Noise, Regressor
-from mixdist.mixtures.objectives import MixtureLikelihood
+from mixdist.mixtures.objectives import SoftMinLoss
 from mixdist.nets import MLP, Conv
 from mixdist.terms import Batch, ExpertTerms, Field, Spec
 
@@ -394,19 +394,19 @@ def test_the_weighted_mean_of_predictions_is_the_mixture_of_the_likelihood_objec
     q = random(7, 3, seed=2).softmax(1)
     losses = torch.stack([expert(rows, None).loss_R for expert in experts], 1)
     p = torch.einsum("re,rec->rc", q, torch.stack([expert.predict(rows) for expert in experts], 1))
-    close(MixtureLikelihood().rows(q.log(), losses), -p[torch.arange(7), rows["label"]].log())
+    close(SoftMinLoss().rows(q.log(), losses), -p[torch.arange(7), rows["label"]].log())
 
 
 def test_a_run_ends_with_the_likelihood_of_its_weighted_mean(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = Path(__file__).parents[1] / "configs" / "digits_moe_supervised.yaml"
     run = tmp_path / "run"
     assert main(["train", "--config", str(config), "--train.epochs", "2", "--out", str(run)]) == 0
-    bound = float(re.search(r"\bbound\s+(-?[0-9.]+)", capsys.readouterr().out)[1])
+    told = float(re.search(r"\bconditional_log_likelihood (-?[0-9.]+)", capsys.readouterr().out)[1])
     rows = Digits().load()[1].rows
     p = mixdist.load(run).predict(rows["x"])
     assert p.shape == (359, 10)
     torch.testing.assert_close(p.sum(1), torch.ones(359))
-    assert p.gather(1, rows["y"].long()[:, None]).log().mean().item() == pytest.approx(bound, abs=1e-4)
+    assert p.gather(1, rows["y"].long()[:, None]).log().mean().item() == pytest.approx(told, abs=1e-4)
 
 
 # Centroids.

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -91,13 +92,21 @@ def test_a_run_with_another_width_is_not_resumed(whole: Path) -> None:
 
 
 def test_it_is_evaluated_on_any_layout(whole: Path) -> None:
-    found = []
+    found, rows = [], []
     for ranks in (1, 2, 4):
         ended = together("evaluate", whole.name, ranks=ranks, folder=whole.parent)
         assert ended.code == 0, ended.err
         assert "359 test rows: squared_error" in ended.out
         found.append(json.loads((whole / "evaluation.json").read_text()))
+        with np.load(whole / "evaluation.npz", allow_pickle=False) as columns:
+            rows.append(dict(columns))
     assert found[0]["figures"].keys() == {"squared_error", "largest_weight"}
+    assert found[0]["errors"].keys() == {"largest_weight"}  # a sum over rows has no error
+    for own in rows:
+        assert own.keys() == {"id", "label", "largest_weight"}
+        np.testing.assert_array_equal(own["id"], Digits().load()[1].ids)
+        np.testing.assert_allclose(own["largest_weight"], rows[0]["largest_weight"], rtol=1e-10)
+    assert rows[0]["largest_weight"].mean() == pytest.approx(found[0]["figures"]["largest_weight"], rel=1e-12)
     assert found[0]["protocol"]["mixture"] == CONFIG["mixture"]
     for other in found[1:]:
         assert other["figures"] == pytest.approx(found[0]["figures"], rel=1e-10)
@@ -138,7 +147,7 @@ class Silent(TwoStage):
 
 class Vector(TwoStage):
     def measure(self, batch, at):
-        return {"error": torch.zeros(batch.size)}
+        return {"error": torch.zeros(batch.size + 1)}
 
 
 class Slashed(TwoStage):

@@ -75,7 +75,7 @@ def test_the_command_makes_every_cell_once_and_its_tables(tmp_path: Path, capsys
     text = (tmp_path / "out" / "kvaes.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| 5 modes |"))
     for cell, shown in zip(told, line.split(" | ")[2:], strict=False):
-        of = [cell["figures"][split]["log_likelihood_shares"] for split in ("train", "test")]
+        of = [cell["figures"][split]["log_likelihood"] for split in ("train", "test")]
         assert shown == f"{of[0]:.3f} / {of[1]:.3f}"
     # What is finished is read, not made again; another config under the same name is refused.
     logs = sorted((tmp_path / "out").glob("*.log"))
@@ -107,8 +107,8 @@ def test_some_models_alone_are_run_and_told_without_tables(
 
 def test_units_of_stored_rows_move_a_line_by_a_constant() -> None:
     def known(column: str, value: float) -> dict[str, Any]:
-        figures = {"log_likelihood_shares": value, "exact_log_likelihood": 1.0, "nmi": 0.5}
-        split = {"train": figures, "test": {**figures, "log_likelihood_shares": value - 1}}
+        figures = {"log_likelihood": value, "exact_log_likelihood": 1.0, "nmi": 0.5}
+        split = {"train": figures, "test": {**figures, "log_likelihood": value - 1}}
         return {"problem": "9modes", "column": column, "seed": 0, "figures": split, "add_for_stored_units": -7.0}
 
     problem = cells.PROBLEMS["9modes"]

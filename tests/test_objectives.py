@@ -17,13 +17,13 @@ from mixdist.mixtures.objectives import (
     Balance,
     Information,
     KLBalance,
-    MixtureLikelihood,
     Objective,
+    SoftMinLoss,
     VarianceBalance,
     WeightedLoss,
 )
 
-OBJECTIVES = [WeightedLoss(), MixtureLikelihood(), MixtureLikelihood(temperature=3.0)]
+OBJECTIVES = [WeightedLoss(), SoftMinLoss(), SoftMinLoss(temperature=3.0)]
 BALANCES = [VarianceBalance(0.3), KLBalance(0.7)]
 by_name = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 balance_by_name = pytest.mark.parametrize("balance", BALANCES, ids=lambda b: type(b).__name__)
@@ -59,14 +59,14 @@ def test_mixture_likelihood_against_scipy() -> None:
     log_resp, losses = _inputs()
     resp = np.exp(log_resp.detach().numpy())
     expected = -scipy.special.logsumexp(-losses.detach().numpy(), b=resp, axis=1)
-    _close(MixtureLikelihood().rows(log_resp, losses).detach(), expected)
+    _close(SoftMinLoss().rows(log_resp, losses).detach(), expected)
 
 
 def test_far_losses_do_not_overflow() -> None:
     log_resp, losses = _inputs()
-    rows = MixtureLikelihood().rows(log_resp, losses)
+    rows = SoftMinLoss().rows(log_resp, losses)
     for far in (-1e4, 1e4):
-        _close(MixtureLikelihood().rows(log_resp, losses + far), rows + far)
+        _close(SoftMinLoss().rows(log_resp, losses + far), rows + far)
 
 
 @by_name
@@ -77,20 +77,20 @@ def test_gradients(objective: Objective) -> None:
 def test_a_temperature_shares_rows_among_experts() -> None:
     log_resp, losses = _inputs(rows=1000)
     for temperature in (0.5, 1.0, 4.0):
-        tempered = MixtureLikelihood(temperature=temperature)
+        tempered = SoftMinLoss(temperature=temperature)
         rows = tempered.rows(log_resp, losses)
-        _close(rows, temperature * MixtureLikelihood().rows(log_resp, losses / temperature))
+        _close(rows, temperature * SoftMinLoss().rows(log_resp, losses / temperature))
         (gradient,) = torch.autograd.grad(rows.sum(), losses, retain_graph=True)
         joint = np.exp(log_resp.detach().numpy() - losses.detach().numpy() / temperature)
         _close(gradient, joint / joint.sum(1, keepdims=True))
-    of = [MixtureLikelihood(temperature=t).rows(log_resp, losses) for t in (1.0, 10.0, 1e7)]
+    of = [SoftMinLoss(temperature=t).rows(log_resp, losses) for t in (1.0, 10.0, 1e7)]
     assert (of[0] < of[1]).all()
     torch.testing.assert_close(of[2], WeightedLoss().rows(log_resp, losses), rtol=1e-5, atol=1e-5)
 
 
 def test_mixture_likelihood_lies_between_the_least_and_the_weighted_loss() -> None:
     log_resp, losses = _inputs(rows=1000)
-    mixture, weighted = (objective.rows(log_resp, losses) for objective in (MixtureLikelihood(), WeightedLoss()))
+    mixture, weighted = (objective.rows(log_resp, losses) for objective in (SoftMinLoss(), WeightedLoss()))
     assert (mixture < weighted).all()  # Jensen; strictly, since losses and responsibilities differ
     assert (mixture > losses.min(1).values).all()
     assert (weighted < losses.max(1).values).all()
@@ -209,7 +209,7 @@ def test_the_balance_warms_up_with_its_objective(kind: type[VarianceBalance | KL
 
 def test_linear_says_what_the_gradient_by_the_losses_is() -> None:
     log_resp, losses = _inputs()
-    for objective in (WeightedLoss(entropy_bonus=0.5), MixtureLikelihood(entropy_bonus=0.5)):
+    for objective in (WeightedLoss(entropy_bonus=0.5), SoftMinLoss(entropy_bonus=0.5)):
         (gradient,) = torch.autograd.grad(objective.rows(log_resp, losses).sum(), losses)
         assert objective.linear == torch.allclose(gradient, log_resp.exp(), rtol=1e-12)
     assert not Objective.linear
@@ -233,11 +233,8 @@ BONUSES: list[tuple[dict[str, Any], str]] = [
     ({"entropy_steps": -3}, r"entropy_steps \(-3\) must be a number of training steps: give 0"),
 ]
 REFUSED: list[tuple[type[Any], dict[str, Any], str]] = [
-    *((kind, *bonus) for kind in (WeightedLoss, MixtureLikelihood, Information) for bonus in BONUSES),
-    *(
-        (MixtureLikelihood, {"temperature": t}, "temperature .* must be above 0")
-        for t in (0.0, -1.0, math.inf, math.nan)
-    ),
+    *((kind, *bonus) for kind in (WeightedLoss, SoftMinLoss, Information) for bonus in BONUSES),
+    *((SoftMinLoss, {"temperature": t}, "temperature .* must be above 0") for t in (0.0, -1.0, math.inf, math.nan)),
     *(
         (kind, {"weight": weight}, rf"weight \({weight}\) must be 0 or more")  # it would reward collapse
         for kind in (VarianceBalance, KLBalance)

@@ -154,7 +154,7 @@ def test_a_key_in_the_wrong_section_is_told_its_own() -> None:
 
 
 ORACLE, LIKELIHOOD = of("mixdist.competition.LabelOracle"), of("mixdist.competition.Likelihood")
-MIXTURE_LIKELIHOOD = of("mixdist.mixtures.MixtureLikelihood")
+MIXTURE_LIKELIHOOD = of("mixdist.mixtures.SoftMinLoss")
 NETWORK = "score.init_args.network"
 MEANINGLESS: list[tuple[Any, dict[str, Any], str]] = [
     # a class that cannot be
@@ -181,8 +181,8 @@ MEANINGLESS: list[tuple[Any, dict[str, Any], str]] = [
     (HARD, {"gate": of("mixdist.gates.Softmax")}, "gate"),
     (HARD, {"train.trains": "gate"}, "train.trains gate competition"),
     (HARD, {"train.accumulate": 2}, "train.accumulate 2 competition"),
-    (HARD, {"train.objective": MIXTURE_LIKELIHOOD}, "train.objective MixtureLikelihood"),
-    (HARD, {"pretrain": [{"objective": MIXTURE_LIKELIHOOD}]}, "pretrain[0].objective MixtureLikelihood"),
+    (HARD, {"train.objective": MIXTURE_LIKELIHOOD}, "train.objective SoftMinLoss"),
+    (HARD, {"pretrain": [{"objective": MIXTURE_LIKELIHOOD}]}, "pretrain[0].objective SoftMinLoss"),
     (HARD, {"train.objective": SOFT["train"]["objective"]}, "train.objective WeightedLoss balance"),
     # a number out of range
     (SOFT, {"num_experts": 0}, "num_experts (0)"),
@@ -219,7 +219,7 @@ MEANINGLESS: list[tuple[Any, dict[str, Any], str]] = [
     (
         SOFT,
         {"one_way": True, "train.objective": MIXTURE_LIKELIHOOD},
-        "one_way (true) train.objective MixtureLikelihood",
+        "one_way (true) train.objective SoftMinLoss",
     ),
     (SOFT, {"execution": "stacked", "compute.recompute": True}, "recompute (True) execution stacked"),
     (HARD, {"start": "table"}, "start (table)"),

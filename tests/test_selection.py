@@ -236,7 +236,7 @@ def test_every_second_epoch_and_more_of_them(folder: Path) -> None:
 
 
 def test_likelihoods_may_be_monitored(folder: Path) -> None:
-    named = "log_likelihood_shares"
+    named = "log_likelihood"
     how = {"select__monitor": named, "select__mode": "max", "select__num_samples": 3}
     run = trained(folder, changed(SOFT, valid=40, train__epochs=1, **how), "run")
     (record,) = watched(run)

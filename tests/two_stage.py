@@ -108,7 +108,7 @@ class TwoStage(Mixture):
     def measure(self, batch: RankBatch, at: Moment) -> dict[str, Tensor]:
         weights_BE, h_BH = self.through(batch, at)
         error = (self.decoder(h_BH) - self.x_of(batch.rows)).square().sum()
-        return {"squared_error": error, "largest_weight": weights_BE.max(1).values.sum()}
+        return {"squared_error": error, "largest_weight": weights_BE.max(1).values}
 
     @torch.no_grad()
     def pictures(self, dataset: Samples, evaluation: Evaluation, seed: int) -> list[Picture]:

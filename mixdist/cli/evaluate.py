@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -23,7 +22,7 @@ from mixdist.data import Samples
 from mixdist.evaluation.density import KernelDensity, check_draws, kernel_density
 from mixdist.evaluation.evaluate import evaluate
 from mixdist.evaluation.protocol import protocol
-from mixdist.files import write_file
+from mixdist.evaluation.record import record
 from mixdist.mixtures import Evaluation
 from mixdist.noise import EVALUATION_PHASE, Moment
 from mixdist.parallel.agreement import agreed, on_rank_0
@@ -65,8 +64,8 @@ def evaluate_parser() -> ArgumentParser:
         "Evaluate the best or newest good checkpoint of a run, in one process or under torchrun on any number of "
         "ranks: likelihoods by importance sampling, reconstruction, clustering, routing. The run's own config "
         "holds; dotted options override it, as --data.root for data that was moved. Writes RUN/evaluation.json (for "
-        "another split, RUN/evaluation-SPLIT.json). Example: torchrun --standalone --nproc-per-node 2 -m mixdist "
-        "evaluate runs/mnist --num_samples 100",
+        "another split, RUN/evaluation-SPLIT.json) and beside it the rows (.npz). Example: torchrun --standalone "
+        "--nproc-per-node 2 -m mixdist evaluate runs/mnist --num_samples 100",
     )
     parser.add_argument("run", type=str, help="the run's directory")
     parser.add_argument(
@@ -149,8 +148,7 @@ def _evaluate(config: Config, session: Session, options: Namespace, checkpoint: 
     if options.kde:
         at = Moment(config.seed, EVALUATION_PHASE)
         kde = kernel_density(session.mixture, evaluation, session.train, at, options.kde)
-        figures = evaluation.figures | {"kde_log_likelihood": kde.log_likelihood}
-        evaluation = dataclasses.replace(evaluation, figures=figures)
+        evaluation = evaluation.plus("kde_log_likelihood", kde.log_density_N, kde.reported)
     if rank0:
         how = _how(config, session, options, checkpoint, dataset) | {"kde": kde and kde.describe()}
         _report(evaluation, how, kde, run, path)
@@ -171,29 +169,32 @@ def _how(config: Config, session: Session, options: Namespace, checkpoint: Path,
 def _report(evaluation: Evaluation, how: dict[str, Any], kde: KernelDensity | None, run: Path, path: Path) -> None:
     """Print the figures and write them to the run."""
     print(summary(evaluation, how["split"]), flush=True)
-    if "log_likelihood_gate" in evaluation.figures:
+    if "log_likelihood" in evaluation.figures:
         drawn = how["num_samples"]
-        how_many = f"{drawn} importance sample{'s' if drawn > 1 else ''} for each expert" if drawn else "exact"
-        print("log-likelihoods, nats a row:", how_many)
+        how_many = f"{drawn} importance sample{'s' if drawn > 1 else ''} of each expert" if drawn else "exact"
+        print(f"log_likelihood: {how_many}; weights: {evaluation.protocol['weights']}")
     if kde is not None and kde.at_edge:
         print("kde_log_likelihood is not to be trusted: the best bandwidth lies at the edge of those tried")
-    report = _without_nan({"protocol": how, **evaluation.describe()})
-    write_file(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+    record(evaluation, how, path)
     print(f"run: {run}   checkpoint: {how['checkpoint']}   figures: {path}", flush=True)
 
 
-def _without_nan(value: Any) -> Any:
-    """Put null where a figure is not finite: an expert without rows has no mean."""
-    if isinstance(value, dict):
-        return {name: _without_nan(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def summary(evaluation: Evaluation, split: str = "test") -> str:
-    """Return what ends a run: the family's table, the figures, and what is amiss."""
-    figures = "   ".join(f"{name} {value:.4f}" for name, value in evaluation.figures.items())
+    """Return what ends a run: the family's table, the figures with their standard errors, and what is amiss."""
+    figures = "   ".join(_with_error(name, value, evaluation.errors) for name, value in evaluation.figures.items())
     headers, lines = evaluation.table()
     above = [table(headers, lines)] if headers else []
-    return "\n".join([*above, f"{len(evaluation.dataset)} {KINDS[split]} rows: {figures}", *evaluation.findings])
+    likelihood, name = evaluation.protocol.get("likelihood"), evaluation.protocol.get("likelihood_of")
+    units = {
+        "density": f"likelihoods are log densities of {name} as the model sees it, nats a row",
+        "mass": f"likelihoods are log probabilities of {name}, nats a row",
+        "neither": f"likelihoods are neither densities nor probabilities: {name} has values off their mass's levels",
+        "unknown": "likelihoods may be densities or probabilities: the experts do not say which (log_px_is)",
+    }
+    told = [units[likelihood]] if likelihood in units else []
+    return "\n".join([*above, f"{len(evaluation.dataset)} {KINDS[split]} rows: {figures}", *told, *evaluation.findings])
+
+
+def _with_error(name: str, value: float, errors: dict[str, float]) -> str:
+    error = errors.get(name, math.nan)
+    return f"{name} {value:.4f}" + ("" if math.isnan(error) else f" +- {error:.2g}")

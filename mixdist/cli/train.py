@@ -198,7 +198,7 @@ def _conclude(config: Config, session: Session, loop: Loop, run: Path) -> None:
             print(f"{type(mixture).__name__} has no figures: it has no measure method\nrun: {run}", flush=True)
         return
     rows = session.split(session.watched)
-    evaluation = evaluate(mixture, rows, config.test_batch_size, config.seed)
+    evaluation = evaluate(mixture, rows, config.test_batch_size, config.seed, shares_from=session.train)
     picture = draw(mixture, rows, evaluation, run, config.seed)
     if session.mesh.rank == 0:
         chosen = [f"   {name}: {value} ({why})" for name, (value, why) in mixture.choices().items() if why]

@@ -51,7 +51,7 @@ class Competition(HardMixture):
 
     def describe(self, stages: Sequence[Stage]) -> dict[str, Any]:
         """Return what a run goes on with: the number of experts, rules that are part of the run, epochs of a round."""
-        kept = {name: getattr(self.rules, name) for name in ("start", "starved", "starved_below", "block")}
+        kept = {name: getattr(self.rules, name) for name in ("start", "by_shares", "starved", "starved_below", "block")}
         score = self.rules.score
         told = {"score": type(score).__name__} | {f"score.{name}": value for name, value in score.describe().items()}
         return {**super().describe(stages), **told, **kept, "epochs": stages[-1].epochs}

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mixdist.competition.entrant import Entrant
+from mixdist.competition.reassign import Verdict
 from mixdist.competition.table import Assignment
 from mixdist.parallel.agreement import gather_json
 from mixdist.parallel.mesh import Mesh
@@ -72,6 +73,7 @@ class History:
         record = {
             **fields,
             "loss": _finite(total / sum(rows_E)) if sum(rows_E) else None,
+            "loss_rows": sum(rows_E),
             "expert_loss": [_finite(loss) for loss in losses_E],
             "discriminator_loss": [_finite(loss) for loss in discriminators_E],
             **{name: sum(t["bytes"][i] for t in gathered) for i, name in enumerate(names)},
@@ -82,6 +84,33 @@ class History:
             entrant.rows = 0
         self.reset()
         return record
+
+
+def objectives(
+    verdict: Verdict, entropies: tuple[float, float], by_shares: bool, last: float | None
+) -> tuple[dict[str, Any], float | None]:
+    """Return what a record tells of the objective, and what the next one is to be compared with.
+
+    Args:
+        verdict: has F with the new table and with the one that experts trained on.
+        entropies: H(alpha) of the two tables, nats.
+        by_shares: every half-step is to lower F + H(alpha) (seed document 004, equation 3) instead of F (equation 6).
+        last: what the round before returned.
+    """
+    after, before = verdict.objective, verdict.objective_before
+    with_shares = None if after is None else after + entropies[0]
+    lowered, trained = after, before
+    if by_shares:
+        lowered, trained = with_shares, None if before is None else before + entropies[1]
+    rose = last is not None and trained is not None and trained > last + 1e-12 * abs(last)
+    told = {
+        "objective": after,
+        "objective_trained": before,
+        "objective_rose": rose,
+        "share_entropy": entropies[0],
+        "objective_with_shares": with_shares,
+    }
+    return told, lowered
 
 
 def table_files(table: Assignment) -> dict[str, bytes]:

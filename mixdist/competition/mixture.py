@@ -30,7 +30,8 @@ from mixdist.terms import Batch, Gating, Owned, Parts
 class HardMixture(Ensemble):
     """Experts, their discriminators, and each one's normaliser over the training set; seed document 004.
 
-    As a density of x it is sum_j alpha_j p_j(x), with alpha_j the shares of the training set.
+    As a density of x it is sum_j alpha_j p_j(x), with alpha_j the shares of the training set. A row goes to
+    argmax_j p_j(x), which is the most probable expert under that density only with ``by_shares``.
 
     Args:
         expert: class of mixdist.experts, or your own Expert, for all of them; or a list with one for each expert.
@@ -38,6 +39,8 @@ class HardMixture(Ensemble):
         compute: how an expert runs its rows.
         rules: of the competition; its score says how experts are compared.
     """
+
+    shares_are = "each expert's part of the training rows in the last round's table"
 
     def __init__(
         self,
@@ -124,10 +127,20 @@ class HardMixture(Ensemble):
         """The fields that the score reads."""
         return self.score_rule.fields
 
+    @property
+    def decides_by(self) -> tuple[str, ...]:
+        """Return the fields that experts read, for their scores, and those of the score."""
+        return tuple(dict.fromkeys([name for facts in self.facts for name in (*facts.fields, *self.extra_fields)]))
+
     def choose(self, batch: RankBatch, route: Route, at: Moment) -> Tensor:
         at = Moment(at.seed, ASSIGNMENT_PHASE)  # not of the figures: a winner by luck would look better than it is
         scores_Re = self.scores(self.values(route.rows(), self.fields), at)
-        return won(self.dispatch.combine(scores_Re, route).double() - self.log_z_E)
+        return self.decide(self.dispatch.combine(scores_Re, route))
+
+    def decide(self, scores_BE: Tensor) -> Tensor:
+        """Return the log weights of all experts, 0 for the winner, given scores before normalisation, (B, E)."""
+        scores_BE = scores_BE.double() - self.log_z_E
+        return won(scores_BE + self.share_E.log() if self.rules.by_shares else scores_BE)
 
     def scores(self, rows: Batch, at: Moment) -> Tensor:
         """Return the scores of rows by this rank's experts, before normalisation, (R, e)."""
@@ -145,14 +158,6 @@ class HardMixture(Ensemble):
         """Return the mixture's decisions as a gate."""
         return HardGate(self)
 
-    def protocol(self, num_samples: int) -> dict[str, Any]:
-        """Return how likelihoods and weights were taken."""
-        return {
-            **super().protocol(num_samples),
-            "weights_of_shares": "alpha: each expert's part of the training rows in the last round's table: a density",
-            "weights_of_gate": "1 for the expert with the highest score: log p of the winner, no density of x",
-        }
-
 
 class HardGate(Gate):
     """A hard mixture's decisions in one process, in a gate's place: log 1 for the winner, log 0 for the others.
@@ -168,8 +173,7 @@ class HardGate(Gate):
         self.fields = tuple(dict.fromkeys((*read, *mixture.extra_fields)))
 
     def forward(self, rows: Batch, eps: Tensor | None) -> Gating:
-        scores_BE = self.mixture.scores(rows, self.at).double() - self.mixture.log_z_E
-        return Gating(won(scores_BE).to(self.mixture.dtype))
+        return Gating(self.mixture.decide(self.mixture.scores(rows, self.at)).to(self.mixture.dtype))
 
 
 def won(scores_BE: Tensor) -> Tensor:

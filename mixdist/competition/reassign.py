@@ -38,8 +38,11 @@ class Verdict(NamedTuple):
         expert_N: each sample's best expert.
         best_N: its score there, nats; None unless requested.
         log_z_E: each expert's normaliser; 0 where the score has none.
-        objective: F = -1/N sum_i [log N + s_{c(i)}(x_i)] with the new table c, the empirical loss of seed document
-            004's theorem 2 for f = -log (without log N where scores have no normaliser); nats; None where infinite.
+        objective: F = -1/N sum_i [log N + s_{c(i)}(x_i)] with the new table c: the empirical loss of seed document
+            004's equation 6 and theorem 2 for f = -log (without log N where scores have no normaliser); nats; None
+            where infinite. Equation 3's value, sum_j alpha_j KL(P_d^j || P_g_j), is F + H(alpha): the text replaces
+            dP_d^j by dP_d = alpha_j dP_d^j between the two. Where scores are log p_j it is -1/N times the
+            log-likelihood of rows and table together.
         objective_before: F with the table of the round before; None before the first, and where infinite.
     """
 
@@ -194,7 +197,7 @@ class Scoring:
         mesh, num = self.mesh, self.num_samples
         parts = [share(num, p, len(homes)) for p in range(len(homes))]
         scores_nE = self._exchange(scores_Ne, homes, parts).cpu().numpy()
-        expert_n = agreed(lambda: winners(scores_nE), mesh.world)
+        expert_n = agreed(lambda: winners(scores_nE + self._log_shares(table, scores_nE.shape[1])), mesh.world)
         best_n = np.take_along_axis(scores_nE, expert_n[:, None], 1)[:, 0].astype(np.float64)
         sums = [-best_n.sum()]
         if table is not None:
@@ -208,6 +211,13 @@ class Scoring:
         expert_N = self._gather(expert_n.astype(kind), parts).astype(np.int64)
         best_N = self._gather(best_n, parts) if self.needs_best else None
         return Verdict(expert_N, best_N, log_z_E, objective, before)
+
+    def _log_shares(self, table: Any, num_experts: int) -> NDArray[np.float64]:
+        """Return log alpha of the table before, (E,); zeros before the first, and where shares do not count."""
+        if table is None or not self.mixture.rules.by_shares:
+            return np.zeros(num_experts)
+        with np.errstate(divide="ignore"):  # an expert without samples wins none
+            return np.log(np.bincount(table, minlength=num_experts) / len(table))
 
     def _exchange(self, scores_Ne: Tensor, homes: Sequence[Sequence[int]], parts: Sequence[range]) -> Tensor:
         """Bring all experts' scores of this member's part here, experts ascending: (n, E)."""

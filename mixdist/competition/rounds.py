@@ -19,10 +19,10 @@ from mixdist.competition.contracts import inspect_entrants
 from mixdist.competition.delivery import OwnReader, WireReader, pieces_of_epoch
 from mixdist.competition.entrant import Entrant
 from mixdist.competition.entrants import Entrants
-from mixdist.competition.history import History, in_words, table_files
+from mixdist.competition.history import History, in_words, objectives, table_files
 from mixdist.competition.mixture import HardMixture
 from mixdist.competition.reassign import Scoring, Verdict
-from mixdist.competition.table import Assignment, StarvedRule, reseeded, starved
+from mixdist.competition.table import Assignment, reseeded, starved
 from mixdist.data import Epoch, Samples
 from mixdist.engines import EngineFactory
 from mixdist.noise import TRIAL_PHASE, Moment
@@ -249,6 +249,7 @@ class Rounds:
         if rules.score.keeps and old is not None:
             verdict = verdict._replace(expert_N=old.expert_N, objective=verdict.objective_before)
         table = Assignment.of(verdict.expert_N, self.num_experts, self.data, at.round)
+        entropies = table.share_entropy, 0.0 if old is None else old.share_entropy
         rule = rules.starved
         starved_experts = [] if rule == "none" else self._starved(table)
         if rule == "reseed" and (at.round >= rules.rounds or rules.score.keeps):
@@ -261,7 +262,8 @@ class Rounds:
         stopped = at.round > 0 and not begins and changed is not None and changed < rules.stop_below
         self.table, self.changed = table, changed
         self.position = replace(at, round=at.round + 1, epoch=0, total=at.total + 1, stopped=stopped)
-        record = self._report(table, verdict, changed, starved_experts, rule)
+        told, self.objective = objectives(verdict, entropies, rules.by_shares, self.objective)
+        record = self._report(table, told, changed, starved_experts, rule)
         return Advance(True, record, in_words(record), table_files(table), selectable=True)
 
     def _reseed(self, table: Assignment, verdict: Verdict, starved_experts: list[int]) -> Assignment:
@@ -276,21 +278,16 @@ class Rounds:
         return Assignment.of(expert_N, self.num_experts, self.data, table.round)
 
     def _report(
-        self, table: Assignment, verdict: Verdict, changed: float | None, starved_experts: list[int], rule: StarvedRule
+        self, table: Assignment, told: dict[str, Any], changed: float | None, starved_experts: list[int], rule: str
     ) -> dict[str, Any]:
         """Return the record of a scoring."""
-        before, last = verdict.objective_before, self.objective
-        rose = last is not None and before is not None and before > last + 1e-12 * abs(last)
-        self.objective = verdict.objective
         return self._record(
             {
                 "phase": self.position.phase,
                 "round": table.round,
                 "counts": table.counts_E.tolist(),
                 "changed": changed,
-                "objective": verdict.objective,
-                "objective_trained": before,
-                "objective_rose": rose,
+                **told,
                 "starved": starved_experts,
                 "starved_rule": rule,
                 "homes": self.entrants.homes,

@@ -27,6 +27,9 @@ class Rules:
             split (all); or on a random split, which is the first (split); or on a given table, which is (table).
         table: an assignment's .npy file of another run on the same data, with its .json beside it; for start table.
         score: class of mixdist.competition, or your own Score.
+        by_shares: a sample goes to argmax_j alpha_j p_j(x), with alpha the shares of the table before, which lowers
+            equation 3's sum, F + H(alpha); with the score Likelihood it is classification EM (Celeux and Govaert 1992).
+            By default it goes to argmax_j p_j(x) (theorem 2), which lowers F.
         starved: what happens to an expert with few samples: nothing; freeze, it does not train until it wins more;
             reseed, it gets new weights and an even share of the samples whose best score is worst.
         starved_below: few is less than this part of an even share.
@@ -43,6 +46,7 @@ class Rules:
     start: Literal["all", "split", "table"] = "all"
     table: str | None = None
     score: Score = field(default_factory=_discriminators)  # type: ignore[assignment]
+    by_shares: bool = False
     starved: StarvedRule = "none"
     starved_below: float = 0.1
     stop_below: float = 0.0

@@ -23,7 +23,8 @@ from mixdist.terms import Batch, Spec, label_classes
 
 
 class Score(ABC):
-    """Gives s_j(x), the score of rows for expert j, nats; a sample belongs to argmax_j of it.
+    """Gives s_j(x), the score of rows for expert j, nats; a sample belongs to argmax_j of it, or of it plus log alpha_j
+    with the competition's ``by_shares``.
 
     Attributes:
         normalized: whether log Z_j = logsumexp_i s_j(x_i) over the whole training set is taken off: the score then
@@ -141,7 +142,7 @@ class Discriminators(Score):
 
 
 class Elbo(Score):
-    """The expert's bound on log p(x) from one posterior sample, or exact where it has no latent variables.
+    """The expert's ELBO from one posterior sample, log p(x|z) - KL, or its log p(x) where it has no latent variables.
 
     With :class:`mixdist.experts.Centroid` it is k-means: argmax_j -||x - mu_j||^2 / 2 (seed document 004, section 6).
 
@@ -177,7 +178,10 @@ class Elbo(Score):
 
 
 class Likelihood(Score):
-    """log p_j(x), importance-sampled: hard EM.
+    """log p_j(x), importance-sampled: maximum likelihood of the table with equal weights for all experts.
+
+    With the competition's ``by_shares`` it is log alpha_j + log p_j(x): hard EM, the C-step of classification EM
+    (Celeux and Govaert 1992), of which the other is the case of equal proportions.
 
     Args:
         num_samples: S for each sample and expert.
@@ -258,7 +262,7 @@ class Random(Score):
 class Fixed(Elbo):
     """Samples stay in the split that they began in: a bag of experts, each on its own part of the data.
 
-    Held-out rows, which have no place, go to the expert with the highest bound.
+    Held-out rows, which have no place, go to the expert with the highest ELBO.
 
     Examples:
         >>> from mixdist.competition import Competition, Fixed

@@ -71,6 +71,12 @@ class Assignment:
         share: NDArray[np.float64] = self.counts_E / len(self)
         return share
 
+    @property
+    def share_entropy(self) -> float:
+        """H(alpha) = -sum_j alpha_j log alpha_j, nats."""
+        share = self.share_E[self.share_E > 0]
+        return float(-(share * np.log(share)).sum())
+
     def positions(self, expert: int) -> Tensor:
         """Return the places of an expert's samples in the data set, ascending, int64."""
         return torch.from_numpy(np.flatnonzero(self.expert_N == expert))

@@ -21,25 +21,25 @@ HELD_OUT = 2000
 
 
 class KernelDensity(NamedTuple):
-    """The mean log density of rows under a kernel density on a mixture's samples, and how it was taken.
+    """The log density of rows under a kernel density on a mixture's samples, and how it was taken.
 
     Args:
-        log_likelihood: mean over the rows, nats; in units of values, as the model sees them.
+        log_density_N: of each row, nats, in units of values, as the model sees them; NaN for rows not reported.
+        reported: the places of the rows reported.
         num_samples: S.
         counts_E: samples of each expert.
         bandwidth: standard deviation of the kernel, in units of values.
         at_edge: the best bandwidth was the first or last one tried, so the number is not to be trusted.
         chosen_on: training rows that chose the bandwidth; none of them is reported.
-        rows: rows reported.
     """
 
-    log_likelihood: float
+    log_density_N: np.ndarray
+    reported: np.ndarray
     num_samples: int
     counts_E: list[int]
     bandwidth: float
     at_edge: bool
     chosen_on: int
-    rows: int
 
     def describe(self) -> dict[str, Any]:
         """Return, as JSON, how it was taken."""
@@ -50,7 +50,7 @@ class KernelDensity(NamedTuple):
             "bandwidth": self.bandwidth,
             "bandwidth_at_edge": self.at_edge,
             "bandwidth_chosen_on": f"{self.chosen_on} training rows, none of them among those reported",
-            "rows": self.rows,
+            "rows": len(self.reported),
         }
 
 
@@ -85,10 +85,12 @@ def kernel_density(
             )
         except ValueError as mistake:
             raise ValueError(f"--kde ({num_samples}): {mistake}") from None
-        return [float(found.log_density_N.mean()), found.bandwidth, found.at_edge]
+        return [found.log_density_N.tolist(), found.bandwidth, found.at_edge]
 
-    log_likelihood, bandwidth, at_edge = on_rank_0(estimate, mixture.context.mesh)
-    return KernelDensity(log_likelihood, num_samples, counts_E, bandwidth, at_edge, len(held_out), len(reported))
+    log_density, bandwidth, at_edge = on_rank_0(estimate, mixture.context.mesh)
+    log_density_N = np.full(len(dataset), np.nan)
+    log_density_N[reported] = log_density
+    return KernelDensity(log_density_N, reported.numpy(), num_samples, counts_E, bandwidth, at_edge, len(held_out))
 
 
 def check_draws(mixture: Mixture, num_samples: int) -> None:

@@ -52,7 +52,11 @@ def evaluate(
     study = mixture.study(dataset, Request(at, batch_size, num_samples, shares_from))
     study.start()
     for index in range(loader.num_batches):
-        study.add(first if index == 0 else loader.batch(0, index).to(mesh.device))
+        batch = first if index == 0 else loader.batch(0, index).to(mesh.device)
+        study.keep(id=batch.rows["id"])
+        if dataset.label is not None and batch.rows[dataset.label].dim() == 1:
+            study.keep(label=batch.rows[dataset.label])
+        study.add(batch)
         on_batch(index + 1, loader.num_batches)
     for part, was in training.items():
         part.training = was
@@ -64,8 +68,6 @@ def _in_order(own: dict[str, np.ndarray], dataset: Samples, mesh: Mesh) -> dict[
     """Return all ranks' columns in the data set's order."""
     parts = [load(data) for data in gather_bytes(save(own), mesh.world)]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in own}
-    if not columns:
-        return {}
     order = np.empty(len(dataset), dtype=np.int64)
-    order[np.argsort(dataset.ids.numpy())] = np.argsort(columns.pop("id"))
+    order[np.argsort(dataset.ids.numpy())] = np.argsort(columns["id"])
     return {name: column[order] for name, column in columns.items()}

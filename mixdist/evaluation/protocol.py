@@ -8,7 +8,7 @@ from typing import Any
 from mixdist.data import Samples
 from mixdist.mixtures import Mixture
 
-KNOWN = "exact_log_likelihood: the source's own log p of the rows' values, the same units as log_likelihood_shares"
+KNOWN = "exact_log_likelihood: the source's own log density of the rows' values, as models see them"
 
 
 def protocol(mixture: Mixture, dataset: Samples, num_samples: int) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class Centroid(Expert):
     """
 
     stackable = True
+    log_px_is = "density"
 
     def __init__(self, spec: Spec, scale: float = 1.0, field: str = "x") -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from mixdist.terms import Batch, ExpertTerms, Spec, label_classes, real_field
 class Classifier(Expert):
     """p(y|x) = softmax(f(x))_y with f a network.
 
-    loss = -log p(y|x), nats: the categorical cross entropy. With :class:`mixdist.mixtures.MixtureLikelihood` the
+    loss = -log p(y|x), nats: the categorical cross entropy. With :class:`mixdist.mixtures.SoftMinLoss` the
     mixture minimises -log sum_k q(k|x) p(y|x, k); the weighted mean of ``predict`` is p(y|x) = sum_k q(k|x) p(y|x, k)
     (seed document 001, section 4).
 
@@ -39,6 +39,8 @@ class Classifier(Expert):
         >>> Classifier(spec, network=MLP([16])).predict({"x": torch.zeros(5, 6)}).shape
         torch.Size([5, 3])
     """
+
+    log_px_is = "mass"
 
     def __init__(self, spec: Spec, network: Network | None = None, input: str = "x", target: str = "y") -> None:
         super().__init__()

@@ -5,9 +5,11 @@ Shape letters: R rows routed here, E experts on this rank, D features of a row, 
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
-from mixdist.terms import Batch, ExpertTerms
+from mixdist.terms import Batch, ExpertTerms, Posterior
 
 
 class Expert(nn.Module):
@@ -22,6 +24,9 @@ class Expert(nn.Module):
         noise_shape: the standard normal numbers that it needs for a row, or None.
         stackable: True when ``forward`` also accepts parameters with a leading expert axis (see mixdist/nets/mlp.py),
             with noise of shape (E, R, ...) and results of shape (E, R).
+        log_px_is: whether ``log_px_R`` is the log of a density of real numbers or of a probability mass of discrete
+            ones; None where the class does not say. Only figures of the same kind can be compared.
+        levels: of a mass over the numbers k / (levels - 1), how many: on rows with other values it is neither.
 
     Examples:
         >>> import torch
@@ -40,6 +45,8 @@ class Expert(nn.Module):
     fields: tuple[str, ...] = ("x",)
     noise_shape: tuple[int, ...] | None = None
     stackable: bool = False
+    log_px_is: Literal["density", "mass"] | None = None
+    levels: int | None = None
 
     def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
         """Return the terms of R rows of real numbers, given standard normal noise (R, *noise_shape)."""
@@ -75,6 +82,13 @@ class Expert(nn.Module):
         Their log-mean-exp over S estimates log p(x) (importance sampling; Burda et al. 2016, eq. 8).
         """
         raise NotImplementedError(f"{type(self).__name__} has no importance weights")
+
+    def posterior(self, rows: Batch) -> Posterior:
+        """Return mean and KL of q(z|x) for each row and latent dimension, (R, L) each, L the numbers of a row's noise.
+
+        From it come the KL by dimension and the active units (Burda et al. 2016, section 5.3) of an evaluation.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no posterior")
 
     def predict(self, rows: Batch) -> Tensor:
         """Return the target's mean for each row: (R, *shape of y)."""

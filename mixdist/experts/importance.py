@@ -27,13 +27,11 @@ class Evidence(NamedTuple):
     """Log-likelihoods of rows under experts, nats, float64; rows first, then experts where there are several.
 
     Args:
-        log_px: log p(x): an importance-sampled estimate, or exact (log p(y|x)) for experts without latent variables.
-        elbo: the mean of the S log-weights; never above ``log_px`` (Jensen).
-        error: standard error of ``log_px`` by the delta method; 0 where exact, NaN for S = 1.
+        log_px: log p(x), importance-sampled: in expectation a lower bound that rises with S (Burda et al. 2016, th. 1).
+        error: standard error of ``log_px`` over the draws, by the delta method; NaN for S = 1.
     """
 
     log_px: Tensor
-    elbo: Tensor
     error: Tensor
 
 
@@ -54,7 +52,6 @@ class Weights:
         self.num_samples = 0
         self.log_sum_R = torch.full((num_rows,), -math.inf, dtype=torch.float64, device=device)
         self.log_squares_R = self.log_sum_R.clone()
-        self.sum_R = torch.zeros_like(self.log_sum_R)
 
     def add(self, log_w_RS: Tensor) -> None:
         """Add samples: log w (R, S), nats."""
@@ -62,16 +59,15 @@ class Weights:
         self.num_samples += log_w_RS.shape[1]
         self.log_sum_R = torch.logaddexp(self.log_sum_R, log_w_RS.logsumexp(1))
         self.log_squares_R = torch.logaddexp(self.log_squares_R, (2 * log_w_RS).logsumexp(1))
-        self.sum_R += log_w_RS.sum(1)
 
     def evidence(self) -> Evidence:
-        """Return log p(x), the ELBO and the standard error from all samples so far, each (R,)."""
+        """Return log p(x) and its standard error from all samples so far, each (R,)."""
         num = self.num_samples
         share_R = torch.exp(self.log_squares_R - 2 * self.log_sum_R)
         error_R = (
             ((num * share_R - 1).clamp(min=0) / (num - 1)).sqrt() if num > 1 else torch.full_like(share_R, math.nan)
         )
-        return Evidence(self.log_sum_R - math.log(num), self.sum_R / num, error_R)
+        return Evidence(self.log_sum_R - math.log(num), error_R)
 
 
 @torch.no_grad()

@@ -28,22 +28,30 @@ _FIRST_SCALE = {"gaussian": 1.0, "laplace": 1.0, "logistic": 0.1}
 
 
 class Likelihood(nn.Module):
-    """The distribution of x given a network's output: its log density in nats a row, its mean, and samples.
+    """The distribution of x given a network's output: its log-probability in nats a row, its mean, and samples.
 
-    The log density is summed over all features of a row (pixels and colours of an image).
+    The log-probability is summed over all features of a row (pixels and colours of an image).
 
     Gaussian, Laplace and logistic have the location ``mean(output)`` and one scale for all features: fixed, or learned
     as a parameter of the expert (``scale="learned"``, from 1; from 0.1 for logistic). Bernoulli reads the output as
     logits and accepts x in [0, 1].
 
-    Gaussian and Laplace are densities, logistic is a probability mass over levels k / (num_levels - 1) and never above
-    0 nats. To compare a density of pixels on [0, 1] with a mass of 256 levels, add -D log 256 to its log.
+    Gaussian and Laplace are densities: their log has no upper limit, and changes by D log s where x is divided by s.
+    Logistic is a probability mass over the levels k / (num_levels - 1), and Bernoulli over 0 and 1: never above 0
+    nats. Bernoulli of values between 0 and 1, such as grey pixels, is the negative cross-entropy, neither density nor
+    mass (Loaiza-Ganem and Cunningham 2019). A density of pixels that are levels can grow without limit, so it
+    compares with a mass only where it was trained on levels with uniform noise of a step added: its log plus D log of
+    the step is then a lower bound of a mass's (Theis et al. 2016, section 3.1).
 
     Args:
         name: gaussian, laplace, bernoulli, or logistic: :func:`mixdist.stats.logistic_log_prob`.
         scale: the standard deviation (gaussian) or the scale (laplace, logistic), in units of x; or "learned".
         mean: sigmoid for data in [0, 1], identity for any real data; without effect on bernoulli.
         num_levels: of the logistic; by default 256.
+
+    Attributes:
+        is_a: density or mass.
+        levels: of a mass, how many; None for a density.
 
     Raises:
         ValueError: a scale that is not positive.
@@ -66,6 +74,8 @@ class Likelihood(nn.Module):
         if scale != "learned" and not 0 < scale < math.inf:
             raise ValueError(f"scale ({scale}) must be a positive number or 'learned'")
         self.name, self.mean_name, self.num_levels = name, mean, num_levels or 256
+        self.is_a: Literal["density", "mass"] = "mass" if name in ("bernoulli", "logistic") else "density"
+        self.levels = {"bernoulli": 2, "logistic": self.num_levels}.get(name)
         if name == "bernoulli":
             return
         # (1, 1) broadcasts over (R, D), and (E, 1, 1) over (E, R, D) when experts are stacked.

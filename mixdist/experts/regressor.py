@@ -19,8 +19,8 @@ from mixdist.terms import Batch, ExpertTerms, Spec, real_field
 class Regressor(Expert):
     """y from x by a network.
 
-    loss = sum_d (y_d - yhat_d)^2 for ``likelihood="squared"`` (seed document 000), else -log p(y|x) in nats, which
-    the mixture likelihood needs to be a likelihood (seed document 001, section 4).
+    loss = sum_d (y_d - yhat_d)^2 for ``likelihood="squared"`` (seed document 000), else -log p(y|x) in nats, a density
+    of y, with which :class:`mixdist.mixtures.SoftMinLoss` is -log p(y|x) of the mixture (seed document 001, section 4).
 
     Args:
         spec: the data set's fields.
@@ -59,6 +59,7 @@ class Regressor(Expert):
         self.input_shape, self.stackable = x.shape, network.stackable
         self.net = network.encoder(x.shape, y.num_values)
         self.likelihood = None if likelihood == "squared" else Likelihood(likelihood, scale, "identity")
+        self.log_px_is = None if self.likelihood is None else self.likelihood.is_a
 
     def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
         y, output = flat(rows[self.target], self.shape), self.net(flat(rows[self.input], self.input_shape))

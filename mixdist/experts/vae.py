@@ -16,7 +16,7 @@ from mixdist.experts.likelihood import Likelihood, LikelihoodName, MeanName, che
 from mixdist.nets.mlp import MLP, flat
 from mixdist.nets.network import Network
 from mixdist.stats import normal_kl, ramp
-from mixdist.terms import Batch, ExpertTerms, Spec, real_field
+from mixdist.terms import Batch, ExpertTerms, Posterior, Spec, real_field
 
 
 class VAE(Expert):
@@ -35,7 +35,8 @@ class VAE(Expert):
         spec: the data set's fields.
         latent: dimensions of z.
         network: of encoder and decoder; unset, an MLP with one hidden layer of 128.
-        likelihood: gaussian, laplace, bernoulli, or logistic (pixels stored as levels).
+        likelihood: gaussian and laplace, densities; bernoulli, a mass over 0 and 1 (of grey values a cross-entropy);
+            logistic, a mass over stored levels: :class:`mixdist.experts.likelihood.Likelihood`.
         scale: standard deviation (gaussian), Laplace or logistic scale, or "learned"; without effect on bernoulli.
         mean: sigmoid when x lies in [0, 1], identity otherwise; without effect on bernoulli.
         beta: weight of the KL (Higgins et al. 2017).
@@ -87,6 +88,7 @@ class VAE(Expert):
         self.encoder, self.decoder = network.encoder(self.shape, 2 * latent), network.decoder(latent, self.shape)
         num_levels = check_levels(described, field, "VAE") if likelihood == "logistic" else None
         self.likelihood = Likelihood(likelihood, scale, mean, num_levels)
+        self.log_px_is, self.levels = self.likelihood.is_a, self.likelihood.levels
         self.kl_weight: Tensor
         self.register_buffer("kl_weight", torch.tensor(1.0), persistent=False)
 
@@ -109,6 +111,10 @@ class VAE(Expert):
         charged = kl_by_dimension.clamp(min=self.free_bits) if self.free_bits else kl_by_dimension
         weight = self.beta * self.kl_weight if self.training else self.beta
         return ExpertTerms(weight * charged.sum(-1) - log_px, log_px, kl_by_dimension.sum(-1))
+
+    def posterior(self, rows: Batch) -> Posterior:
+        mean, log_var = self.encode(rows)
+        return Posterior(mean, normal_kl(mean, log_var))
 
     def log_weights(self, rows: Batch, eps: Tensor) -> Tensor:
         mean, log_var = self.encode(rows)

@@ -1,6 +1,7 @@
 """Mixtures: one training step for each family, over gate, experts and dispatch."""
 
-from mixdist.mixtures.ensemble import Ensemble, Facts, MakeExpert, Scores, check_fields
+from mixdist.mixtures.ensemble import Ensemble, MakeExpert, Scores, check_fields
+from mixdist.mixtures.facts import Facts
 from mixdist.mixtures.figures import ExpertEvaluation
 from mixdist.mixtures.mixture import Context, Mixture, Stage
 from mixdist.mixtures.model import Model
@@ -8,8 +9,8 @@ from mixdist.mixtures.objectives import (
     Balance,
     Information,
     KLBalance,
-    MixtureLikelihood,
     Objective,
+    SoftMinLoss,
     VarianceBalance,
     WeightedLoss,
 )
@@ -28,13 +29,13 @@ __all__ = [
     "KLBalance",
     "MakeExpert",
     "Mixture",
-    "MixtureLikelihood",
     "Model",
     "Objective",
     "Request",
     "RoutingPlan",
     "Scores",
     "Soft",
+    "SoftMinLoss",
     "Stage",
     "Study",
     "TopK",

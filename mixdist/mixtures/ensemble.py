@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from mixdist.data import RankBatch, Samples
 from mixdist.experts import Compute, Expert, ExpertBank, Noise, time_executions
 from mixdist.gates import Gate
 from mixdist.mixtures import evidence, samples
-from mixdist.mixtures.figures import ExpertEvaluation, ExpertStudy
+from mixdist.mixtures.expert_study import ExpertStudy
+from mixdist.mixtures.facts import Facts
+from mixdist.mixtures.figures import ExpertEvaluation
 from mixdist.mixtures.members import inspect_experts, inspect_gate, inspect_stack
 from mixdist.mixtures.mixture import Context, Mixture, Stage
 from mixdist.mixtures.model import Model
@@ -40,45 +42,15 @@ class Scores(NamedTuple):
     Args:
         log_resp_BE: log responsibilities.
         losses_BE: each expert's loss, as in training, nats.
-        elbo_BE: each expert's bound on log p(x) (VAEs) or its log p(y|x) (regressors), nats; None without one.
+        elbo_BE: each expert's ELBO, log p(x|z) - KL at one posterior sample, or its log p where that is exact, nats;
+            NaN for an expert without one, None where no expert has one.
+        exact_BE: log p(x), or log p(y|x) of supervised experts, where it is exact; NaN and None as above.
     """
 
     log_resp_BE: Tensor
     losses_BE: Tensor
     elbo_BE: Tensor | None
-
-
-class Facts(NamedTuple):
-    """What every rank knows of an expert, wherever it lives; all but the last two are None where it has no such thing.
-
-    Args:
-        fields: the fields of a row that it reads.
-        reconstructs: the field that it reconstructs.
-        samples: the field that it samples, as means of p(x|z).
-        draws: the field that it draws, with the noise of p(x|z).
-        predicts: the field that it predicts.
-        weighs: whether it has importance weights.
-    """
-
-    fields: tuple[str, ...]
-    reconstructs: str | None
-    samples: str | None
-    draws: str | None
-    predicts: str | None
-    weighs: bool
-
-    @staticmethod
-    def of(expert: Expert) -> Facts:
-        """Read them from an expert."""
-        field, noisy = str(getattr(expert, "field", "x")), expert.noise_shape is not None
-        return Facts(
-            tuple(expert.fields),
-            field if expert.can("reconstruct") and field in expert.fields else None,
-            field if expert.can("sample") and noisy else None,
-            field if expert.can("draw") and noisy else None,
-            getattr(expert, "target", None) if expert.can("predict") else None,
-            expert.can("log_weights"),
-        )
+    exact_BE: Tensor | None
 
 
 class Ensemble(Mixture):
@@ -86,11 +58,15 @@ class Ensemble(Mixture):
 
     Its arguments are those of :class:`mixdist.mixtures.Soft`.
 
+    Attributes:
+        shares_are: what ``shares`` returns, in words.
+
     Raises:
         ValueError: a number of experts that does not fit the list; a stack with options that are for a loop.
     """
 
     bank: ExpertBank
+    shares_are: ClassVar[str]
 
     def __init__(
         self,
@@ -176,6 +152,11 @@ class Ensemble(Mixture):
     def choose(self, batch: RankBatch, route: Route, at: Moment) -> Tensor:
         """Return the log weights of all experts for each of this rank's rows outside training, (B, E)."""
 
+    @property
+    @abstractmethod
+    def decides_by(self) -> tuple[str, ...]:
+        """The fields that ``choose`` reads."""
+
     @abstractmethod
     def shares(self, dataset: Samples, batch_size: int, at: Moment) -> Tensor:
         """Return each expert's part of a data set, (E,) float64: the weights of the mixture as a density of x."""
@@ -206,8 +187,14 @@ class Ensemble(Mixture):
 
     @property
     def one_density(self) -> bool:
-        """Whether all experts give the density of one field: only then do their likelihoods make a mixture's."""
-        return len({facts.predicts or facts.samples or facts.reconstructs for facts in self.facts}) == 1
+        """Whether all experts give p of one field, of one kind: only then do their likelihoods make a mixture's."""
+        kinds = {(f.predicts or f.samples or f.reconstructs, f.predicts, f.log_px_is, f.levels) for f in self.facts}
+        return len(kinds) == 1
+
+    @property
+    def reads_target(self) -> bool:
+        """Whether what decides about a row reads what experts predict: its weights then make no p(y|x)."""
+        return self.common("predicts") in self.decides_by
 
     @property
     def modelled(self) -> str:
@@ -261,12 +248,18 @@ class Ensemble(Mixture):
         terms = self.expert_terms(route, at)
         assert terms.loss_R is not None
         losses_BE = self.dispatch.combine(terms.loss_R, route)
-        bound = terms.log_px_R
-        if bound is not None and terms.kl_R is not None:
-            bound = bound - terms.kl_R if self.alike else bound - terms.kl_R.nan_to_num(0.0)
-        if bound is None and not self.alike:
-            bound = torch.full_like(terms.loss_R, torch.nan)  # experts of other ranks may have one
-        return Scores(log_weights_BE, losses_BE, None if bound is None else self.dispatch.combine(bound, route))
+        if terms.log_px_R is None and self.alike:
+            return Scores(log_weights_BE, losses_BE, None, None)
+        # Where experts differ, those of other ranks may have what those here have not.
+        absent = torch.full_like(terms.loss_R, torch.nan)
+        log_px = absent if terms.log_px_R is None else terms.log_px_R
+        if terms.kl_R is None and self.alike:
+            log_px_BE = self.dispatch.combine(log_px, route)
+            return Scores(log_weights_BE, losses_BE, log_px_BE, log_px_BE)
+        kl = absent if terms.kl_R is None else terms.kl_R
+        elbo_BE = self.dispatch.combine(log_px - (kl if self.alike else kl.nan_to_num(0.0)), route)
+        exact_BE = None if self.alike else self.dispatch.combine(log_px.masked_fill(~kl.isnan(), torch.nan), route)
+        return Scores(log_weights_BE, losses_BE, elbo_BE, exact_BE)
 
     @torch.no_grad()
     def predict(self, scores: Scores, route: Route) -> Tensor:
@@ -294,11 +287,9 @@ class Ensemble(Mixture):
 
     def protocol(self, num_samples: int) -> dict[str, Any]:
         sampled = any(facts.weighs for facts in self.facts)
-        field = self.spec.get(self.modelled) if self.one_density else None
         return {
             "num_samples": num_samples if sampled else None,
             "sampled": evidence.SAMPLED if sampled else evidence.EXACT,
-            "add_for_stored_units": None if field is None else evidence.stored_units(field),
         }
 
     @property

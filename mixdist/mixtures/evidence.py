@@ -28,63 +28,69 @@ SAMPLED = (
     f"(seed, purpose {Purpose.IMPORTANCE:d}, phase {EVALUATION_PHASE}, step c, sample id, expert), "
     f"{SAMPLES_AT_ONCE} samples a step"
 )
-EXACT = "nothing: the experts have no importance weights; log p(y|x), where they give one, is exact"
+EXACT = "nothing: the experts have no importance weights; where they give a log p, it is exact"
 
 
 @torch.no_grad()
-def evidence(mixture: Ensemble, batch: RankBatch, route: Route, at: Moment, num_samples: int) -> Evidence | None:
-    """Return how probable this rank's rows are under every expert; every rank of an EP group calls it.
+def evidence(mixture: Ensemble, batch: RankBatch, route: Route, at: Moment, num_samples: int) -> Evidence:
+    """Estimate log p of this rank's rows under every expert; every rank of an EP group calls it.
 
     Args:
-        mixture: its experts either have importance weights, or give log p(y|x) exactly.
+        mixture: some of its experts have importance weights.
         batch: this rank's rows.
         route: of those rows, sent to the experts.
         at: names the draws.
         num_samples: S.
 
     Returns:
-        fields (B, E), NaN for an expert that gives no probability, only a loss or a bound; None where none gives one.
+        fields (B, E), NaN for experts without importance weights.
     """
-    if mixture.common("weighs"):
-        exact_Re = None
-    else:
-        terms = mixture.expert_terms(route, at)
-        exact_Re = terms.log_px_R
-        if exact_Re is not None and terms.kl_R is not None:
-            exact_Re = exact_Re.masked_fill(~terms.kl_R.isnan(), math.nan)  # a bound is no probability
-        if mixture.alike and (exact_Re is None or terms.kl_R is not None):
-            return None
     rows, own = mixture.values(route.rows(), mixture.bank.fields), []
-    for i, (e, expert) in enumerate(mixture.bank.owned().items()):
+    for e, expert in mixture.bank.owned().items():
         if expert.can("log_weights"):
             own.append(torch.stack(importance(expert, rows, e, at, num_samples, mixture.dtype), dim=-1))
-            continue
-        log_px_R = torch.full((route.num_rows,), math.nan) if exact_Re is None else exact_Re[:, i].double()
-        own.append(torch.stack([log_px_R, log_px_R, torch.zeros_like(log_px_R)], dim=-1))
-    fields_BE3 = mixture.dispatch.combine(torch.stack(own, dim=1), route)
-    assert len(fields_BE3) == batch.size
-    return Evidence(*fields_BE3.unbind(-1))
+        else:
+            own.append(torch.full((route.num_rows, 2), math.nan, dtype=torch.float64, device=rows["id"].device))
+    fields_BE2 = mixture.dispatch.combine(torch.stack(own, dim=1), route)
+    assert len(fields_BE2) == batch.size
+    return Evidence(*fields_BE2.unbind(-1))
 
 
 def mixture_log_likelihood(log_px_BE: Tensor, log_weights: Tensor) -> Tensor:
-    """log sum_k pi_k p_k(x) for each row, (B,) nats, with the weights normalised to sum to 1.
+    """Return log sum_e w_e p_e for each row, (B,) nats, with the weights normalised to sum to 1.
 
-    Two kinds of weights have a meaning:
-
-    - *shares*, pi_k the same for all rows: a proper density of x, to be checked against other models' likelihoods;
-    - *gate*, pi_k = q(k|x): for experts of x this is **no density** of x, since the weights have seen x (an oracle's
-      even the label) and sum_k q(k|x) p_k(x) does not integrate to 1; it tells how well the gate picks. For supervised
-      experts, whose p_k(y|x) is given x, it is the mixture's proper p(y|x), as long as the gate does not read y.
-
-    For each row and any k: log pi_k + log p_k(x) <= result <= max_k log p_k(x).
+    It is the log of a mixture's p(x) where the weights are the same for every row, and of its p(y|x) where the experts
+    give p_e(y|x) and the weights depend on x alone. Weights that have seen what p_e is a density of give no density:
+    sum_e w_e(x) p_e(x) does not integrate to 1. For each row and any e: log w_e + log p_e <= result <= max_e log p_e.
 
     Args:
-        log_px_BE: log p_k(x), nats.
-        log_weights: log pi_k, (E,) or (B, E); -inf stands for 0.
+        log_px_BE: log p_e, nats.
+        log_weights: log w_e, (E,) or (B, E); -inf stands for 0.
     """
-    log_pi = log_weights.double()
-    log_pi = log_pi - log_pi.logsumexp(-1, keepdim=True)
-    return (log_px_BE.double() + log_pi).logsumexp(-1)
+    log_w = log_weights.double()
+    log_w = log_w - log_w.logsumexp(-1, keepdim=True)
+    return (log_px_BE.double() + log_w).logsumexp(-1)
+
+
+def mixture_elbo(elbo_BE: Tensor, log_resp_BE: Tensor, log_share_E: Tensor) -> Tensor:
+    """Return sum_e r_e (ELBO_e + log alpha_e - log r_e) for each row, (B,) nats.
+
+    The ELBO of the mixture whose latent variables are e and z, with q(e, z|x) = r_e(x) q_e(z|x): in expectation a
+    lower bound of log sum_e alpha_e p_e(x) whatever the responsibilities read, tight where q is the posterior. The gap
+    is KL(q(e, z|x) || p(e, z|x)). -inf where a row is given to an expert without a share.
+
+    Args:
+        elbo_BE: each expert's ELBO, nats.
+        log_resp_BE: log r_e, which sum to 1 in exp for each row.
+        log_share_E: log alpha_e.
+    """
+    return weighted(log_resp_BE, elbo_BE.double() + log_share_E.double() - log_resp_BE.double())
+
+
+def weighted(log_resp_BE: Tensor, field_BE: Tensor) -> Tensor:
+    """Return sum_e r_e f_e for each row, (B,) float64; experts with r_e = 0 are left out, whatever their f_e."""
+    resp_BE = log_resp_BE.double().exp()
+    return (resp_BE * field_BE.double().masked_fill(resp_BE == 0, 0.0)).sum(-1)
 
 
 @torch.no_grad()
@@ -127,9 +133,9 @@ def difference_sums(losses_BE: Tensor) -> Tensor:
     return torch.cat([distance_EE.square(), torch.stack([losses_BE.sum(0), losses_BE.square().sum(0)])])
 
 
-def stored_units(field: Field) -> float | None:
-    """Return D log s, nats: log p(stored) = log p(values) + D log s, for values = stored * s + offset; or None.
+def stored_units(field: Field) -> float:
+    """Return D log |s|, nats: log p(stored) = log p(values) + D log |s|, for values = stored * s + offset.
 
-    It holds for densities (gaussian, laplace, kernel, exact); a mass (logistic, Bernoulli) has no units.
+    For densities only: a mass has no units.
     """
-    return None if field.num_classes is not None else field.num_values * math.log(abs(field.scale))
+    return field.num_values * math.log(abs(field.scale))

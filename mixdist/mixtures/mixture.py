@@ -208,7 +208,10 @@ class Mixture(ABC):
         return kind.measure is not Mixture.measure or kind.study is not Mixture.study
 
     def measure(self, batch: RankBatch, at: Moment) -> dict[str, Tensor]:
-        """Return named sums over this rank's rows of held-out data; their means over all rows are the figures."""
+        """Return by name a number for each of this rank's held-out rows, (B,), or one sum over them.
+
+        The means over all rows are the figures; those of numbers for each row have a standard error.
+        """
         raise ValueError(f"{type(self).__name__} has no figures: write its measure method")
 
     def study(self, dataset: Samples, request: Request) -> Study:

@@ -193,14 +193,18 @@ class WeightedLoss(Objective):
         return (log_resp_BE.exp() * losses_BE).sum(-1)
 
 
-class MixtureLikelihood(Objective):
-    """-T log sum_e r_ne exp(-l_ne / T) - w H(r_n), nats: with T = 1 the likelihood form (seed document 001, section 4).
+class SoftMinLoss(Objective):
+    """-T log sum_e r_ne exp(-l_ne / T) - w H(r_n), nats: a soft minimum of the experts' losses, weighted by the gate.
 
-    With w = 0 as well it is a negative log-likelihood (or a bound on it) where the experts' losses are. A larger T lets
-    experts share rows: expert e learns from row n with weight r_ne exp(-l_ne / T) / sum_f r_nf exp(-l_nf / T), the
-    tempered posterior of deterministic annealing (Ueda and Nakano 1998), and L goes to the weighted loss as T
-    grows. Losses of images differ by hundreds of nats between experts, so that with T = 1 a row usually trains a single
-    expert.
+    With T = 1 and w = 0 it is the loss of Jacobs et al. 1991 (eq. 1.3) and of seed document 001, section 4: where the
+    experts' losses are -log p_e(y|x) and the gate reads x alone, it is -log p(y|x), a negative log-likelihood. With
+    losses of x and a gate that reads x it is none, nor a bound of one: sum_e r_e(x) p_e(x) is no density of x, and
+    exceeds that of the mixture by a factor of up to the number of experts.
+
+    A larger T lets experts share rows: expert e learns from row n with weight r_ne exp(-l_ne / T) / sum_f r_nf
+    exp(-l_nf / T), the tempered posterior of deterministic annealing (Ueda and Nakano 1998), and L goes to the weighted
+    loss as T grows. Losses of images differ by hundreds of nats between experts, so that with T = 1 a row usually
+    trains a single expert.
 
     Args:
         balance: as in :class:`Objective`.
@@ -213,11 +217,11 @@ class MixtureLikelihood(Objective):
 
     Examples:
         >>> import torch
-        >>> from mixdist.mixtures import MixtureLikelihood
+        >>> from mixdist.mixtures import SoftMinLoss
         >>> log_resp, losses = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[2.0, 10.0]])
-        >>> MixtureLikelihood().rows(log_resp, losses)  # -log(0.75 exp(-2) + 0.25 exp(-10))
+        >>> SoftMinLoss().rows(log_resp, losses)  # -log(0.75 exp(-2) + 0.25 exp(-10))
         tensor([2.2876])
-        >>> MixtureLikelihood(temperature=1000.0).rows(log_resp, losses)  # near the weighted loss, 4
+        >>> SoftMinLoss(temperature=1000.0).rows(log_resp, losses)  # near the weighted loss, 4
         tensor([3.9940])
     """
 
@@ -230,8 +234,7 @@ class MixtureLikelihood(Objective):
     ) -> None:
         super().__init__(balance, entropy_bonus, entropy_steps)
         if not (math.isfinite(temperature) and temperature > 0):
-            name = f"MixtureLikelihood's temperature ({temperature})"
-            raise ValueError(f"{name} must be above 0: give 1 for the likelihood")
+            raise ValueError(f"SoftMinLoss's temperature ({temperature}) must be above 0: give 1 for a likelihood's")
         self.temperature = temperature
 
     def expert_rows(self, log_resp_BE: Tensor, losses_BE: Tensor) -> Tensor:

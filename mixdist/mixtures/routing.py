@@ -36,8 +36,8 @@ class TopK:
 
     The weights of the experts that see a row are its responsibilities, ``renormalise``d over those experts or as they
     are. Renormalised ones suit the weighted loss with k from 2 (with k = 1 the weight is 1 and its loss teaches the
-    gate nothing; only balance does). As they are, they suit the mixture likelihood: leaving out terms of its sum gives
-    a bound.
+    gate nothing; only balance does). As they are, they suit :class:`mixdist.mixtures.SoftMinLoss`: leaving out terms of
+    its sum gives a bound. Evaluation renormalises them always: there they are weights of figures and predictions.
 
     Args:
         k: experts that see a row.

@@ -6,13 +6,14 @@ Shape letters: B rows on this rank, R rows routed here, E all experts, e experts
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixdist.data import Loader, RankBatch, Samples
+from mixdist.data import RankBatch, Samples, share
 from mixdist.experts import Compute
 from mixdist.gates import Gate
 from mixdist.mixtures.contracts import check_objective
@@ -22,9 +23,12 @@ from mixdist.mixtures.members import losses_of_all
 from mixdist.mixtures.mixture import Context, Stage
 from mixdist.mixtures.objectives import Objective
 from mixdist.mixtures.routing import RoutingPlan, TopK, admitted, demand, lay_out
-from mixdist.noise import Moment, Purpose
+from mixdist.noise import Moment, Purpose, permutation
 from mixdist.parallel.route import Route
 from mixdist.terms import Batch, Gating, Outcome, Parts, Spec
+
+SHARES_FROM = 1 << 16
+"""Training rows that shares are a mean over; where there are more, so many of them, chosen by the seed."""
 
 
 class Soft(Ensemble):
@@ -60,6 +64,8 @@ class Soft(Ensemble):
         >>> Soft(Softmax, VAE, num_experts=10, routing=TopK(2)).num_experts
         10
     """
+
+    shares_are = f"mean responsibilities over the training rows ({SHARES_FROM} of them where there are more)"
 
     def __init__(
         self,
@@ -148,7 +154,7 @@ class Soft(Ensemble):
         if gating.loss_B is not None:
             named["gate"] = gating.loss_B.detach().sum() / batch.total
         self._backward_gate(gating, leaves, batch.total)
-        return _outcome(named, log_resp_BE.detach(), losses_BE, plan)
+        return self._outcome(named, log_resp_BE.detach(), losses_BE, plan)
 
     def _start_balance(
         self, objective: Objective, log_resp_BE: Tensor, total: int
@@ -235,6 +241,37 @@ class Soft(Ensemble):
         losses_Re = self.bank.backward(values, self.noise(at), route.mask_Re, grads)
         return self.dispatch.combine(losses_Re, route)
 
+    def _outcome(
+        self, named: dict[str, Tensor], log_resp_BE: Tensor, losses_BE: Tensor, plan: RoutingPlan | None
+    ) -> Outcome:
+        """Return the step's outcome; its sums over rows are
+
+        - ``load``: responsibilities of each expert; ``entropy`` of a row's responsibilities, nats;
+        - ``expert_loss``: each expert's losses over the rows it saw, nats; ``seen``: those rows;
+        - ``weight``: what the weights of the experts that saw a row sum to; ``weighted_loss``: of their losses;
+        - ``lost_weight``: responsibility that capacity refused; ``refused_rows``: rows that it refused altogether.
+        """
+        parts = {name: value.double() for name, value in named.items()}
+        resp_BE, losses_BE = log_resp_BE.double().exp(), losses_BE.double()
+        routed_BE, weight_BE, zero = torch.ones_like(resp_BE, dtype=torch.bool), resp_BE, resp_BE.new_zeros(())
+        if self.routing is not None and plan is not None:
+            routed_BE, weight_BE = plan.routed_BE, self.routing.log_weights(log_resp_BE, plan.routed_BE).double().exp()
+        sums = {
+            "load": resp_BE.sum(0),
+            "expert_loss": losses_BE.sum(0),
+            "seen": routed_BE.double().sum(0),
+            "entropy": torch.special.entr(resp_BE).sum(),
+            "weight": weight_BE.sum(),
+            "weighted_loss": (weight_BE * losses_BE).sum(),
+            "lost_weight": zero if plan is None else plan.lost_B.double().sum(),
+            "refused_rows": zero if plan is None else (~routed_BE.any(1)).double().sum(),
+        }
+        faults = {
+            "the loss of expert {}": (~losses_BE.isfinite()).double().sum(0),
+            "the gate's output": log_resp_BE.isnan().any(1).double().sum(),
+        }
+        return Outcome(torch.stack(list(parts.values())).sum(), parts, sums, faults)
+
     def _backward_gate(self, gating: Gating, leaves: list[Tensor], total: int) -> None:
         outputs: list[Tensor] = []
         grads: list[Tensor | None] = []
@@ -261,18 +298,27 @@ class Soft(Ensemble):
             return log_resp_BE
         choices_BK = self.routing.choices(log_resp_BE)
         plan = lay_out(log_resp_BE, choices_BK, choices_BK < self.num_experts)
-        return self.routing.log_weights(log_resp_BE, plan.routed_BE)
+        # Of figures and predictions: whatever training does, weights of a row sum to 1.
+        return replace(self.routing, renormalise=True).log_weights(log_resp_BE, plan.routed_BE)
+
+    @property
+    def decides_by(self) -> tuple[str, ...]:
+        return self.gate.fields
 
     @torch.no_grad()
     def shares(self, dataset: Samples, batch_size: int, at: Moment) -> Tensor:
-        """Return the mean responsibility of each expert over a data set, (E,) float64."""
-        mesh = self.context.mesh
-        loader = Loader(dataset, batch_size, at.seed, 0, mesh.rank, mesh.world_size, ordered=True)
+        """Return the mean responsibility of each expert over ``SHARES_FROM`` rows at most, (E,) float64."""
+        mesh, size = self.context.mesh, len(dataset)
+        positions = torch.arange(size)
+        if size > SHARES_FROM:
+            positions = permutation(at.seed, at.phase, 1, size)[:SHARES_FROM].sort().values
         sum_E = torch.zeros(self.num_experts, dtype=torch.float64, device=mesh.device)
-        for index in range(loader.num_batches):
-            batch = loader.batch(0, index).to(mesh.device)
-            sum_E += self.gating(batch.rows, at).log_resp_BE.double().exp().sum(0)
-        return self.dispatch.over_batch.sum(sum_E) / len(dataset)
+        for part in positions.split(batch_size):
+            own = share(len(part), mesh.rank, mesh.world_size)
+            rows = dataset.take(part[own.start : own.stop], fields=self.gate.fields)
+            gating = self.gating({name: column.to(mesh.device) for name, column in rows.items()}, at)
+            sum_E += gating.log_resp_BE.double().exp().sum(0)
+        return self.dispatch.over_batch.sum(sum_E) / len(positions)
 
     def record(self, outcome: Outcome, num_rows: int) -> dict[str, Any]:
         """Return what a step's record holds: loads, losses and rows of experts, and the decisions of the gate."""
@@ -283,42 +329,11 @@ class Soft(Ensemble):
             "dead_experts": [f"expert {e}" for e in dead(load.numpy())],
             "seen": (sums["seen"] / num_rows).tolist(),
             "lost_weight": sums["lost_weight"].item() / num_rows,
+            "refused_rows": int(sums["refused_rows"].item()),
+            "weighted_loss": (sums["weighted_loss"] / sums["weight"]).item(),
             "expert_loss": (sums["expert_loss"] / sums["seen"].clamp(min=1)).tolist(),
             "responsibility_entropy": sums["entropy"].item() / num_rows,
         }
 
-    def protocol(self, num_samples: int) -> dict[str, Any]:
-        return {
-            **super().protocol(num_samples),
-            "weights_of_shares": "mean responsibilities over the training rows: a density",
-            "weights_of_gate": "q(k|x), which has seen x: no density of x; for supervised experts log p(y|x)",
-        }
-
     def gate_in_process(self) -> Gate:
         return self.gate
-
-
-def _outcome(
-    named: dict[str, Tensor], log_resp_BE: Tensor, losses_BE: Tensor, plan: RoutingPlan | None = None
-) -> Outcome:
-    """Return the step's outcome; its sums over rows are
-
-    - ``load``: responsibilities of each expert; ``entropy`` of a row's responsibilities, nats;
-    - ``expert_loss``: each expert's losses over the rows it saw, nats; ``seen``: those rows;
-    - ``lost_weight``: responsibility that capacity refused.
-    """
-    parts = {name: value.double() for name, value in named.items()}
-    resp_BE = log_resp_BE.double().exp()
-    routed_BE = torch.ones_like(resp_BE, dtype=torch.bool) if plan is None else plan.routed_BE
-    sums = {
-        "load": resp_BE.sum(0),
-        "expert_loss": losses_BE.double().sum(0),
-        "seen": routed_BE.double().sum(0),
-        "entropy": torch.special.entr(resp_BE).sum(),
-        "lost_weight": resp_BE.new_zeros(()) if plan is None else plan.lost_B.double().sum(),
-    }
-    faults = {
-        "the loss of expert {}": (~losses_BE.isfinite()).double().sum(0),
-        "the gate's output": log_resp_BE.isnan().any(1).double().sum(),
-    }
-    return Outcome(torch.stack(list(parts.values())).sum(), parts, sums, faults)
