@@ -1,11 +1,14 @@
-"""Writing files that are complete or absent under their final name."""
+"""Writing files that are complete or absent under their final name, and locks."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -25,3 +28,23 @@ def aside_of(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def hold(path: Path) -> IO[str]:
+    """Lock a folder by the file ``path`` in it, until what is returned is closed or this process ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    file = path.open("a+")
+    file.seek(0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        by = file.read().strip()
+        file.close()
+        raise ValueError(f"{path.parent} is being written by another process ({by}): wait for it, or end it") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file

@@ -48,6 +48,7 @@ class Purpose(IntEnum):
     AUGMENT = 13  # flips and shifts of a row in an epoch
     SPLIT = 14  # which rows are set apart: phase 0 for testing, phase 1 for validation
     MOSAIC = 15  # the places of a mixture's samples in a picture
+    DEQUANTISE = 16  # where in its level a value lies
 
 
 class Kind(IntEnum):

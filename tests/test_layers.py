@@ -19,11 +19,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nets",),
     ("data", "parallel", "experts", "gates"),
     ("mixtures",),
-    ("engines", "evaluation"),
+    ("engines", "evaluation", "baselines"),
     ("training", "report"),
     ("competition",),
     ("config",),
-    ("model",),
+    ("model", "sweep"),
     ("cli",),
     ("__init__", "__main__"),
 )

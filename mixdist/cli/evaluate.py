@@ -13,12 +13,14 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from mixdist.baselines.model import ABOUT, MODEL, read_about
 from mixdist.cli.ending import report_errors_once
 from mixdist.config.build import KINDS, Session, build, build_mesh, describe
 from mixdist.config.config import Config
 from mixdist.config.options import parse, values_of
 from mixdist.config.parsing import RESOLVED, config_parser, make_config, plain
 from mixdist.data import Samples
+from mixdist.evaluation.compare import stem_of
 from mixdist.evaluation.density import KernelDensity, check_draws, kernel_density
 from mixdist.evaluation.evaluate import evaluate
 from mixdist.evaluation.protocol import protocol
@@ -26,6 +28,7 @@ from mixdist.evaluation.record import record
 from mixdist.mixtures import Evaluation
 from mixdist.noise import EVALUATION_PHASE, Moment
 from mixdist.parallel.agreement import agreed, on_rank_0
+from mixdist.parallel.launch import Launch
 from mixdist.report.metrics import Progress, table
 from mixdist.training.checkpoint import CheckpointStore, load_mixture, read_state
 from mixdist.training.selection import Which, choose_checkpoint
@@ -44,6 +47,17 @@ def evaluate_run(argv: Sequence[str]) -> None:
     if options.rows is not None and options.rows < 1:
         raise ValueError(f"--rows ({options.rows}) must be 1 or more: leave it out for all rows")
     config = make_config(parser, options, trains=False)
+    assert run is not None
+    if (run / MODEL).is_file():
+        from mixdist.cli.fitted import evaluate_again  # which prints as this module does
+
+        if options.kde:
+            raise ValueError(
+                f"--kde ({options.kde}) needs samples, and {run} is a baseline, which draws none: leave it out"
+            )
+        if Launch.read().rank == 0:  # one process does it all
+            evaluate_again(run, config, options.split, options.rows)
+        return
     if not values_of(argv, "--mesh.ep_size"):  # the layout is this command's, not the one that trained
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, ep_size=None))
     mesh = build_mesh(config)
@@ -52,9 +66,13 @@ def evaluate_run(argv: Sequence[str]) -> None:
         with closing(session):
             agreed(lambda: check_draws(session.mixture, options.kde), mesh.world)
             agreed(lambda: session.split(options.split), mesh.world)
-            assert run is not None
-            checkpoint = _restore(config, session, run, options.weights)
-            _evaluate(config, session, options, checkpoint, run)
+            evaluate_checkpoint(config, session, options, run)
+
+
+def evaluate_checkpoint(config: Config, session: Session, options: Namespace, run: Path) -> None:
+    """Evaluate a run's checkpoint with the options of ``mixdist evaluate``; every rank calls it."""
+    checkpoint = _restore(config, session, run, options.weights)
+    _evaluate(config, session, options, checkpoint, run)
 
 
 def evaluate_parser() -> ArgumentParser:
@@ -129,7 +147,7 @@ def _load(config: Config, session: Session, checkpoint: Path) -> None:
 
 
 def _evaluate(config: Config, session: Session, options: Namespace, checkpoint: Path, run: Path) -> None:
-    path = run / ("evaluation.json" if options.split == "test" else f"evaluation-{options.split}.json")
+    path = run / f"{stem_of(options.split)}.json"
     on_rank_0(lambda: _check_writable(path), session.mesh)
     dataset = session.split(options.split)
     dataset = dataset if options.rows is None else dataset.first(options.rows)
@@ -151,6 +169,7 @@ def _evaluate(config: Config, session: Session, options: Namespace, checkpoint: 
         evaluation = evaluation.plus("kde_log_likelihood", kde.log_density_N, kde.reported)
     if rank0:
         how = _how(config, session, options, checkpoint, dataset) | {"kde": kde and kde.describe()}
+        how |= {"baseline": read_about(run)} if (run / ABOUT).is_file() else {}
         _report(evaluation, how, kde, run, path)
 
 

@@ -13,7 +13,10 @@ from mixdist.parallel.launch import Launch, follow_launcher, keep_large_blocks
 COMMANDS = {
     "train": ("mixdist.cli.train", "train"),
     "evaluate": ("mixdist.cli.evaluate", "evaluate_run"),
+    "compare": ("mixdist.cli.compare", "compare_runs"),
+    "baseline": ("mixdist.cli.baseline", "baseline"),
     "sample": ("mixdist.cli.sample", "sample"),
+    "sweep": ("mixdist.cli.sweep", "sweep"),
     "prepare": ("mixdist.cli.prepare", "prepare"),
     "index": ("mixdist.cli.shards", "index"),
     "verify": ("mixdist.cli.shards", "verify"),
@@ -24,7 +27,10 @@ USAGE = """usage: mixdist COMMAND [options]
 commands:
   train     train a mixture of experts, in one process or under torchrun, srun or the deepspeed launcher
   evaluate  likelihoods, reconstruction and clustering of a run on held-out rows, on any layout
+  compare   figures of runs side by side, with paired differences and their standard errors
+  baseline  fit what a mixture is compared with: ppca, gmm, kmeans, or one vae
   sample    draw from every expert of a run into a picture
+  sweep     many configs, settings and seeds in parallel, and one table; goes on after any interruption
   prepare   convert a data set from its original files into shards
   index     write an index for tar shards made by other tools
   verify    check shards against their index and list the damage

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import socket
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -20,7 +18,7 @@ from mixdist.config.config import Config
 from mixdist.config.options import parse, values_of
 from mixdist.config.parsing import RESOLVED, config_parser, dump, make_config
 from mixdist.evaluation.evaluate import evaluate
-from mixdist.files import write_file
+from mixdist.files import hold, write_file
 from mixdist.parallel.agreement import agreed, on_rank_0
 from mixdist.parallel.mesh import Mesh
 from mixdist.report.gallery import draw
@@ -36,12 +34,30 @@ def train(argv: Sequence[str]) -> None:
     resumed = _resumed(argv)
     first = ["--config", str(resumed / RESOLVED)] if resumed else []
     parsed = parse(parser, [*first, *argv])
-    config = make_config(parser, parsed)
+    run_training(parsed, make_config(parser, parsed), resumed)
+
+
+def run_training(
+    parsed: Namespace,
+    config: Config,
+    resumed: Path | None = None,
+    beside: Mapping[str, bytes] = {},
+    then: Callable[[Session, Path], None] | None = None,
+) -> None:
+    """Train a run of a config; every rank calls it.
+
+    Args:
+        parsed: what the config was made of, with ``out``.
+        config: the run.
+        resumed: the directory of a run to go on with.
+        beside: files that are written beside the run's own, by name.
+        then: called with what was trained, and the run's directory, before the ranks part.
+    """
     mesh = build_mesh(config)
     held: IO[str] | None = None
     try:
         with report_errors_once(mesh, "look at that rank's own messages, then go on with --resume"):
-            session = build(config, mesh, tests=False)
+            session = build(config, mesh, tests=then is not None)
             with closing(session):
                 # Before the run has a directory: what does not fit leaves nothing behind.
                 program = agreed(lambda: build_program(config, session, fresh=not resumed), mesh.world)
@@ -55,9 +71,13 @@ def train(argv: Sequence[str]) -> None:
                 held = _hold(run, mesh)
                 for name, (value, _) in session.mixture.choices().items():
                     parsed.mixture.init_args[name] = value  # what was chosen here: the run goes on with it
+                for name, data in beside.items() if mesh.rank == 0 else ():
+                    write_file(run / name, data)
                 try:
                     loop = _train(config, session, program, selection, run, dump(parsed), bool(resumed))
                     _conclude(config, session, loop, run)
+                    if then is not None:
+                        then(session, run)
                 except KeyboardInterrupt:
                     raise KeyboardInterrupt(_remedy(run, "mixdist train --resume")) from None
     finally:
@@ -96,22 +116,7 @@ def _resumed(argv: Sequence[str]) -> Path | None:
 def _hold(run: Path, mesh: Mesh) -> IO[str] | None:
     """Lock the run for this process and those with it: two that write one record would destroy it."""
     held: list[IO[str]] = []
-
-    def lock() -> None:
-        file = open(run / ".lock", "a+")  # noqa: SIM115 (it is held as long as the run lasts)
-        file.seek(0)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            by = file.read().strip()
-            file.close()
-            raise ValueError(f"{run} is being written by another process ({by}): wait for it, or end it") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        held.append(file)
-
-    on_rank_0(lock, mesh)
+    on_rank_0(lambda: held.append(hold(run / ".lock")), mesh)
     return held[0] if held else None
 
 
@@ -124,33 +129,43 @@ def _remedy(run: Path, go_on: str) -> str:
 
 def _directory(parsed: Namespace, resumed: Path | None) -> str:
     """Return the run's directory, which is there then."""
+    if resumed is None:
+        return str(new_directory(parsed.out, Path(str(parsed.config[-1])).stem if parsed.config else "run"))
+    if parsed.out and Path(parsed.out).resolve() != resumed.resolve():
+        raise ValueError(f"--out {parsed.out} differs from --resume {resumed}: a run goes on in its own directory")
+    return str(resumed)
+
+
+def new_directory(out: str | None, stem: str) -> Path:
+    """Make the directory of a new run: the one given, or one of a stem under runs/.
+
+    Raises:
+        ValueError: it holds a run already, or cannot be made.
+    """
     try:
-        return str(_choose_directory(parsed, resumed))
+        if out:
+            check_unused(Path(out))
+            Path(out).mkdir(parents=True, exist_ok=True)
+            return Path(out)
+        Path("runs").mkdir(exist_ok=True)
+        for number in count(1):
+            with suppress(FileExistsError):
+                (run := Path("runs") / f"{stem}-{number}").mkdir()
+                return run
     except OSError as error:
         raise ValueError(f"the run's directory cannot be made ({error}): name another with --out") from None
+    raise AssertionError("numbers do not end")
 
 
-def _choose_directory(parsed: Namespace, resumed: Path | None) -> Path:
-    if resumed:
-        if parsed.out and Path(parsed.out).resolve() != resumed.resolve():
-            raise ValueError(f"--out {parsed.out} differs from --resume {resumed}: a run goes on in its own directory")
-        return resumed
-    if parsed.out:
-        run = Path(parsed.out)
-        if any((run / name).exists() for name in (RESOLVED, "checkpoints", "metrics.jsonl")):
-            again = _remedy(run, "--resume")
-            raise ValueError(f"--out {run} holds a run already: {again}, or name another directory")
-        run.mkdir(parents=True, exist_ok=True)
-        return run
-    stem = Path(str(parsed.config[-1])).stem if parsed.config else "run"
-    number = 1
-    while True:
-        run = Path("runs") / f"{stem}-{number}"
-        try:
-            run.mkdir(parents=True)
-            return run
-        except FileExistsError:
-            number += 1
+def check_unused(run: Path) -> None:
+    """Check that a directory holds no run.
+
+    Raises:
+        ValueError: it does.
+    """
+    if any((run / name).exists() for name in (RESOLVED, "checkpoints", "metrics.jsonl")):
+        again = _remedy(run, "--resume")
+        raise ValueError(f"--out {run} holds a run already: {again}, or name another directory")
 
 
 def _train(

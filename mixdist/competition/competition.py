@@ -56,6 +56,17 @@ class Competition(HardMixture):
         told = {"score": type(score).__name__} | {f"score.{name}": value for name, value in score.describe().items()}
         return {**super().describe(stages), **told, **kept, "epochs": stages[-1].epochs}
 
+    def gradients(self, stages: Sequence[Stage]) -> list[float]:
+        """Return K e for pretraining on all samples, e on a split; T e for the rounds: a sample has one expert."""
+        each = self.num_experts if self.rules.start == "all" else 1
+        *pretrain, rounds = (float(stage.epochs) for stage in stages)
+        return [*(each * epochs for epochs in pretrain), self.rules.rounds * rounds]
+
+    def schedule_steps(self, stages: Sequence[Stage], num_rows: int) -> list[int]:
+        """Return epochs: those of a phase of pretraining, and those of all rounds."""
+        *pretrain, rounds = (stage.epochs for stage in stages)
+        return [*pretrain, self.rules.rounds * rounds]
+
     def check(self, stages: Mapping[str, Stage]) -> None:
         """Refuse what a competition cannot do, or would pass over."""
         for name, stage in stages.items():

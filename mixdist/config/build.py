@@ -98,11 +98,24 @@ def build(config: Config, mesh: Mesh, tests: bool = True) -> Session:
         build_mixture(config, splits.train.spec, mesh)
         return splits
 
-    splits = agreed(make, mesh.world)
+    session = _session(config, agreed(make, mesh.world), mesh, tests)
+    config.mixture.tune(session.train, config.train)
+    return session
+
+
+def load_data(config: Config, mesh: Mesh) -> Session:
+    """Load the data and leave the mixture without modules; every rank calls it.
+
+    Raises:
+        Agreed: the data cannot be loaded.
+    """
+    return _session(config, agreed(lambda: load_splits(config.data, config.valid), mesh.world), mesh, tests=True)
+
+
+def _session(config: Config, splits: Splits, mesh: Mesh, tests: bool) -> Session:
     names = ["train", "test"] if splits.valid is None else ["train", "valid", *(["test"] if tests else [])]
     splits = splits._replace(**{name: _readable(name, getattr(splits, name), mesh) for name in names})
     alike("the data", [getattr(splits, name).fingerprint[:16] for name in names], mesh.world)
-    config.mixture.tune(splits.train, config.train)
     return Session(mesh, splits.train, splits.test, config.mixture, splits.valid)
 
 

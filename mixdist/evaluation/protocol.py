@@ -19,11 +19,15 @@ def protocol(mixture: Mixture, dataset: Samples, num_samples: int) -> dict[str, 
         dataset: the rows.
         num_samples: importance samples for each row and expert that were asked for.
     """
+    return {**about_rows(dataset), **mixture.protocol(num_samples)}
+
+
+def about_rows(dataset: Samples) -> dict[str, Any]:
+    """Return, as JSON, what was evaluated on, whatever the model."""
     return {
         "mixdist": version("mixdist"),
         "rows": len(dataset),
         "data": dataset.fingerprint,
         "num_samples": None,
         "exact": KNOWN if dataset.log_density_N is not None else None,
-        **mixture.protocol(num_samples),
     }

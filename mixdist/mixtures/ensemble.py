@@ -146,6 +146,9 @@ class Ensemble(Mixture):
         """The part of a batch's rows that an expert sees on average."""
         return 1.0
 
+    def gradients(self, stages: Sequence[Stage]) -> list[float]:
+        return [spent * self.part_of_rows for spent in super().gradients(stages)]
+
     # What decides
 
     @abstractmethod

@@ -148,6 +148,17 @@ class Mixture(ABC):
         """Return what makes the family's own optimisers, by the key that has an ``optimizer``; tried at the start."""
         return {}
 
+    def gradients(self, stages: Sequence[Stage]) -> list[float]:
+        """Return how often a training row enters the gradient of an expert, in each phase, all experts together.
+
+        It is what training spends: :mod:`mixdist.baselines.single` gives one expert as much.
+        """
+        return [0.0 if stage.trains == "gate" else float(self.num_experts * stage.epochs) for stage in stages]
+
+    def schedule_steps(self, stages: Sequence[Stage], num_rows: int) -> list[int]:
+        """Return how many steps a learning-rate schedule takes in each phase, on so many training rows."""
+        return [stage.epochs * -(-num_rows // stage.batch_size) for stage in stages]
+
     def tune(self, dataset: Samples, stage: Stage) -> None:  # noqa: B027
         """Choose what is faster here, before training; every rank calls it."""
 

@@ -117,7 +117,9 @@ class Soft(Ensemble):
 
     @property
     def part_of_rows(self) -> float:
-        return self.routing.k / self.num_experts if self.routing else 1.0
+        if self.routing is None:
+            return 1.0
+        return self.routing.k / self.num_experts * min(1.0, self.routing.capacity_factor or 1.0)
 
     @property
     def parts(self) -> Parts:

@@ -39,6 +39,8 @@ class Conv(Network):
         torch.Size([5, 324])
     """
 
+    widths = ("channels",)
+
     def __init__(
         self,
         channels: Sequence[int] = (32, 64, 128),

@@ -91,7 +91,7 @@ class MLP(Network):
         torch.Size([5, 784])
     """
 
-    stackable = True
+    widths, stackable = ("hidden",), True
 
     def __init__(self, hidden: Sequence[int] = (128,), activation: ActivationName = "relu") -> None:
         self.hidden, self.activation = tuple(hidden), activation

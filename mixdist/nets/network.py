@@ -16,6 +16,8 @@ class Network:
     alone: no batch statistics, no random draws. Their layers are drawn in the order in which they are made.
 
     Attributes:
+        widths: the names of the arguments that are widths of hidden layers, numbers or lists of numbers: ``mixdist
+            baseline vae --size mixture`` scales them.
         stackable: True when the modules also accept parameters with a leading expert axis, as those of
             :class:`mixdist.nets.MLP` do: (R, D) or (E, R, D) to (E, R, ...).
 
@@ -32,6 +34,7 @@ class Network:
         torch.Size([5, 3])
     """
 
+    widths: tuple[str, ...] = ()
     stackable: bool = False
 
     def encoder(self, shape: tuple[int, ...], num_outputs: int) -> nn.Module:

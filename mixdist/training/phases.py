@@ -73,6 +73,49 @@ class Phase:
             ) from None
 
 
+class Stretched(LRScheduler):
+    """Another schedule, in more or fewer steps: after step s of ``over``, it is where it was after s ``steps`` / over.
+
+    Args:
+        optimizer: whose learning rate it sets.
+        schedule: class of torch.optim.lr_scheduler that needs no metric.
+        steps: of that schedule; it never takes more.
+        over: steps in which it now takes them.
+
+    Raises:
+        ValueError: a number of steps below 1.
+
+    Examples:
+        >>> import torch
+        >>> from torch.optim.lr_scheduler import LinearLR
+        >>> from mixdist.training.phases import Stretched
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        >>> schedule = Stretched(optimizer, lambda o: LinearLR(o, 1.0, 0.5, total_iters=2), steps=2, over=4)
+        >>> rates = []
+        >>> for _ in range(4):
+        ...     optimizer.step()
+        ...     schedule.step()
+        ...     rates.append(optimizer.param_groups[0]["lr"])
+        >>> rates
+        [1.0, 0.75, 0.75, 0.5]
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, schedule: Callable[[Optimizer], LRScheduler], steps: int, over: int
+    ) -> None:
+        if min(steps, over) < 1:
+            raise ValueError(f"Stretched's steps ({steps}) and over ({over}) must be at least 1: give numbers of steps")
+        # Not the base class's: it would set the rate itself.
+        self.optimizer, self.schedule, self.last_epoch = optimizer, schedule(optimizer), 0
+        self.steps, self.over = steps, over
+
+    def step(self, epoch: int | None = None) -> None:
+        done = min(self.last_epoch * self.steps // self.over, self.steps)
+        self.last_epoch += 1
+        for _ in range(min(self.last_epoch * self.steps // self.over, self.steps) - done):
+            self.schedule.step()
+
+
 @dataclass(frozen=True)
 class Position:
     """Where a run is: the next thing to do is batch ``batch`` of epoch ``epoch`` of phase ``phase``.

@@ -1,0 +1,1 @@
+"""Baselines, which mixtures are compared with: densities in closed form, clusterings, one expert trained alone."""

@@ -1,0 +1,1 @@
+"""Many runs and one table: configs, settings, seeds and baselines, in parallel on this machine."""
