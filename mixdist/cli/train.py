@@ -225,11 +225,13 @@ def _conclude(config: Config, session: Session, loop: Loop, run: Path) -> None:
 def _restore_best(loop: Loop) -> str:
     """Put the best checkpoint's weights in place of the last ones; return which it is, in words."""
     selection, store = loop.selection, loop.store
-    if selection is None or selection.found.step is None or store is None:
+    if selection is None or store is None:
         return ""
+    early = ", ended early" if selection.stopped else ""
+    if selection.found.step is None:
+        return f"   checkpoint: the newest ({selection.monitor} on validation rows has no finite value yet{early})"
     checkpoint, passed_over = choose_checkpoint(store)
     for sentence in passed_over if store.mesh.rank == 0 else ():
         print(f"mixdist: {sentence}; using {checkpoint.name}", file=sys.stderr, flush=True)
     agreed(lambda: load_mixture(checkpoint, selection.mixture), store.mesh.world)
-    found, early = selection.found, ", ended early" if selection.stopped else ""
-    return f"   checkpoint: {checkpoint.name} (best {selection.monitor} {found.value:.4f}{early})"
+    return f"   checkpoint: {checkpoint.name} (best {selection.monitor} {selection.found.value:.4f}{early})"

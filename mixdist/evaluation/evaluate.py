@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from safetensors.numpy import load, save
@@ -42,26 +43,35 @@ def evaluate(
         Agreed: a module or the family breaks its contract.
     """
     mesh, over_batch = mixture.context.mesh, mixture.dispatch.over_batch
+    loader = Loader(dataset, batch_size, seed, 0, mesh.rank, mesh.world_size, ordered=True)
+    at, first = Moment(seed, EVALUATION_PHASE), loader.batch(0, 0).to(mesh.device)
+    with _untrained(mixture):
+        inspect(mixture, first, loader.ids(0, 0), Moment(seed, TRIAL_PHASE))
+        study = mixture.study(dataset, Request(at, batch_size, num_samples, shares_from))
+        study.start()
+        for index in range(loader.num_batches):
+            batch = first if index == 0 else loader.batch(0, index).to(mesh.device)
+            study.keep(id=batch.rows["id"])
+            if dataset.label is not None and batch.rows[dataset.label].dim() == 1:
+                study.keep(label=batch.rows[dataset.label])
+            study.add(batch)
+            on_batch(index + 1, loader.num_batches)
+    sums = {name: over_batch.sum(value.contiguous()).cpu().numpy() for name, value in study.sums.items()}
+    return study.result(sums, _in_order(study.own_columns(), dataset, mesh))
+
+
+@contextmanager
+def _untrained(mixture: Mixture) -> Iterator[None]:
+    """Put all modules in evaluation mode, and then each part of them back as it was: training may go on."""
     modules = [owned.module for owned in mixture.owned()]
     training = {part: part.training for module in modules for part in module.modules()}
     for module in modules:
         module.eval()
-    loader = Loader(dataset, batch_size, seed, 0, mesh.rank, mesh.world_size, ordered=True)
-    at, first = Moment(seed, EVALUATION_PHASE), loader.batch(0, 0).to(mesh.device)
-    inspect(mixture, first, loader.ids(0, 0), Moment(seed, TRIAL_PHASE))
-    study = mixture.study(dataset, Request(at, batch_size, num_samples, shares_from))
-    study.start()
-    for index in range(loader.num_batches):
-        batch = first if index == 0 else loader.batch(0, index).to(mesh.device)
-        study.keep(id=batch.rows["id"])
-        if dataset.label is not None and batch.rows[dataset.label].dim() == 1:
-            study.keep(label=batch.rows[dataset.label])
-        study.add(batch)
-        on_batch(index + 1, loader.num_batches)
-    for part, was in training.items():
-        part.training = was
-    sums = {name: over_batch.sum(value.contiguous()).cpu().numpy() for name, value in study.sums.items()}
-    return study.result(sums, _in_order(study.own_columns(), dataset, mesh))
+    try:
+        yield
+    finally:
+        for part, was in training.items():
+            part.training = was
 
 
 def _in_order(own: dict[str, np.ndarray], dataset: Samples, mesh: Mesh) -> dict[str, np.ndarray]:
