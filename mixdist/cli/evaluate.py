@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -200,7 +201,10 @@ def _report(evaluation: Evaluation, how: dict[str, Any], kde: KernelDensity | No
 
 def summary(evaluation: Evaluation, split: str = "test") -> str:
     """Return what ends a run: the family's table, the figures with their standard errors, and what is amiss."""
-    figures = "   ".join(_with_error(name, value, evaluation.errors) for name, value in evaluation.figures.items())
+    shown = [_with_error(name, value, evaluation.errors) for name, value in evaluation.figures.items()]
+    # A figure stays on one line: NUL, which is no space, holds its words together until the lines are made.
+    joined = f"{len(evaluation.dataset)} {KINDS[split]} rows: " + "   ".join(one.replace(" ", "\0") for one in shown)
+    figures = textwrap.fill(joined, 120, subsequent_indent="  ", break_on_hyphens=False).replace("\0", " ")
     headers, lines = evaluation.table()
     above = [table(headers, lines)] if headers else []
     likelihood, name = evaluation.protocol.get("likelihood"), evaluation.protocol.get("likelihood_of")
@@ -211,7 +215,7 @@ def summary(evaluation: Evaluation, split: str = "test") -> str:
         "unknown": "likelihoods may be densities or probabilities: the experts do not say which (log_px_is)",
     }
     told = [units[likelihood]] if likelihood in units else []
-    return "\n".join([*above, f"{len(evaluation.dataset)} {KINDS[split]} rows: {figures}", *told, *evaluation.findings])
+    return "\n".join([*above, figures, *told, *evaluation.findings])
 
 
 def _with_error(name: str, value: float, errors: dict[str, float]) -> str:
