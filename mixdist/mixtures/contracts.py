@@ -251,7 +251,13 @@ def check_range(who: str, likelihood: Likelihood, field: str, x: Tensor) -> None
 
 
 def check_objective(
-    key: str, objective: Objective, log_resp_BE: Tensor, losses_BE: Tensor, trains: str, gate_learns: bool
+    key: str,
+    objective: Objective,
+    log_resp_BE: Tensor,
+    losses_BE: Tensor,
+    trains: str,
+    gate_learns: bool,
+    takes_none: bool,
 ) -> None:
     """Check an objective, and its balance term.
 
@@ -262,22 +268,22 @@ def check_objective(
         losses_BE: of all experts for them.
         trains: what is to learn: both, gate or experts.
         gate_learns: whether the gate has parameters that learn by these rows alone.
+        takes_none: whether a rank may have no rows.
 
     Raises:
         Fault: it breaks its contract.
     """
     kind = type(objective).__name__
     leaves = [log_resp_BE.detach().clone().requires_grad_(), losses_BE.detach().clone().requires_grad_()]
-    own = type(objective).expert_rows is not Objective.expert_rows
-    rows_B: Tensor | None = None
-    for method in ["expert_rows"] * own + ["gate_rows", "rows"]:
-        args = leaves[:1] if method == "gate_rows" else leaves
-        column = _read_rows()
-        who = f"{key}: {kind}.{method}"
-        rows_B = Probe(who, getattr(objective, method), (), column, log_resp_BE.dtype, True)(*args)
+    written = {name for name in ("expert_rows", "gate_rows", "rows") if not _is_inherited(objective, name)}
+    for method in sorted(written if "rows" in written else written | {"expert_rows"}):
+        probe = Probe(
+            f"{key}: {kind}.{method}", getattr(objective, method), (), _read_rows(), log_resp_BE.dtype, takes_none
+        )
+        part_B = probe(*(leaves[:1] if method == "gate_rows" else leaves))
         if method == "expert_rows" and objective.linear:
-            _check_linear(key, kind, rows_B, leaves)
-    assert rows_B is not None
+            _check_linear(key, kind, part_B, leaves)
+    rows_B = objective.rows(*leaves)  # the sum of the two, or checked itself
     balance = [] if objective.balance is None else [_check_balance(key, objective, leaves[0])]
     learns = reached([one for one in (rows_B, *balance) if one.requires_grad])
     if trains != "gate" and id(leaves[1]) not in learns:
@@ -290,6 +296,10 @@ def check_objective(
             f"{key}: {kind}.rows returns rows that do not depend on log_resp_BE, so that the gate does not learn, and "
             f"the phase trains {trains}: compute them from log_resp_BE without detach or item, or set trains to experts"
         )
+
+
+def _is_inherited(objective: Objective, method: str) -> bool:
+    return getattr(type(objective), method) is getattr(Objective, method)
 
 
 def _read_rows() -> Callable[[Any, int], Columns]:

@@ -107,7 +107,12 @@ def inspect_stack(mixture: Ensemble, rows: Batch, at: Moment, losses: Tensor) ->
 
 def _rows(mixture: Ensemble, values: Batch) -> Rows:
     """Return rows of numbers for a check; under several ranks, or if rows choose experts, there may be none."""
-    return Rows(values, mixture.dtype, mixture.context.mesh.world_size > 1 or mixture.part_of_rows < 1)
+    return Rows(values, mixture.dtype, may_be_none(mixture))
+
+
+def may_be_none(mixture: Ensemble) -> bool:
+    """Return whether a gate, an expert or an objective may be given no rows."""
+    return mixture.context.mesh.world_size > 1 or mixture.part_of_rows < 1
 
 
 def losses_of_all(losses: Tensor, num_experts: int) -> Tensor:

@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -59,7 +58,7 @@ class Probe:
         Raises:
             Fault: it fails, its results are not what they must be, or it is no pure function of each row alone.
         """
-        result, columns = self._run(args)
+        result, columns = self._pure(args)
         num_rows = _num_rows(args)
         chosen = range(num_rows - 1, num_rows - 1 - num_rows // 2, -1) if num_rows > 1 else (0, 0)
         index = torch.tensor(list(chosen), device=_tensors(args)[0].device)
@@ -72,23 +71,16 @@ class Probe:
                 self._run(_take(args, index[:0]))
         return result
 
-    def _run(self, args: Sequence[Argument]) -> tuple[Any, Columns]:
-        given, kept = _each(args, lambda t: t), _each(args, torch.clone)
+    def _pure(self, args: Sequence[Argument]) -> tuple[Any, Columns]:
+        """Run it, and check that it changes no state, neither its own nor that of a global generator."""
         states = [module_state(m) for m in self.modules]
         with guarded_generators() as drawn_from:
-            try:
-                result = self.call(*self.modules, *given)
-            except Fault:
-                raise
-            except Exception as error:
-                raise Fault(f"{self.who} fails on {_shapes(args)} ({describe_failure(error)}): fix it") from error
+            found = self._run(args)
         if drawn_from:
             raise Fault(
                 f"{self.who} draws from {drawn_from[0]}{self._first(nn.modules.dropout._DropoutNd)}, so a row's result "
                 f"would depend on the layout: set noise_shape, and take random numbers from eps, which is keyed by row"
             )
-        if not _same(given, args, kept):
-            raise Fault(f"{self.who} changes what it is given: work on a copy, as x = x - 1 in place of x -= 1")
         for module, state in zip(self.modules, states, strict=True):
             if changed := [name for name, mark in module_state(module).items() if state.get(name) != mark]:
                 raise Fault(
@@ -97,6 +89,18 @@ class Probe:
                     f"the batch or on those before: keep no state, and treat each row by itself, as nn.LayerNorm and "
                     f"nn.GroupNorm do"
                 )
+        return found
+
+    def _run(self, args: Sequence[Argument]) -> tuple[Any, Columns]:
+        given, kept = _each(args, lambda t: t), _each(args, torch.clone)
+        try:
+            result = self.call(*self.modules, *given)
+        except Fault:
+            raise
+        except Exception as error:
+            raise Fault(f"{self.who} fails on {_shapes(args)} ({describe_failure(error)}): fix it") from error
+        if not _same(given, args, kept):
+            raise Fault(f"{self.who} changes what it is given: work on a copy, as x = x - 1 in place of x -= 1")
         return result, self._columns(result, args)
 
     def _columns(self, result: Any, args: Sequence[Argument]) -> Columns:
@@ -243,7 +247,12 @@ def _equal(a: Any, b: Any) -> bool:
 
 def module_state(module: nn.Module) -> dict[str, tuple[int, int]]:
     """Return marks of parameters and buffers, which change with them."""
-    return {name: (id(t), t._version) for name, t in chain(module.named_parameters(), module.named_buffers())}
+    return {
+        f"{path}.{name}".lstrip("."): (id(t), t._version)
+        for path, one in module.named_modules()
+        for name, t in (*one._parameters.items(), *one._buffers.items())
+        if t is not None
+    }
 
 
 def _each(args: Sequence[Argument], change: Callable[[Tensor], Tensor]) -> list[Argument]:

@@ -19,7 +19,7 @@ from mixdist.gates import Gate
 from mixdist.mixtures.contracts import check_objective
 from mixdist.mixtures.ensemble import Ensemble, Execution, MakeExpert, check_fields
 from mixdist.mixtures.health import dead
-from mixdist.mixtures.members import losses_of_all
+from mixdist.mixtures.members import losses_of_all, may_be_none
 from mixdist.mixtures.mixture import Context, Stage
 from mixdist.mixtures.objectives import Objective
 from mixdist.mixtures.routing import RoutingPlan, TopK, admitted, demand, lay_out
@@ -112,8 +112,8 @@ class Soft(Ensemble):
         if stage is not None and gating is not None:
             by_itself = gating.loss_B is not None and gating.loss_B.requires_grad
             learns = gating.log_resp_BE.requires_grad and not by_itself
-            losses_BE = losses_of_all(losses, self.num_experts)
-            check_objective("objective", stage.objective, gating.log_resp_BE, losses_BE, stage.trains, learns)
+            pair = gating.log_resp_BE, losses_of_all(losses, self.num_experts)
+            check_objective("objective", stage.objective, *pair, stage.trains, learns, may_be_none(self))
 
     @property
     def part_of_rows(self) -> float:
