@@ -164,6 +164,7 @@ GATES: dict[str, tuple[dict[str, Any], str]] = {
     "unused": ({"gate": Spare}, "spare requires_grad_(False)"),
     "counts": ({"gate": Counting}, "changes count"),
     "remembers": ({"gate": Remembering}, "called again"),
+    "another mode": (gate(lambda self, rows, z: Gating(normal(z)) if self.eval() else None), "changes training"),
     "fields": (gate(Plain.out, fields="x"), "fields 'x' ('x',)"),
     "noise_shape": (gate(Plain.out, noise_shape=4), "noise_shape 4"),
 }
@@ -197,6 +198,14 @@ class NormedExpert(Auto):
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         self.encode = nn.Sequential(nn.Linear(SIZE, 2), nn.BatchNorm1d(2, track_running_stats=False))
+
+
+class NormedByFunction(Auto):
+    """No submodule is to blame, least of all the one that runs next."""
+
+    def forward(self, rows: Batch, eps: Any) -> Any:
+        z = F.batch_norm(self.encode(rows["x"]), None, None, training=True)
+        return self.out(rows, (self.decode(z) - rows["x"]).square())
 
 
 class FrozenExpert(Auto):
@@ -255,6 +264,7 @@ EXPERTS: dict[str, tuple[dict[str, Any], str]] = {
     "batch mean": (expert(lambda self, rows, e: ExpertTerms(e.sum(1) - e.mean())), "depends on the other rows"),
     "over its rows": (expert(lambda self, rows, e: ExpertTerms(e.sum(1) / len(e))), "depends on the other rows"),
     "draws": (expert(lambda self, rows, e: ExpertTerms(e.sum(1) * torch.rand(()))), "generator noise_shape"),
+    "batch_norm as a function": ({"expert": NormedByFunction}, "NormedByFunction.forward batch, so"),
     "BatchNorm": ({"expert": NormedExpert}, "NormedExpert.forward BatchNorm1d encode.1"),
     "BatchNorm in a network": (vae(network=NormedNetwork()), "VAE.forward BatchNorm1d encoder.1"),
     "frozen": ({"expert": FrozenExpert}, "FrozenExpert 4 parameters buffers gate"),

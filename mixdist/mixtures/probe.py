@@ -157,10 +157,12 @@ class Probe:
             self._run(args)
         with _recorded(self.modules) as part:
             self._run(_take(args, index))
-        for (who, out), (_, again) in zip(whole, part, strict=False):
-            aligned = (len(out), len(again)) == (_num_rows(args), len(index))
-            if aligned and _differing({who: out}, {who: again}, index, COARSE):
-                return f" ({who})"
+        for (who, given, out), (_, given_again, again) in zip(whole, part, strict=False):
+            pairs = (given, given_again), (out, again)
+            if all((len(a), len(b)) == (_num_rows(args), len(index)) for a, b in pairs):
+                before, after = (_differing({who: a}, {who: b}, index, COARSE) for a, b in pairs)
+                if after and not before:
+                    return f" ({who})"
         return ""
 
 
@@ -198,14 +200,14 @@ def reached(outputs: Sequence[Tensor]) -> dict[int, Tensor]:
 
 
 @contextmanager
-def _recorded(modules: Sequence[nn.Module]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Record every submodule that is called, in order, and its output."""
-    calls: list[tuple[str, Tensor]] = []
+def _recorded(modules: Sequence[nn.Module]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
+    """Record every submodule that is called, in order, its first argument and its output."""
+    calls: list[tuple[str, Tensor, Tensor]] = []
 
     def watch(path: str, module: nn.Module) -> Any:
         def keep(one: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.dim():
-                calls.append((f"{type(one).__name__} at {path}", output.detach()))
+            if all(isinstance(t, Tensor) and t.dim() for t in (*inputs[:1], output)):
+                calls.append((f"{type(one).__name__} at {path}", inputs[0].detach(), output.detach()))
 
         return module.register_forward_hook(keep)
 
@@ -246,8 +248,9 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def module_state(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return marks of parameters and buffers, which change with them."""
-    return {
+    """Return marks of parameters, buffers and modes, which change with them."""
+    modes = {f"{path}.training".lstrip("."): (int(one.training), 0) for path, one in module.named_modules()}
+    return modes | {
         f"{path}.{name}".lstrip("."): (id(t), t._version)
         for path, one in module.named_modules()
         for name, t in (*one._parameters.items(), *one._buffers.items())
