@@ -47,4 +47,5 @@ def hold(path: Path) -> IO[str]:
     file.truncate(0)
     file.write(f"{os.getpid()} on {socket.gethostname()}\n")
     file.flush()
+    os.fsync(file.fileno())  # other hosts look for it
     return file

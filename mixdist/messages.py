@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import sys
-import time
 import traceback
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 USER_ERROR, INTERRUPTED = 2, 130
-LINGER_S = 10.0
-"""Seconds that other ranks wait before they exit with an error: a launcher ends all processes when one fails, and
-rank 0 must print its message first."""
 
 
 class SingleRankError(ValueError):
     """An error that this rank alone found; the others may wait for it in a collective."""
 
 
+class SharedError(ValueError):
+    """An error that every rank raises with the same message; rank 0 prints it."""
+
+
 def one_line(text: str) -> str:
-    """Return a message on one line."""
-    return " ".join(text.split())
+    """Return a message on one line, without the stack of C++ frames that torch appends to its own."""
+    return " ".join(text.partition("\nException raised from ")[0].split())
 
 
 def counted(number: int, noun: str) -> str:
@@ -48,10 +48,6 @@ def describe_failure(error: BaseException) -> str:
     return f"{type(error).__name__}{text and f': {text}'}{place and f'; {place}'}"
 
 
-def fail(message: str, rank: int, alone: bool) -> int:
-    """Print an error, on rank 0 if all ranks know it, else on the rank that found it alone; return the exit code."""
-    if rank == 0 or alone:
-        print(f"mixdist: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(LINGER_S)
-    return USER_ERROR
+def report(message: str) -> None:
+    """Print an error."""
+    print(f"mixdist: {message}", file=sys.stderr, flush=True)

@@ -5,14 +5,24 @@ As under torchrun, the environment says who a rank is; when one fails the others
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
 
-import mixdist.cli.train  # noqa: F401 (what takes seconds to import is here before the fork)
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as main sets it before torch is imported
+
+import mixdist.cli.evaluate
+import mixdist.cli.train  # what takes seconds to import is here before the fork
 from mixdist.cli.main import main
+from tests.launch import HANG_S, ROOT, Ended
 
 
 def free_port() -> int:
@@ -22,11 +32,12 @@ def free_port() -> int:
         return port
 
 
-def rank(number: int, world_size: int, port: int, argv: list[str]) -> int:
+def rank(number: int, world_size: int, port: int, argv: list[str], env: Mapping[str, str] = {}) -> int:
     """Run mixdist as one rank; return its exit code."""
     who = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in who.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(env)
     try:
         return main(argv)
     finally:
@@ -57,5 +68,81 @@ def run(world_size: int, argv: list[str]) -> int:
     return int(failed)
 
 
+class ByHand(NamedTuple):
+    """One rank as a user starts it: what is not given here is as on every rank.
+
+    Args:
+        argv: of mixdist.
+        env: of the process.
+        path: put first where Python looks for modules.
+        version: of mixdist, simulated.
+        cwd: the working directory.
+    """
+
+    argv: Sequence[str]
+    env: Mapping[str, str] = {}
+    path: str = ""
+    version: str = ""
+    cwd: str = "."
+
+
+def by_hand(cases: Mapping[str, Sequence[ByHand]], folder: Path) -> dict[str, list[Ended]]:
+    """Run ranks of their own environment each, without a launcher; return how each ended, by case."""
+    with tempfile.TemporaryFile("w+") as given:
+        json.dump({name: [one._asdict() for one in ranks] for name, ranks in cases.items()}, given)
+        given.seek(0)
+        command = [sys.executable, "-m", "tests.ranks", "by-hand"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, stdin=given, capture_output=True, text=True, cwd=folder, env=env, timeout=HANG_S)
+    assert done.returncode == 0, done
+    return {name: [Ended(*one) for one in ranks] for name, ranks in json.loads(done.stdout).items()}
+
+
+def _serve_by_hand(at_once: int = 3) -> None:
+    """Read cases, fork their ranks, some cases at once; write how they ended."""
+    cases = {name: [ByHand(**one) for one in ranks] for name, ranks in json.load(sys.stdin).items()}
+    left, ended = dict(cases), {}
+    running: dict[int, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        while left or running:
+            while left and len({rank.rpartition(" ")[0] for rank in running.values()}) < at_once:
+                name, port = next(iter(left)), free_port()
+                for number, one in enumerate(ranks := left.pop(name)):
+                    running[_fork(number, len(ranks), port, one, Path(folder, f"{name} {number}"))] = f"{name} {number}"
+            pid, status = os.wait()
+            ended[running.pop(pid)] = os.waitstatus_to_exitcode(status)
+
+        def end_of(rank: str) -> Ended:
+            return Ended(ended[rank], *(Path(folder, f"{rank}.{kind}").read_text() for kind in ("out", "err")))
+
+        print(json.dumps({name: [end_of(f"{name} {i}") for i in range(len(ranks))] for name, ranks in cases.items()}))
+
+
+def _fork(number: int, world_size: int, port: int, one: ByHand, output: Path) -> int:
+    """Start a rank; return its process."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        code = _alone(number, world_size, port, one, [Path(f"{output}.{kind}") for kind in ("out", "err")])
+    finally:
+        os._exit(code)
+
+
+def _alone(number: int, world_size: int, port: int, one: ByHand, files: Sequence[Path]) -> int:
+    for descriptor, file in zip((1, 2), files, strict=True):  # C++ prints too
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(one.cwd)
+    if one.path:
+        sys.path.insert(0, one.path)
+    if one.version:
+        mixdist.__version__ = one.version  # type: ignore[attr-defined]
+    return rank(number, world_size, port, list(one.argv), one.env)
+
+
 if __name__ == "__main__":
-    sys.exit(run(int(sys.argv[1]), sys.argv[2:]))
+    if sys.argv[1] == "by-hand":
+        _serve_by_hand()
+    else:
+        sys.exit(run(int(sys.argv[1]), sys.argv[2:]))

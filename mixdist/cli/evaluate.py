@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from mixdist.baselines.model import ABOUT, MODEL, read_about
 from mixdist.cli.ending import report_errors_once
 from mixdist.config.build import KINDS, Session, build, build_mesh, describe
+from mixdist.config.card import card
 from mixdist.config.config import Config
 from mixdist.config.options import parse, values_of
 from mixdist.config.parsing import RESOLVED, config_parser, make_config, plain
@@ -61,7 +62,7 @@ def evaluate_run(argv: Sequence[str]) -> None:
         return
     if not values_of(argv, "--mesh.ep_size"):  # the layout is this command's, not the one that trained
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, ep_size=None))
-    mesh = build_mesh(config)
+    mesh = build_mesh(config, card("evaluate", options))
     with report_errors_once(mesh, "look at that rank's own messages, then start the evaluation again"):
         session = build(config, mesh, tests=options.split == "test")
         with closing(session):

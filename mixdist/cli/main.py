@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from mixdist.messages import INTERRUPTED, SingleRankError, fail, format_error
-from mixdist.parallel.launch import Launch, follow_launcher, keep_large_blocks
+from mixdist.messages import INTERRUPTED, USER_ERROR, format_error, report
+from mixdist.parallel.launch import Launch, follow_launcher, keep_large_blocks, quiet_torch
 
 COMMANDS = {
     "train": ("mixdist.cli.train", "train"),
@@ -22,6 +22,8 @@ COMMANDS = {
     "verify": ("mixdist.cli.shards", "verify"),
 }
 """Module and function of each command: only its own module is imported, so a command without torch starts at once."""
+ALONE = "sample", "prepare", "index", "verify"
+"""Commands whose ranks, if there are several, do not meet."""
 USAGE = """usage: mixdist COMMAND [options]
 
 commands:
@@ -40,9 +42,10 @@ mixdist COMMAND --help lists the options of a command. A first run:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit code: 0, or 2 for an error that a user can fix, printed in one line by rank 0."""
+    """Run a command; return the exit code: 0, or 2 for an error that a user can fix, printed in one line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     keep_large_blocks()
+    quiet_torch()
     follow_launcher()
     sys.path.insert(0, os.getcwd())  # finds your own classes from the console script, as python -m does
     if not argv or argv[0] in ("-h", "--help"):
@@ -54,10 +57,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         module, name = COMMANDS[argv[0]]
         getattr(import_module(module), name)(argv[1:])
         return 0
-    except (ValueError, OSError) as error:
-        return fail(format_error(error), Launch.read().rank, alone=isinstance(error, SingleRankError))
+    except Exception as error:
+        launch = _launch()
+        if launch is None or launch.world_size > 1:
+            from mixdist.cli.ending import end_rank  # which needs torch
+
+            return end_rank(error, launch, meets=argv[0] not in ALONE)
+        if not isinstance(error, (ValueError, OSError)):
+            raise
+        report(format_error(error))
+        return USER_ERROR
     except KeyboardInterrupt as interrupt:
         remedy = str(interrupt) or ("run the same command to continue" if argv[0] == "prepare" else "start it again")
-        if Launch.read().rank == 0:
+        launch = _launch()
+        if launch is None or launch.rank == 0:
             print(f"mixdist: interrupted: {remedy}", file=sys.stderr)
+        if "mixdist.parallel.meeting" in sys.modules:
+            sys.modules["mixdist.parallel.meeting"].interrupt()
         return INTERRUPTED
+
+
+def _launch() -> Launch | None:
+    """Return the rank of this process; None where its environment is wrong."""
+    try:
+        return Launch.read()
+    except ValueError:
+        return None

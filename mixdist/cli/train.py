@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from itertools import count
@@ -14,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from mixdist.cli.ending import report_errors_once
 from mixdist.cli.evaluate import summary
 from mixdist.config.build import Session, build, build_mesh, build_program, build_selection, describe
+from mixdist.config.card import card
 from mixdist.config.config import Config
 from mixdist.config.options import parse, values_of
 from mixdist.config.parsing import RESOLVED, config_parser, dump, make_config
@@ -26,6 +28,9 @@ from mixdist.report.metrics import MetricsLog, Progress
 from mixdist.training.checkpoint import CheckpointStore, checkpoints_in, load_mixture
 from mixdist.training.loop import Loop, Program
 from mixdist.training.selection import Selection, choose_checkpoint
+
+SHOWN_S = 10.0
+"""Seconds within which what one host writes must be seen by the others."""
 
 
 def train(argv: Sequence[str]) -> None:
@@ -53,7 +58,7 @@ def run_training(
         beside: files that are written beside the run's own, by name.
         then: called with what was trained, and the run's directory, before the ranks part.
     """
-    mesh = build_mesh(config)
+    mesh = build_mesh(config, card("train", parsed))
     held: IO[str] | None = None
     try:
         with report_errors_once(mesh, "look at that rank's own messages, then go on with --resume"):
@@ -68,7 +73,7 @@ def run_training(
                     program.ready()
                     selection.try_out()
                 run = Path(on_rank_0(lambda: _directory(parsed, resumed), mesh))
-                held = _hold(run, mesh)
+                held = _hold(run, mesh, fresh=not resumed)
                 for name, (value, _) in session.mixture.choices().items():
                     parsed.mixture.init_args[name] = value  # what was chosen here: the run goes on with it
                 for name, data in beside.items() if mesh.rank == 0 else ():
@@ -113,11 +118,41 @@ def _resumed(argv: Sequence[str]) -> Path | None:
     return run
 
 
-def _hold(run: Path, mesh: Mesh) -> IO[str] | None:
+def _hold(run: Path, mesh: Mesh, fresh: bool) -> IO[str] | None:
     """Lock the run for this process and those with it: two that write one record would destroy it."""
     held: list[IO[str]] = []
-    on_rank_0(lambda: held.append(hold(run / ".lock")), mesh)
+
+    def lock() -> str:
+        held.append(hold(run / ".lock"))
+        return (run / ".lock").read_text()
+
+    who = on_rank_0(lock, mesh)
+    try:
+        agreed(lambda: _check_shared(run, who), mesh.world)
+    except ValueError:
+        for file in held:
+            file.close()
+            if fresh:
+                (run / ".lock").unlink()
+                with suppress(OSError):
+                    run.rmdir()
+        raise
     return held[0] if held else None
+
+
+def _check_shared(run: Path, who: str) -> None:
+    """Check that this rank sees what rank 0 has written in the run's directory; some storage is slow to show it."""
+    deadline = time.monotonic() + SHOWN_S
+    while True:
+        with suppress(OSError):
+            if (run / ".lock").read_text() == who:
+                return
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{run.absolute()} is not the directory that rank 0 has as {run}: put runs on storage that all ranks "
+                f"share, and start all in the same working directory"
+            )
+        time.sleep(0.1)
 
 
 def _remedy(run: Path, go_on: str) -> str:

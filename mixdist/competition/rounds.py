@@ -28,7 +28,7 @@ from mixdist.engines import EngineFactory
 from mixdist.noise import TRIAL_PHASE, Moment
 from mixdist.training.checkpoint import Saved
 from mixdist.training.loop import Advance
-from mixdist.training.phases import Phase
+from mixdist.training.phases import Phase, check_alike
 from mixdist.training.resume import check_progress
 
 TABLE = "assignment.npy"
@@ -77,6 +77,7 @@ class Rounds:
         log_every: int = 10,
         fresh: bool = True,
     ) -> None:
+        check_alike(mixture.context, len(dataset), phases)
         # First: ``facts`` is a collective where experts differ.
         read = [name for facts in mixture.facts for name in facts.fields]
         self.fields = tuple(dict.fromkeys([*read, *mixture.extra_fields]))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mixdist.config.config import Config
+from mixdist.config.sameness import check_rows, check_weights
 from mixdist.data import Samples, Splits
 from mixdist.data.sources.splits import load_splits
 from mixdist.mixtures import Context, Mixture
-from mixdist.parallel.agreement import Agreed, agreed, alike, gather_json
+from mixdist.parallel.agreement import Agreed, agreed, gather_json
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement, choose_device
 from mixdist.parallel.wire import Wire
@@ -65,11 +67,15 @@ class Session:
                 rows.close()
 
 
-def build_mesh(config: Config) -> Mesh:
+def build_mesh(config: Config, card: Mapping[str, Any] | None = None) -> Mesh:
     """Find this rank's place and meet the others.
 
+    Args:
+        config: the run.
+        card: what must be the same on every rank, as ``mixdist.config.card`` makes it.
+
     Raises:
-        ValueError: no layout fits, no device is there, or the ranks do not find each other.
+        ValueError: no layout fits, no device is there, or the ranks do not find each other or were not started alike.
     """
     # Where a gradient stays 0, Adam's mean of it sinks to subnormal numbers, with which some processors are slow.
     torch.set_flush_denormal(True)
@@ -77,7 +83,7 @@ def build_mesh(config: Config) -> Mesh:
     if not hasattr(config.mixture, "num_experts"):
         raise ValueError(f"{type(config.mixture).__name__} has no num_experts: set it in its __init__")
     placement = Placement.plan(config.mixture.num_experts, launch.world_size, config.mesh.ep_size)
-    return Mesh(placement, launch, choose_device(config.mesh.device, launch), config.mesh.timeout_s)
+    return Mesh(placement, launch, choose_device(config.mesh.device, launch), config.mesh.timeout_s, card)
 
 
 def build(config: Config, mesh: Mesh, tests: bool = True) -> Session:
@@ -99,6 +105,7 @@ def build(config: Config, mesh: Mesh, tests: bool = True) -> Session:
         return splits
 
     session = _session(config, agreed(make, mesh.world), mesh, tests)
+    check_weights(config.mixture, mesh)
     config.mixture.tune(session.train, config.train)
     return session
 
@@ -115,7 +122,7 @@ def load_data(config: Config, mesh: Mesh) -> Session:
 def _session(config: Config, splits: Splits, mesh: Mesh, tests: bool) -> Session:
     names = ["train", "test"] if splits.valid is None else ["train", "valid", *(["test"] if tests else [])]
     splits = splits._replace(**{name: _readable(name, getattr(splits, name), mesh) for name in names})
-    alike("the data", [getattr(splits, name).fingerprint[:16] for name in names], mesh.world)
+    check_rows({KINDS[name]: getattr(splits, name) for name in names}, config.data, mesh)
     return Session(mesh, splits.train, splits.test, config.mixture, splits.valid)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from contextlib import suppress
@@ -73,6 +74,8 @@ def plain(value: Any) -> Any:
         return {name: plain(inner) for name, inner in vars(value).items()}
     if isinstance(value, (list, tuple)):
         return [plain(inner) for inner in value]
+    if inspect.isclass(value) or inspect.isroutine(value):  # their text has an address, another in each process
+        return f"{value.__module__}.{value.__qualname__}"
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mixdist.messages import SharedError
 from mixdist.parallel.mesh import Mesh
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Outcome, Owned, Parts
@@ -38,7 +39,7 @@ class Totals(NamedTuple):
     meter: dict[str, int]
 
 
-class NotFinite(ValueError):
+class NotFinite(SharedError):
     """A loss or a gradient is not a finite number; nothing was updated."""
 
 

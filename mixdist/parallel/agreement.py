@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from mixdist.messages import format_error
+from mixdist.messages import SharedError, format_error, one_line
+from mixdist.parallel.identity import difference
 from mixdist.parallel.mesh import Mesh
-from mixdist.parallel.wire import Group, together
+from mixdist.parallel.wire import Group, LostRank, together
 
 T = TypeVar("T")
 
 
-class Agreed(ValueError):
-    """An error that every rank raises with the same message; one of them prints it."""
+class Agreed(SharedError):
+    """An error of one rank or of several that all have agreed to raise."""
 
 
 def gather_bytes(data: bytes, group: Group) -> list[bytes]:
@@ -56,25 +58,38 @@ def agree(error: str | None, group: Group) -> None:
         raise Agreed(first if len(bad) == len(errors) else f"rank {rank}: {first}")
 
 
-def alike(name: str, value: Any, group: Group) -> None:
-    """Check this rank's value against every other's.
+def alike(named: Mapping[str, Any], group: Group, remark: str = "") -> None:
+    """Check this rank's values, JSON by name, against rank 0's.
+
+    Args:
+        named: the values.
+        group: the ranks, all of which call it.
+        remark: shown with a value that differs; may differ itself.
 
     Raises:
-        Agreed: a rank has another value than rank 0.
+        Agreed: a rank has another value than rank 0; names the first.
     """
-    values = gather_json(value, group)
-    other = next((rank for rank, theirs in enumerate(values) if theirs != values[0]), None)
-    if other is not None:
-        raise Agreed(f"{name} of rank {other} ({values[other]}) differs from rank 0's ({values[0]}): give all the same")
+    everyone = gather_json([dict(named), remark], group)
+    for rank, (values, said) in enumerate(everyone):
+        told = difference(everyone[0][0], values, rank, (everyone[0][1], said))
+        if told is not None:
+            raise Agreed(told)
 
 
 def agreed(act: Callable[[], T], group: Group) -> T:
     """Return what ``act`` returns on this rank, or fail on every rank if it fails on one.
 
     Raises:
-        Agreed: ``act`` raised a ValueError or an OSError on some rank.
+        Agreed: ``act`` raised on some rank. One that raised anything but a ValueError or an OSError raises that itself.
     """
-    made, error = _attempt(act)
+    try:
+        made, error = _attempt(act)
+    except LostRank:
+        raise
+    except Exception as bug:
+        with suppress(Agreed):
+            agree(f"{type(bug).__name__}: {one_line(str(bug))}", group)
+        raise
     agree(error, group)
     return cast(T, made)
 

@@ -21,16 +21,42 @@ class Launch:
 
     @staticmethod
     def read(env: Mapping[str, str] = os.environ) -> Launch:
-        """Read the variables of torchrun and the deepspeed launcher, else those of srun; else return one process."""
+        """Read the variables of torchrun and the deepspeed launcher, else those of srun; else return one process.
+
+        Raises:
+            ValueError: a variable is no number, or the rank is none of the ranks.
+        """
         if "RANK" in env and "WORLD_SIZE" in env:
-            rank, world_size, local = env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", env["RANK"])
-            local_size = env.get("LOCAL_WORLD_SIZE", "1")
-        elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # unset in a batch script outside srun
-            rank, world_size, local = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"], env["SLURM_LOCALID"]
-            local_size = env.get("SLURM_NTASKS_PER_NODE", "1")
+            names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+        elif _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:  # unset in a batch script outside srun
+            names = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"
         else:
             return Launch()
-        return Launch(int(rank), int(world_size), int(local), max(int(local_size), int(local) + 1))
+        rank, world_size = (_number(env, name) for name in names[:2])
+        if not 0 <= rank < world_size:
+            raise ValueError(
+                f"{names[0]} ({rank}) must be from 0 to {names[1]} - 1, and {names[1]} is {world_size}: give each "
+                f"process a number of its own"
+            )
+        local = _number(env, names[2], rank)
+        return Launch(rank, world_size, local, max(_number(env, names[3], 1), local + 1))
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """Return a variable of the environment as a number, not negative."""
+    text = env.get(name, "" if default is None else str(default))
+    if not text.strip().isdecimal():
+        raise ValueError(f"{name} ({text}) must be a whole number, 0 or more: set it on every rank")
+    return int(text)
+
+
+def has_launcher(env: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a launcher started the ranks, which shows their messages together and ends all when one fails.
+
+    Where they were started by hand, each has a terminal of its own.
+    """
+    by_srun = env.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "1")
+    return by_srun or bool({"TORCHELASTIC_RUN_ID", "CROSS_RANK", "OMPI_COMM_WORLD_SIZE"} & env.keys())
 
 
 def keep_large_blocks() -> None:
@@ -43,6 +69,15 @@ def keep_large_blocks() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 32 << 20)
         libc.mallopt(-1, 1 << 30)
+
+
+def quiet_torch() -> None:
+    """Leave out torch's C++ warnings where there are several ranks, unless the user has chosen a level.
+
+    A rank whose store has ended would print 20 frames of C++ beside its own line.
+    """
+    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def follow_launcher() -> None:

@@ -6,17 +6,19 @@ group is a block of neighbouring ranks, so that it fits inside a node and replic
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from mixdist.parallel.heartbeat import Heartbeat
+from mixdist.parallel.identity import own_sources, versions
 from mixdist.parallel.launch import Launch
+from mixdist.parallel.meeting import Meeting
 
 
 @dataclass(frozen=True)
@@ -120,44 +122,67 @@ class Mesh:
         launch: the rank of this process.
         device: on which it computes.
         timeout_s: seconds after which a collective that some rank does not enter ends the process.
+        card: what else must be the same on every rank, JSON by name.
+
+    Raises:
+        ValueError: the ranks do not meet, or were not started alike.
     """
 
-    def __init__(self, placement: Placement, launch: Launch, device: torch.device, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        launch: Launch,
+        device: torch.device,
+        timeout_s: float = 600.0,
+        card: Mapping[str, Any] | None = None,
+    ) -> None:
         self.placement, self.device = placement, device
         self.rank, self.world_size = launch.rank, launch.world_size
         self.member = placement.member_of(self.rank)
         self.replica = placement.replica_of(self.rank)
         self.timeout = timedelta(seconds=timeout_s)
         self.heartbeat: Heartbeat | None = None
-        if self.world_size > 1 and not dist.is_initialized():
-            self._start(launch)
-        self.world: dist.ProcessGroup | None = dist.group.WORLD if self.world_size > 1 else None
-        self.ep_group = self._group([placement.ep_ranks(r) for r in range(placement.num_replicas)])
-        self.replica_group = self._group([placement.replica_ranks(m) for m in range(placement.ep_size)])
+        self.world: dist.ProcessGroup | None = None
+        self.ep_group: dist.ProcessGroup | None = None
+        self.replica_group: dist.ProcessGroup | None = None
+        if self.world_size == 1:
+            return
+        if dist.is_initialized():
+            self._make_groups()
+            return
+        meeting = Meeting(launch, timeout_s)
+        meeting.agree(self._card(card or {}), timeout_s)
+        with meeting.watched():
+            self._start(meeting.store)
+            self._make_groups()
 
-    def _start(self, launch: Launch) -> None:
-        if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            raise ValueError(
-                "MASTER_ADDR and MASTER_PORT are not set: start with torchrun, or export them as in launch/slurm.sbatch"
-            )
+    def _card(self, card: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what must be the same on every rank, what a user can change first."""
+        placed = {
+            "num_experts": self.placement.num_experts,
+            "mesh.ep_size": self.placement.ep_size,
+            "mesh.timeout_s": self.timeout.total_seconds(),
+            "the device": self.device.type,
+        }
+        return {"WORLD_SIZE": self.world_size, **versions(), **card, **placed, **own_sources()}
+
+    def _start(self, store: dist.Store) -> None:
+        """Make the group of all ranks."""
         cuda = self.device.type == "cuda"
-        try:
-            store, rank, size = next(rendezvous("env://", launch.rank, launch.world_size, timeout=self.timeout))
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo",
-                store=store,
-                timeout=self.timeout,
-                rank=rank,
-                world_size=size,
-                device_id=self.device if cuda else None,
-            )
-            self.heartbeat = Heartbeat(store, rank, size)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the {launch.world_size} ranks did not find each other at {os.environ['MASTER_ADDR']}:"
-                f"{os.environ['MASTER_PORT']} within mesh.timeout_s ({self.timeout.total_seconds():g}): {error}; "
-                f"start all of them, and look at their own messages"
-            ) from None
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=store,
+            timeout=self.timeout,
+            rank=self.rank,
+            world_size=self.world_size,
+            device_id=self.device if cuda else None,
+        )
+        self.heartbeat = Heartbeat(store, self.rank, self.world_size)
+
+    def _make_groups(self) -> None:
+        self.world = dist.group.WORLD
+        self.ep_group = self._group([self.placement.ep_ranks(r) for r in range(self.placement.num_replicas)])
+        self.replica_group = self._group([self.placement.replica_ranks(m) for m in range(self.placement.ep_size)])
 
     def missing(self) -> tuple[list[int], bool]:
         """Return, after a collective failed, which ranks are dead, and whether this rank should report it."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mixdist.files import write_file
 from mixdist.mixtures import Mixture
-from mixdist.parallel.agreement import Agreed, agree, agreed, gather_json, on_rank_0
+from mixdist.parallel.agreement import Agreed, agree, agreed, alike, gather_json, on_rank_0
 from mixdist.parallel.mesh import Mesh
 from mixdist.terms import Owned
 from mixdist.training.manifest import (
@@ -202,6 +202,8 @@ class CheckpointStore:
         for name in candidates:
             damage = self.damage(self.root / name)
             if damage is None:
+                manifest = read_manifest(self.root / name)
+                alike({f"checkpoint {name}": manifest["sha256"]}, self.mesh.world, str(self.root.absolute()))
                 return self.root / name, passed_over
             passed_over.append(f"checkpoint {name} is damaged ({damage})")
         raise Agreed(f"{self.root} holds no good checkpoint: {'; '.join(passed_over)}; start the run anew")

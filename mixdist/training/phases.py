@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mixdist.mixtures import Objective
+from mixdist.mixtures import Context, Objective
+from mixdist.parallel.agreement import alike
 
 
 def _adam() -> dict[str, object]:
@@ -71,6 +72,21 @@ class Phase:
             raise ValueError(
                 f"{key}.schedule cannot run for the {times} {unit} of its phase ({error}): change its init_args"
             ) from None
+
+
+def check_alike(context: Context, num_rows: int, phases: Sequence[Phase]) -> None:
+    """Check that every rank was given the same run, where it was built in Python and no config was compared.
+
+    Raises:
+        Agreed: a rank was given another.
+    """
+    named: dict[str, Any] = {"seed": context.seed, "dtype": str(context.dtype), "number of training rows": num_rows}
+    for number, phase in enumerate(phases):
+        key = "train" if number + 1 == len(phases) else f"pretrain[{number}]"
+        for name in ("epochs", "batch_size", "accumulate", "trains", "clip_norm"):
+            named[f"{key}.{name}"] = getattr(phase, name)
+        named[f"{key}.objective"] = type(phase.objective).__qualname__
+    alike(named, context.mesh.world)
 
 
 class Stretched(LRScheduler):

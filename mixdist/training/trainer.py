@@ -16,7 +16,7 @@ from mixdist.noise import TRIAL_PHASE, Moment
 from mixdist.parallel.agreement import gather_json
 from mixdist.training.checkpoint import Saved, load_module
 from mixdist.training.loop import Advance, peak_memory
-from mixdist.training.phases import Phase, Position
+from mixdist.training.phases import Phase, Position, check_alike
 from mixdist.training.resume import check_progress
 
 
@@ -41,6 +41,7 @@ class Trainer:
         log_every: int = 10,
         fresh: bool = True,
     ) -> None:
+        check_alike(mixture.context, len(dataset), phases)
         self.mixture, self.dataset, self.phases = mixture, dataset, list(phases)
         self.make_engine, self.log_every = engine or Native, log_every
         self.mesh, self.wire, self.seed = mixture.context.mesh, mixture.context.wire, mixture.context.seed

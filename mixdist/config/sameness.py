@@ -1,0 +1,53 @@
+"""That every rank has the same rows, and the same weights at the start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mixdist.data import Samples, Source
+from mixdist.mixtures import Mixture
+from mixdist.parallel.agreement import Agreed, alike, gather_json
+from mixdist.parallel.mesh import Mesh
+
+
+def check_rows(splits: Mapping[str, Samples], source: Source, mesh: Mesh) -> None:
+    """Check that every rank has the same rows; where they were read from is shown with what differs.
+
+    Raises:
+        Agreed: a rank has others.
+    """
+    named: dict[str, Any] = {}
+    for kind, samples in splits.items():
+        named[f"number of {kind} rows"] = len(samples)
+        named[f"fields of the {kind} rows"] = {n: str(field) for n, field in samples.spec.items()}
+        named[f"labels of the {kind} rows"] = [samples.label, list(samples.class_names)]
+        named[f"sha256 of the {kind} rows"] = samples.fingerprint[:16]
+    texts = {name: value for name, value in vars(source).items() if isinstance(value, str)}
+    alike(named, mesh.world, ", ".join(f"data.{name} {value}" for name, value in texts.items()))
+
+
+def check_weights(mixture: Mixture, mesh: Mesh) -> None:
+    """Check that replicas begin with the same weights, up to rounding: processors may draw them by other instructions.
+
+    Raises:
+        Agreed: a rank has others, or of another shape.
+    """
+    own = {}
+    for owned in mixture.owned():
+        for name, value in owned.module.state_dict().items():
+            norm = float(torch.linalg.vector_norm(value.detach().float()))
+            own[f"{owned.name} {name}"] = [list(value.shape), str(value.dtype), norm]
+    first: dict[str, tuple[int, Any]] = {}
+    for rank, weights in enumerate(gather_json(own, mesh.world)):
+        for name, (*kind, norm) in weights.items():
+            holder, (*expected, known) = first.setdefault(name, (rank, [*kind, norm]))
+            if kind != expected or not math.isclose(norm, known, rel_tol=1e-4, abs_tol=1e-30):
+                raise Agreed(
+                    f"the initial weights of {name} on rank {rank} ({kind[0]}, {kind[1]}, norm {norm:.6g}) differ from "
+                    f"those on rank {holder} ({expected[0]}, {expected[1]}, norm {known:.6g}): a class of your own "
+                    f"must draw them from torch's global generator, and depend on nothing that differs by rank"
+                )
