@@ -8,7 +8,9 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import numpy as np
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -17,6 +19,19 @@ def write_file(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Read all arrays of an .npz file of numbers.
+
+    Raises:
+        ValueError: it is none, or damaged.
+    """
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:  # zipfile, zlib and numpy each have errors of their own for damage
+        raise ValueError(f"{path.name} is no .npz file or is damaged ({type(error).__name__})") from None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from pathlib import Path
@@ -182,11 +183,13 @@ def test_what_is_chosen_is_the_best_on_validation_rows(tmp_path: Path) -> None:
         mixture.best.model.log_density(valid).mean()
     )
     for model in (found.best.model, mixture.best.model):
-        (tmp_path / "model.npz").write_bytes(model.to_bytes())
-        again = type(model).read(tmp_path / "model.npz")
+        path, data = tmp_path / "model.npz", model.to_bytes()
+        sha256 = hashlib.sha256(data).hexdigest()
+        path.write_bytes(data)
+        again = type(model).read(path, sha256)
         assert (again.log_density(valid) == model.log_density(valid)).all()
-        (tmp_path / "model.npz").write_bytes(model.to_bytes()[:-40])
-        error_of(lambda model=model: type(model).read(tmp_path / "model.npz"), "model.npz")
+        path.write_bytes(data[:-40])
+        error_of(lambda model=model, path=path, sha256=sha256: type(model).read(path, sha256), "model.npz")
 
 
 def test_without_validation_rows_a_tenth_of_the_training_rows_chooses() -> None:

@@ -12,6 +12,8 @@ import pytest
 from scipy.stats import norm
 
 from mixdist.evaluation.compare import NORMAL_95, Judged, compare, paired
+from mixdist.files import read_arrays
+from tests.errors import error_of
 from tests.launch import here, refused
 
 RNG = np.random.default_rng(0)
@@ -155,3 +157,32 @@ def test_what_cannot_be_read_is_refused(runs: tuple[Path, Path]) -> None:
     refused("compare", "one", "two", names="log_likelihood 0.0")
     np.savez(Path("two/evaluation.npz"), id=np.array([object()], dtype=object), allow_pickle=True)
     refused("compare", "one", "two", names="mixdist evaluate two")
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "names"),
+    [
+        ("errors", None, "errors"),
+        ("protocol", [1], "protocol"),
+        ("protocol", {"split": "test", "rows": 500}, "protocol data"),
+        ("figures", {"log_likelihood": "high"}, "log_likelihood 'high'"),
+        ("figures", {"log_likelihood": math.nan}, "log_likelihood nan"),
+        ("figures", {"log_likelihood": True}, "log_likelihood True"),
+        ("errors", {"log_likelihood": "0.3"}, "log_likelihood '0.3'"),
+    ],
+)
+def test_an_evaluation_of_another_form_is_refused(
+    section: str, value: Any, names: str, runs: tuple[Path, Path]
+) -> None:
+    path = Path("two/evaluation.json")
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), section: value}))
+    refused("compare", "one", "two", names=f"two/evaluation.json {names} mixdist evaluate two")
+
+
+@pytest.mark.parametrize("place", range(10, 1500, 213))
+def test_bytes_that_changed_are_told(place: int, tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "rows.npz", id=np.arange(300), figure=RNG.normal(size=300))
+    data = bytearray((tmp_path / "rows.npz").read_bytes())
+    data[place : place + 20] = bytes(255 - byte for byte in data[place : place + 20])
+    (tmp_path / "rows.npz").write_bytes(data)
+    error_of(lambda: read_arrays(tmp_path / "rows.npz"), "rows.npz", "damaged")

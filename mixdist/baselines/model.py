@@ -6,13 +6,13 @@ Shape letters: N rows, B rows of a batch, D numbers of a row, K clusters, C clas
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
-import zipfile
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -21,6 +21,7 @@ import numpy as np
 
 from mixdist.baselines.rows import Rows
 from mixdist.data.sources.splits import VALID, held_out
+from mixdist.files import read_arrays
 from mixdist.mixtures.clusters import clustering
 from mixdist.mixtures.study import KEYS, Evaluation, linearised
 
@@ -39,11 +40,19 @@ def read_about(run: Path) -> dict[str, Any]:
     """
     try:
         about = json.loads((run / ABOUT).read_bytes())
-        if isinstance(about["kind"], str):
+        needed = {"kind", "parameters"}
+        if about["kind"] != "vae":
+            needed |= {"field", "likelihood", "on", "expert", "seed", "data", "settings", "tried", "findings", "sha256"}
+        if needed <= about.keys():
             return dict(about)
-    except (ValueError, OSError, KeyError, TypeError):
+    except (ValueError, OSError, KeyError, TypeError, AttributeError):
         pass
     raise ValueError(f"{run / ABOUT} is damaged: make the baseline again")
+
+
+def repeatable(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a baseline is without what differs when it is fitted again: its seconds and its file's checksum."""
+    return {name: value for name, value in about.items() if name not in ("seconds", "sha256")}
 
 
 class Baseline(ABC):
@@ -73,17 +82,15 @@ class Baseline(ABC):
             return stream.getvalue()
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read what ``to_bytes`` returned.
+    def read(cls, path: Path, sha256: str) -> Self:
+        """Read what ``to_bytes`` returned, which had that checksum.
 
         Raises:
             ValueError: the file is damaged.
         """
-        try:
-            with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-                return cls(**{name: file[name] if file[name].ndim else file[name].item() for name in file.files})
-        except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} cannot be read ({error}): fit the baseline again") from None
+        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise ValueError(f"{path} is damaged or of another baseline: make the baseline again")
+        return cls(**{name: array if array.ndim else array.item() for name, array in read_arrays(path).items()})
 
 
 class Candidate(NamedTuple):

@@ -84,7 +84,7 @@ class PPCA(Baseline):
         if noise + added <= SINGULAR * spectrum.total / size:
             raise ValueError(
                 f"--components ({num_components}) leaves no noise: the {spectrum.num_rows} training rows lie in a "
-                f"space of {num_components} dimensions or fewer: give fewer components, or other rows"
+                f"space of {num_components} dimensions or fewer: give fewer components, or more rows"
             )
         variance_M, noise, shift = variance_M + added, noise + added, 0.0
         if level is not None:
@@ -142,6 +142,7 @@ def spectrum(rows: Rows, num_components: int) -> Spectrum:
         if num_components >= limit:
             raise ValueError(
                 f"--components ({num_components}) must be below the number of {what} ({limit}): give fewer"
+                + (" or more rows" if what == "training rows" else "")
             )
     if size <= num_rows:
         require_memory(3 * 8 * size**2, f"ppca of rows of {size} numbers")

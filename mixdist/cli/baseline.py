@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -62,6 +63,8 @@ def baseline(argv: Sequence[str]) -> None:
     parser = baseline_parser(kind)
     given = values_of(argv, "--on")
     first = ["--config", str(Path(given[-1]) / RESOLVED)] if given and not values_of(argv, "--config") else []
+    if first and not Path(first[1]).is_file():
+        raise ValueError(f"--on {given[-1]} is no run ({RESOLVED} is missing): name a directory of mixdist train")
     parsed = parse(parser, [*first, *argv[1:]])
     config = make_config(parser, parsed)
     stem = f"{Path(str(parsed.config[-1])).stem if parsed.config else 'run'}-{kind}"
@@ -153,9 +156,11 @@ def fit(kind: str, parsed: Namespace, config: Config, stem: str) -> None:
             "parameters": choice.best.model.num_parameters,
             "seconds": time.monotonic() - begin,
         }
+        model = choice.best.model.to_bytes()
+        about["sha256"] = hashlib.sha256(model).hexdigest()
         run = new_directory(parsed.out, stem)
         write_file(run / RESOLVED, dump(parsed).encode())
-        write_file(run / MODEL, choice.best.model.to_bytes())
+        write_file(run / MODEL, model)
         write_file(run / ABOUT, (json.dumps(about, indent=2) + "\n").encode())
         for split, dataset in (("valid", data.valid), ("test", data.test)):
             if dataset is not None:
@@ -204,7 +209,9 @@ def several(name: str, text: str, kind: type[N], least: N, valid: Rows | None) -
     except ValueError:
         good = False
     if not good:
-        raise ValueError(f"--{name} ({text}) must be a number from {least}, or several as 4,16,64: correct it")
+        raise ValueError(
+            f"--{name} ({text}) must be a number from {least:g}, or several with commas between: correct it"
+        )
     if len(found) > 1 and valid is None:
         raise ValueError(
             f"--{name} ({text}) has several values, and there are no validation rows to choose by: set valid, as "

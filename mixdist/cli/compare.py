@@ -36,7 +36,10 @@ def compare_runs(argv: Sequence[str]) -> None:
     about = {"figure": figure, "split": options.split, "rows": protocol["rows"], "data": protocol["data"]}
     if options.json:
         told = {**about, "runs": [line._asdict() for line in lines]}
-        write_file(Path(options.json), (json.dumps(told, indent=2) + "\n").encode())
+        try:
+            write_file(Path(options.json), (json.dumps(told, indent=2) + "\n").encode())
+        except OSError as error:
+            raise ValueError(f"--json {options.json} cannot be written ({error.strerror}): name another file") from None
     print(f"{figure} on {protocol['rows']} {options.split} rows")
     headers = ["run", "value", "error", "difference", "its error", "95% interval", "z"]
     print(table(headers, [_cells(line) for line in lines]))

@@ -50,7 +50,7 @@ def evaluate_run(argv: Sequence[str]) -> None:
         raise ValueError(f"--rows ({options.rows}) must be 1 or more: leave it out for all rows")
     config = make_config(parser, options, trains=False)
     assert run is not None
-    if (run / MODEL).is_file():
+    if (run / MODEL).is_file() or ((run / ABOUT).is_file() and read_about(run)["kind"] != "vae"):
         from mixdist.cli.fitted import evaluate_again  # which prints as this module does
 
         if options.kde:

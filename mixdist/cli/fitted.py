@@ -12,7 +12,7 @@ import torch
 from jsonargparse import Namespace
 
 from mixdist.baselines.clusters import GaussianMixture, KMeans
-from mixdist.baselines.model import ABOUT, MODEL, Baseline, evaluate_baseline, read_about
+from mixdist.baselines.model import ABOUT, MODEL, Baseline, evaluate_baseline, read_about, repeatable
 from mixdist.baselines.ppca import PPCA
 from mixdist.baselines.rows import Rows, dequantised, values_of
 from mixdist.baselines.single import expert_of
@@ -66,10 +66,16 @@ def about_of(kind: str, parsed: Namespace, config: Config, train: Samples) -> di
     """Return what a baseline is to be fitted to.
 
     Raises:
-        ValueError: the data has no such field, or no label where clusters are all there is.
+        ValueError: the data has no such field, or no label where clusters are all there is; an option of no use.
     """
     name = field_name(parsed.field, train.spec, kind)
     on, likelihood = parsed.get("on"), parsed.get("likelihood")
+    for option in ("field", "likelihood") if on else ("expert",):
+        if parsed.get(option) is not None:
+            raise ValueError(
+                f"--{option} ({parsed[option]}) has no use {'with' if on else 'without'} --on: "
+                f"{'latents' if on else 'values'} are fitted; leave it out"
+            )
     if (on or kind == "kmeans") and train.label is None:
         what = "latents of a run are" if on else "kmeans is"
         raise ValueError(f"{what} compared with a label, and the data has none: take gmm or ppca on values")
@@ -138,6 +144,8 @@ def latents(run: Path, number: int | None, spec: Spec, data: str) -> Callable[[B
     Raises:
         ValueError: the run was trained on other data, or its experts are several, or none has such a posterior.
     """
+    if not checkpoints_in(run / "checkpoints"):
+        raise ValueError(f"--on {run} has no trained experts: name a run of mixdist train or of mixdist baseline vae")
     model = load(run)
     trained_on = read_state(checkpoints_in(run / "checkpoints")[0])["run"]["data"]
     if trained_on != data:
@@ -178,7 +186,7 @@ def evaluate_fitted(run: Path, about: About, model: Baseline, rows: Rows, split:
         "sampled": BOUND if about["likelihood"] == "mass" else "nothing: log p is exact",
         "seed": about["seed"],
         "dtype": "float64",
-        "baseline": {name: value for name, value in about.items() if name != "seconds"},
+        "baseline": repeatable(about),
     }
     evaluation = dataclasses.replace(evaluation, findings=list(about["findings"]), protocol=told)
     path = run / f"{stem_of(split)}.json"
@@ -201,8 +209,6 @@ def evaluate_again(run: Path, config: Config, split: str, num_rows: int | None) 
         ValueError: a file is damaged, the data is not what it was fitted to, or has no such rows.
     """
     about = read_about(run)
-    if about["kind"] not in MODELS:
-        raise ValueError(f"{run / ABOUT} is damaged: make the baseline again")
     with closing(load_data(config, one_process())) as data:
         if data.train.fingerprint != about["data"]:
             raise ValueError(
@@ -211,6 +217,7 @@ def evaluate_again(run: Path, config: Config, split: str, num_rows: int | None) 
             )
         dataset = data.split(split)
         dataset = dataset if num_rows is None else dataset.first(num_rows)
-        evaluate_fitted(
-            run, about, MODELS[about["kind"]].read(run / MODEL), rows_of(about, dataset.spec)(dataset), split
-        )
+        if about["kind"] not in MODELS or about["field"] not in dataset.spec:
+            raise ValueError(f"{run / ABOUT} is damaged: make the baseline again")
+        model = MODELS[about["kind"]].read(run / MODEL, about["sha256"])
+        evaluate_fitted(run, about, model, rows_of(about, dataset.spec)(dataset), split)

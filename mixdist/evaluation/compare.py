@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from mixdist.files import read_arrays
+from mixdist.messages import one_line
 
 HEADLINES = ("log_likelihood", "conditional_log_likelihood", "accuracy", "prediction_rmse", "rmse_value")
 """The figure that is compared where none is named: the first of these that all have, else their first in common."""
@@ -88,26 +90,31 @@ def read_evaluation(run: Path, split: str = "test") -> Judged:
             raise ValueError(f"{run} was not evaluated on {split} rows ({path.name} is missing): {command}")
     try:
         told = json.loads(figures.read_bytes())
-        with open(columns, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            read = {name: file[name] for name in file.files}
-        found = Judged(str(run), told["protocol"], told["figures"], told["errors"], read)
+        if not isinstance(told, dict) or not all(isinstance(told.get(key), dict) for key in Judged._fields[1:4]):
+            raise ValueError(f"{figures.name} lacks {', '.join(Judged._fields[1:4])}")
+        found = Judged(str(run), told["protocol"], told["figures"], told["errors"], read_arrays(columns))
         _check(found)
-    except (ValueError, KeyError, TypeError, EOFError, OSError, AttributeError, zipfile.BadZipFile) as error:
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{figures} and {columns.name} cannot be used ({told}): {command}") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{figures} and {columns.name} cannot be used ({one_line(str(error))}): {command}") from None
     return found
 
 
 def _check(judged: Judged) -> None:
     """Check that figures and columns are of one evaluation."""
-    ids_N = judged.columns["id"]
+    missing = [key for key in SAME if key not in judged.protocol]
+    if missing:
+        raise ValueError(f"the protocol lacks {', '.join(missing)}")
+    for name, value in [*judged.figures.items(), *judged.errors.items()]:
+        if not (value is None or (type(value) in (int, float) and math.isfinite(value))):
+            raise ValueError(f"{name} is {value!r}, which is no number")
+    ids_N = judged.columns.get("id", np.zeros(0))
     if ids_N.dtype != np.int64 or ids_N.ndim != 1 or len(np.unique(ids_N)) != len(ids_N):
         raise ValueError("the ids of the rows are not whole numbers, each once")
     if len(ids_N) != judged.protocol["rows"]:
         raise ValueError(f"{len(ids_N)} rows in one, {judged.protocol['rows']} in the other")
     for name, column_N in judged.columns.items():
-        if column_N.shape != ids_N.shape:
-            raise ValueError(f"the column {name} has another length than the ids")
+        if column_N.shape != ids_N.shape or column_N.dtype.kind not in "iufb":
+            raise ValueError(f"the column {name} is not one number for each id")
         mean = judged.figures.get(name)
         if mean is not None and abs(np.nanmean(column_N) - mean) > 1e-9 * max(1.0, abs(mean)):
             raise ValueError(f"{name} is {mean} in one and {np.nanmean(column_N)} in the other")

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from safetensors import safe_open
 
-from mixdist.baselines.model import ABOUT, read_about
+from mixdist.baselines.model import ABOUT, read_about, repeatable
 from mixdist.evaluation.compare import stem_of
 from mixdist.files import write_file
 from mixdist.sweep.grid import Variant
@@ -110,10 +110,8 @@ def read_record(path: Path) -> Record:
 
 
 def read_baseline(run: Path) -> dict[str, Any] | None:
-    """Return what a baseline says of itself, but for its seconds; None for another run."""
-    if not (run / ABOUT).is_file():
-        return None
-    return {name: value for name, value in read_about(run).items() if name != "seconds"}
+    """Return what a baseline says of itself; None for another run."""
+    return repeatable(read_about(run)) if (run / ABOUT).is_file() else None
 
 
 def write_record(path: Path, record: Record) -> None:
