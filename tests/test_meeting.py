@@ -28,7 +28,7 @@ from torch import nn
 from mixdist.gates import Gate
 from mixdist.terms import Gating
 
-from own_width import WIDTH
+from meeting_width import WIDTH
 
 
 class Wide(Gate):
@@ -74,15 +74,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, width in (("one", 3), ("other", 4)):
         for at in (folder / name, folder / name / "cwd"):
             at.mkdir()
-        (folder / name / "own_width.py").write_text(f"WIDTH = {width}\n")
-        (folder / name / "own_gate.py").write_text(OWN)
+        (folder / name / "meeting_width.py").write_text(f"WIDTH = {width}\n")
+        (folder / name / "meeting_gate.py").write_text(OWN)
         (folder / name / "rows.txt").write_text(" ".join(str((i * width) % 7 / 7) for i in range(80)))
-    (folder / "own_rows.py").write_text(ROWS)
-    data = {"class_path": "own_rows.Numbers", "init_args": {"root": str(folder / "one/rows.txt")}}
+    (folder / "meeting_rows.py").write_text(ROWS)
+    data = {"class_path": "meeting_rows.Numbers", "init_args": {"root": str(folder / "one/rows.txt")}}
     config = changed(data=data, train__batch_size=20, mesh={"device": "cpu"}, dtype="float64", execution="loop")
     config["mixture"]["init_args"]["expert"]["init_args"] |= {"likelihood": "gaussian", "mean": "identity"}
     write_config(folder / "c.yaml", config)
-    own = changed(config, gate={"class_path": "own_gate.Wide"})
+    own = changed(config, gate={"class_path": "meeting_gate.Wide"})
     write_config(folder / "own.yaml", own)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -143,7 +143,7 @@ DIFFERENT: dict[str, tuple[ByHand, ByHand, tuple[str, ...]]] = {
         ("checkpoint step-", "other/cwd", "one/cwd"),
     ),
     "version": (train(), train(version="0.0.9"), ("version of mixdist", "(0.0.9)")),
-    "own source": (own("one"), own("other"), ("source of own_width",)),
+    "own source": (own("one"), own("other"), ("source of meeting_width",)),
     "environment": (own("one"), own("one", OWN_WIDTH="5"), ("initial weights of gate", "[5, 2]", "[3, 2]")),
     "data": (
         train(),
