@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as main sets it before torch is imported
 
+import torch
+
 import mixdist.cli.evaluate
 import mixdist.cli.train  # what takes seconds to import is here before the fork
 from mixdist.cli.main import main
@@ -98,7 +100,7 @@ def by_hand(cases: Mapping[str, Sequence[ByHand]], folder: Path) -> dict[str, li
     return {name: [Ended(*one) for one in ranks] for name, ranks in json.loads(done.stdout).items()}
 
 
-def _serve_by_hand(at_once: int = 3) -> None:
+def _serve_by_hand(at_once: int = 6) -> None:
     """Read cases, fork their ranks, some cases at once; write how they ended."""
     cases = {name: [ByHand(**one) for one in ranks] for name, ranks in json.load(sys.stdin).items()}
     left, ended = dict(cases), {}
@@ -142,6 +144,7 @@ def _alone(number: int, world_size: int, port: int, one: ByHand, files: Sequence
 
 
 if __name__ == "__main__":
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # the first optimiser imports for most of a second
     if sys.argv[1] == "by-hand":
         _serve_by_hand()
     else:

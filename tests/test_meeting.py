@@ -273,6 +273,7 @@ def test_every_number_of_a_config_must_be_the_same(config: Any, folder: Path) ->
     [
         ({"RANK": "2", "WORLD_SIZE": "2"}, ("RANK (2)", "WORLD_SIZE is 2")),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, ("RANK (-1)",)),
+        ({"RANK": "1"}, ("RANK (1)", "WORLD_SIZE")),
         ({"RANK": "0", "WORLD_SIZE": "two"}, ("WORLD_SIZE (two)",)),
         ({"RANK": "0", "WORLD_SIZE": ""}, ("WORLD_SIZE ()",)),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, ("LOCAL_RANK (x)",)),

@@ -22,7 +22,7 @@ COMMANDS = {
     "verify": ("mixdist.cli.shards", "verify"),
 }
 """Module and function of each command: only its own module is imported, so a command without torch starts at once."""
-ALONE = "sample", "prepare", "index", "verify"
+ALONE = "compare", "sample", "sweep", "prepare", "index", "verify"
 """Commands whose ranks, if there are several, do not meet."""
 USAGE = """usage: mixdist COMMAND [options]
 

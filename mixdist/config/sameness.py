@@ -26,7 +26,7 @@ def check_rows(splits: Mapping[str, Samples], source: Source, mesh: Mesh) -> Non
         named[f"fields of the {kind} rows"] = {n: str(field) for n, field in samples.spec.items()}
         named[f"labels of the {kind} rows"] = [samples.label, list(samples.class_names)]
         named[f"sha256 of the {kind} rows"] = samples.fingerprint[:16]
-    texts = {name: value for name, value in vars(source).items() if isinstance(value, str)}
+    texts = {name: value for name, value in getattr(source, "__dict__", {}).items() if isinstance(value, str)}
     alike(named, mesh.world, ", ".join(f"data.{name} {value}" for name, value in texts.items()))
 
 
@@ -39,13 +39,14 @@ def check_weights(mixture: Mixture, mesh: Mesh) -> None:
     own = {}
     for owned in mixture.owned():
         for name, value in owned.module.state_dict().items():
-            norm = float(torch.linalg.vector_norm(value.detach().float()))
+            norm = float(torch.linalg.vector_norm(value.detach().double()))
             own[f"{owned.name} {name}"] = [list(value.shape), str(value.dtype), norm]
     first: dict[str, tuple[int, Any]] = {}
     for rank, weights in enumerate(gather_json(own, mesh.world)):
         for name, (*kind, norm) in weights.items():
             holder, (*expected, known) = first.setdefault(name, (rank, [*kind, norm]))
-            if kind != expected or not math.isclose(norm, known, rel_tol=1e-4, abs_tol=1e-30):
+            same = math.isclose(norm, known, rel_tol=1e-4, abs_tol=1e-30) or (math.isnan(norm) and math.isnan(known))
+            if kind != expected or not same:
                 raise Agreed(
                     f"the initial weights of {name} on rank {rank} ({kind[0]}, {kind[1]}, norm {norm:.6g}) differ from "
                     f"those on rank {holder} ({expected[0]}, {expected[1]}, norm {known:.6g}): a class of your own "

@@ -24,9 +24,13 @@ class Launch:
         """Read the variables of torchrun and the deepspeed launcher, else those of srun; else return one process.
 
         Raises:
-            ValueError: a variable is no number, or the rank is none of the ranks.
+            ValueError: a variable is no number, the rank is none of the ranks, or it is not said of how many.
         """
-        if "RANK" in env and "WORLD_SIZE" in env:
+        if "RANK" in env and "WORLD_SIZE" not in env:
+            raise ValueError(
+                f"RANK ({env['RANK']}) is set and WORLD_SIZE is not: set it to the number of ranks, or unset RANK"
+            )
+        if "RANK" in env:
             names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
         elif _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:  # unset in a batch script outside srun
             names = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"
