@@ -38,6 +38,7 @@ class Wide(Gate):
         super().__init__()
         if os.environ.get("OWN_FAULT"):
             raise KeyError("no fields")
+        self.sharpness = float(os.environ.get("OWN_SHARPNESS", 1))
         width = int(os.environ.get("OWN_WIDTH", WIDTH))
         self.net = nn.Sequential(nn.Linear(spec["x"].num_values, width), nn.Linear(width, num_experts))
 
@@ -145,6 +146,7 @@ DIFFERENT: dict[str, tuple[ByHand, ByHand, tuple[str, ...]]] = {
     "version": (train(), train(version="0.0.9"), ("version of mixdist", "(0.0.9)")),
     "own source": (own("one"), own("other"), ("source of meeting_width",)),
     "environment": (own("one"), own("one", OWN_WIDTH="5"), ("initial weights of gate", "[5, 2]", "[3, 2]")),
+    "read attribute": (own("one"), own("one", OWN_SHARPNESS="5"), ("sharpness of gate", "(5.0)", "(1.0)")),
     "data": (
         train(),
         train("--data.root", "other/rows.txt"),
@@ -186,6 +188,7 @@ def ends(place: Path) -> Iterator[dict[str, list[Ended]]]:
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
+        cases["stranger"] = [train(*SHORT, env={"MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": "1"})]
         cases["port"] = [train(*SHORT, env={"MASTER_PORT": port, "WORLD_SIZE": "2"})]
         with_path = {
             name: [
@@ -232,6 +235,7 @@ def test_who_waits_in_vain_says_where(name: str, ends: dict[str, list[Ended]]) -
 
 def test_a_port_or_a_rank_that_is_taken(ends: dict[str, list[Ended]]) -> None:
     check_line(ends["port"][0], "MASTER_PORT", "use")
+    check_line(ends["stranger"][0], "MASTER_PORT", "rank 0")
     for end in ends["twice"]:
         assert end.code == 2
         check_line(end, "RANK (1)")

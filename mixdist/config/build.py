@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mixdist.config.config import Config
-from mixdist.config.sameness import check_rows, check_weights
+from mixdist.config.sameness import check_attributes, check_rows, check_weights
 from mixdist.data import Samples, Splits
 from mixdist.data.sources.splits import load_splits
 from mixdist.mixtures import Context, Mixture
@@ -106,6 +106,7 @@ def build(config: Config, mesh: Mesh, tests: bool = True) -> Session:
 
     session = _session(config, agreed(make, mesh.world), mesh, tests)
     check_weights(config.mixture, mesh)
+    check_attributes(config.mixture, mesh)
     config.mixture.tune(session.train, config.train)
     return session
 

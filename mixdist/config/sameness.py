@@ -52,3 +52,35 @@ def check_weights(mixture: Mixture, mesh: Mesh) -> None:
                     f"those on rank {holder} ({expected[0]}, {expected[1]}, norm {known:.6g}): a class of your own "
                     f"must draw them from torch's global generator, and depend on nothing that differs by rank"
                 )
+
+
+def check_attributes(mixture: Mixture, mesh: Mesh) -> None:
+    """Check that modules have the same numbers and words on every rank, as one read from the environment may not be.
+
+    Compared are shared modules, replicas of an expert and, where one class makes all of them, different experts.
+
+    Raises:
+        Agreed: a rank has others.
+    """
+    own = [[owned.name, owned.expert is not None, _attributes(owned.module)] for owned in mixture.owned()]
+    first: dict[str, tuple[int, Any]] = {}
+    for rank, modules in enumerate(gather_json(own, mesh.world)):
+        for name, is_expert, attributes in modules:
+            label = "the experts" if is_expert and getattr(mixture, "alike", False) else name
+            for key, value in attributes.items():
+                holder, known = first.setdefault(f"{key} of {label}", (rank, value))
+                if value != known and rank != holder:
+                    raise Agreed(
+                        f"{key} of {name} on rank {rank} ({value}) differs from that on rank {holder} ({known}): "
+                        f"nothing that a class of your own reads, such as an environment variable, may differ by rank"
+                    )
+
+
+def _attributes(module: torch.nn.Module) -> dict[str, str]:
+    """Return what a module and those inside it hold beside tensors: numbers and words, as text."""
+    found = {}
+    for at, inner in module.named_modules():
+        for name, value in vars(inner).items():
+            if isinstance(value, (bool, int, float, str)):
+                found[f"{at}.{name}".lstrip(".")] = repr(value)
+    return found

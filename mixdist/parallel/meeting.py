@@ -32,7 +32,7 @@ from mixdist.parallel.store import POLL_S, connect
 
 PATIENCE_S = 20.0
 """Seconds for which a rank that ends early tries to tell the others; those that start together come within them."""
-LINGER_S, LEAVE_S = 10.0, 2.0
+LINGER_S, LEAVE_S = 10.0, 3.0
 """Seconds that other ranks wait at most for rank 0 to print an error before they exit, since a launcher ends all
 processes when one fails; and rank 0 for them to know."""
 
@@ -119,7 +119,8 @@ class Meeting:
         """Return what a verdict is on this rank; rank 0 stays until those that came know it: it may be their store."""
         self._count("seen", 1)
         if self.launch.rank == 0:
-            self._until("seen", self.launch.world_size - len(self._missing()), LINGER_S)
+            limit_s = LINGER_S if verdict.rank is None else LEAVE_S  # who ended early reads nothing more
+            self._until("seen", self.launch.world_size - len(self._missing()), limit_s)
         if verdict.rank is None:
             return SharedError(verdict.text)
         if has_launcher():

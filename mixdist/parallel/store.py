@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from datetime import timedelta
 
@@ -36,6 +37,23 @@ def connect(launch: Launch, limit_s: float) -> TCPStore:
         _check_free(port)
     else:
         _reach(address, port, limit_s)
+    made: list[TCPStore | RuntimeError] = []
+    thread = threading.Thread(
+        target=lambda: made.append(_open(address, port, serves, limit_s)), daemon=True, name="mixdist-store"
+    )
+    thread.start()
+    thread.join(limit_s)  # torch waits without end for the answer of a program that is no store
+    if made and isinstance(made[0], TCPStore):
+        return made[0]
+    told = one_line(str(made[0])) if made else f"it has not answered as one within mesh.timeout_s ({limit_s:g})"
+    raise ValueError(
+        f"what listens at MASTER_ADDR:MASTER_PORT ({address}:{port}) is no rank 0 ({told}): choose another MASTER_PORT "
+        f"on every rank"
+    )
+
+
+def _open(address: str, port: int, serves: bool, limit_s: float) -> TCPStore | RuntimeError:
+    """Return the store, or why there is none."""
     try:
         return TCPStore(
             # The server listens on all interfaces. It may not reach itself by the name that others know it by.
@@ -47,10 +65,7 @@ def connect(launch: Launch, limit_s: float) -> TCPStore:
             use_libuv=os.environ.get("USE_LIBUV", "1") == "1",  # as torch's own rendezvous
         )
     except RuntimeError as error:
-        raise ValueError(
-            f"what answers at MASTER_ADDR:MASTER_PORT ({address}:{port}) is no rank 0 ({one_line(str(error))}): choose "
-            f"another MASTER_PORT on every rank"
-        ) from None
+        return error
 
 
 def is_agents() -> bool:

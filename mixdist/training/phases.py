@@ -86,6 +86,10 @@ def check_alike(context: Context, num_rows: int, phases: Sequence[Phase]) -> Non
         for name in ("epochs", "batch_size", "accumulate", "trains", "clip_norm"):
             named[f"{key}.{name}"] = getattr(phase, name)
         named[f"{key}.objective"] = type(phase.objective).__qualname__
+        plain = {
+            n: v for n, v in getattr(phase.objective, "__dict__", {}).items() if isinstance(v, (bool, int, float, str))
+        }
+        named |= {f"{key}.objective.{name}": value for name, value in plain.items()}
     alike(named, context.mesh.world)
 
 
