@@ -27,11 +27,13 @@ class Heartbeat:
         self.store, self.rank, self.world_size = store, rank, world_size
         self.heard = False  # some rank has started to look for dead ranks
         self._stop = threading.Event()
-        threading.Thread(target=self._run, args=(store.clone(),), daemon=True, name="mixdist-heartbeat").start()
+        self._thread = threading.Thread(target=self._run, args=(store.clone(),), daemon=True, name="mixdist-heartbeat")
+        self._thread.start()
 
     def stop(self) -> None:
         """Stop the heartbeat when this rank ends normally."""
         self._stop.set()
+        self._thread.join(BEAT_S)  # a process that ends inside a call of the store is aborted
 
     def missing(self) -> tuple[list[int], bool]:
         """Return, after a collective failed, which ranks are dead, and whether this rank should report it."""
