@@ -203,6 +203,15 @@ def test_a_setting_is_chosen_on_valid_rows_and_it_alone_sees_test_rows(commands:
     assert "lr: 0.3" in Path("out/soft-train.lr=0.3-seed0/config.yaml").read_text()
 
 
+def test_a_figure_that_no_setting_has_cannot_choose(commands: Commands) -> None:
+    words = ["soft.yaml", "--set", "train.lr=1e-3,0.3", "--seeds", "1"]
+    ended = sweep(*words, "--select", "nix", "--", "--valid", "0.25")
+    assert ended.code == 2
+    assert all(word in ended.err for word in ("--select", "nix", "log_likelihood"))
+    assert ".log" not in ended.err
+    assert sweep(*words, "--select", "log_likelihood", "--", "--valid", "0.25").code == 0
+
+
 def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(commands: Commands) -> None:
     words = ["soft.yaml", "broken=soft.yaml --train.optimizer.init_args.lr=9", "--seeds", "2"]
     ended = sweep(*words)
@@ -266,6 +275,10 @@ def test_a_sweep_may_grow_and_says_what_else_differs(commands: Commands) -> None
         ("soft.yaml -- --train.epoch 3", ["train.epoch", "epochs"]),
         ("soft.yaml -- --out elsewhere", ["out"]),
         ("soft.yaml -- --seed 3", ["--seed", "--seeds"]),
+        ("soft.yaml -- --config hard.yaml", ["--config", "CONFIG"]),
+        ("soft.yaml --baselines ppca -- --out=elsewhere", ["--out", "folder"]),
+        ("soft.yaml --set train.epochs=1 --set train.epochs=2", ["train.epochs", "--set"]),
+        ("soft.yaml --set train.lr=1 --set train.optimizer.lr=2", ["lr", "--set"]),
         ("soft.yaml -- --valid 81", ["valid", "81", "80"]),
         ("soft.yaml --nix 3", ["--nix"]),
     ],

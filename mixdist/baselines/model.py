@@ -88,8 +88,8 @@ class Baseline(ABC):
         Raises:
             ValueError: the file is damaged.
         """
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise ValueError(f"{path} is damaged or of another baseline: make the baseline again")
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise ValueError(f"{path} is missing, damaged or of another baseline: make the baseline again")
         return cls(**{name: array if array.ndim else array.item() for name, array in read_arrays(path).items()})
 
 

@@ -143,6 +143,9 @@ def _conclude(done: Sweep, options: Namespace, folder: Path) -> None:
         write_file(folder / f"{name}.md", f"{page}\n".encode())
     print("\n\n".join(["", *(table.text() for table in (*tables, costs))]))
     print(f"\ntables: {folder / 'table.md'}, {folder / 'table.json'}", flush=True)
+    unchosen = next((name for name in done.failed if name in done.chosen), None)
+    if unchosen and len(done.failed) == 1:  # where cells failed, they are the cause
+        raise ValueError(f"no setting of {unchosen} was chosen: {done.failed[unchosen]}")
     if done.failed:
         number, (name, why) = len(done.failed), next(iter(done.failed.items()))
         raise ValueError(

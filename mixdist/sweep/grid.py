@@ -168,12 +168,16 @@ def settings_of(system: System, axes: Sequence[Axis], more: Sequence[str]) -> Se
         more: dotted options of every cell, which come after the system's own.
 
     Raises:
-        ValueError: a setting does not parse, or two are one.
+        ValueError: a setting does not parse, two are one, or a key is set twice.
     """
     parser = config_parser("mixdist sweep")
     own = ["--config", system.path, *system.words, *more]
     given = parse(parser, own)
     base = resolved(given)
+    keys = [full_key(key, base) for axis in axes for key in axis.keys.split(",")]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise ValueError(f"--set sets {twice} twice: give all its values in one --set, as {twice}=VALUE,VALUE")
     found: list[Variant] = []
     made: list[Config] = []
     for values in itertools.product(*(axis.values for axis in axes)):

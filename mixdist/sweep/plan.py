@@ -17,6 +17,13 @@ from mixdist.sweep.grid import Axis, Settings, System, Variant, file_name, read_
 
 FILE = "sweep.json"
 
+GIVEN = {
+    "--seed": "every one is run with the seeds 0 to --seeds - 1",
+    "--config": "name it as CONFIG, before the options",
+    "--out": "each has its own folder in that of the sweep",
+}
+"""Options of a cell that a sweep gives itself, and what to do instead."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -146,8 +153,8 @@ def make_plan(options: Namespace, more: Sequence[str], check: Callable[[Sequence
     systems, axes = read_systems(options["configs"]), [read_axis(text) for text in options["set"]]
     kinds = read_baselines(options["baselines"])
     for word in (*more, *(word for words in (*(system.words for system in systems), *kinds) for word in words)):
-        if word.partition("=")[0] == "--seed":
-            raise ValueError(f"{word} cannot be given: every cell is run with the seeds 0 to --seeds - 1")
+        if (option := word.partition("=")[0]) in GIVEN:
+            raise ValueError(f"{option} cannot be given to a cell: {GIVEN[option]}")
     settings = {system.name: settings_of(system, axes, more) for system in systems}
     splits = options["split"].split(",")
     check_data(settings, "valid" in splits)

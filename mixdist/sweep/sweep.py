@@ -96,7 +96,11 @@ class Sweep:
     def _best(self, variants: Sequence[Variant], figure: str | None) -> Variant:
         found = [(one, own) for one in variants if figure and (own := self.on_valid(one, figure))]
         if figure is None or not found:
-            raise ValueError(f"none of its settings has {figure or 'a figure'} on valid rows for all seeds")
+            known = ", ".join(shared_figures(self._of(variants), "valid"))
+            raise ValueError(
+                f"none of its settings has {figure or 'a figure'} on valid rows for all seeds"
+                + (f": choose another with --select, of {known}" if known else "")
+            )
         first = found[0][0]
         for one, _ in found[1:]:
             key = difference(self.records[one.folder], self.records[first.folder], "valid", figure)
