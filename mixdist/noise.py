@@ -49,6 +49,7 @@ class Purpose(IntEnum):
     SPLIT = 14  # which rows are set apart: phase 0 for testing, phase 1 for validation
     MOSAIC = 15  # the places of a mixture's samples in a picture
     DEQUANTISE = 16  # where in its level a value lies
+    START = 17  # a gate's start from training rows: which, and its seed
 
 
 class Kind(IntEnum):
@@ -60,7 +61,7 @@ class Kind(IntEnum):
 
 
 _FIRST = {Purpose.OBSERVATION: Kind.UNIFORM, Purpose.AUGMENT: Kind.UNIFORM} | dict.fromkeys(
-    (Purpose.ORDER, Purpose.CHANCE, Purpose.BLOCKS, Purpose.SPLIT, Purpose.MOSAIC), Kind.HASH
+    (Purpose.ORDER, Purpose.CHANCE, Purpose.BLOCKS, Purpose.SPLIT, Purpose.MOSAIC, Purpose.START), Kind.HASH
 )
 """The kind whose streams a purpose names by 0, where that is not NORMAL: that of the purpose's first use."""
 

@@ -22,10 +22,10 @@ from mixdist.data import Dataset, Samples, Source
 from mixdist.data.sources.splits import load_splits
 from mixdist.evaluation.evaluate import evaluate
 from mixdist.experts import VAE, Expert
-from mixdist.experts.likelihood import Likelihood
 from mixdist.gates import Gate, Softmax
 from mixdist.mixtures import Balance, Context, Mixture, Objective, Soft, TopK, WeightedLoss
 from mixdist.nets import MLP, Network
+from mixdist.nets.likelihood import Likelihood
 from mixdist.noise import Purpose
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Batch, ExpertTerms, Field, Gating, Outcome, Spec

@@ -12,8 +12,8 @@ from scipy.stats import chisquare, kstest, laplace, norm
 from torch import Tensor
 
 from mixdist.experts import VAE, Expert, Regressor
-from mixdist.experts.likelihood import Likelihood
 from mixdist.nets import Conv
+from mixdist.nets.likelihood import Likelihood
 from mixdist.noise import Draw, Purpose
 from mixdist.stats import laplace_quantile, logistic_log_prob, logistic_quantile, normal_quantile
 from mixdist.terms import Field, Spec

@@ -132,10 +132,10 @@ class HardMixture(Ensemble):
         """Return the fields that experts read, for their scores, and those of the score."""
         return tuple(dict.fromkeys([name for facts in self.facts for name in (*facts.fields, *self.extra_fields)]))
 
-    def choose(self, batch: RankBatch, route: Route, at: Moment) -> Tensor:
+    def choose(self, batch: RankBatch, route: Route, at: Moment) -> Gating:
         at = Moment(at.seed, ASSIGNMENT_PHASE)  # not of the figures: a winner by luck would look better than it is
         scores_Re = self.scores(self.values(route.rows(), self.fields), at)
-        return self.decide(self.dispatch.combine(scores_Re, route))
+        return Gating(self.decide(self.dispatch.combine(scores_Re, route)))
 
     def decide(self, scores_BE: Tensor) -> Tensor:
         """Return the log weights of all experts, 0 for the winner, given scores before normalisation, (B, E)."""

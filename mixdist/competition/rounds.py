@@ -28,7 +28,7 @@ from mixdist.engines import EngineFactory
 from mixdist.noise import TRIAL_PHASE, Moment
 from mixdist.training.checkpoint import Saved
 from mixdist.training.loop import Advance
-from mixdist.training.phases import Phase, check_alike
+from mixdist.training.phases import Phase, check_alike, phase_keys
 from mixdist.training.resume import check_progress
 
 TABLE = "assignment.npy"
@@ -95,9 +95,10 @@ class Rounds:
                 f"mixture.num_experts ({self.num_experts}) must be at most the number of training samples "
                 f"({len(dataset)}) for samples to be shared out: lower it"
             )
-        for number, phase in enumerate(self.phases):
-            epochs = phase.epochs if number + 1 < len(self.phases) else rules.rounds * phase.epochs
-            phase.try_schedule("train" if number + 1 == len(self.phases) else f"pretrain[{number}]", epochs, "epochs")
+        keys = phase_keys(self.phases)
+        mixture.check_stages(dict(zip(keys, self.phases, strict=True)), len(dataset))
+        for key, phase in zip(keys, self.phases, strict=True):
+            phase.try_schedule(key, phase.epochs * (rules.rounds if key == "train" else 1), "epochs")
         self.table: Assignment | None = None
         if rules.start == "split":
             self.table = Assignment.uniform(len(dataset), self.num_experts, self.data, self.seed)

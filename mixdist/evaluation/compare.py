@@ -25,7 +25,15 @@ NORMAL_95 = 1.959963984540054
 SAME = ("split", "data", "rows")
 """What the protocols of runs must share for any figure."""
 
-OF_LIKELIHOODS = ("likelihood", "likelihood_of", "levels", "add_for_stored_units", "num_samples", "kde")
+OF_LIKELIHOODS = (
+    "likelihood",
+    "likelihood_of",
+    "gate_likelihood",
+    "levels",
+    "add_for_stored_units",
+    "num_samples",
+    "kde",
+)
 """What they must share for likelihoods, bounds and losses: what they are of, in which units, from how many samples. One
 that is exact has no number of samples, and may be compared with one that has."""
 

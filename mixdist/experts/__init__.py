@@ -5,6 +5,7 @@ from mixdist.experts.centroid import Centroid
 from mixdist.experts.classifier import Classifier
 from mixdist.experts.expert import Expert
 from mixdist.experts.regressor import Regressor
+from mixdist.experts.silent import Silent
 from mixdist.experts.timing import time_executions
 from mixdist.experts.vae import VAE
 
@@ -18,5 +19,6 @@ __all__ = [
     "ExpertBank",
     "Noise",
     "Regressor",
+    "Silent",
     "time_executions",
 ]

@@ -26,6 +26,7 @@ class Expert(nn.Module):
             with noise of shape (E, R, ...) and results of shape (E, R).
         log_px_is: whether ``log_px_R`` is the log of a density of real numbers or of a probability mass of discrete
             ones; None where the class does not say. Only figures of the same kind can be compared.
+        has_loss: False where the loss is always 0 and means nothing, as of :class:`mixdist.experts.Silent`.
         levels: of a mass over the numbers k / (levels - 1), how many: on rows with other values it is neither.
 
     Examples:
@@ -47,6 +48,7 @@ class Expert(nn.Module):
     stackable: bool = False
     log_px_is: Literal["density", "mass"] | None = None
     levels: int | None = None
+    has_loss: bool = True
 
     def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
         """Return the terms of R rows of real numbers, given standard normal noise (R, *noise_shape)."""

@@ -6,12 +6,11 @@ Shape letters: R rows, S importance samples.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from mixdist.experts import Expert
 from mixdist.noise import Moment, Purpose
 from mixdist.terms import Batch
 
@@ -70,8 +69,24 @@ class Weights:
         return Evidence(self.log_sum_R - math.log(num), error_R)
 
 
+class Weighs(Protocol):
+    """What has importance weights: an expert, or a gate that is a model."""
+
+    noise_shape: tuple[int, ...] | None
+
+    def log_weights(self, rows: Batch, eps: Tensor, /) -> Tensor: ...
+
+
 @torch.no_grad()
-def importance(expert: Expert, rows: Batch, number: int, at: Moment, num_samples: int, dtype: torch.dtype) -> Evidence:
+def importance(
+    expert: Weighs,
+    rows: Batch,
+    number: int,
+    at: Moment,
+    num_samples: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...] | None = None,
+) -> Evidence:
     """Estimate log p(x) of rows under one expert from S posterior samples.
 
     eps is a function of (seed, phase, sample id, expert, sample) alone, so up to rounding the result depends neither on
@@ -84,11 +99,13 @@ def importance(expert: Expert, rows: Batch, number: int, at: Moment, num_samples
         at: names seed and phase of the draws; its step is not used.
         num_samples: S.
         dtype: of real numbers.
+        shape: of a sample's noise; unset, the expert's ``noise_shape``.
 
     Returns:
         fields (R,).
     """
-    assert expert.noise_shape is not None
+    shape = expert.noise_shape if shape is None else shape
+    assert shape is not None
     num_rows, device = rows["id"].shape[0], rows["id"].device
     block = max(1, DECODES_AT_ONCE.get(device.type, DECODES_AT_ONCE["cuda"]) // min(num_samples, SAMPLES_AT_ONCE))
     parts = []
@@ -98,7 +115,7 @@ def importance(expert: Expert, rows: Batch, number: int, at: Moment, num_samples
         for first in range(0, num_samples, SAMPLES_AT_ONCE):
             size = min(SAMPLES_AT_ONCE, num_samples - first)
             draw = Moment(at.seed, at.phase, first // SAMPLES_AT_ONCE).draw(Purpose.IMPORTANCE)
-            eps = draw.normal(part["id"], [number], (size, *expert.noise_shape), dtype)[0]
+            eps = draw.normal(part["id"], [number], (size, *shape), dtype)[0]
             weights.add(expert.log_weights(part, eps))
         parts.append(weights.evidence())
     return Evidence(*(torch.cat(fields) for fields in zip(*parts, strict=True)))

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from mixdist.experts.expert import Expert
-from mixdist.experts.likelihood import Likelihood
+from mixdist.nets.likelihood import Likelihood
 from mixdist.nets.mlp import MLP, flat
 from mixdist.nets.network import Network
 from mixdist.terms import Batch, ExpertTerms, Spec, real_field

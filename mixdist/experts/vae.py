@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mixdist.experts.expert import Expert
-from mixdist.experts.likelihood import Likelihood, LikelihoodName, MeanName, check_levels
+from mixdist.nets.likelihood import Likelihood, LikelihoodName, MeanName, check_levels
 from mixdist.nets.mlp import MLP, flat
 from mixdist.nets.network import Network
 from mixdist.stats import normal_kl, ramp
@@ -36,7 +36,7 @@ class VAE(Expert):
         latent: dimensions of z.
         network: of encoder and decoder; unset, an MLP with one hidden layer of 128.
         likelihood: gaussian and laplace, densities; bernoulli, a mass over 0 and 1 (of grey values a cross-entropy);
-            logistic, a mass over stored levels: :class:`mixdist.experts.likelihood.Likelihood`.
+            logistic, a mass over stored levels: :class:`mixdist.nets.likelihood.Likelihood`.
         scale: standard deviation (gaussian), Laplace or logistic scale, or "learned"; without effect on bernoulli.
         mean: sigmoid when x lies in [0, 1], identity otherwise; without effect on bernoulli.
         beta: weight of the KL (Higgins et al. 2017).

@@ -96,18 +96,29 @@ class Consistent(Gate):
         self.weight_now.fill_(self.weight * ramp(step, self.warmup_steps))
         self.gate.anneal(step)
 
+    @property
+    def model(self) -> Gate:
+        return self.gate.model
+
+    def _inner(self, eps: Tensor | None) -> Tensor | None:
+        """Return the inner gate's part of the noise."""
+        if eps is None or self.gate.noise_shape is None:
+            return None
+        return eps[:, NUM_VIEW:].reshape(-1, *self.gate.noise_shape)
+
     def forward(self, rows: Batch, eps: Tensor | None) -> Gating:
-        inner = None
-        if eps is not None and self.gate.noise_shape is not None:
-            inner = eps[:, NUM_VIEW:].reshape(-1, *self.gate.noise_shape)
+        inner = self._inner(eps)
         gating = self.gate(rows, inner)
         if not self.training:
             return gating
         assert eps is not None
         moved = {**rows, self.field: self.view(rows[self.field], eps[:, :NUM_VIEW])}
         # With the same noise in the inner gate, so that only the view differs.
-        loss_B = self.weight_now * _divergence(gating.log_resp_BE, self.gate(moved, inner).log_resp_BE)
+        loss_B = self.weight_now * _divergence(gating.log_resp_BE, self.gate.log_responsibilities(moved, inner))
         return Gating(gating.log_resp_BE, loss_B if gating.loss_B is None else gating.loss_B + loss_B)
+
+    def log_responsibilities(self, rows: Batch, eps: Tensor | None) -> Tensor:
+        return self.gate.log_responsibilities(rows, self._inner(eps))
 
     def view(self, x: Tensor, eps: Tensor) -> Tensor:
         """Return images (B, C, H, W) moved by the affine maps of standard normal numbers (B, 6)."""

@@ -7,6 +7,7 @@ from mixdist.mixtures.mixture import Context, Mixture, Stage
 from mixdist.mixtures.model import Model
 from mixdist.mixtures.objectives import (
     Balance,
+    GateLoss,
     Information,
     KLBalance,
     Objective,
@@ -25,6 +26,7 @@ __all__ = [
     "Evaluation",
     "ExpertEvaluation",
     "Facts",
+    "GateLoss",
     "Information",
     "KLBalance",
     "MakeExpert",

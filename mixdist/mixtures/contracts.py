@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from mixdist.experts import Expert
-from mixdist.experts.likelihood import Likelihood
 from mixdist.gates import Gate
 from mixdist.mixtures.objectives import Objective
 from mixdist.mixtures.probe import COARSE, Columns, Fault, Probe, check_column, reached, shown
 from mixdist.nets import flat
+from mixdist.nets.likelihood import Likelihood
 from mixdist.terms import Batch, ExpertTerms, Gating
 
 NORMALISED = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -48,8 +48,10 @@ class Rows:
         return {name: self.values[name] for name in ("id", *dict.fromkeys(module.fields))}
 
 
-def check_gate(key: str, gate: Gate, rows: Rows, eps: Tensor | None, num_experts: int, trains: bool) -> Gating:
-    """Check a gate; return what it says of the rows.
+def check_gate(
+    key: str, gate: Gate, rows: Rows, eps: Tensor | None, num_experts: int, trains: bool
+) -> tuple[Gating, list[Any]]:
+    """Check a gate.
 
     Args:
         key: of the gate in the config.
@@ -58,6 +60,9 @@ def check_gate(key: str, gate: Gate, rows: Rows, eps: Tensor | None, num_experts
         eps: noise for them.
         num_experts: E.
         trains: whether it is to learn.
+
+    Returns:
+        what it says of the rows, and the likelihoods that it uses with the field that each is of.
 
     Raises:
         Fault: it breaks its contract.
@@ -73,15 +78,20 @@ def check_gate(key: str, gate: Gate, rows: Rows, eps: Tensor | None, num_experts
         return columns
 
     who = f"{key}: {type(gate).__name__}.forward"
-    gating = Probe(who, lambda m, x, e: m(x, e), (gate,), read, rows.dtype, rows.takes_none)(rows.of(gate), eps)
+    used: list[tuple[Likelihood, str]] = []
+
+    def call(module: Gate, values: Batch, noise: Tensor | None) -> Any:
+        with _watched(who, module, values, used):
+            return module(values, noise)
+
+    gating: Gating = Probe(who, call, (gate,), read, rows.dtype, rows.takes_none)(rows.of(gate), eps)
     log_resp_BE = gating.log_resp_BE
     _check_normalised(who, log_resp_BE.detach())
     _check_finite(who, "loss_B", gating.loss_B, rows.values["id"])
     if trains:
         outputs = [log_resp_BE] if gating.loss_B is None else [log_resp_BE, gating.loss_B]
         check_learns(key, who, "log_resp_BE", gate, outputs, "experts")
-    found: Gating = gating
-    return found
+    return gating, list(dict.fromkeys(used))
 
 
 def _check_normalised(who: str, log_resp_BE: Tensor) -> None:
@@ -199,9 +209,9 @@ def check_expert(key: str, expert: Expert, rows: Rows, eps: Tensor | None, train
 
 
 @contextmanager
-def _watched(who: str, expert: nn.Module, values: Batch, used: list[tuple[Likelihood, str]]) -> Iterator[None]:
-    """Check what the likelihoods of an expert are given and return, and note the field that each is of."""
-    found = [m for m in expert.modules() if isinstance(m, Likelihood)]
+def _watched(who: str, module: nn.Module, values: Batch, used: list[tuple[Likelihood, str]]) -> Iterator[None]:
+    """Check what the likelihoods of a gate or an expert are given and return, and note the field that each is of."""
+    found = [m for m in module.modules() if isinstance(m, Likelihood)]
     for one in found:
         one.__dict__["log_prob"] = _checked(who, one, one.log_prob, values, used)
     try:

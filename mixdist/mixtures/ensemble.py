@@ -45,12 +45,14 @@ class Scores(NamedTuple):
         elbo_BE: each expert's ELBO, log p(x|z) - KL at one posterior sample, or its log p where that is exact, nats;
             NaN for an expert without one, None where no expert has one.
         exact_BE: log p(x), or log p(y|x) of supervised experts, where it is exact; NaN and None as above.
+        gate_loss_B: the gate's own loss, nats; None where it has none.
     """
 
     log_resp_BE: Tensor
     losses_BE: Tensor
     elbo_BE: Tensor | None
     exact_BE: Tensor | None
+    gate_loss_B: Tensor | None = None
 
 
 class Ensemble(Mixture):
@@ -132,7 +134,7 @@ class Ensemble(Mixture):
         losses = inspect_experts(self, self.bank.owned(), rows, batch.rows, at, stage)
         inspect_stack(self, rows, at, losses)
         gate = getattr(self, "gate", None)
-        return losses, inspect_gate(self, gate, rows, at, stage) if isinstance(gate, Gate) else None
+        return losses, inspect_gate(self, gate, rows, batch.rows, at, stage) if isinstance(gate, Gate) else None
 
     def choices(self) -> dict[str, tuple[Any, str]]:
         """Return the execution that ``tune`` chose, and the times of both."""
@@ -152,8 +154,8 @@ class Ensemble(Mixture):
     # What decides
 
     @abstractmethod
-    def choose(self, batch: RankBatch, route: Route, at: Moment) -> Tensor:
-        """Return the log weights of all experts for each of this rank's rows outside training, (B, E)."""
+    def choose(self, batch: RankBatch, route: Route, at: Moment) -> Gating:
+        """Return the log weights of all experts for each of this rank's rows outside training."""
 
     @property
     @abstractmethod
@@ -247,7 +249,10 @@ class Ensemble(Mixture):
 
         Every rank calls it, with the route that ``send`` returned for the batch.
         """
-        log_weights_BE = self.choose(batch, route, at)
+        log_weights_BE, gate_loss_B = self.choose(batch, route, at)
+        return self._score(log_weights_BE, route, at)._replace(gate_loss_B=gate_loss_B)
+
+    def _score(self, log_weights_BE: Tensor, route: Route, at: Moment) -> Scores:
         terms = self.expert_terms(route, at)
         assert terms.loss_R is not None
         losses_BE = self.dispatch.combine(terms.loss_R, route)
@@ -289,7 +294,8 @@ class Ensemble(Mixture):
         return Model(gate, experts, self.spec, self.dtype, seed, list(class_names))
 
     def protocol(self, num_samples: int) -> dict[str, Any]:
-        sampled = any(facts.weighs for facts in self.facts)
+        gate = getattr(self, "gate", None)
+        sampled = any(facts.weighs for facts in self.facts) or (gate is not None and gate.model.latent is not None)
         return {
             "num_samples": num_samples if sampled else None,
             "sampled": evidence.SAMPLED if sampled else evidence.EXACT,

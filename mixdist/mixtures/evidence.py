@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mixdist.data import RankBatch
 from mixdist.experts.importance import SAMPLES_AT_ONCE, Evidence, importance
+from mixdist.gates import Gate
 from mixdist.mixtures.health import duplicates
 from mixdist.noise import EVALUATION_PHASE, Moment, Purpose
 from mixdist.parallel.route import Route
@@ -54,6 +55,26 @@ def evidence(mixture: Ensemble, batch: RankBatch, route: Route, at: Moment, num_
     fields_BE2 = mixture.dispatch.combine(torch.stack(own, dim=1), route)
     assert len(fields_BE2) == batch.size
     return Evidence(*fields_BE2.unbind(-1))
+
+
+def gate_weighs(mixture: Ensemble) -> bool:
+    """Return whether the mixture has a gate that gives log p of rows."""
+    gate = getattr(mixture, "gate", None)
+    return isinstance(gate, Gate) and gate.model.can("log_weights")
+
+
+@torch.no_grad()
+def gate_evidence(mixture: Ensemble, batch: RankBatch, at: Moment, num_samples: int) -> Evidence:
+    """Return log p of this rank's rows under the gate's own model, fields (B,): exact where it has no latents.
+
+    Its draws are those of an expert after the last.
+    """
+    gate = mixture.gate_in_process().model
+    rows = mixture.values(batch.rows, gate.fields)
+    if gate.latent is None:
+        log_px = gate.log_weights(rows, None)[:, 0].double()
+        return Evidence(log_px, torch.zeros_like(log_px))
+    return importance(gate, rows, mixture.num_experts, at, num_samples, mixture.dtype, (gate.latent,))
 
 
 def mixture_log_likelihood(log_px_BE: Tensor, log_weights: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from mixdist.mixtures.clusters import clustering
 from mixdist.mixtures.evidence import (
     difference_sums,
     evidence,
+    gate_evidence,
+    gate_weighs,
     mixture_elbo,
     mixture_log_likelihood,
     noise_free_losses,
@@ -38,7 +40,10 @@ LEVEL = 1e-3
 """A number is on a level if it is as near to it, in steps between levels."""
 
 LIKELIHOODS = ("log_likelihood", "conditional_log_likelihood", "elbo", "expert_elbo")
-"""Likelihoods, left out where experts differ so that some give none, or other ones."""
+"""Likelihoods of experts, left out where experts differ so that some give none, or other ones."""
+
+GATE_FIGURES = ("gate_loss", "gate_log_likelihood")
+"""Figures of a gate that is a model of its own."""
 
 
 class ExpertStudy(Study):
@@ -54,6 +59,8 @@ class ExpertStudy(Study):
       sample. alpha is the mean responsibility over ``shares_from``, in a competition the expert's part of the table.
     - Of experts of y given x: ``conditional_log_likelihood`` = mean_n log sum_e w_ne p_e(y_n|x_n), and of the weighted
       mean prediction ``prediction_rmse`` or ``prediction_accuracy``. w is r, or alpha where what decides reads y.
+    - ``gate_loss``: the gate's own loss; ``gate_log_likelihood`` = mean_n log p(x_n) of a gate that is a model, exact
+      or importance-sampled.
     - ``exact_log_likelihood`` = mean_n log p(x_n) where the data set knows it, which no model exceeds in expectation.
     - ``rmse_row`` = sqrt(mean_n sum_d (x_nd - xhat_nd)^2) and ``rmse_value`` = rmse_row / sqrt(D) of the
       reconstructions by e(n), at the mean of q(z|x).
@@ -75,6 +82,7 @@ class ExpertStudy(Study):
         self.mixture, self.num_experts = mixture, mixture.num_experts
         self.target = mixture.common("predicts")
         self.weighs = request.num_samples is not None and any(facts.weighs for facts in mixture.facts)
+        self.has_losses = any(facts.has_loss for facts in mixture.facts)
         self.has_posteriors = any(facts.num_latent for facts in mixture.facts)
         self.share_E: Tensor | None = None
 
@@ -82,6 +90,7 @@ class ExpertStudy(Study):
         """Take the mixture's shares, where they are the weights of a density or of predictions."""
         request, mixture = self.request, self.mixture
         is_density = self.target is None and (mixture.one_density or mixture.drawn_field is not None)
+        is_density = is_density and self.has_losses
         if is_density or mixture.reads_target:
             rows = request.shares_from or self.dataset
             self.share_E = mixture.shares(rows, request.batch_size, request.at)
@@ -92,8 +101,14 @@ class ExpertStudy(Study):
         scores = self.mixture.score(batch, route, self.request.at)
         expert_B = responsible(scores.log_resp_BE)
         self._routing(batch, scores, expert_B)
+        if scores.gate_loss_B is not None:
+            self.keep(gate_loss=scores.gate_loss_B.double())
+        if self.request.num_samples is not None and gate_weighs(self.mixture):
+            found = gate_evidence(self.mixture, batch, self.request.at, self.request.num_samples)
+            self.keep(gate_log_likelihood=found.log_px)
         self._likelihoods(batch, route, scores, expert_B)
-        self._without_noise(route, expert_B)
+        if self.has_losses:
+            self._without_noise(route, expert_B)
         if self.has_posteriors:
             sums, kl_B = posterior_sums(self.mixture, route, expert_B)
             self.sum("posteriors", sums)
@@ -107,10 +122,10 @@ class ExpertStudy(Study):
         resp_BE, label, attribute = log_resp_BE.exp(), self.dataset.label, self.dataset.attribute
         self.sum("share", resp_BE.sum(0))
         self.sum("share_products", resp_BE.T @ resp_BE)
-        self.keep(
-            expert=expert_B, loss=weighted(log_resp_BE, scores.losses_BE), routing_entropy=entropy(log_resp_BE, dim=-1)
-        )
-        self._each("loss", scores.losses_BE, expert_B)
+        self.keep(expert=expert_B, routing_entropy=entropy(log_resp_BE, dim=-1))
+        if self.has_losses:
+            self.keep(loss=weighted(log_resp_BE, scores.losses_BE))
+            self._each("loss", scores.losses_BE, expert_B)
         class_B = batch.rows[label].long() if label else torch.zeros_like(expert_B)
         counts_EC = resp_BE.new_zeros(self.num_experts, self.dataset.num_classes or 1)
         counts_EC.index_put_((expert_B, class_B), counts_EC.new_ones(len(expert_B)), accumulate=True)
@@ -184,7 +199,8 @@ class ExpertStudy(Study):
         on_all = {n.removeprefix("all "): s / num_rows for n, s in sums.items() if n.startswith("all ")}
         own, everything = ([latents(terms[i]) for terms in sums.get("posteriors", [])] for i in (0, 1))
         found = self._figures(sums, columns, own)
-        told = in_words(share_E, dead(share_E), duplicates(sums["noise_free"] / num_rows))
+        alike = duplicates(sums["noise_free"] / num_rows) if "noise_free" in sums else []
+        told = in_words(share_E, dead(share_E), alike)
         return ExpertEvaluation(
             dataset,
             found.figures,
@@ -211,7 +227,8 @@ class ExpertStudy(Study):
         """Return figures, errors and columns: the means of columns, and what is a function of means."""
         dataset, mixture = self.dataset, self.mixture
         found = Evaluation(dataset, {}, columns={name: columns[name] for name in KEYS if name in columns})
-        means = ("loss", *(LIKELIHOODS if mixture.one_density else ()), "prediction_accuracy", "kl", "routing_entropy")
+        likelihoods = LIKELIHOODS if mixture.one_density else ()
+        means = ("loss", *likelihoods, *GATE_FIGURES, "prediction_accuracy", "kl", "routing_entropy")
         for name in means:
             if name in columns and (mixture.alike or np.isfinite(columns[name]).all()):
                 found = found.plus(name, columns[name])
@@ -262,10 +279,12 @@ class ExpertStudy(Study):
     def _protocol(self, found: Evaluation, sums: dict[str, np.ndarray]) -> dict[str, Any]:
         """Return, as JSON, what the likelihoods are and which weights they have."""
         mixture, name, levels = self.mixture, self.mixture.modelled, self.mixture.common("levels")
+        gate = getattr(mixture, "gate", None)
+        of_gate = {"gate_likelihood": gate.model.log_px_is} if "gate_log_likelihood" in found.figures else {}
         if not any(likelihood in found.figures for likelihood in LIKELIHOODS):
-            return {"likelihood": None}
+            return {"likelihood": None} | of_gate
         kind = mixture.common("log_px_is") or "unknown"
-        told = {"likelihood": "neither" if sums.get("off_levels") else kind, "likelihood_of": name}
+        told = of_gate | {"likelihood": "neither" if sums.get("off_levels") else kind, "likelihood_of": name}
         told["weights"] = "responsibilities" if self.share_E is None else mixture.shares_are
         if levels is not None:
             told["levels"] = levels

@@ -21,6 +21,7 @@ class Facts(NamedTuple):
         num_latent: latent dimensions of its posterior; 0 where it shows none.
         log_px_is: density or mass, as the expert says.
         levels: of a mass over levels, how many.
+        has_loss: whether its loss means anything.
     """
 
     fields: tuple[str, ...]
@@ -32,6 +33,7 @@ class Facts(NamedTuple):
     num_latent: int = 0
     log_px_is: str | None = None
     levels: int | None = None
+    has_loss: bool = True
 
     @staticmethod
     def of(expert: Expert) -> Facts:
@@ -47,4 +49,5 @@ class Facts(NamedTuple):
             math.prod(expert.noise_shape or ()) if expert.can("posterior") and noisy else 0,
             expert.log_px_is,
             expert.levels,
+            expert.has_loss,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from mixdist.mixtures.ensemble import Ensemble
 
 
-def inspect_gate(mixture: Ensemble, gate: Gate, rows: Batch, at: Moment, stage: Stage | None) -> Gating:
-    """Check a gate on stored rows; return what it says of them.
+def inspect_gate(mixture: Ensemble, gate: Gate, rows: Batch, batch: Batch, at: Moment, stage: Stage | None) -> Gating:
+    """Check a gate on stored rows, and the values of a batch; return what it says of the rows.
 
     Raises:
         Fault: it breaks its contract.
@@ -35,7 +35,16 @@ def inspect_gate(mixture: Ensemble, gate: Gate, rows: Batch, at: Moment, stage: 
     if gate.noise_shape is not None:
         eps = at.draw(Purpose.GATE).normal(rows["id"], [0], gate.noise_shape, mixture.dtype)[0]
     trains = stage is not None and stage.trains in ("both", "gate")
-    return check_gate("mixture.gate", gate, _rows(mixture, values), eps, mixture.num_experts, trains)
+    key = "mixture.gate"
+    gating, used = check_gate(key, gate, _rows(mixture, values), eps, mixture.num_experts, trains)
+    _check_ranges(f"{key}: {type(gate).__name__}.forward", used, mixture, batch)
+    return gating
+
+
+def _check_ranges(who: str, used: list[Any], mixture: Ensemble, batch: Batch) -> None:
+    """Check the values of a batch against what likelihoods of their fields can model."""
+    for likelihood, field in used:
+        check_range(who, likelihood, field, mixture.spec[field].values(batch[field], mixture.dtype))
 
 
 def inspect_experts(
@@ -65,9 +74,7 @@ def inspect_experts(
         some = _rows(mixture, mixture.values(rows, expert.fields))
         eps = None if expert.noise_shape is None else noise(rows["id"], [e], expert.noise_shape)[0]
         losses, used = check_expert(key, expert, some, eps, trains)
-        for likelihood, field in used:
-            x = mixture.spec[field].values(batch[field], mixture.dtype)
-            check_range(f"{key}: {type(expert).__name__}.forward", likelihood, field, x)
+        _check_ranges(f"{key}: {type(expert).__name__}.forward", used, mixture, batch)
         if stage is None:
             check_abilities(key, expert, some, mixture.spec, partial(_drawn, noise, rows["id"], e))
         found.append(losses)

@@ -78,6 +78,8 @@ class Stage(Protocol):
     @property
     def trains(self) -> str: ...
     @property
+    def stage(self) -> str: ...
+    @property
     def objective(self) -> Objective: ...
 
 
@@ -142,6 +144,25 @@ class Mixture(ABC):
 
         Raises:
             ValueError: this family cannot train so.
+        """
+
+    def check_stages(self, stages: Mapping[str, Stage], num_rows: int) -> None:
+        """Check the phases of a run, by their keys, against the modules and the number of training rows.
+
+        Raises:
+            ValueError: a stage that the family's modules do not have, or too few rows for one.
+        """
+        for key, stage in stages.items():
+            if stage.stage != "joint":
+                raise ValueError(f"{key}.stage ({stage.stage}) is not for {type(self).__name__}: leave it out")
+
+    def enter(self, stage: Stage) -> None:  # noqa: B027
+        """Prepare the modules for a phase: freeze what does not learn in it, after all that may learn was freed."""
+
+    def start(self, dataset: Samples, stage: Stage, at: Moment) -> None:  # noqa: B027
+        """Set parameters before the first step of the run's first phase with a stage; every rank calls it.
+
+        A function of weights, data and seed alone, the same on every layout: a run that resumes there calls it again.
         """
 
     def optimizers(self) -> dict[str, Callable[[Iterable[Tensor]], Any]]:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from mixdist.experts import Expert
-from mixdist.experts.likelihood import Likelihood
 from mixdist.gates import Gate
 from mixdist.mixtures.contracts import IN_RANGE
 from mixdist.mixtures.routing import responsible
 from mixdist.mixtures.samples import drawn
+from mixdist.nets.likelihood import Likelihood
 from mixdist.noise import EVALUATION_PHASE, Moment, Purpose
 from mixdist.terms import STORED_INTEGERS, Batch, ExpertTerms, Field, Spec
 

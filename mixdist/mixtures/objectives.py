@@ -129,6 +129,7 @@ class Objective:
 
     Attributes:
         linear: whether a row's loss is linear in the experts' losses, with the responsibilities as its coefficients.
+        reads_losses: whether ``expert_rows`` reads the experts' losses; if not, rows are not sent and no expert runs.
 
     Raises:
         ValueError: a bonus that is not finite, or a negative number of steps.
@@ -144,6 +145,7 @@ class Objective:
     """
 
     linear: bool = False
+    reads_losses: bool = True
     entropy_weight: float = 0.0
 
     def __init__(self, balance: Balance | None = None, entropy_bonus: float = 0.0, entropy_steps: int = 0) -> None:
@@ -241,7 +243,26 @@ class SoftMinLoss(Objective):
         return -self.temperature * torch.logsumexp(log_resp_BE - losses_BE / self.temperature, dim=-1)
 
 
-class Information(Objective):
+class GateLoss(Objective):
+    """-w H(r_n) alone, 0 where w is 0: the gate learns by its own loss without the experts, and they do not learn.
+
+    For gates that are models, such as :class:`mixdist.gates.VaDE`, as pretraining or for a run without experts
+    (:class:`mixdist.experts.Silent`).
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.mixtures import GateLoss
+        >>> GateLoss().rows(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[2.0, 10.0]]))
+        tensor([0.])
+    """
+
+    reads_losses = False
+
+    def expert_rows(self, log_resp_BE: Tensor, losses_BE: Tensor) -> Tensor:
+        return torch.zeros_like(log_resp_BE[..., 0])
+
+
+class Information(GateLoss):
     """-w H(r_n) alone: the gate learns without the experts, and they do not learn.
 
     With w = -1 and ``KLBalance`` this is -I(row; expert) up to a constant, the mutual information that a discriminative
@@ -258,6 +279,3 @@ class Information(Objective):
 
     def __init__(self, balance: Balance | None = None, entropy_bonus: float = -1.0, entropy_steps: int = 0) -> None:
         super().__init__(balance, entropy_bonus, entropy_steps)
-
-    def expert_rows(self, log_resp_BE: Tensor, losses_BE: Tensor) -> Tensor:
-        return torch.zeros_like(losses_BE[..., 0])

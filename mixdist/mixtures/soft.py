@@ -5,7 +5,7 @@ Shape letters: B rows on this rank, R rows routed here, E all experts, e experts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -18,10 +18,12 @@ from mixdist.experts import Compute
 from mixdist.gates import Gate
 from mixdist.mixtures.contracts import check_objective
 from mixdist.mixtures.ensemble import Ensemble, Execution, MakeExpert, check_fields
+from mixdist.mixtures.gate_start import start_gate
 from mixdist.mixtures.health import dead
 from mixdist.mixtures.members import losses_of_all, may_be_none
 from mixdist.mixtures.mixture import Context, Stage
 from mixdist.mixtures.objectives import Objective
+from mixdist.mixtures.probe import Fault
 from mixdist.mixtures.routing import RoutingPlan, TopK, admitted, demand, lay_out
 from mixdist.noise import Moment, Purpose, permutation
 from mixdist.parallel.route import Route
@@ -106,14 +108,42 @@ class Soft(Ensemble):
                     f"{kind}: set it to false, or take WeightedLoss"
                 )
 
+    def check_stages(self, stages: Mapping[str, Stage], num_rows: int) -> None:
+        gate, kind = self.gate.model, type(self.gate.model).__name__
+        for key, stage in stages.items():
+            if stage.stage not in gate.stages:
+                known = ", ".join(gate.stages)
+                raise ValueError(f"{key}.stage ({stage.stage}) is none of {kind}'s: choose of {known}")
+            if gate.starts_at(stage.stage):
+                gate.check_start(num_rows)
+
+    def describe(self, stages: Sequence[Stage]) -> dict[str, Any]:
+        named = [stage.stage for stage in stages]
+        return super().describe(stages) | ({} if set(named) == {"joint"} else {"stages": named})
+
+    def enter(self, stage: Stage) -> None:
+        self.gate.model.enter(stage.stage)
+
+    def start(self, dataset: Samples, stage: Stage, at: Moment) -> None:
+        gate = self.gate.model
+        if gate.starts_at(stage.stage):
+            start_gate(self.context, self.dispatch.over_batch, gate, dataset, at)
+
     def inspect(self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None = None) -> None:
         """Check experts, gate and objective."""
+        mute = next((type(one).__name__ for one in self.bank.owned().values() if not one.has_loss), None)
+        if stage is not None and stage.objective.reads_losses and mute:
+            raise Fault(
+                f"objective: {type(stage.objective).__name__} reads the experts' losses, and mixture.expert ({mute}) "
+                f"has none: set it to mixdist.mixtures.GateLoss, or take experts with a loss"
+            )
         losses, gating = self.inspect_members(rows, batch, at, stage)
         if stage is not None and gating is not None:
             by_itself = gating.loss_B is not None and gating.loss_B.requires_grad
             learns = gating.log_resp_BE.requires_grad and not by_itself
             pair = gating.log_resp_BE, losses_of_all(losses, self.num_experts)
-            check_objective("objective", stage.objective, *pair, stage.trains, learns, may_be_none(self))
+            trains = stage.trains if any(True for _ in self.bank.parameters()) else "gate"
+            check_objective("objective", stage.objective, *pair, trains, learns, may_be_none(self))
 
     @property
     def part_of_rows(self) -> float:
@@ -129,6 +159,8 @@ class Soft(Ensemble):
     def backward(
         self, batch: RankBatch, objective: Objective, at: Moment, num_parts: int = 1, upcoming: RankBatch | None = None
     ) -> Outcome:
+        if not objective.reads_losses:
+            return self._backward_alone(batch, objective, at)
         batches = batch.split(num_parts)
         routes: Iterator[Route] = iter(())
         if self.routing is None:  # the first rows are under way while the gate runs
@@ -153,10 +185,20 @@ class Soft(Ensemble):
         named = {"rows": torch.stack([loss for _, loss in done]).sum()}
         if balance is not None:
             named["balance"] = balance(log_resp_BE)
-        if gating.loss_B is not None:
-            named["gate"] = gating.loss_B.detach().sum() / batch.total
-        self._backward_gate(gating, leaves, batch.total)
+        named |= self._backward_gate(gating, leaves, batch.total)
         return self._outcome(named, log_resp_BE.detach(), losses_BE, plan)
+
+    def _backward_alone(self, batch: RankBatch, objective: Objective, at: Moment) -> Outcome:
+        """Differentiate an objective that reads no losses: no row is sent and no expert runs."""
+        gating = self.gating(batch.rows, at)
+        leaf = gating.log_resp_BE.detach().requires_grad_(gating.log_resp_BE.requires_grad)
+        balance = self._start_balance(objective, leaf, batch.total)
+        loss = objective.rows(leaf, torch.zeros_like(leaf)).sum() / batch.total
+        if loss.requires_grad:
+            loss.backward()
+        named = {"rows": loss.detach()} | ({} if balance is None else {"balance": balance(leaf)})
+        named |= self._backward_gate(gating, [leaf], batch.total)
+        return self._outcome(named, leaf.detach(), None, None)
 
     def _start_balance(
         self, objective: Objective, log_resp_BE: Tensor, total: int
@@ -244,9 +286,9 @@ class Soft(Ensemble):
         return self.dispatch.combine(losses_Re, route)
 
     def _outcome(
-        self, named: dict[str, Tensor], log_resp_BE: Tensor, losses_BE: Tensor, plan: RoutingPlan | None
+        self, named: dict[str, Tensor], log_resp_BE: Tensor, losses_BE: Tensor | None, plan: RoutingPlan | None
     ) -> Outcome:
-        """Return the step's outcome; its sums over rows are
+        """Return the step's outcome; its sums over rows are, those of losses only where experts ran,
 
         - ``load``: responsibilities of each expert; ``entropy`` of a row's responsibilities, nats;
         - ``expert_loss``: each expert's losses over the rows it saw, nats; ``seen``: those rows;
@@ -254,27 +296,28 @@ class Soft(Ensemble):
         - ``lost_weight``: responsibility that capacity refused; ``refused_rows``: rows that it refused altogether.
         """
         parts = {name: value.double() for name, value in named.items()}
-        resp_BE, losses_BE = log_resp_BE.double().exp(), losses_BE.double()
+        loss, resp_BE = torch.stack(list(parts.values())).sum(), log_resp_BE.double().exp()
+        sums = {"load": resp_BE.sum(0), "entropy": torch.special.entr(resp_BE).sum()}
+        faults = {"the gate's output": log_resp_BE.isnan().any(1).double().sum()}
+        if losses_BE is None:
+            return Outcome(loss, parts, sums, faults)
+        losses_BE = losses_BE.double()
         routed_BE, weight_BE, zero = torch.ones_like(resp_BE, dtype=torch.bool), resp_BE, resp_BE.new_zeros(())
         if self.routing is not None and plan is not None:
             routed_BE, weight_BE = plan.routed_BE, self.routing.log_weights(log_resp_BE, plan.routed_BE).double().exp()
-        sums = {
-            "load": resp_BE.sum(0),
+        sums |= {
             "expert_loss": losses_BE.sum(0),
             "seen": routed_BE.double().sum(0),
-            "entropy": torch.special.entr(resp_BE).sum(),
             "weight": weight_BE.sum(),
             "weighted_loss": (weight_BE * losses_BE).sum(),
             "lost_weight": zero if plan is None else plan.lost_B.double().sum(),
             "refused_rows": zero if plan is None else (~routed_BE.any(1)).double().sum(),
         }
-        faults = {
-            "the loss of expert {}": (~losses_BE.isfinite()).double().sum(0),
-            "the gate's output": log_resp_BE.isnan().any(1).double().sum(),
-        }
-        return Outcome(torch.stack(list(parts.values())).sum(), parts, sums, faults)
+        faults = {"the loss of expert {}": (~losses_BE.isfinite()).double().sum(0)} | faults
+        return Outcome(loss, parts, sums, faults)
 
-    def _backward_gate(self, gating: Gating, leaves: list[Tensor], total: int) -> None:
+    def _backward_gate(self, gating: Gating, leaves: list[Tensor], total: int) -> dict[str, Tensor]:
+        """Differentiate the gate, once; return its own loss by name."""
         outputs: list[Tensor] = []
         grads: list[Tensor | None] = []
         if gating.log_resp_BE.requires_grad:
@@ -285,6 +328,7 @@ class Soft(Ensemble):
             grads.append(None)
         if outputs:
             torch.autograd.backward(outputs, grads)
+        return {} if gating.loss_B is None else {"gate": gating.loss_B.detach().sum() / total}
 
     def gating(self, rows: Batch, at: Moment) -> Gating:
         """Ask the gate about this rank's stored rows."""
@@ -293,15 +337,17 @@ class Soft(Ensemble):
             eps = at.draw(Purpose.GATE).normal(rows["id"], [0], self.gate.noise_shape, self.dtype)[0]
         return self.gate(self.values(rows, self.gate.fields), eps)
 
-    def choose(self, batch: RankBatch, route: Route, at: Moment) -> Tensor:
+    def choose(self, batch: RankBatch, route: Route, at: Moment) -> Gating:
         """Return the log weights of all experts for each row outside training: what routing leaves out is -inf."""
-        log_resp_BE = self.gating(batch.rows, at).log_resp_BE
+        gating = self.gating(batch.rows, at)
+        log_resp_BE = gating.log_resp_BE
         if self.routing is None:
-            return log_resp_BE
+            return gating
         choices_BK = self.routing.choices(log_resp_BE)
         plan = lay_out(log_resp_BE, choices_BK, choices_BK < self.num_experts)
         # Of figures and predictions: whatever training does, weights of a row sum to 1.
-        return replace(self.routing, renormalise=True).log_weights(log_resp_BE, plan.routed_BE)
+        log_weights_BE = replace(self.routing, renormalise=True).log_weights(log_resp_BE, plan.routed_BE)
+        return gating._replace(log_resp_BE=log_weights_BE)
 
     @property
     def decides_by(self) -> tuple[str, ...]:
@@ -326,15 +372,19 @@ class Soft(Ensemble):
         """Return what a step's record holds: loads, losses and rows of experts, and the decisions of the gate."""
         sums = outcome.sums
         load = sums["load"] / num_rows
-        return {
+        record = {
             "load": load.tolist(),
             "dead_experts": [f"expert {e}" for e in dead(load.numpy())],
+            "responsibility_entropy": sums["entropy"].item() / num_rows,
+        }
+        if "seen" not in sums:  # no expert ran
+            return record
+        return record | {
             "seen": (sums["seen"] / num_rows).tolist(),
             "lost_weight": sums["lost_weight"].item() / num_rows,
             "refused_rows": int(sums["refused_rows"].item()),
             "weighted_loss": (sums["weighted_loss"] / sums["weight"]).item(),
             "expert_loss": (sums["expert_loss"] / sums["seen"].clamp(min=1)).tolist(),
-            "responsibility_entropy": sums["entropy"].item() / num_rows,
         }
 
     def gate_in_process(self) -> Gate:

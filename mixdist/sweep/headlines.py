@@ -7,6 +7,7 @@ from collections.abc import Sequence
 SHOWN = (
     "log_likelihood",
     "conditional_log_likelihood",
+    "gate_log_likelihood",
     "prediction_accuracy",
     "prediction_rmse",
     "rmse_value",

@@ -33,6 +33,7 @@ class Phase:
         batch_size: rows of the global batch, over all ranks.
         accumulate: micro-batches in which experts run a batch; the gradient is the same for any number.
         trains: what learns: both, the gate alone or the experts alone.
+        stage: of a gate that learns in stages, as those of :class:`mixdist.gates.VaDE`.
         objective: class of mixdist.mixtures.objectives, or your own.
         optimizer: any torch optimiser that works element by element.
         schedule: any torch learning-rate schedule that needs no metric; stepped after every step, in a competition
@@ -44,6 +45,7 @@ class Phase:
     batch_size: int = 100
     accumulate: int = 1
     trains: Literal["both", "gate", "experts"] = "both"
+    stage: str = "joint"
     objective: Objective = field(default_factory=_weighted_loss)  # type: ignore[assignment]
     optimizer: Callable[[Iterable[Tensor]], Optimizer] = field(default_factory=_adam)  # type: ignore[assignment]
     schedule: Callable[[Optimizer], LRScheduler] | None = None
@@ -74,6 +76,11 @@ class Phase:
             ) from None
 
 
+def phase_keys(phases: Sequence[Phase]) -> list[str]:
+    """Return the keys that phases have in a config."""
+    return [*(f"pretrain[{number}]" for number in range(len(phases) - 1)), "train"]
+
+
 def check_alike(context: Context, num_rows: int, phases: Sequence[Phase]) -> None:
     """Check that every rank was given the same run, where it was built in Python and no config was compared.
 
@@ -81,9 +88,8 @@ def check_alike(context: Context, num_rows: int, phases: Sequence[Phase]) -> Non
         Agreed: a rank was given another.
     """
     named: dict[str, Any] = {"seed": context.seed, "dtype": str(context.dtype), "number of training rows": num_rows}
-    for number, phase in enumerate(phases):
-        key = "train" if number + 1 == len(phases) else f"pretrain[{number}]"
-        for name in ("epochs", "batch_size", "accumulate", "trains", "clip_norm"):
+    for key, phase in zip(phase_keys(phases), phases, strict=True):
+        for name in ("epochs", "batch_size", "accumulate", "trains", "stage", "clip_norm"):
             named[f"{key}.{name}"] = getattr(phase, name)
         named[f"{key}.objective"] = type(phase.objective).__qualname__
         plain = {

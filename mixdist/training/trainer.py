@@ -16,7 +16,7 @@ from mixdist.noise import TRIAL_PHASE, Moment
 from mixdist.parallel.agreement import gather_json
 from mixdist.training.checkpoint import Saved, load_module
 from mixdist.training.loop import Advance, peak_memory
-from mixdist.training.phases import Phase, Position, check_alike
+from mixdist.training.phases import Phase, Position, check_alike, phase_keys
 from mixdist.training.resume import check_progress
 
 
@@ -50,9 +50,10 @@ class Trainer:
         self.learnable = [[p for p in owned.module.parameters() if p.requires_grad] for owned in self.owned]
         self.position, self._inspected = Position(), -1
         self._rows, self._seconds = 0, 0.0
+        keys = phase_keys(self.phases)
+        mixture.check_stages(dict(zip(keys, self.phases, strict=True)), len(dataset))
         self.engine = self._enter(0)
-        for number, phase in enumerate(self.phases):
-            key = "train" if number + 1 == len(self.phases) else f"pretrain[{number}]"
+        for key, phase in zip(keys, self.phases, strict=True):
             phase.try_schedule(key, phase.epochs * self._batches(phase), "steps")
 
     @property
@@ -171,6 +172,7 @@ class Trainer:
             kind = "gate" if owned.expert is None else "experts"
             for parameter in parameters:
                 parameter.requires_grad_(phase.trains in ("both", kind))
+        self.mixture.enter(phase)
         place, pin = (self.mesh.rank, self.mesh.world_size), self.mesh.device.type == "cuda"
         self.loader = Loader(self.dataset, phase.batch_size, self.seed, number, *place, epochs=phase.epochs, pin=pin)
         self._upcoming: RankBatch | None = None
@@ -191,11 +193,16 @@ class Trainer:
         return engine
 
     def _inspect(self) -> None:
-        """Check what the user wrote, once a phase; its first batch is kept for its first step."""
+        """Check what the user wrote, once a phase; its first batch is kept for its first step.
+
+        The first phase of a stage is started before.
+        """
         at = self.position
         if self.finished or self._inspected == at.phase:
             return
         self._inspected = at.phase
+        if at.step == 0 and self.phase.stage not in [phase.stage for phase in self.phases[: at.phase]]:
+            self.mixture.start(self.dataset, self.phase, Moment(self.seed, at.phase))
         self._anneal()
         self._upcoming = self._upcoming or self._batch(at.epoch, at.batch)
         ids = self.loader.ids(at.epoch, at.batch)
@@ -256,7 +263,8 @@ class Trainer:
             "transfer_s": sum(transfer) / len(transfer),
             "peak_memory_bytes": max(peak),
         }
-        if self.position.batch < self.log_every:  # the epoch's first record: it runs the experts once more
+        if self.position.batch < self.log_every and self.phase.objective.reads_losses:
+            # The epoch's first record: it runs the experts once more.
             record |= self.mixture.diagnose(batch)
         self._rows = 0
         return record

@@ -58,7 +58,7 @@ class Likelihood(nn.Module):
 
     Examples:
         >>> import torch
-        >>> from mixdist.experts.likelihood import Likelihood
+        >>> from mixdist.nets.likelihood import Likelihood
         >>> likelihood = Likelihood("gaussian", scale=0.5, mean="sigmoid")
         >>> likelihood.mean(torch.zeros(2, 3))
         tensor([[0.5000, 0.5000, 0.5000],

@@ -1,0 +1,95 @@
+"""Gaussian clusters in a latent space, as pure functions.
+
+Shape letters: B rows, K clusters, L latent.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STARTS, ITERATIONS = 5, 200
+"""Of the EM of :func:`fit_diagonal`: starts, of which the likeliest is taken, and steps of each at most."""
+
+
+class Clusters(NamedTuple):
+    """A mixture of Gaussians with diagonal covariances.
+
+    Args:
+        log_pi_K: log weights.
+        mean_KL: means.
+        log_var_KL: log variances.
+    """
+
+    log_pi_K: Tensor
+    mean_KL: Tensor
+    log_var_KL: Tensor
+
+
+def log_joint(z_BL: Tensor, clusters: Clusters) -> Tensor:
+    """Return log pi_k + log N(z; m_k, s_k^2), (..., K) nats, for z (..., L).
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.gates.gaussians import Clusters, log_joint
+        >>> log_joint(torch.zeros(1, 2), Clusters(torch.zeros(1), torch.zeros(1, 2), torch.zeros(1, 2)))  # -log(2 pi)
+        tensor([[-1.8379]])
+    """
+    log_pi_K, mean_KL, log_var_KL = clusters
+    distance = ((z_BL.unsqueeze(-2) - mean_KL).square() * torch.exp(-log_var_KL)).sum(-1)
+    return log_pi_K - 0.5 * (distance + log_var_KL.sum(-1) + mean_KL.shape[-1] * math.log(2.0 * math.pi))
+
+
+def cluster_kl(mean_BL: Tensor, log_var_BL: Tensor, prior_mean_KL: Tensor, prior_log_var_KL: Tensor) -> Tensor:
+    """Return KL(N(mu, v) || N(m_k, s_k^2)), (B, K) nats; with priors (B, 1, L), one for each row.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.gates.gaussians import cluster_kl
+        >>> cluster_kl(torch.ones(1, 2), torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2))
+        tensor([[1.]])
+    """
+    mean, log_var = mean_BL.unsqueeze(-2), log_var_BL.unsqueeze(-2)
+    ratio = ((mean - prior_mean_KL).square() + log_var.exp()) * torch.exp(-prior_log_var_KL)
+    return 0.5 * (prior_log_var_KL - log_var + ratio - 1.0).sum(-1)
+
+
+def fit_diagonal(points_NL: Tensor, num_clusters: int, seed: int) -> Clusters:
+    """Fit a mixture by EM from k-means++ starts, in float64 on the CPU; a pure function of points and seed.
+
+    Args:
+        points_NL: points.
+        num_clusters: K.
+        seed: of the starts.
+
+    Raises:
+        ValueError: fewer points than clusters, or points that are not finite.
+    """
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    points = points_NL.detach().double().cpu().numpy()
+    if not np.isfinite(points).all():
+        raise ValueError("a start from latents needs finite numbers: lower the learning rate of the phase before")
+    options = {"n_init": STARTS, "max_iter": ITERATIONS, "init_params": "k-means++", "random_state": seed % 2**32}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        floor = 1e-6 * max(float(points.var()), np.finfo(np.float64).tiny)
+        found = GaussianMixture(num_clusters, covariance_type="diag", reg_covar=floor, **options).fit(points)
+    return Clusters(*map(torch.from_numpy, (np.log(found.weights_), found.means_, np.log(found.covariances_))))
+
+
+def weighted_clusters(points_NL: Tensor, resp_NK: Tensor) -> Clusters:
+    """Return the clusters of highest likelihood under given responsibilities, float64: one M step."""
+    points, resp = points_NL.double(), resp_NK.double()
+    total_K = resp.sum(0).clamp(min=1e-9)
+    mean_KL = resp.T @ points / total_K[:, None]
+    square_KL = resp.T @ points.square() / total_K[:, None]
+    floor = 1e-6 * points.var(correction=0).clamp(min=torch.finfo(torch.float64).tiny)
+    return Clusters((total_K / len(points)).log(), mean_KL, (square_KL - mean_KL.square()).clamp(min=floor).log())

@@ -1,0 +1,81 @@
+"""The start of a gate from the training rows: the same on every layout.
+
+Shape letters: n rows of this rank, N rows of all, M numbers of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixdist.data import Samples
+from mixdist.gates import Gate
+from mixdist.mixtures.mixture import Context
+from mixdist.noise import Moment, Purpose, permutation, weights_seed
+from mixdist.parallel.agreement import agreed
+from mixdist.parallel.collectives import OverBatch
+
+CHUNK = 500
+"""Rows that a rank reads at once. Chunks are the same on every layout, so each row's numbers are, to the last bit."""
+
+
+@torch.no_grad()
+def start_gate(context: Context, over_batch: OverBatch, gate: Gate, dataset: Samples, at: Moment) -> None:
+    """Start a gate: :meth:`mixdist.gates.Gate.start` on rank 0, and EM over all rows; every rank calls it.
+
+    Args:
+        context: this rank's place.
+        over_batch: collectives.
+        gate: has a start.
+        dataset: training rows.
+        at: names seed and phase.
+
+    Raises:
+        Agreed: the start cannot be made.
+    """
+    mesh, size, limit = context.mesh, len(dataset), getattr(gate, "start_rows", len(dataset))
+    positions = torch.arange(size)
+    if size > limit:
+        positions = permutation(at.seed, at.phase, 0, size, purpose=Purpose.START)[:limit].sort().values
+    seen_NM = _gather(context, over_batch, gate, dataset, positions)
+    seed = weights_seed(at.seed, Purpose.START, 1, at.phase)
+    agreed(lambda: gate.start(seen_NM, seed) if mesh.rank == 0 else None, mesh.world)
+    _share(gate, over_batch)
+    for _ in range(gate.em_steps):
+        own = [gate.statistics(rows) for rows in _rows(context, gate, dataset, torch.arange(size))]
+        empty = gate.statistics(_take(context, gate, dataset, torch.arange(0)))
+        gate.maximise(over_batch.sum(torch.stack([empty, *own]).sum(0)))
+    _share(gate, over_batch)
+
+
+def _rows(context: Context, gate: Gate, dataset: Samples, positions: Tensor) -> list[dict[str, Tensor]]:
+    """Return this rank's chunks of rows."""
+    mesh = context.mesh
+    return [_take(context, gate, dataset, chunk) for chunk in positions.split(CHUNK)[mesh.rank :: mesh.world_size]]
+
+
+def _take(context: Context, gate: Gate, dataset: Samples, positions: Tensor) -> dict[str, Tensor]:
+    stored = dataset.take(positions, fields=gate.fields)
+    on_device = {name: column.to(context.mesh.device) for name, column in stored.items()}
+    return context.values(on_device, gate.fields)
+
+
+def _gather(context: Context, over_batch: OverBatch, gate: Gate, dataset: Samples, positions: Tensor) -> Tensor:
+    """Return what a gate has seen of rows, (N, M), in their order, on every rank."""
+    world = context.mesh.world_size
+    own = [gate.seen(rows) for rows in _rows(context, gate, dataset, positions)]
+    seen_nM = torch.cat([gate.seen(_take(context, gate, dataset, positions[:0])), *own])
+    places = [torch.cat([torch.arange(0), *torch.arange(len(positions)).split(CHUNK)[r::world]]) for r in range(world)]
+    gathered = over_batch.gather(seen_nM, [len(part) for part in places])
+    return gathered[torch.cat(places).argsort().to(gathered.device)]
+
+
+def _share(gate: Gate, over_batch: OverBatch) -> None:
+    """Give all ranks the parameters and buffers of rank 0: closed forms may round otherwise on another processor."""
+    mesh = over_batch.mesh
+    tensors = [*gate.parameters(), *gate.buffers()]
+    flat = torch.cat([one.detach().reshape(-1).double() for one in tensors])
+    counts = [len(flat), *[0] * (mesh.world_size - 1)]
+    shared = over_batch.gather(flat[: counts[mesh.rank]], counts)
+    for one, part in zip(tensors, shared.split([one.numel() for one in tensors]), strict=True):
+        one.copy_(part.view_as(one))
