@@ -30,6 +30,7 @@ class Silent(Expert):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
+        self.zero: Tensor
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
     def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:

@@ -280,7 +280,7 @@ class ExpertStudy(Study):
         """Return, as JSON, what the likelihoods are and which weights they have."""
         mixture, name, levels = self.mixture, self.mixture.modelled, self.mixture.common("levels")
         gate = getattr(mixture, "gate", None)
-        of_gate = {"gate_likelihood": gate.model.log_px_is} if "gate_log_likelihood" in found.figures else {}
+        of_gate = {"gate_likelihood": gate.model.log_px_is} if gate and "gate_log_likelihood" in found.figures else {}
         if not any(likelihood in found.figures for likelihood in LIKELIHOODS):
             return {"likelihood": None} | of_gate
         kind = mixture.common("log_px_is") or "unknown"
