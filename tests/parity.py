@@ -17,10 +17,18 @@ from torch import Tensor
 from mixdist.data import Dataset, Loader
 from mixdist.engines import Engine, EngineFactory, Native
 from mixdist.evaluation.evaluate import evaluate
-from mixdist.experts import VAE, Centroid, Classifier, Compute, Expert, Regressor
-from mixdist.gates import Consistent, Gate, LabelOracle, Softmax, Uniform
+from mixdist.experts import VAE, Centroid, Classifier, Compute, Expert, Regressor, Silent
+from mixdist.gates import DMVAE, GMM, Consistent, Gate, LabelOracle, Softmax, Uniform, VaDE
 from mixdist.mixtures import Context, ExpertEvaluation, MakeExpert, Mixture, Soft
-from mixdist.mixtures.objectives import Balance, KLBalance, Objective, SoftMinLoss, VarianceBalance, WeightedLoss
+from mixdist.mixtures.objectives import (
+    Balance,
+    GateLoss,
+    KLBalance,
+    Objective,
+    SoftMinLoss,
+    VarianceBalance,
+    WeightedLoss,
+)
 from mixdist.mixtures.routing import TopK
 from mixdist.nets import MLP, Conv
 from mixdist.noise import Draw, Moment, Purpose
@@ -116,6 +124,8 @@ def data() -> Dataset:
 
 
 def make_expert(case: Case, spec: Spec) -> Expert:
+    if case.expert == "silent":
+        return Silent(spec)
     if case.expert == "conv":
         return VAE(spec, 3, Conv([2, 3], True, "group"), likelihood="logistic", kl_warmup=10)
     if case.expert == "classifier":
@@ -133,6 +143,21 @@ def annealed(spec: Spec, num_experts: int) -> Gate:
     return Softmax(spec, num_experts, MLP([6], "tanh"), 2.0, "x", 0.5, 0.3, 0.0, anneal_steps=15)
 
 
+def vade(spec: Spec, num_experts: int) -> Gate:
+    return VaDE(spec, num_experts, 2, MLP([7], "tanh"), test_samples=2)
+
+
+MODELS = {
+    "gmm": functools.partial(GMM, covariance="diag"),
+    "gmm-full": functools.partial(GMM, covariance="full"),
+    "vade": vade,
+    "vade-consistent": functools.partial(Consistent, gate=vade, shift=1.0),
+    "dmvae": lambda spec, k: DMVAE(spec, k, 2, MLP([7], "tanh"), likelihood="gaussian"),
+    "dmvae-bound": lambda spec, k: DMVAE(spec, k, 2, Conv([3]), MLP([5]), "logistic", relaxed=False),
+}
+"""Gates that are models."""
+
+
 def make_gate(case: Case, spec: Spec) -> Gate:
     if case.gate == "oracle":
         return LabelOracle(spec, case.num_experts, "label")
@@ -142,6 +167,8 @@ def make_gate(case: Case, spec: Spec) -> Gate:
         return annealed(spec, case.num_experts)
     if case.gate == "consistent":
         return Consistent(spec, case.num_experts, annealed, weight=2.0, shift=1.0, warmup_steps=5)
+    if case.gate in MODELS:
+        return MODELS[case.gate](spec, case.num_experts)
     if case.gate == "conv":
         return Softmax(spec, case.num_experts, Conv([3]))
     kind = {"softmax": Softmax, "starved": Starved, "noisy": Noisy, "tied": Tied}[case.gate]
@@ -165,7 +192,7 @@ def make_objective(case: Case) -> Objective:
         return SoftMinLoss(balances[case.balance], temperature=3.0)
     if case.objective == "sharpened":
         return WeightedLoss(balances[case.balance], entropy_bonus=-0.3, entropy_steps=12)
-    kind = {"weighted": WeightedLoss, "mixture": SoftMinLoss}[case.objective]
+    kind = {"weighted": WeightedLoss, "mixture": SoftMinLoss, "gate": GateLoss}[case.objective]
     return kind(balances[case.balance])
 
 
@@ -270,11 +297,11 @@ def keep(report: dict[str, Any], mixture: Mixture, mesh: Mesh, kind: str, get: A
 
 def judge(report: dict[str, Any], case: Case, mixture: Soft) -> None:
     """Evaluate, and keep how far the gate was from deciding otherwise."""
-    evaluation = evaluate(mixture, data(), case.batch_size, SEED)
+    evaluation = evaluate(mixture, data(), case.batch_size, SEED, num_samples=3 if case.gate in MODELS else None)
     assert isinstance(evaluation, ExpertEvaluation)
     report["decided"] = evaluation.expert_N.tolist()
     report["figures"] = evaluation.figures
-    if case.gate not in ("oracle", "uniform", "noisy", "tied"):
+    if case.gate not in ("oracle", "uniform", "noisy", "tied", *MODELS):
         with torch.no_grad():
             values = mixture.values(data().rows, mixture.gate.fields)
             best = mixture.gate.eval()(values, None).log_resp_BE.exp().sort(dim=1, descending=True).values

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.parity import Case, differences, merge, run
+from tests.parity import MODELS, Case, differences, merge, run
 from tests.pool import Pool
 
 LAYOUTS = ((1, 1), (2, 2), (3, 3), (4, 4), (4, 2), (2, 1), (4, 1))
@@ -86,7 +86,9 @@ def check(pool: Callable[[int], Pool], case: Case) -> None:
     assert wanted["margin"] > 1e-9, "a decision of the gate hangs by a thread: choose another seed"
     for sent, least in got["bytes"]:
         assert least <= sent <= 1.05 * least
-        if case.routing == "dense":  # else every row may have stayed where it was
+        if case.objective == "gate":
+            assert sent == 0
+        elif case.routing == "dense":  # else every row may have stayed where it was
             assert (sent > 0) == (case.ep_size > 1)
 
 
@@ -114,6 +116,19 @@ TWO_STAGES = [
 
 @pytest.mark.parametrize("case", TWO_STAGES, ids=str)
 def test_two_stages_are_the_same_run(pool: Callable[[int], Pool], case: Case) -> None:
+    check(pool, case)
+
+
+def models() -> Iterator[Case]:
+    """Each gate that is a model, alone and over experts, on layouts in turn."""
+    layouts = cycle(LAYOUTS[1:])
+    for gate in MODELS:
+        yield case_of(next(layouts), gate=gate, objective="gate", expert="silent", balance="none", batch_size=13)
+        yield case_of(next(layouts), gate=gate, objective="mixture", expert="regressor", num_experts=5, accumulate=3)
+
+
+@pytest.mark.parametrize("case", list(models()), ids=str)
+def test_gates_that_are_models_are_the_same_run(pool: Callable[[int], Pool], case: Case) -> None:
     check(pool, case)
 
 
