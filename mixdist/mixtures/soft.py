@@ -23,7 +23,6 @@ from mixdist.mixtures.health import dead
 from mixdist.mixtures.members import losses_of_all, may_be_none
 from mixdist.mixtures.mixture import Context, Stage
 from mixdist.mixtures.objectives import Objective
-from mixdist.mixtures.probe import Fault
 from mixdist.mixtures.routing import RoutingPlan, TopK, admitted, demand, lay_out
 from mixdist.noise import Moment, Purpose, permutation
 from mixdist.parallel.route import Route
@@ -116,6 +115,12 @@ class Soft(Ensemble):
                 raise ValueError(f"{key}.stage ({stage.stage}) is none of {kind}'s: choose of {known}")
             if gate.starts_at(stage.stage):
                 gate.check_start(num_rows)
+            mute = next((type(one).__name__ for one in self.bank.owned().values() if not one.has_loss), None)
+            if mute and stage.objective.reads_losses:
+                raise ValueError(
+                    f"{key}.objective ({type(stage.objective).__name__}) reads the losses of experts, and "
+                    f"mixture.expert ({mute}) has none: set it to mixdist.mixtures.GateLoss, or take another expert"
+                )
 
     def describe(self, stages: Sequence[Stage]) -> dict[str, Any]:
         named = [stage.stage for stage in stages]
@@ -131,12 +136,6 @@ class Soft(Ensemble):
 
     def inspect(self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None = None) -> None:
         """Check experts, gate and objective."""
-        mute = next((type(one).__name__ for one in self.bank.owned().values() if not one.has_loss), None)
-        if stage is not None and stage.objective.reads_losses and mute:
-            raise Fault(
-                f"objective: {type(stage.objective).__name__} reads the experts' losses, and mixture.expert ({mute}) "
-                f"has none: set it to mixdist.mixtures.GateLoss, or take experts with a loss"
-            )
         losses, gating = self.inspect_members(rows, batch, at, stage)
         if stage is not None and gating is not None:
             by_itself = gating.loss_B is not None and gating.loss_B.requires_grad
