@@ -65,6 +65,7 @@ class Contest:
     block: int = 16
     micro_batch: int | None = None
     rounds: int = 3
+    epochs: int = 2
 
     def reference(self) -> Contest:
         """The same problem in one process, by the plainest way."""
@@ -142,8 +143,8 @@ def make_mixture(case: Contest, mesh: Mesh, wire: Wire) -> Competition:
 
 
 def make_rounds(case: Contest, mesh: Mesh, wire: Wire) -> Rounds:
-    """Two epochs of pretraining, then rounds of two epochs."""
-    phases = [make_phase(case, 2), make_phase(case, 2)]
+    """Some epochs of pretraining, then rounds of as many."""
+    phases = [make_phase(case, case.epochs), make_phase(case, case.epochs)]
     rounds = Rounds(make_mixture(case, mesh, wire), data(), phases, fresh=False)
     if case.start == "table":
         rounds.table = skewed(case.num_experts)
