@@ -20,8 +20,9 @@ import yaml
 
 from mixdist.cli.main import main
 from mixdist.config.config import Config
+from tests.forks import ROOT as ROOT
+from tests.forks import Forked, environment
 
-ROOT = Path(__file__).resolve().parents[1]
 HANG_S = 300.0
 """A limit for work of seconds: far more than a busy machine needs for it, so that only a hang reaches it."""
 
@@ -131,14 +132,11 @@ class Started:
 
     def __init__(self, words: Sequence[str], folder: Path, env: dict[str, str]) -> None:
         self.out, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", *words],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
-            stdout=self.out,
-            stderr=self.err,
-            start_new_session=True,
-        )
+        self.process = self.begin(words, folder, environment(**env))
+
+    def begin(self, words: Sequence[str], folder: Path, env: dict[str, str]) -> subprocess.Popen[bytes] | Forked:
+        command, files = [sys.executable, "-m", *words], {"stdout": self.out, "stderr": self.err}
+        return subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **files)
 
     def __enter__(self) -> Started:
         return self
@@ -184,6 +182,15 @@ class Started:
             time.sleep(0.05)
 
 
+class Forks(Started):
+    """The same, forked from a process that has imported torch; the words are a kind of `tests/ranks.py` and its own."""
+
+    def begin(self, words: Sequence[str], folder: Path, env: dict[str, str]) -> Forked:
+        with open(os.devnull) as nothing:
+            files = [file.fileno() for file in (nothing, self.out, self.err)]
+            return Forked(words[0], words[1:], files, folder, env)
+
+
 def start(*words: str, ranks: int, folder: Path, **env: str) -> Started:
     """Start a command under torchrun in a folder."""
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "mixdist"]
@@ -196,9 +203,14 @@ def torchrun(*words: str, ranks: int, folder: Path, **env: str) -> Ended:
         return started.end()
 
 
+def begin(*words: str, ranks: int, folder: Path, **env: str) -> Started:
+    """Start a command on ranks in a folder, as under torchrun but in less time."""
+    return Forks(["ranks", str(ranks), *words], folder, env)
+
+
 def together(*words: str, ranks: int, folder: Path, **env: str) -> Ended:
-    """Run a command on ranks to its end, as under torchrun but in less time: they are forks of one process."""
-    with Started(["tests.ranks", str(ranks), *words], folder, env) as started:
+    """Run a command on ranks to its end, as under torchrun but in less time."""
+    with begin(*words, ranks=ranks, folder=folder, **env) as started:
         return started.end()
 
 

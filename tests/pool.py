@@ -1,20 +1,22 @@
-"""A persistent pool of ranks: one process each, one gloo group, one thread; functions are sent to all of them."""
+"""A persistent pool of ranks: one forked process each, one gloo group, one thread; all are sent the same functions."""
 
 from __future__ import annotations
 
 import importlib
 import multiprocessing
+import subprocess
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from tests.forks import ROOT, Forked, environment
 from tests.launch import HANG_S
 
 GRACE_S = 10.0
@@ -27,9 +29,8 @@ def call(target: str, *args: Any) -> Any:
     return getattr(importlib.import_module(module), name)(*args)
 
 
-def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
-    import mixdist.cli.train  # noqa: F401 (takes seconds, so it is imported before the clock of a call starts)
-
+def serve_rank(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
+    """Be one of the ranks of a pool."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     pipe.send((True, "ready"))
@@ -54,7 +55,7 @@ class Pool:
 
     def __init__(self, world_size: int, limit_s: float = HANG_S) -> None:
         self.world_size, self.limit_s = world_size, limit_s
-        self.processes: list[SpawnProcess] = []
+        self.processes: list[Forked] = []
         self.pipes: list[Connection] = []
         self.folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -68,7 +69,7 @@ class Pool:
             torch.set_num_threads(1)
             return [call(target, *args)]
         try:
-            if not all(process.is_alive() for process in self.processes):
+            if not all(process.poll() is None for process in self.processes):
                 self.close(kill=True)
             if not self.processes:
                 self._start()
@@ -82,15 +83,14 @@ class Pool:
             raise
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
+        key = multiprocessing.current_process().authkey.hex()
         for rank in range(self.world_size):
-            mine, theirs = context.Pipe()
-            args = (rank, self.world_size, str(Path(self.folder.name, "rendezvous")), theirs)
-            self.processes.append(context.Process(target=_serve, args=args, daemon=True))
+            mine, theirs = multiprocessing.Pipe()
             self.pipes.append(mine)
-            self.processes[-1].start()
-            theirs.close()  # else the end of the process would not end the pipe
+            words = [str(rank), str(self.world_size), str(Path(self.folder.name, "rendezvous")), key]
+            with theirs:  # closed here, else the end of the process would not end the pipe
+                self.processes.append(Forked("pool", words, [theirs.fileno()], ROOT, environment()))
         self._answers("init_process_group")
 
     def _answers(self, target: str) -> list[Any]:
@@ -105,8 +105,7 @@ class Pool:
                 try:
                     is_result, answer = pipe.recv()
                 except (EOFError, ConnectionError):
-                    self.processes[rank].join()
-                    is_result, answer = False, f"ended with exit code {self.processes[rank].exitcode}"
+                    is_result, answer = False, f"ended with exit code {self.processes[rank].wait()}"
                 if is_result:
                     found[rank] = answer
                 else:
@@ -123,11 +122,13 @@ class Pool:
         for process, pipe in zip(self.processes, self.pipes, strict=True):
             if kill:
                 process.kill()
-            elif process.is_alive():
+            elif process.poll() is None:
                 pipe.send(None)
         for process, pipe in zip(self.processes, self.pipes, strict=True):
-            process.join(timeout=1)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(1)
             process.kill()
+            process.wait()
             pipe.close()
         if self.folder is not None:
             self.folder.cleanup()

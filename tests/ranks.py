@@ -1,21 +1,26 @@
-"""Ranks forked from one process that has imported torch: ``python -m tests.ranks N ARGUMENTS OF MIXDIST``.
+"""What tests fork: ``python -m tests.ranks`` has imported torch and mixdist, and forks what `tests/forks.py` asks for.
 
 As under torchrun, the environment says who a rank is; when one fails the others are ended, and the exit code is 1.
 """
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as main sets it before torch is imported
 
@@ -24,7 +29,10 @@ import torch
 import mixdist.cli.evaluate
 import mixdist.cli.train  # what takes seconds to import is here before the fork
 from mixdist.cli.main import main
-from tests.launch import HANG_S, ROOT, Ended
+from mixdist.parallel.launch import end_with_parent
+from tests.forks import Forked, environment
+from tests.launch import HANG_S, Ended
+from tests.pool import serve_rank
 
 
 def free_port() -> int:
@@ -90,14 +98,25 @@ class ByHand(NamedTuple):
 
 def by_hand(cases: Mapping[str, Sequence[ByHand]], folder: Path) -> dict[str, list[Ended]]:
     """Run ranks of their own environment each, without a launcher; return how each ended, by case."""
-    with tempfile.TemporaryFile("w+") as given:
+    with (
+        tempfile.TemporaryFile("w+") as given,
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+    ):
         json.dump({name: [one._asdict() for one in ranks] for name, ranks in cases.items()}, given)
-        given.seek(0)
-        command = [sys.executable, "-m", "tests.ranks", "by-hand"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, stdin=given, capture_output=True, text=True, cwd=folder, env=env, timeout=HANG_S)
-    assert done.returncode == 0, done
-    return {name: [Ended(*one) for one in ranks] for name, ranks in json.loads(done.stdout).items()}
+        for file in (given, out, err):
+            file.seek(0)
+        forked = Forked("by-hand", [], [file.fileno() for file in (given, out, err)], folder, environment())
+        try:
+            code = forked.wait(HANG_S)
+        finally:
+            forked.kill()
+            forked.wait()
+        for file in (out, err):
+            file.seek(0)
+        told = out.read()
+        assert code == 0, err.read()
+    return {name: [Ended(*one) for one in ranks] for name, ranks in json.loads(told).items()}
 
 
 def _serve_by_hand(at_once: int = 6) -> None:
@@ -143,9 +162,69 @@ def _alone(number: int, world_size: int, port: int, one: ByHand, files: Sequence
     return rank(number, world_size, port, list(one.argv), one.env)
 
 
-if __name__ == "__main__":
+def _pool(number: str, world_size: str, rendezvous: str, authkey: str) -> int:
+    """Be a rank of a pool, whose pipe has the place of the standard input."""
+    multiprocessing.current_process().authkey = bytes.fromhex(authkey)
+    serve_rank(int(number), int(world_size), rendezvous, Connection(os.dup(0)))
+    atexit._run_exitfuncs()  # multiprocessing removes its folders
+    os._exit(0)  # what libraries do at the end of a process waits for gloo's threads, for long
+
+
+def _by_hand() -> int:
+    _serve_by_hand()
+    return 0
+
+
+KINDS: dict[str, Callable[..., int]] = {
+    "mixdist": lambda *argv: main(argv),
+    "ranks": lambda ranks, *argv: run(int(ranks), list(argv)),
+    "by-hand": _by_hand,
+    "pool": _pool,
+}
+
+
+def serve(channel: socket.socket) -> Callable[[], int]:
+    """Fork for whoever asks, and tell how forks ended, until nobody asks any more; return what this process then runs.
+
+    It returns in every fork, too.
+    """
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(channel, 1 << 20, 8)
+        if not message:
+            return lambda: 0
+        asked = json.loads(message)
+        if "wait" in asked:
+            answer = os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1])
+        elif (answer := os.fork()) == 0:
+            channel.close()
+            return partial(_become, asked, descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        channel.send(str(answer).encode())
+
+
+def _become(asked: Mapping[str, Any], descriptors: Sequence[int]) -> int:
+    """Be the process that was asked for."""
+    end_with_parent()
+    for place, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, place)
+        os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(asked["env"])
+    os.chdir(asked["cwd"])
+    sys.path.insert(0, asked["cwd"])
+    return KINDS[asked["kind"]](*asked["words"])
+
+
+def warm() -> None:
+    """Import what ranks would: each would take its seconds for it."""
     torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # the first optimiser imports for most of a second
-    if sys.argv[1] == "by-hand":
-        _serve_by_hand()
-    else:
-        sys.exit(run(int(sys.argv[1]), sys.argv[2:]))
+    for name in ("matplotlib.pyplot", "sklearn.datasets", "sklearn.metrics"):
+        importlib.import_module(name)
+
+
+if __name__ == "__main__":
+    warm()
+    work = serve(socket.socket(fileno=int(sys.argv[1])))
+    sys.modules["__main__"] = ModuleType("__main__")  # else every process that a fork spawns would import this one
+    sys.exit(work())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixdist.competition.rounds import TABLE
 from mixdist.report.metrics import read_metrics
-from tests.launch import here, mlp, start, together, write_config
+from tests.launch import begin, here, mlp, together, write_config
 
 # Two epochs of pretraining, the first scoring, then rounds of two epochs and a scoring.
 LAST = 2 + 1 + 3 * 3
@@ -168,7 +168,7 @@ def killed(folder: Path) -> Path:
     latest = folder / "killed" / "checkpoints" / "latest"
     stall = str(latest.with_name(f"step-{INSIDE:09d}"))
     words = ["train", "--config", config_of(folder), "--out", "killed"]
-    with start(*words, ranks=2, folder=folder, STALL_AFTER=stall) as run:
+    with begin(*words, ranks=2, folder=folder, STALL_AFTER=stall) as run:
         run.until(lambda: latest.exists() and latest.read_text() == f"step-{INSIDE:09d}\n")
         run.kill()
     assert [r["step"] for r in read_metrics(folder / "killed")] == [1, 2, 3, 6]

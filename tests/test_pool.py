@@ -65,7 +65,7 @@ def test_a_rank_that_is_killed_hangs_or_raises_fails_its_own_case_alone(pool: Po
 def test_a_rank_that_dies_between_two_calls_is_replaced(pool: Pool) -> None:
     pool.run(f"{__name__}:summed")
     pool.processes[0].kill()
-    pool.processes[0].join()
+    pool.processes[0].wait()
     assert [total for total, _ in pool.run(f"{__name__}:summed")] == [2.0, 2.0]
 
 

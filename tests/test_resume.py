@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mixdist.report.metrics import read_metrics
-from tests.launch import changed, here, mlp, start, together, write_config
+from tests.launch import begin, changed, here, mlp, together, write_config
 
 NUM_STEPS, SAVED, LOGGED = 39, 10, 12  # of a run: one epoch; when it was killed: the newest checkpoint, the last step
 TIMES = ("rows_per_s", "waiting_s", "transfer_s", "peak_memory_bytes")
@@ -88,7 +88,7 @@ def killed(folder: Path) -> Path:
     """A run of two ranks that was killed between two checkpoints, after it had logged steps that are lost."""
     metrics = folder / "killed" / "metrics.jsonl"
     words = ["train", "--config", config_of(folder), "--out", "killed"]
-    with start(*words, ranks=2, folder=folder, STALL_AT=str(LOGGED)) as run:
+    with begin(*words, ranks=2, folder=folder, STALL_AT=str(LOGGED)) as run:
         run.until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= LOGGED)
         run.kill()
     assert json.loads(metrics.read_text().splitlines()[-1])["step"] == LOGGED
