@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.launch import HANG_S, ROOT, descendants
+from tests.launch import HANG_S, ROOT, Forks, Started, descendants
 from tests.launch import start as start_torchrun
 
 CONFIG = ROOT / "configs" / "digits_moe.yaml"
@@ -26,23 +27,11 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-def start(rank: int, port: str, out: Path) -> subprocess.Popen[str]:
+def start(rank: int, port: str, folder: Path) -> Started:
     """Start one rank of three by hand, without a launcher that would end the others itself."""
     env = {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    words = [
-        f"--config={CONFIG}",
-        f"--mesh.timeout_s={TIMEOUT_S}",
-        "--log_every=1",
-        "--mixture.num_experts=3",
-        f"--out={out}",
-    ]
-    return subprocess.Popen(
-        [sys.executable, "-m", "mixdist", "train", *words],
-        env={**os.environ, **env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ["--log_every=1", "--mixture.num_experts=3", f"--mesh.timeout_s={TIMEOUT_S}", "--out=run"]
+    return Forks(["mixdist", "train", f"--config={CONFIG}", *words], folder, env)
 
 
 @pytest.mark.parametrize(
@@ -52,31 +41,24 @@ def start(rank: int, port: str, out: Path) -> subprocess.Popen[str]:
 )
 def test_a_lost_rank_is_named_and_nobody_waits_for_it(tmp_path: Path, sent: signal.Signals, lost: int) -> None:
     port, metrics = free_port(), tmp_path / "run" / "metrics.jsonl"
-    ranks = [start(rank, port, tmp_path / "run") for rank in range(3)]
-    try:
+    with ExitStack() as stack:
+        ranks = [stack.enter_context(start(rank, port, tmp_path)) for rank in range(3)]
         deadline = time.monotonic() + HANG_S
         while not (metrics.exists() and metrics.read_text().count("\n") > 5):
             assert time.monotonic() < deadline, "the run did not begin"
-            assert all(rank.poll() is None for rank in ranks), [r.stderr.read() for r in ranks if r.stderr]
+            assert all(rank.process.poll() is None for rank in ranks), [rank.text() for rank in ranks]
             time.sleep(0.1)
-        ranks[lost].send_signal(sent)
+        os.kill(ranks[lost].process.pid, sent)
         begin = time.monotonic()
-        left = [rank for i, rank in enumerate(ranks) if i != lost]
-        told = [rank.communicate(timeout=HANG_S)[1] for rank in left]
+        ends = [rank.end() for i, rank in enumerate(ranks) if i != lost]
         # A killed rank's connections close, so nobody waits for the timeout; a stopped one's stay open.
         assert time.monotonic() - begin < (TIMEOUT_S if sent == signal.SIGKILL else TIMEOUT_S + 60)
-        assert [rank.returncode for rank in left] == [1, 1]
-        lines = [line for text in told for line in text.splitlines() if line.startswith("mixdist: ")]
-        assert len(lines) == 1, told
-        assert lines[0].startswith(f"mixdist: rank {lost} does not answer")
-        assert "--resume" in lines[0]
-        assert "Traceback" not in "".join(told)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-            if rank.stderr is not None:
-                rank.stderr.close()
+        assert [end.code for end in ends] == [1, 1]
+        told = "".join(end.err for end in ends)
+        (line,) = [line for line in told.splitlines() if line.startswith("mixdist: ")]
+        assert line.startswith(f"mixdist: rank {lost} does not answer")
+        assert "--resume" in line
+        assert "Traceback" not in told
 
 
 def test_ranks_end_with_their_torchrun(tmp_path: Path) -> None:

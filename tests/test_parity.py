@@ -132,8 +132,10 @@ def test_gates_that_are_models_are_the_same_run(pool: Callable[[int], Pool], cas
     check(pool, case)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
-@pytest.mark.parametrize("objective", ["weighted", "mixture"])
+# Each objective with and without replicas.
+@pytest.mark.parametrize(
+    ("layout", "objective"), [*zip(LAYOUTS[1:], cycle(("weighted", "mixture")), strict=False)], ids=str
+)
 def test_float32_is_the_same_run_to_rounding(
     pool: Callable[[int], Pool], layout: tuple[int, int], objective: str
 ) -> None:
