@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from mixdist.data.dataset import Dataset, Samples, Source, Splits
     from mixdist.data.loader import Loader, RankBatch, share
     from mixdist.data.order import Epoch
+    from mixdist.data.sources.affine import AffineTargets
     from mixdist.data.sources.bananas import Bananas
     from mixdist.data.sources.digits import Digits
     from mixdist.data.sources.memory import Cifar10, Idx, Memory
     from mixdist.data.sources.shards import Shards
+    from mixdist.data.sources.spiral import Spiral
     from mixdist.data.sources.synthetic import Blobs, Parabolas
 
 _HOMES = {
@@ -24,13 +26,16 @@ _HOMES = {
     "dataset": ("Dataset", "Samples", "Source", "Splits"),
     "loader": ("Loader", "RankBatch", "share"),
     "order": ("Epoch",),
+    "sources.affine": ("AffineTargets",),
     "sources.bananas": ("Bananas",),
     "sources.digits": ("Digits",),
     "sources.memory": ("Cifar10", "Idx", "Memory"),
     "sources.shards": ("Shards",),
+    "sources.spiral": ("Spiral",),
     "sources.synthetic": ("Blobs", "Parabolas"),
 }
 __all__ = [
+    "AffineTargets",
     "Augment",
     "Bananas",
     "Blobs",
@@ -46,6 +51,7 @@ __all__ = [
     "Samples",
     "Shards",
     "Source",
+    "Spiral",
     "Splits",
     "share",
 ]

@@ -61,6 +61,8 @@ class ExpertStudy(Study):
       mean prediction ``prediction_rmse`` or ``prediction_accuracy``. w is r, or alpha where what decides reads y.
     - ``gate_loss``: the gate's own loss; ``gate_log_likelihood`` = mean_n log p(x_n) of a gate that is a model, exact
       or importance-sampled.
+    - ``prediction_error`` = mean_n sum_d (y_nd - yhat_nd)^2; ``unexplained_variance`` = that over what the mean of all y
+      would have.
     - ``exact_log_likelihood`` = mean_n log p(x_n) where the data set knows it, which no model exceeds in expectation.
     - ``rmse_row`` = sqrt(mean_n sum_d (x_nd - xhat_nd)^2) and ``rmse_value`` = rmse_row / sqrt(D) of the
       reconstructions by e(n), at the mean of q(z|x).
@@ -178,7 +180,9 @@ class ExpertStudy(Study):
         prediction = self.mixture.predict(self._decided(scores), route)
         target = self.mixture.values(batch.rows, (self.target,))[self.target]
         if target.is_floating_point():
-            self.keep(prediction_error=(prediction - target).double().square().unsqueeze(-1).flatten(1).sum(1))
+            error, target = ((one.double().unsqueeze(-1).flatten(1)) for one in (prediction - target, target))
+            self.keep(prediction_error=error.square().sum(1))
+            self.sum("target", torch.stack([target.sum(0), target.square().sum(0)]))
         else:
             self.keep(prediction_accuracy=(prediction.argmax(1) == target).double())
 
@@ -234,7 +238,7 @@ class ExpertStudy(Study):
                 found = found.plus(name, columns[name])
         if dataset.log_density_N is not None:
             found = found.plus("exact_log_likelihood", dataset.log_density_N.numpy())
-        for name, root in self._roots(columns).items():
+        for name, root in self._errors(sums, columns).items():
             found = found.plus(name, root)
         if "label" in columns:
             for name, column in clustering(columns["expert"], columns["label"].astype(np.int64)).items():
@@ -252,8 +256,8 @@ class ExpertStudy(Study):
         error = in_use * math.sqrt(variance / (len(dataset) - 1)) if len(dataset) > 1 else math.nan
         return Evaluation(dataset, figures, [], found.errors | {"experts_in_use": error}, found.columns)
 
-    def _roots(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return linearised columns of the roots of mean squared errors."""
+    def _errors(self, sums: dict[str, np.ndarray], columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return columns of squared errors, and linearised ones of the roots of their means."""
         roots: dict[str, np.ndarray] = {}
         if "squared_error" in columns:
             num_values = self.mixture.spec[self.mixture.common("reconstructs")].num_values
@@ -262,6 +266,11 @@ class ExpertStudy(Study):
         if "prediction_error" in columns:
             num_values = self.mixture.spec[self.target].num_values
             roots["prediction_rmse"] = root(columns["prediction_error"] / num_values)
+            roots["prediction_error"] = columns["prediction_error"]
+            mean_D, square_D = sums["target"] / len(self.dataset)
+            variance = float((square_D - mean_D**2).sum())
+            if variance > 0:
+                roots["unexplained_variance"] = columns["prediction_error"] / variance
         return roots
 
     def _told(self, found: Evaluation) -> list[str]:

@@ -69,7 +69,7 @@ class Blobs(Source):
             "x": Field((self.num_features,), torch.float32),
             "y": Field((), torch.uint8, num_classes=self.num_classes),
         }
-        return _split({"id": ids, "x": x, "y": y.to(torch.uint8)}, spec, self.rows, "y")
+        return split_rows({"id": ids, "x": x, "y": y.to(torch.uint8)}, spec, self.rows, "y")
 
     def centres(self) -> Tensor:
         """Return the centres (classes, D), float64."""
@@ -135,11 +135,13 @@ class Parabolas(Source):
             "branch": Field((), torch.uint8, num_classes=2),
         }
         rows = {"id": ids, "x": x, "y": y.float(), "branch": right[:, 0].to(torch.uint8)}
-        return _split(rows, spec, self.rows, "branch", ("left", "right"))
+        return split_rows(rows, spec, self.rows, "branch", ("left", "right"))
 
 
-def _split(rows: Batch, spec: Spec, num_train: int, label: str, class_names: tuple[str, ...] = ()) -> Splits[Dataset]:
-    """Split into the first ``num_train`` rows for training, the rest for testing."""
+def split_rows(
+    rows: Batch, spec: Spec, num_train: int, label: str, class_names: tuple[str, ...] = ()
+) -> Splits[Dataset]:
+    """Return splits: the first ``num_train`` rows for training, the rest for testing."""
     train = {name: column[:num_train] for name, column in rows.items()}
     test = {name: column[num_train:] for name, column in rows.items()}
     return Splits(Dataset(train, spec, label, class_names), Dataset(test, spec, label, class_names))
