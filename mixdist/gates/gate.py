@@ -21,6 +21,7 @@ class Gate(nn.Module):
         noise_shape: the standard normal numbers that it needs for a row, or None.
         stages: what a phase's ``stage`` may be, the last one by default; a gate learns other parts in each.
         latent: the dimensions of z of a gate with latent variables, or None.
+        num_drawn: the standard normal numbers that ``sample`` needs for a row.
         log_px_is: whether ``log_weights`` are of a density or of a probability mass; None where the class does not say.
 
     Examples:
@@ -41,6 +42,7 @@ class Gate(nn.Module):
     noise_shape: tuple[int, ...] | None = None
     stages: tuple[str, ...] = ("joint",)
     latent: int | None = None
+    num_drawn: int = 0
     log_px_is: Literal["density", "mass"] | None = None
 
     def forward(self, rows: Batch, eps: Tensor | None) -> Gating:
@@ -118,7 +120,7 @@ class Gate(nn.Module):
 
         Args:
             cluster: the number of each.
-            eps: standard normal numbers, (S, L), with L the dimensions of x where there are no latents.
+            eps: standard normal numbers, (S, num_drawn).
         """
         raise NotImplementedError(f"{type(self).__name__} does not sample")
 

@@ -73,7 +73,7 @@ class GMM(Gate):
         self.field, self.fields, self.shape = field, (field,), described.shape
         self.num_clusters, self.covariance, self.begins = num_experts, covariance, start
         self.start_rows, self.steps, self.min_variance = start_rows, steps, min_variance
-        size = described.num_values
+        size = self.num_drawn = described.num_values
         self.logits_K = nn.Parameter(torch.zeros(num_experts))
         self.mean_KD = nn.Parameter(spread * torch.randn(num_experts, size))
         self.log_diagonal_KD = nn.Parameter(torch.zeros(num_experts, size))

@@ -66,7 +66,8 @@ class LatentGate(Gate):
             if not 0 < value < math.inf:
                 raise ValueError(f"{kind}'s {name} ({value}) must be a number above 0: give one")
         self.network = MLP([500, 500, 2000]) if network is None else network
-        self.field, self.fields, self.shape, self.latent = field, (field,), described.shape, latent
+        self.field, self.fields, self.shape = field, (field,), described.shape
+        self.latent = self.num_drawn = latent
         self.num_clusters, self.start_rows, self.stage = num_experts, start_rows, self.stages[-1]
         self.encoder = self.network.encoder(self.shape, 2 * latent)
         self.decoder = self.network.decoder(latent, self.shape)

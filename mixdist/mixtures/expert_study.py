@@ -61,8 +61,8 @@ class ExpertStudy(Study):
       mean prediction ``prediction_rmse`` or ``prediction_accuracy``. w is r, or alpha where what decides reads y.
     - ``gate_loss``: the gate's own loss; ``gate_log_likelihood`` = mean_n log p(x_n) of a gate that is a model, exact
       or importance-sampled.
-    - ``prediction_error`` = mean_n sum_d (y_nd - yhat_nd)^2; ``unexplained_variance`` = that over what the mean of all y
-      would have.
+    - ``prediction_error`` = mean_n sum_d (y_nd - yhat_nd)^2; ``unexplained_variance`` = that over what the mean of y
+      has in place of yhat.
     - ``exact_log_likelihood`` = mean_n log p(x_n) where the data set knows it, which no model exceeds in expectation.
     - ``rmse_row`` = sqrt(mean_n sum_d (x_nd - xhat_nd)^2) and ``rmse_value`` = rmse_row / sqrt(D) of the
       reconstructions by e(n), at the mean of q(z|x).

@@ -16,6 +16,7 @@ from torch import Tensor
 from mixdist.experts import Expert
 from mixdist.gates import Gate
 from mixdist.mixtures.contracts import IN_RANGE
+from mixdist.mixtures.gate_shown import samples_of_cluster
 from mixdist.mixtures.routing import responsible
 from mixdist.mixtures.samples import drawn
 from mixdist.nets.likelihood import Likelihood
@@ -209,8 +210,45 @@ class Model:
             raise ValueError(f"expert {expert} ({name}) has no prior to sample from: use predict of mixdist.load(RUN)")
         return drawn(one, expert, torch.arange(num_samples), Moment(seed), observed, self.spec, self.dtype)
 
+    @torch.no_grad()
+    def embed(self, rows: Tensor | np.ndarray | Batch) -> Tensor:
+        """Return what a gate that is a model makes of rows: the means of its q(z|x), (N, L).
+
+        Raises:
+            ValueError: the gate is no model of rows.
+        """
+        named = self.rows(rows)
+        gate = self._model_gate("embed")
+        self._require(gate, named)
+        return gate.embed(named)
+
+    @torch.no_grad()
+    def generate(self, num_samples: int, cluster: int, seed: int = 0) -> Tensor:
+        """Draw rows of a cluster of a gate that is a model, as means of p(x|z): (num_samples, *shape of x).
+
+        Raises:
+            ValueError: the gate is no model of rows, or there is no such cluster.
+        """
+        gate = self._model_gate("sample")
+        if cluster not in self.experts or num_samples < 0:
+            raise ValueError(
+                f"cluster ({cluster}) must be from 0 to {len(self.experts) - 1}, and num_samples ({num_samples}) 0 or "
+                f"more: change one"
+            )
+        return samples_of_cluster(gate, cluster, num_samples, Moment(seed), len(self.experts), self.dtype)
+
+    def _model_gate(self, ability: str) -> Gate:
+        gate = self.gate.model
+        if not gate.can(ability):
+            raise ValueError(
+                f"the gate ({type(gate).__name__}) does not {ability}: take a gate that is a model, as VaDE"
+            )
+        return gate
+
     def rows_of_samples(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
         """Return samples of each expert, (num_samples, *shape of x), by a title; points in the plane with noise."""
+        if self.gate.model.can("sample") and not any(one.can("sample") for one in self.experts.values()):
+            return {f"cluster {e}": self.generate(num_samples, e, seed) for e in self.experts}
         plane = "x" in self.spec and self.spec["x"].shape == (2,)
         observed = plane and self.experts[0].can("draw")  # a cloud of means in the plane is no density
         return {f"expert {e}": self.sample(num_samples, e, seed, observed) for e in self.experts}

@@ -88,4 +88,18 @@ class Attributes(NamedTuple):
     names: list[str]
 
 
-Picture = Panels | Mosaic | Rows | Plane | Curves | Contingency | Attributes
+class Latents(NamedTuple):
+    """Points in the plane, (n, 2), once for each way to colour them.
+
+    Args:
+        name: of the picture.
+        points: where.
+        groups: a title, the group of each point (n,), and the groups' names.
+    """
+
+    name: str
+    points: np.ndarray
+    groups: list[tuple[str, np.ndarray, list[str]]]
+
+
+Picture = Latents | Panels | Mosaic | Rows | Plane | Curves | Contingency | Attributes

@@ -18,12 +18,16 @@ from mixdist.experts import Compute
 from mixdist.gates import Gate
 from mixdist.mixtures.contracts import check_objective
 from mixdist.mixtures.ensemble import Ensemble, Execution, MakeExpert, check_fields
+from mixdist.mixtures.figures import ExpertEvaluation
+from mixdist.mixtures.gate_shown import gate_pictures
 from mixdist.mixtures.gate_start import start_gate
 from mixdist.mixtures.health import dead
 from mixdist.mixtures.members import losses_of_all, may_be_none
 from mixdist.mixtures.mixture import Context, Stage
 from mixdist.mixtures.objectives import Objective
+from mixdist.mixtures.pictures import Picture
 from mixdist.mixtures.routing import RoutingPlan, TopK, admitted, demand, lay_out
+from mixdist.mixtures.study import Evaluation
 from mixdist.noise import Moment, Purpose, permutation
 from mixdist.parallel.route import Route
 from mixdist.terms import Batch, Gating, Outcome, Parts, Spec
@@ -385,6 +389,15 @@ class Soft(Ensemble):
             "weighted_loss": (sums["weighted_loss"] / sums["weight"]).item(),
             "expert_loss": (sums["expert_loss"] / sums["seen"].clamp(min=1)).tolist(),
         }
+
+    def pictures(self, dataset: Samples, evaluation: Evaluation, seed: int) -> list[Picture]:
+        """Return those of the experts, and of a gate that is a model."""
+        shown = super().pictures(dataset, evaluation, seed)
+        if self.context.mesh.rank:
+            return shown
+        assert isinstance(evaluation, ExpertEvaluation)
+        of_gate = gate_pictures(self, self.gate.model, dataset, evaluation, seed)
+        return [*of_gate, *shown] if self.common("has_loss") is False else [*shown, *of_gate]
 
     def gate_in_process(self) -> Gate:
         return self.gate

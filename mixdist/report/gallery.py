@@ -13,6 +13,7 @@ from mixdist.report.metrics import read_metrics
 from mixdist.report.rounds import rounds_picture
 
 DRAWN_BY: dict[type[pictures.Picture], Callable[..., None]] = {
+    pictures.Latents: plots.latents_picture,
     pictures.Panels: grids.experts_picture,
     pictures.Mosaic: grids.mixture_picture,
     pictures.Rows: grids.sample_picture,

@@ -219,6 +219,24 @@ def scatter_picture(
     save(figure, path)
 
 
+def latents_picture(path: Path, points_N2: np.ndarray, groups: Sequence[tuple[str, np.ndarray, Sequence[str]]]) -> None:
+    """Write points in the plane, once for each way to colour them.
+
+    Args:
+        path: of the PNG file.
+        points_N2: where.
+        groups: a title, the group of each point, and the groups' names.
+    """
+    figure, halves = new_figure(0.6 + 5.4 * len(groups), 4.8, columns=len(groups))
+    for axes, (title, group_N, names) in zip(halves, groups, strict=True):
+        _points(styled(axes, "", "", title), points_N2, group_N)
+        axes.set_aspect("equal")
+        for number, name in enumerate(names):
+            axes.scatter([], [], s=9, c=colour_of(number), marker=marker_of(number), linewidths=0, label=name)
+        add_legend(axes)
+    save(figure, path)
+
+
 def _near(x_N2: np.ndarray, points_M2: np.ndarray) -> np.ndarray:
     """Return which points lie in the box around the rows, widened by a quarter on each side: bool (M,)."""
     if len(x_N2) == 0:
