@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,15 @@ import torch
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
+from mixdist.data import Digits
 from mixdist.experts import VAE
 from mixdist.experts.importance import Weights
 from mixdist.gates import DMVAE, GMM, Consistent, Gate, VaDE
 from mixdist.gates.gaussians import fit_diagonal, log_joint, weighted_clusters
 from mixdist.nets import MLP
+from mixdist.report.metrics import read_metrics
 from mixdist.terms import Batch, Field
+from tests.launch import changed, here, mlp, write_config
 
 SPEC = {"x": Field((3,), torch.float64)}
 IMAGES = {"x": Field((1, 6, 6), torch.float64)}
@@ -282,3 +287,43 @@ def test_what_is_refused_is_named_in_one_line(make: Callable[[], Any], named: li
     text = str(refused.value)
     assert "\n" not in text
     assert all(part in text for part in named), text
+
+
+# What users see
+
+
+def test_what_a_gate_that_is_a_model_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of a gate alone: figures, pictures, and clusters in Python that are those of the pictures' draws."""
+    import mixdist
+
+    monkeypatch.chdir(tmp_path)
+    gate = {"class_path": "mixdist.gates.DMVAE", "init_args": {"latent": 3, "network": mlp(8), "relaxed": False}}
+    silent, alone = {"class_path": "mixdist.experts.Silent"}, {"class_path": "mixdist.mixtures.GateLoss"}
+    config = write_config(tmp_path / "config.yaml", changed(gate=gate, expert=silent, train__objective=alone))
+    ended = here("train", "--config", config, "--out", "run")
+    assert ended.code == 0, ended.err
+    assert {path.name for path in Path("run/images").iterdir()} >= {"gate.png", "latent.png", "labels.png"}
+    assert "gate.png" in ended.out
+    assert here("evaluate", "run", "--num_samples", "50").code == 0
+    figures = json.loads(Path("run/evaluation.json").read_text())["figures"]
+    assert figures["gate_log_likelihood"] >= -figures["gate_loss"] - 0.5
+    assert "loss" not in figures  # no expert has one
+    assert all(record["wire_bytes"] == 0 for record in read_metrics(Path("run")))
+    model, x = mixdist.load("run"), Digits().load().test.rows["x"][:7]
+    assert model.embed(x).shape == (7, 3)
+    assert torch.equal(model.generate(4, cluster=2), model.generate(9, cluster=2)[:4])
+    assert not torch.equal(model.generate(4, cluster=2), model.generate(4, cluster=3))
+    assert model.generate(4, cluster=2).shape == (4, 1, 8, 8)
+    for call in (lambda: model.generate(4, cluster=9), lambda: model.generate(-1, cluster=0)):
+        with pytest.raises(ValueError, match="cluster"):
+            call()
+    assert here("sample", "run").code == 0
+
+
+def test_a_gate_that_is_no_model_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mixdist
+
+    monkeypatch.chdir(tmp_path)
+    assert here("train", "--config", write_config(tmp_path / "config.yaml", changed()), "--out", "run").code == 0
+    with pytest.raises(ValueError, match="Softmax"):
+        mixdist.load("run").embed(torch.zeros(1, 1, 8, 8))
