@@ -322,7 +322,9 @@ def test_every_figure_has_one_definition() -> None:
     defined = re.findall(r"^\| `(\w+)` \|", table, re.M)
     assert len(defined) == len(set(defined))
     figures = set().union(*shown().values()) | {"kde_log_likelihood"}
-    figures |= set(judged(make_mixture(Case(), mesh_of(4, 1, 1), Wire(torch.device("cpu"))), known()).figures)
+    for gate in ("softmax", "vade"):
+        mixture = make_mixture(Case(gate=gate), mesh_of(4, 1, 1), Wire(torch.device("cpu")))
+        figures |= set(judged(mixture, known(), 2).figures)
     assert figures == set(defined)
 
 

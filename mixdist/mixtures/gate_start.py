@@ -1,22 +1,49 @@
-"""The start of a gate from the training rows: the same on every layout.
+"""Stages of a gate, and its start from the training rows: the same on every layout.
 
 Shape letters: n rows of this rank, N rows of all, M numbers of a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from mixdist.data import Samples
 from mixdist.gates import Gate
-from mixdist.mixtures.mixture import Context
+from mixdist.mixtures.mixture import Context, Stage
 from mixdist.noise import Moment, Purpose, permutation, weights_seed
 from mixdist.parallel.agreement import agreed
 from mixdist.parallel.collectives import OverBatch
 
 CHUNK = 500
 """Rows that a rank reads at once. Chunks are the same on every layout, so each row's numbers are, to the last bit."""
+
+
+def check_stages(gate: Gate, stages: Mapping[str, Stage], num_rows: int, mute: str | None) -> None:
+    """Check phases, by their keys, against the stages of a gate.
+
+    Args:
+        gate: the gate.
+        stages: the phases.
+        num_rows: training rows.
+        mute: the class of experts that have no loss, if some have none.
+
+    Raises:
+        ValueError: the gate has no such stage, or too few rows to start; an objective reads losses that are not there.
+    """
+    for key, stage in stages.items():
+        if stage.stage not in gate.stages:
+            known, kind = ", ".join(gate.stages), type(gate).__name__
+            raise ValueError(f"{key}.stage ({stage.stage}) is none of {kind}'s: choose of {known}")
+        if gate.starts_at(stage.stage):
+            gate.check_start(num_rows)
+        if mute and stage.objective.reads_losses:
+            raise ValueError(
+                f"{key}.objective ({type(stage.objective).__name__}) reads the losses of experts, and mixture.expert "
+                f"({mute}) has none: set it to mixdist.mixtures.GateLoss, or take another expert"
+            )
 
 
 @torch.no_grad()

@@ -20,13 +20,13 @@ from mixdist.mixtures.contracts import check_objective
 from mixdist.mixtures.ensemble import Ensemble, Execution, MakeExpert, check_fields
 from mixdist.mixtures.figures import ExpertEvaluation
 from mixdist.mixtures.gate_shown import gate_pictures
-from mixdist.mixtures.gate_start import start_gate
-from mixdist.mixtures.health import dead
+from mixdist.mixtures.gate_start import check_stages, start_gate
 from mixdist.mixtures.members import losses_of_all, may_be_none
 from mixdist.mixtures.mixture import Context, Stage
 from mixdist.mixtures.objectives import Objective
 from mixdist.mixtures.pictures import Picture
 from mixdist.mixtures.routing import RoutingPlan, TopK, admitted, demand, lay_out
+from mixdist.mixtures.step_record import outcome_of, record_of
 from mixdist.mixtures.study import Evaluation
 from mixdist.noise import Moment, Purpose, permutation
 from mixdist.parallel.route import Route
@@ -112,19 +112,8 @@ class Soft(Ensemble):
                 )
 
     def check_stages(self, stages: Mapping[str, Stage], num_rows: int) -> None:
-        gate, kind = self.gate.model, type(self.gate.model).__name__
-        for key, stage in stages.items():
-            if stage.stage not in gate.stages:
-                known = ", ".join(gate.stages)
-                raise ValueError(f"{key}.stage ({stage.stage}) is none of {kind}'s: choose of {known}")
-            if gate.starts_at(stage.stage):
-                gate.check_start(num_rows)
-            mute = next((type(one).__name__ for one in self.bank.owned().values() if not one.has_loss), None)
-            if mute and stage.objective.reads_losses:
-                raise ValueError(
-                    f"{key}.objective ({type(stage.objective).__name__}) reads the losses of experts, and "
-                    f"mixture.expert ({mute}) has none: set it to mixdist.mixtures.GateLoss, or take another expert"
-                )
+        mute = next((type(one).__name__ for one in self.bank.owned().values() if not one.has_loss), None)
+        check_stages(self.gate.model, stages, num_rows, mute)
 
     def describe(self, stages: Sequence[Stage]) -> dict[str, Any]:
         named = [stage.stage for stage in stages]
@@ -189,7 +178,7 @@ class Soft(Ensemble):
         if balance is not None:
             named["balance"] = balance(log_resp_BE)
         named |= self._backward_gate(gating, leaves, batch.total)
-        return self._outcome(named, log_resp_BE.detach(), losses_BE, plan)
+        return outcome_of(named, log_resp_BE.detach(), losses_BE, self.routing, plan)
 
     def _backward_alone(self, batch: RankBatch, objective: Objective, at: Moment) -> Outcome:
         """Differentiate an objective that reads no losses: no row is sent and no expert runs."""
@@ -201,7 +190,7 @@ class Soft(Ensemble):
             loss.backward()
         named = {"rows": loss.detach()} | ({} if balance is None else {"balance": balance(leaf)})
         named |= self._backward_gate(gating, [leaf], batch.total)
-        return self._outcome(named, leaf.detach(), None, None)
+        return outcome_of(named, leaf.detach())
 
     def _start_balance(
         self, objective: Objective, log_resp_BE: Tensor, total: int
@@ -288,37 +277,6 @@ class Soft(Ensemble):
         losses_Re = self.bank.backward(values, self.noise(at), route.mask_Re, grads)
         return self.dispatch.combine(losses_Re, route)
 
-    def _outcome(
-        self, named: dict[str, Tensor], log_resp_BE: Tensor, losses_BE: Tensor | None, plan: RoutingPlan | None
-    ) -> Outcome:
-        """Return the step's outcome; its sums over rows are, those of losses only where experts ran,
-
-        - ``load``: responsibilities of each expert; ``entropy`` of a row's responsibilities, nats;
-        - ``expert_loss``: each expert's losses over the rows it saw, nats; ``seen``: those rows;
-        - ``weight``: what the weights of the experts that saw a row sum to; ``weighted_loss``: of their losses;
-        - ``lost_weight``: responsibility that capacity refused; ``refused_rows``: rows that it refused altogether.
-        """
-        parts = {name: value.double() for name, value in named.items()}
-        loss, resp_BE = torch.stack(list(parts.values())).sum(), log_resp_BE.double().exp()
-        sums = {"load": resp_BE.sum(0), "entropy": torch.special.entr(resp_BE).sum()}
-        faults = {"the gate's output": log_resp_BE.isnan().any(1).double().sum()}
-        if losses_BE is None:
-            return Outcome(loss, parts, sums, faults)
-        losses_BE = losses_BE.double()
-        routed_BE, weight_BE, zero = torch.ones_like(resp_BE, dtype=torch.bool), resp_BE, resp_BE.new_zeros(())
-        if self.routing is not None and plan is not None:
-            routed_BE, weight_BE = plan.routed_BE, self.routing.log_weights(log_resp_BE, plan.routed_BE).double().exp()
-        sums |= {
-            "expert_loss": losses_BE.sum(0),
-            "seen": routed_BE.double().sum(0),
-            "weight": weight_BE.sum(),
-            "weighted_loss": (weight_BE * losses_BE).sum(),
-            "lost_weight": zero if plan is None else plan.lost_B.double().sum(),
-            "refused_rows": zero if plan is None else (~routed_BE.any(1)).double().sum(),
-        }
-        faults = {"the loss of expert {}": (~losses_BE.isfinite()).double().sum(0)} | faults
-        return Outcome(loss, parts, sums, faults)
-
     def _backward_gate(self, gating: Gating, leaves: list[Tensor], total: int) -> dict[str, Tensor]:
         """Differentiate the gate, once; return its own loss by name."""
         outputs: list[Tensor] = []
@@ -372,23 +330,7 @@ class Soft(Ensemble):
         return self.dispatch.over_batch.sum(sum_E) / len(positions)
 
     def record(self, outcome: Outcome, num_rows: int) -> dict[str, Any]:
-        """Return what a step's record holds: loads, losses and rows of experts, and the decisions of the gate."""
-        sums = outcome.sums
-        load = sums["load"] / num_rows
-        record = {
-            "load": load.tolist(),
-            "dead_experts": [f"expert {e}" for e in dead(load.numpy())],
-            "responsibility_entropy": sums["entropy"].item() / num_rows,
-        }
-        if "seen" not in sums:  # no expert ran
-            return record
-        return record | {
-            "seen": (sums["seen"] / num_rows).tolist(),
-            "lost_weight": sums["lost_weight"].item() / num_rows,
-            "refused_rows": int(sums["refused_rows"].item()),
-            "weighted_loss": (sums["weighted_loss"] / sums["weight"]).item(),
-            "expert_loss": (sums["expert_loss"] / sums["seen"].clamp(min=1)).tolist(),
-        }
+        return record_of(outcome, num_rows)
 
     def pictures(self, dataset: Samples, evaluation: Evaluation, seed: int) -> list[Picture]:
         """Return those of the experts, and of a gate that is a model."""
