@@ -53,6 +53,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "batch_size": (10, 3, 100),
     "block": (16, 7, 100),
     "micro_batch": (None, 4),
+    "rounds": (2, 3),
 }
 
 
