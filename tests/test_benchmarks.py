@@ -220,3 +220,13 @@ def test_both_pipelines_read_all_samples_of_shards(tmp_path: Path) -> None:
     assert min(rate["min"] for rate in told["rates"].values()) > 0
     assert len(told["held_bytes"]) == 2
     assert told["scan_imagenet_s"] == pytest.approx(1.281167 * told["scan_us"])
+
+
+def test_gates_are_timed_and_learn(capsys: pytest.CaptureFixture[str]) -> None:
+    load("gates").main(
+        ["--hidden", "16", "--rows", "20", "--turns", "2", "--steps", "1", "--epochs", "2", "--points", "1000"]
+    )
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["DMVAE_over_VaDE"].keys() == SPREAD
+    assert list(told["bounds"]) == ["VaDE", "VaDE, started", "DMVAE", "DMVAE, started"]
+    assert all(len(bounds) == 2 and bounds[1] > bounds[0] for bounds in told["bounds"].values())
