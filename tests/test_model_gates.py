@@ -311,6 +311,7 @@ def test_what_a_gate_that_is_a_model_shows(tmp_path: Path, monkeypatch: pytest.M
     assert all(record["wire_bytes"] == 0 for record in read_metrics(Path("run")))
     model, x = mixdist.load("run"), Digits().load().test.rows["x"][:7]
     assert model.embed(x).shape == (7, 3)
+    assert model.reconstruct(x).shape == (7, 1, 8, 8)
     assert torch.equal(model.generate(4, cluster=2), model.generate(9, cluster=2)[:4])
     assert not torch.equal(model.generate(4, cluster=2), model.generate(4, cluster=3))
     assert model.generate(4, cluster=2).shape == (4, 1, 8, 8)

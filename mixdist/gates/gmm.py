@@ -108,6 +108,10 @@ class GMM(Gate):
     def embed(self, rows: Batch) -> Tensor:
         return flat(rows[self.field], self.shape)
 
+    def reconstruct(self, rows: Batch) -> Tensor:
+        """Return the mean of the clusters' means under the responsibilities."""
+        return (self(rows, None).log_resp_BE.exp() @ self.mean_KD).reshape(-1, *self.shape)
+
     def sample(self, cluster: Tensor, eps: Tensor) -> Tensor:
         if self.upper_KDD is None:
             off = eps * torch.exp(-self.log_diagonal_KD[cluster])

@@ -174,7 +174,9 @@ class Mixture(ABC):
 
         It is what training spends: :mod:`mixdist.baselines.single` gives one expert as much.
         """
-        return [0.0 if stage.trains == "gate" else float(self.num_experts * stage.epochs) for stage in stages]
+        idle = [stage.trains == "gate" or not stage.objective.reads_losses for stage in stages]
+        each = zip(stages, idle, strict=True)
+        return [0.0 if alone else float(self.num_experts * stage.epochs) for stage, alone in each]
 
     def schedule_steps(self, stages: Sequence[Stage], num_rows: int) -> list[int]:
         """Return how many steps a learning-rate schedule takes in each phase, on so many training rows."""

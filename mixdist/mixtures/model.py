@@ -171,10 +171,13 @@ class Model:
 
     @torch.no_grad()
     def reconstruct(self, rows: Tensor | np.ndarray | Batch, expert: int | None = None) -> Tensor:
-        """Reconstruct rows by one expert, or each by its most responsible one: (N, *shape of x)."""
-        named = self.rows(rows)
+        """Reconstruct rows by one expert, or each by its most responsible one, (N, *shape of x); of a gate alone by it."""
+        named, gate = self.rows(rows), self.gate.model
         if expert is not None:
             return self._able(expert, "reconstruct", named).reconstruct(named)
+        if gate.can("reconstruct") and not any(one.can("reconstruct") for one in self.experts.values()):
+            self._require(gate, named)
+            return gate.reconstruct(named)
         fields = {getattr(one, "field", "x") for one in self.experts.values()}
         if len(fields) > 1:
             raise ValueError(f"experts reconstruct different fields ({', '.join(sorted(fields))}): name one expert")
