@@ -171,7 +171,11 @@ class Model:
 
     @torch.no_grad()
     def reconstruct(self, rows: Tensor | np.ndarray | Batch, expert: int | None = None) -> Tensor:
-        """Reconstruct rows by one expert, or each by its most responsible one; of a gate alone by it: (N, *shape of x)."""
+        """Reconstruct rows by one expert, or each by its most responsible one, or all by a gate alone.
+
+        Returns:
+            (N, *shape of x).
+        """
         named, gate = self.rows(rows), self.gate.model
         if expert is not None:
             return self._able(expert, "reconstruct", named).reconstruct(named)
