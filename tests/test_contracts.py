@@ -111,8 +111,48 @@ class Remembering(Plain):
         return super().out(rows, logits * self.calls)
 
 
+class Listed(Plain):
+    """Layers that are no modules of its own."""
+
+    def __init__(self, spec: Spec, num_experts: int) -> None:
+        super().__init__(spec, num_experts)
+        self.net = nn.Identity()
+        self.layers = {"all": [nn.Linear(SIZE, 4), nn.Linear(4, num_experts)]}
+
+    def forward(self, rows: Batch, eps: Tensor | None) -> Any:
+        for layer in self.layers["all"]:
+            rows = {"x": layer(rows["x"])}
+        return self.out(rows, rows["x"])
+
+
+class HalfListed(Plain):
+    def __init__(self, spec: Spec, num_experts: int) -> None:
+        super().__init__(spec, num_experts)
+        self.more = [nn.Linear(num_experts, num_experts)]
+
+    def out(self, rows: Batch, logits: Tensor) -> Any:
+        return super().out(rows, self.more[0](logits))
+
+
+class Shifted(Plain):
+    def __init__(self, spec: Spec, num_experts: int) -> None:
+        super().__init__(spec, num_experts)
+        self.shift = torch.zeros(num_experts, requires_grad=True)
+
+    def out(self, rows: Batch, logits: Tensor) -> Any:
+        return super().out(rows, logits + self.shift)
+
+
+SHIFT = torch.zeros(NUM_EXPERTS, requires_grad=True)
+
+
 def normal(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits, dim=1)
+
+
+def wider(self: Any, rows: Batch, logits: Tensor) -> Any:
+    torch.set_default_dtype(torch.float64)
+    return Gating(normal(logits))
 
 
 def mutate(self: Any, rows: Batch, logits: Tensor) -> Any:
@@ -165,6 +205,13 @@ GATES: dict[str, tuple[dict[str, Any], str]] = {
     "counts": ({"gate": Counting}, "changes count"),
     "remembers": ({"gate": Remembering}, "called again"),
     "another mode": (gate(lambda self, rows, z: Gating(normal(z)) if self.eval() else None), "changes training"),
+    "batch maximum": (gate(lambda self, rows, z: Gating(normal(z / z.abs().max()))), "depends on the other rows"),
+    "sparse": (gate(lambda self, rows, z: Gating(normal(z).to_sparse())), "log_resp_BE sparse to_dense()"),
+    "the default dtype": (gate(wider), "changes default dtype"),
+    "layers in lists": ({"gate": Listed}, "layers['all'][0].weight nn.ModuleList"),
+    "a layer in a list": ({"gate": HalfListed}, "more[0].weight nn.ModuleList"),
+    "a tensor that is no parameter": ({"gate": Shifted}, "shift nn.Parameter"),
+    "a global tensor": (gate(lambda self, rows, z: Gating(normal(z + SHIFT))), "SHIFT nn.Parameter"),
     "fields": (gate(Plain.out, fields="x"), "fields 'x' ('x',)"),
     "noise_shape": (gate(Plain.out, noise_shape=4), "noise_shape 4"),
 }
@@ -212,6 +259,15 @@ class FrozenExpert(Auto):
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         self.requires_grad_(False)
+
+
+class ListedExpert(Auto):
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.more = (nn.Linear(2, 2),)
+
+    def forward(self, rows: Batch, eps: Any) -> Any:
+        return self.out(rows, (self.decode(self.more[0](self.encode(rows["x"]))) - rows["x"]).square())
 
 
 class Stacked(Auto):
@@ -271,6 +327,22 @@ EXPERTS: dict[str, tuple[dict[str, Any], str]] = {
     "half unused": (expert(lambda self, rows, e: ExpertTerms(self.encode(rows["x"]).sum(1))), "decode.weight"),
     "noise of another shape": (expert(Auto.out, noise_shape=(5,)), "(8, 5) RuntimeError"),
     "no noise asked for": (expert(Auto.out, noise_shape=None), "noise None TypeError"),
+    "a batch's maximum": (
+        expert(lambda self, rows, e: ExpertTerms(e.sum(1) / e.sum(1).detach().max())),
+        "depends on the other rows",
+    ),
+    "log p not finite": (expert(lambda self, rows, e: ExpertTerms(e.sum(1), -e.sum(1) / 0)), "log_px_R -inf sample"),
+    "KL no number": (expert(lambda self, rows, e: ExpertTerms(e.sum(1), -e.sum(1), e.sum(1) * math.nan)), "kl_R nan"),
+    "no features": (expert(lambda self, rows, e: ExpertTerms(e.sum(1), features=None)), "features None"),  # type: ignore[arg-type]
+    "features of one number": (
+        expert(lambda self, rows, e: ExpertTerms(e.sum(1), features={"f": e.sum()})),
+        "features['f'] () (8, ...)",
+    ),
+    "features by the batch": (
+        expert(lambda self, rows, e: ExpertTerms(e.sum(1), features={"f": e - e.mean(0)})),
+        "features['f'] other rows",
+    ),
+    "a layer in a tuple": ({"expert": ListedExpert}, "more[0].weight nn.ModuleList"),
     "not stackable": ({"expert": Stacked, "execution": "stacked"}, "stackable"),
     "a likelihood (R, D)": ({"expert": OwnLikelihood}, "OwnLikelihood.forward Wide.log_prob (8, 6) (8,)"),
 }
@@ -296,6 +368,45 @@ class Wrong(Balance):
         return self.term(resp_sum_E)
 
 
+class Tempered(WeightedLoss, nn.Module):
+    """An objective that would learn."""
+
+    linear = False
+
+    def __init__(self, balance: Balance | None = None) -> None:
+        nn.Module.__init__(self)
+        WeightedLoss.__init__(self, balance)
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def expert_rows(self, log_resp_BE: Tensor, losses_BE: Tensor) -> Tensor:
+        return super().expert_rows(log_resp_BE, losses_BE) * self.temperature
+
+
+class Remembered(Balance):
+    calls = 0
+
+    def __call__(self, resp_sum_E: Tensor, num_rows: int) -> Any:
+        self.calls += 1
+        return resp_sum_E.var() * self.calls
+
+
+def balanced(term: Callable[[Tensor], Any], **members: Any) -> dict[str, Any]:
+    made = Wrong(term)
+    vars(made).update(members)
+    return {"objective": WeightedLoss(made)}
+
+
+def own_rows(self: Any, log_resp_BE: Tensor, losses_BE: Tensor) -> Tensor:
+    return -(log_resp_BE - losses_BE).logsumexp(1)
+
+
+def weighted(self: Any, log_resp_BE: Tensor, losses_BE: Tensor) -> Tensor:
+    return (log_resp_BE.exp() * losses_BE).sum(1)
+
+
+WEIGHT = torch.ones((), requires_grad=True)
+PARTED = type("Mine", (Objective,), {"rows": own_rows, "expert_rows": weighted})()
+LINEAR_ROWS = type("Mine", (WeightedLoss,), {"rows": own_rows})()
 OBJECTIVES: dict[str, tuple[dict[str, Any], str]] = {
     "a number": (objective(lambda self, r, loss: (r.exp() * loss).sum()), "expert_rows () (8,)"),
     "a mean": (objective(lambda self, r, loss: (r.exp() * loss).sum(1).mean()), "expert_rows () (8,)"),
@@ -313,6 +424,37 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], str]] = {
         {"objective": type("Mine", (WeightedLoss,), {"gate_rows": lambda self, r: r.mean()})()},
         "gate_rows () (8,)",
     ),
+    "rows of its own beside linear parts": ({"objective": LINEAR_ROWS}, "Mine.rows expert_rows linear false"),
+    "rows of its own with top-k": (
+        {"objective": PARTED, "routing": TopK(2)},
+        "Mine.rows gate_rows top-k expert_rows",
+    ),
+    "no parts with top-k": (
+        {"objective": type("Mine", (Objective,), {"rows": own_rows})(), "routing": TopK(2)},
+        "Mine.expert_rows NotImplementedError",
+    ),
+    "no number for experts that do not see a row": (
+        {**objective(lambda self, r, loss: (r.exp() * (loss + r)).sum(1)), "routing": TopK(2)},
+        "Mine.expert_rows nan -inf",
+    ),
+    "no number": (objective(lambda self, r, loss: weighted(self, r, loss) * math.nan), "expert_rows nan losses clamp"),
+    "infinite": (objective(lambda self, r, loss: weighted(self, r, loss) / 0), "expert_rows inf losses"),
+    "losses that it does not read": (objective(weighted, reads_losses=False), "reads_losses true"),
+    "a parameter": ({"objective": Tempered()}, "Tempered temperature optimiser"),
+    "a tensor that would learn": (
+        objective(lambda self, r, loss: weighted(self, r, loss) * self.weight, weight=WEIGHT),
+        "Mine.rows requires optimiser",
+    ),
+    "a balance with a weight that would learn": (
+        balanced(lambda r: r.var(), weights=[torch.ones(1, requires_grad=True)]),
+        "Wrong weights[0] optimiser",
+    ),
+    "a balance that draws": (balanced(lambda r: r.var() * torch.rand(())), "Wrong.__call__ draws generator"),
+    "a balance that draws by Python": (balanced(lambda r: r.var() * random.random()), "Wrong.__call__ draws Python"),
+    "a balance that remembers": ({"objective": WeightedLoss(Remembered())}, "Remembered.__call__ called again"),
+    "a balance without graph": (balanced(lambda r: r.detach().var()), "Wrong.__call__ graph resp_sum_E detach"),
+    "a balance that is no number": (balanced(lambda r: r.var() * math.nan), "Wrong.__call__ nan clamp"),
+    "a balance in place": (balanced(lambda r: r.mul_(2).var()), "Wrong.__call__ changes copy"),
     "balance (E,)": ({"objective": WeightedLoss(Wrong(lambda r: r))}, "Wrong.__call__ (3,) ()"),
     "a balance of Python": ({"objective": WeightedLoss(Wrong(lambda r: 1.0))}, "Wrong.__call__ float"),
     "a balance that fails": ({"objective": WeightedLoss(Wrong(lambda r: r[5]))}, "Wrong.__call__ index 5"),
@@ -329,12 +471,13 @@ def make(
     objective: Objective | None = None,
     data: Dataset | None = None,
     trains: Any = "both",
+    dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Trainer:
     """A trainer of a soft mixture before its first step."""
     data, mesh = data or rows(), mesh_of(NUM_EXPERTS, 1, 1)
     mixture = Soft(gate, expert, NUM_EXPERTS, **{"execution": "loop", **options})
-    mixture.setup(Context(7, torch.float32, data.spec, mesh, Wire(mesh.device)))
+    mixture.setup(Context(7, dtype, data.spec, mesh, Wire(mesh.device)))
     return Trainer(mixture, data, [Phase(1, 16, objective=objective or WeightedLoss(), trains=trains, optimizer=adam)])
 
 
@@ -356,6 +499,13 @@ def test_a_broken_contract_is_told_before_the_first_step(name: str) -> None:
     kind = getattr(kind, "balance", None) or kind
     named = getattr(kind, "__name__", type(kind).__name__)
     assert named in line or named == "<lambda>", line
+
+
+@pytest.mark.parametrize("name", [name for name, (_, words) in TABLE.items() if "nn." in words])
+def test_what_is_no_parameter_is_told_in_any_dtype(name: str) -> None:
+    """What is not registered is not moved to float64 either, so that it fails before there is a gradient."""
+    options, words = TABLE[name]
+    told({**options, "dtype": torch.float64}, words)
 
 
 @pytest.mark.parametrize("name", BEYOND)
@@ -444,6 +594,15 @@ def unlisted(self: Any, batch: Any, h_BH: Tensor) -> Tensor:
     return (self.extra(self.decoder(h_BH)) - self.x_of(batch.rows)).square().sum() / batch.total
 
 
+def astray_setup(self: Any, context: Context) -> None:
+    Law.setup(self, context)
+    self.decoder.more = [nn.Linear(SIZE, SIZE)]
+
+
+def astray(self: Any, batch: Any, h_BH: Tensor) -> Tensor:
+    return (self.decoder.more[0](self.decoder(h_BH)) - self.x_of(batch.rows)).square().sum() / batch.total
+
+
 def step_by_parts(self: Any, batch: Any, objective: Any, at: Any, num_parts: int = 1, upcoming: Any = None) -> Any:
     done = []
     for part in batch.split(num_parts):
@@ -466,6 +625,7 @@ FAMILIES: dict[str, tuple[type[Mixture], str]] = {
     ),
     "unlisted": (family(total=unlisted, setup=extra_setup), "extra parts"),
     "draws": (family(total=lambda self, b, h: Law.total(self, b, h) * torch.rand(())), "generator at.draw"),
+    "a layer in a list": (family(total=astray, setup=astray_setup), "more[0].weight decoder nn.ModuleList"),
     "fails": (family(total=lambda self, b, h: h.nothing), "AttributeError nothing test_contracts.py"),
     "parts that do not sum": (family(backward=step_by_parts), "num_parts batch.total"),
 }

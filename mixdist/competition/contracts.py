@@ -16,8 +16,8 @@ from mixdist.data import RankBatch, Samples, share
 from mixdist.data.contracts import check_rows
 from mixdist.experts import Expert
 from mixdist.mixtures import Stage
-from mixdist.mixtures.contracts import check_learns
 from mixdist.mixtures.inspection import first_rows
+from mixdist.mixtures.learning import check_learns
 from mixdist.mixtures.members import inspect_experts
 from mixdist.mixtures.probe import Columns, Fault, Probe, check_column
 from mixdist.noise import Moment

@@ -1,4 +1,4 @@
-"""What a gate, an expert and an objective must be: shapes, dtypes, ranges, purity, gradients that reach what trains.
+"""What a gate and an expert must be: shapes, dtypes, ranges, purity.
 
 Each check calls a module on a few rows (:class:`mixdist.mixtures.probe.Probe`), which changes nothing: no gradient, no
 buffer, no generator. Shape letters: n rows of the check, E experts, S importance samples.
@@ -6,7 +6,7 @@ buffer, no generator. Shape letters: n rows of the check, E experts, S importanc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mixdist.experts import Expert
 from mixdist.gates import Gate
-from mixdist.mixtures.objectives import Objective
-from mixdist.mixtures.probe import COARSE, Columns, Fault, Probe, check_column, reached, shown
+from mixdist.mixtures.learning import check_learns
+from mixdist.mixtures.probe import COARSE, Columns, Fault, Probe, check_column, shown
 from mixdist.nets import flat
 from mixdist.nets.likelihood import Likelihood
 from mixdist.terms import Batch, ExpertTerms, Gating
@@ -117,55 +117,6 @@ def _check_finite(who: str, name: str, column: Tensor | None, ids: Tensor, about
     raise Fault(f"{who} returns {name} {value} for sample {ids[bad]}{about}: scale the data, or bound what it computes")
 
 
-def check_learns(key: str, who: str, name: str, module: nn.Module, outputs: Sequence[Tensor], other: str) -> None:
-    """Check that gradients of a module's outputs reach all of it that is said to train.
-
-    Args:
-        key: of the module in the config.
-        who: the method.
-        name: of the output.
-        module: the module.
-        outputs: of the method, with their graphs.
-        other: what may train in its place.
-
-    Raises:
-        Fault: they do not.
-    """
-    parameters, kind = dict(module.named_parameters()), type(module).__name__
-    learn = {n: p for n, p in parameters.items() if p.requires_grad}
-    if parameters and not learn:
-        raise Fault(
-            f"{key}: {kind} is to train, but none of its {len(parameters)} parameters requires a gradient "
-            f"({next(iter(parameters))}, ...): leave some free, make them buffers, or set trains to {other}"
-        )
-    graphs = [one for one in outputs if one.requires_grad]
-    if learn and not graphs:
-        raise Fault(
-            f"{who} returns {name} without a graph, so that no parameter of {kind} learns: compute it from the "
-            f"parameters without detach, item, no_grad or rounding"
-        )
-    leaves = reached(graphs)
-    missing = {n: p for n, p in learn.items() if id(p) not in leaves}
-    missing = _without_gradient(missing, graphs) if missing else {}
-    if missing:
-        raise Fault(
-            f"{who} returns {name} that does not depend on the parameter {next(iter(missing))} of {kind}, which is to "
-            f"train: use it, remove it, or freeze it by requires_grad_(False)"
-        )
-
-
-def _without_gradient(parameters: dict[str, nn.Parameter], outputs: Sequence[Tensor]) -> dict[str, nn.Parameter]:
-    """Return the parameters that a backward pass leaves without gradient: what recomputes hides some from its graph."""
-    kept = {one: one.grad for one in (*parameters.values(), *reached(outputs).values())}
-    for one in kept:
-        one.grad = None
-    torch.autograd.backward([one.masked_fill(~one.isfinite(), 0.0).sum() for one in outputs], retain_graph=True)
-    found = {name: one for name, one in parameters.items() if one.grad is None}
-    for one, grad in kept.items():
-        one.grad = grad
-    return found
-
-
 def check_expert(key: str, expert: Expert, rows: Rows, eps: Tensor | None, trains: bool) -> tuple[Tensor, list[Any]]:
     """Check an expert.
 
@@ -191,7 +142,7 @@ def check_expert(key: str, expert: Expert, rows: Rows, eps: Tensor | None, train
         for name in ("log_px_R", "kl_R"):
             if getattr(terms, name) is not None:
                 columns[name] = check_column(name, getattr(terms, name), (num_rows,), f"{SUM}, or leave it out")
-        return columns
+        return columns | _features(terms.features, num_rows)
 
     who = f"{key}: {type(expert).__name__}.forward"
     used: list[tuple[Likelihood, str]] = []
@@ -203,9 +154,23 @@ def check_expert(key: str, expert: Expert, rows: Rows, eps: Tensor | None, train
     terms = Probe(who, call, (expert,), read, rows.dtype, rows.takes_none)(rows.of(expert), eps)
     ranges = [f"{n} from {x.min():.4g} to {x.max():.4g}" for n, x in rows.of(expert).items() if x.is_floating_point()]
     _check_finite(who, "loss_R", terms.loss_R, rows.values["id"], f" ({', '.join(ranges)})")
+    for name in ("log_px_R", "kl_R"):
+        _check_finite(who, name, getattr(terms, name), rows.values["id"])
     if trains:
         check_learns(key, who, "loss_R", expert, [terms.loss_R], "gate")
     return terms.loss_R.detach(), list(dict.fromkeys(used))
+
+
+def _features(features: Any, num_rows: int) -> dict[str, Tensor]:
+    """Return the real ones of an expert's features, once each is seen to have a row for each row."""
+    remedy = "return tensors by name, the row axis first, or leave it out"
+    if not isinstance(features, Mapping):
+        raise ValueError(f"returns features as {shown(features)}, expected a dict: {remedy}")
+    columns = {f"features[{name!r}]": value for name, value in features.items()}
+    for name, value in columns.items():
+        if not isinstance(value, Tensor) or value.is_nested or value.shape[:1] != (num_rows,):
+            raise ValueError(f"returns {name} as {shown(value)}, expected a tensor ({num_rows}, ...): {remedy}")
+    return {name: value for name, value in columns.items() if value.is_floating_point()}
 
 
 @contextmanager
@@ -258,86 +223,3 @@ def check_range(who: str, likelihood: Likelihood, field: str, x: Tensor) -> None
             f"{least:.6g} to {most:.6g}, expected {low:g} to {high:g}: give the Field in the source a scale (and "
             f"offset) that bring its values there, or choose likelihood gaussian with mean identity"
         )
-
-
-def check_objective(
-    key: str,
-    objective: Objective,
-    log_resp_BE: Tensor,
-    losses_BE: Tensor,
-    trains: str,
-    gate_learns: bool,
-    takes_none: bool,
-) -> None:
-    """Check an objective, and its balance term.
-
-    Args:
-        key: of the objective in the config.
-        objective: the objective.
-        log_resp_BE: of a few rows.
-        losses_BE: of all experts for them.
-        trains: what is to learn: both, gate or experts.
-        gate_learns: whether the gate has parameters that learn by these rows alone.
-        takes_none: whether a rank may have no rows.
-
-    Raises:
-        Fault: it breaks its contract.
-    """
-    kind = type(objective).__name__
-    leaves = [log_resp_BE.detach().clone().requires_grad_(), losses_BE.detach().clone().requires_grad_()]
-    written = {name for name in ("expert_rows", "gate_rows", "rows") if not _is_inherited(objective, name)}
-    for method in sorted(written if "rows" in written else written | {"expert_rows"}):
-        probe = Probe(
-            f"{key}: {kind}.{method}", getattr(objective, method), (), _read_rows(), log_resp_BE.dtype, takes_none
-        )
-        part_B = probe(*(leaves[:1] if method == "gate_rows" else leaves))
-        if method == "expert_rows" and objective.linear:
-            _check_linear(key, kind, part_B, leaves)
-    rows_B = objective.rows(*leaves)  # the sum of the two, or checked itself
-    balance = [] if objective.balance is None else [_check_balance(key, objective, leaves[0])]
-    learns = reached([one for one in (rows_B, *balance) if one.requires_grad])
-    if trains != "gate" and id(leaves[1]) not in learns:
-        raise Fault(
-            f"{key}: {kind}.rows returns rows that do not depend on losses_BE, so that no expert learns, and the phase "
-            f"trains {trains}: compute them from losses_BE without detach or item, or set trains to gate"
-        )
-    if gate_learns and id(leaves[0]) not in learns:
-        raise Fault(
-            f"{key}: {kind}.rows returns rows that do not depend on log_resp_BE, so that the gate does not learn, and "
-            f"the phase trains {trains}: compute them from log_resp_BE without detach or item, or set trains to experts"
-        )
-
-
-def _is_inherited(objective: Objective, method: str) -> bool:
-    return getattr(type(objective), method) is getattr(Objective, method)
-
-
-def _read_rows() -> Callable[[Any, int], Columns]:
-    remedy = "return the loss of each row; the sum over rows is taken later, over all ranks"
-    return lambda result, num_rows: {"rows": check_column("rows", result, (num_rows,), remedy)}
-
-
-def _check_linear(key: str, kind: str, rows_B: Tensor, leaves: Sequence[Tensor]) -> None:
-    """Check that a row's loss is sum_e r_e l_e, as ``linear`` promises."""
-    log_resp_BE, losses_BE = leaves
-    wanted_B = (log_resp_BE.exp() * losses_BE).sum(1).detach()
-    grad = torch.autograd.grad(rows_B.sum(), losses_BE, retain_graph=True, allow_unused=True)[0]
-    close = grad is not None and torch.allclose(grad, log_resp_BE.exp(), rtol=COARSE, atol=COARSE)
-    if not close or not torch.allclose(rows_B, wanted_B, rtol=COARSE, atol=COARSE):
-        raise Fault(
-            f"{key}: {kind}.linear is true, but expert_rows is not sum_e exp(log_resp) * loss: set linear to false"
-        )
-
-
-def _check_balance(key: str, objective: Objective, log_resp_BE: Tensor) -> Tensor:
-    """Return the balance term for a few rows, once it is seen to be one number."""
-    term, num_rows = objective.balance, len(log_resp_BE)
-    assert term is not None
-    who = f"{key}.balance: {type(term).__name__}.__call__"
-    resp_sum_E = log_resp_BE.double().exp().sum(0)
-    try:
-        value = check_column("its term", term(resp_sum_E, num_rows), (), "return one number for the whole batch")
-    except Exception as error:
-        told = str(error) if isinstance(error, ValueError) else f"fails on {tuple(resp_sum_E.shape)} ({error})"
-        raise Fault(f"{who} {told}") from error
-    return value

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from mixdist.data import RankBatch, share
 from mixdist.messages import describe_failure
+from mixdist.mixtures.guards import guarded
+from mixdist.mixtures.held import astray
+from mixdist.mixtures.learning import REGISTER
 from mixdist.mixtures.mixture import Mixture, Stage
-from mixdist.mixtures.probe import COARSE, Fault, check_column, guarded_generators, module_state, shown
+from mixdist.mixtures.probe import COARSE, Fault, check_column, module_state, shown
 from mixdist.noise import Moment
 from mixdist.parallel.agreement import agreed, gather_json
 from mixdist.parallel.wire import LostRank
@@ -94,16 +97,18 @@ def _part(mixture: Mixture, rows: Batch, counts: tuple[int, ...]) -> RankBatch:
 @contextmanager
 def _explained(who: str) -> Iterator[None]:
     """Turn what goes wrong inside into one line, and draws from a global generator too."""
-    with guarded_generators() as drawn_from:
+    with guarded() as touched:
         try:
             yield
         except (LostRank, Fault):
             raise
         except Exception as error:
             raise Fault(f"{who} fails ({describe_failure(error)}): fix it") from error
-    if drawn_from:
+    if touched.changed:
+        raise Fault(f"{who} {touched.told}: leave it as it is")
+    if touched.drawn_from:
         raise Fault(
-            f"{who} draws from {drawn_from[0]}, so that results would depend on the layout: draw by at.draw(purpose), "
+            f"{who} {touched.told}, so that results would depend on the layout: draw by at.draw(purpose), "
             f"which is keyed by row"
         )
 
@@ -144,6 +149,9 @@ def _run(
 ) -> Result:
     """Run ``backward`` on this rank's part of the rows, from no gradients at all."""
     modules, parts, states = _modules(mixture), mixture.parts, {}
+    strays = [(path, name, t) for name, module in modules.items() for path, t in astray(module).items()]
+    for _, _, tensor in strays:
+        tensor.grad = None
     for name, module in modules.items():
         states[name] = module_state(module)
         for parameter in module.parameters():
@@ -158,6 +166,10 @@ def _run(
                 f"{who} changes {changed[0]} of {name} ({type(module).__name__}): a step may depend on parameters, "
                 f"rows and noise alone; treat each row by itself, as nn.LayerNorm and nn.GroupNorm do"
             )
+    for path, name, tensor in strays:
+        if tensor.grad is not None:
+            tensor.grad = None
+            raise Fault(f"{who} gives {path} of {name} a gradient, which is no parameter of it, {REGISTER}")
     _read_outcome(who, outcome)
     listed = {id(p) for owned in mixture.owned() for p in owned.module.parameters()}
     held = ((name, p) for name, module in modules.items() for p in module.parameters() if id(p) not in listed)

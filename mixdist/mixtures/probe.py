@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mixdist.messages import describe_failure
+from mixdist.mixtures.guards import guarded
+from mixdist.mixtures.held import astray
 from mixdist.terms import Batch
 
 Argument = Batch | Tensor | None
@@ -53,32 +53,35 @@ class Probe:
     def __call__(self, *args: Argument) -> Any:
         """Return the result on the rows given, once it is seen to be right.
 
-        It is called again on half of the rows in reverse order and, where it may be, on none.
+        It is called again on each half of the rows in reverse order and, where it may be, on none.
 
         Raises:
             Fault: it fails, its results are not what they must be, or it is no pure function of each row alone.
         """
         result, columns = self._pure(args)
-        num_rows = _num_rows(args)
-        chosen = range(num_rows - 1, num_rows - 1 - num_rows // 2, -1) if num_rows > 1 else (0, 0)
-        index = torch.tensor(list(chosen), device=_tensors(args)[0].device)
+        num_rows, device = _num_rows(args), _tensors(args)[0].device
+        backwards = torch.arange(num_rows - 1, -1, -1, device=device)
+        halves = backwards.tensor_split(2) if num_rows > 1 else (torch.zeros(2, dtype=torch.int64, device=device),)
         with torch.no_grad():
-            again = self._run(_take(args, index))[1]
-            name = _differing(columns, again, index)
-            if name and self._depends(args, index):
-                raise Fault(f"{self.who} {self._why(name, args, index)}")
+            for index in halves:  # both: the largest row of all lies in one of them
+                again = self._run(_take(args, index))[1]
+                name = _differing(columns, again, index)
+                if name and self._depends(args, index):
+                    raise Fault(f"{self.who} {self._why(name, args, index)}")
             if self.takes_none:
-                self._run(_take(args, index[:0]))
+                self._run(_take(args, backwards[:0]))
         return result
 
     def _pure(self, args: Sequence[Argument]) -> tuple[Any, Columns]:
         """Run it, and check that it changes no state, neither its own nor that of a global generator."""
         states = [module_state(m) for m in self.modules]
-        with guarded_generators() as drawn_from:
+        with guarded() as touched:
             found = self._run(args)
-        if drawn_from:
+        if touched.changed:
+            raise Fault(f"{self.who} {touched.told}: leave it as it is")
+        if touched.drawn_from:
             raise Fault(
-                f"{self.who} draws from {drawn_from[0]}{self._first(nn.modules.dropout._DropoutNd)}, so a row's result "
+                f"{self.who} {touched.told}{self._first(nn.modules.dropout._DropoutNd)}, so a row's result "
                 f"would depend on the layout: set noise_shape, and take random numbers from eps, which is keyed by row"
             )
         for module, state in zip(self.modules, states, strict=True):
@@ -98,7 +101,8 @@ class Probe:
         except Fault:
             raise
         except Exception as error:
-            raise Fault(f"{self.who} fails on {_shapes(args)} ({describe_failure(error)}): fix it") from error
+            failed = f"{self.who} fails on {_shapes(args)} ({describe_failure(error)})"
+            raise Fault(f"{failed}: {self._remedy()}") from error
         if not _same(given, args, kept):
             raise Fault(f"{self.who} changes what it is given: work on a copy, as x = x - 1 in place of x -= 1")
         return result, self._columns(result, args)
@@ -118,6 +122,16 @@ class Probe:
                     f"from the rows without a change of dtype"
                 )
         return columns
+
+    def _remedy(self) -> str:
+        """Return what to do about a failure: what is not registered is not moved to the run's dtype and device."""
+        for module in self.modules:
+            for path in astray(module, beyond=False):
+                return (
+                    f"{path} is no parameter of {type(module).__name__}, keep modules in nn.ModuleList and tensors as "
+                    f"nn.Parameter"
+                )
+        return "fix it"
 
     def _first(self, kind: type[nn.Module]) -> str:
         """Name the first submodule of a kind, the likely cause."""
@@ -169,7 +183,7 @@ class Probe:
 def shown(value: Any) -> str:
     """Return what a value is, for messages."""
     if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)}"
+        return "a nested tensor" if value.is_nested else f"a tensor {tuple(value.shape)}"
     return "None" if value is None else f"a {type(value).__name__}"
 
 
@@ -181,6 +195,9 @@ def check_column(name: str, value: Any, shape: tuple[int, ...], remedy: str) -> 
     """
     if not isinstance(value, Tensor):
         raise ValueError(f"returns {name} as {shown(value)}, expected a tensor {shape}: {remedy}")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested tensor" if value.is_nested else f"of layout {value.layout}"
+        raise ValueError(f"returns {name} {kind}, expected a dense tensor {shape}: return its to_dense()")
     if value.shape != shape:
         raise ValueError(f"returns {name} of shape {tuple(value.shape)}, expected {shape}: {remedy}")
     return value
@@ -217,34 +234,6 @@ def _recorded(modules: Sequence[nn.Module]) -> Iterator[list[tuple[str, Tensor, 
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def guarded_generators() -> Iterator[list[str]]:
-    """Yield a list that names, at the end, the global generators that were drawn from; they are put back."""
-    drawn_from: list[str] = []
-    cuda = torch.cuda.is_initialized()
-    generators: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-        "torch's global generator": (torch.get_rng_state, torch.set_rng_state),
-        "NumPy's global generator": (np.random.get_state, np.random.set_state),
-        "Python's global generator": (random.getstate, random.setstate),
-    }
-    if cuda:
-        generators["torch's global CUDA generator"] = (torch.cuda.get_rng_state, torch.cuda.set_rng_state)
-    before = {name: get() for name, (get, _) in generators.items()}
-    try:
-        yield drawn_from
-    finally:
-        for name, (get, put) in generators.items():
-            if not _equal(get(), before[name]):
-                put(before[name])
-                drawn_from.append(name)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True)) if isinstance(a[1], np.ndarray) else a == b
 
 
 def module_state(module: nn.Module) -> dict[str, tuple[int, int]]:

@@ -16,13 +16,13 @@ from torch import Tensor
 from mixdist.data import RankBatch, Samples, share
 from mixdist.experts import Compute
 from mixdist.gates import Gate
-from mixdist.mixtures.contracts import check_objective
 from mixdist.mixtures.ensemble import Ensemble, Execution, MakeExpert, check_fields
 from mixdist.mixtures.figures import ExpertEvaluation
 from mixdist.mixtures.gate_shown import gate_pictures
 from mixdist.mixtures.gate_start import check_stages, start_gate
 from mixdist.mixtures.members import losses_of_all, may_be_none
 from mixdist.mixtures.mixture import Context, Stage
+from mixdist.mixtures.objective_contracts import check_objective
 from mixdist.mixtures.objectives import Objective
 from mixdist.mixtures.pictures import Picture
 from mixdist.mixtures.routing import RoutingPlan, TopK, admitted, demand, lay_out
@@ -135,7 +135,8 @@ class Soft(Ensemble):
             learns = gating.log_resp_BE.requires_grad and not by_itself
             pair = gating.log_resp_BE, losses_of_all(losses, self.num_experts)
             trains = stage.trains if any(True for _ in self.bank.parameters()) else "gate"
-            check_objective("objective", stage.objective, *pair, trains, learns, may_be_none(self))
+            top_k = None if self.routing is None else self.routing.k
+            check_objective("objective", stage.objective, *pair, trains, learns, may_be_none(self), top_k)
 
     @property
     def part_of_rows(self) -> float:
