@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,6 +148,41 @@ class Shifted(Plain):
 SHIFT = torch.zeros(NUM_EXPERTS, requires_grad=True)
 
 
+def made(change: Callable[[Plain], Any]) -> dict[str, Any]:
+    """A mixture with a gate that does something else as it is made."""
+
+    def __init__(self: Any, spec: Spec, num_experts: int) -> None:
+        Plain.__init__(self, spec, num_experts)
+        change(self)
+
+    return {"gate": type("Mine", (Plain,), {"__init__": __init__})}
+
+
+class NoSuper(Gate):
+    def __init__(self, spec: Spec, num_experts: int) -> None:
+        self.net = nn.Linear(SIZE, num_experts)
+
+
+class NoCount(Plain):
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec, 3)
+
+
+class NoGate(nn.Module):
+    def __init__(self, spec: Spec, num_experts: int) -> None:
+        super().__init__()
+
+
+def lazy(self: Plain) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        self.net = nn.LazyLinear(NUM_EXPERTS)  # type: ignore[assignment]
+
+
+def fill(draw: Callable[[], Any]) -> Callable[[Plain], Any]:
+    return lambda self: self.net.bias.data.copy_(torch.as_tensor(draw()))
+
+
 def normal(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits, dim=1)
 
@@ -212,6 +249,18 @@ GATES: dict[str, tuple[dict[str, Any], str]] = {
     "a layer in a list": ({"gate": HalfListed}, "more[0].weight nn.ModuleList"),
     "a tensor that is no parameter": ({"gate": Shifted}, "shift nn.Parameter"),
     "a global tensor": (gate(lambda self, rows, z: Gating(normal(z + SHIFT))), "SHIFT nn.Parameter"),
+    "weights by NumPy": (made(fill(lambda: np.random.rand(3))), "Mine.__init__ NumPy torch's"),  # noqa: NPY002
+    "weights by Python": (made(fill(lambda: [random.random()] * 3)), "Mine.__init__ Python torch's"),
+    "weights by a new generator": (made(fill(lambda: np.random.default_rng().random(3))), "Mine.__init__ bias torch's"),
+    "a dtype for all": (made(lambda self: torch.set_default_dtype(torch.float64)), "Mine.__init__ default dtype"),
+    "__init__ fails": (made(lambda self: SPEC["nix"]), "Mine.__init__ KeyError 'nix' test_contracts.py"),
+    "no super().__init__()": ({"gate": NoSuper}, "NoSuper.__init__ AttributeError super().__init__()"),
+    "no number of experts": ({"gate": NoCount}, "NoCount.__init__ TypeError spec experts"),
+    "no gate": ({"gate": NoGate}, "NoGate mixdist.gates.Gate"),
+    "nothing made": ({"gate": lambda spec, num_experts: None}, "NoneType torch.nn.Module"),
+    "without a shape": (made(lazy), "Mine net.weight LazyLinear"),
+    "log_px_is": (gate(Plain.out, log_px_is="densty"), "log_px_is 'densty' 'density'"),
+    "latent": (gate(Plain.out, latent=2.5), "latent 2.5"),
     "fields": (gate(Plain.out, fields="x"), "fields 'x' ('x',)"),
     "noise_shape": (gate(Plain.out, noise_shape=4), "noise_shape 4"),
 }
@@ -268,6 +317,26 @@ class ListedExpert(Auto):
 
     def forward(self, rows: Batch, eps: Any) -> Any:
         return self.out(rows, (self.decode(self.more[0](self.encode(rows["x"]))) - rows["x"]).square())
+
+
+class NoSpec(Auto):
+    def __init__(self) -> None:
+        super().__init__(SPEC)
+
+
+class Drawn(Auto):
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.decode.bias.data.copy_(torch.as_tensor(np.random.rand(SIZE)))  # noqa: NPY002
+
+
+ENCODE = nn.Linear(SIZE, 2)
+
+
+class Shared(Auto):
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.encode = ENCODE
 
 
 class Stacked(Auto):
@@ -343,6 +412,11 @@ EXPERTS: dict[str, tuple[dict[str, Any], str]] = {
         "features['f'] other rows",
     ),
     "a layer in a tuple": ({"expert": ListedExpert}, "more[0].weight nn.ModuleList"),
+    "weights by NumPy": ({"expert": Drawn}, "Drawn.__init__ NumPy torch's"),
+    "no spec": ({"expert": NoSpec}, "NoSpec.__init__ TypeError spec"),
+    "shared by all": ({"expert": Shared}, "expert 1 (Shared) expert 0 encode.weight requires_grad_(False)"),
+    "log_px_is": (expert(Auto.out, log_px_is="mas"), "log_px_is 'mas' 'mass'"),
+    "levels": (expert(Auto.out, levels="many"), "levels 'many'"),
     "not stackable": ({"expert": Stacked, "execution": "stacked"}, "stackable"),
     "a likelihood (R, D)": ({"expert": OwnLikelihood}, "OwnLikelihood.forward Wide.log_prob (8, 6) (8,)"),
 }
@@ -518,6 +592,33 @@ def test_values_that_a_likelihood_cannot_model_are_told(name: str) -> None:
     outlier.rows["x"][NUM_ROWS // 2 :] = 300.0
     assert "to 300," in told({**options, "data": outlier}, words)
     make(**options).begin()
+
+
+def test_what_gate_and_expert_share_is_told() -> None:
+    net = nn.Linear(SIZE, NUM_EXPERTS)
+
+    class Lender(Plain):
+        def __init__(self, spec: Spec, num_experts: int) -> None:
+            super().__init__(spec, num_experts)
+            self.net = net
+
+    class Borrower(Auto):
+        def __init__(self, spec: Spec) -> None:
+            super().__init__(spec)
+            self.encode = net
+
+    class View(Auto):
+        """Parameters of its own that lie in the same memory."""
+
+        def __init__(self, spec: Spec) -> None:
+            super().__init__(spec)
+            self.encode.weight = nn.Parameter(net.weight[:2])
+
+    told({"gate": Lender}, "mixture.gate made once more (Lender) share net.weight")
+    told({"gate": Lender, "expert": [Auto, Borrower, Auto]}, "expert 1 (Borrower) gate (Lender) encode.weight")
+    told({"expert": [Auto, View, View]}, "expert 2 (View) expert 1 (View) encode.weight")
+    net.requires_grad_(False)  # a frozen feature extractor may serve all
+    make(expert=[Auto, View, Auto]).begin()
 
 
 # A rule that is broken only where not every expert sees every row, and rows that a rank does not have.
@@ -856,7 +957,7 @@ def test_an_expert_of_a_competition_is_checked_as_in_a_soft_mixture(name: str) -
     if name == "frozen":  # found before: each expert has an optimiser of its own
         error_of(lambda: compete(Elbo(), FrozenExpert), "FrozenExpert", "4 parameters", "buffers")
         return
-    error_of(compete(Elbo(), options["expert"]).begin, "mixture.expert", *words.split())
+    error_of(lambda: compete(Elbo(), options["expert"]).begin(), "expert", *words.split())
 
 
 def test_each_round_is_checked() -> None:

@@ -27,8 +27,8 @@ from mixdist.evaluation.evaluate import evaluate
 from mixdist.experts import VAE
 from mixdist.gates import Consistent, Softmax
 from mixdist.mixtures import Context, Mixture, Soft, WeightedLoss
+from mixdist.mixtures.context import Context as Maker
 from mixdist.mixtures.ensemble import Ensemble
-from mixdist.mixtures.mixture import Context as Maker
 from mixdist.mixtures.routing import TopK
 from mixdist.nets import MLP
 from mixdist.noise import EVALUATION_PHASE, TRIAL_PHASE, Draw, Kind, Moment, Purpose, derive, hashes
@@ -187,7 +187,7 @@ def test_a_competition_draws_no_block_twice(score: str, start: str, pretrained: 
     made: Counter[tuple[Purpose, int, int]] = Counter()
     make = Maker.make
 
-    def counted(self: Maker, call: Any, purpose: Purpose, number: int = 0, round: int = 0) -> Any:
+    def counted(self: Maker, call: Any, purpose: Purpose, number: int = 0, round: int = 0, key: str = "") -> Any:
         made[purpose, number, round] += 1
         return make(self, call, purpose, number, round)
 
@@ -206,6 +206,7 @@ def test_a_competition_draws_no_block_twice(score: str, start: str, pretrained: 
         evaluated(mixture, pictures=start == "split")
     if score in ("fresh", "kept"):
         made[Purpose.DISCRIMINATOR, 0, 0] = 1  # others are made to see that they can be
+    made[Purpose.WEIGHTS, 0, 0] = 1  # one is made twice, to see that it is the same
     assert max(made.values()) == 1  # modules made anew have weights of their own
 
 

@@ -21,6 +21,7 @@ from mixdist.data import RankBatch, Samples
 from mixdist.experts import Compute, Expert, ExpertBank
 from mixdist.gates import Gate
 from mixdist.mixtures import Context, Ensemble, MakeExpert, Stage, check_fields
+from mixdist.mixtures.declared import check_apart, check_made_alike, is_small
 from mixdist.mixtures.routing import responsible
 from mixdist.noise import ASSIGNMENT_PHASE, Moment, Purpose
 from mixdist.parallel.route import Route
@@ -66,7 +67,11 @@ class HardMixture(Ensemble):
         for expert in self.bank.owned().values():
             self.score_rule.check(self.spec, self.num_experts, expert)
         if self.discriminating is not None:
-            self.make_discriminator(self.bank.ids[0])  # fails now where the network does not suit the data
+            first = self.make_discriminator(self.bank.ids[0])  # fails now where the network does not suit the data
+            again = self.make_discriminator(self.bank.ids[0])
+            check_apart({"discriminator": first, **{f"expert {e}": one for e, one in self.bank.owned().items()}})
+            if is_small(first):
+                check_made_alike("mixture.score", first, again)
         check_fields("mixture.score", self.score_rule, self.spec)
 
     def optimizers(self) -> dict[str, Callable[[Iterable[Tensor]], Any]]:
@@ -77,7 +82,7 @@ class HardMixture(Ensemble):
         """Return a discriminator with the initial weights of its expert's number and a round."""
         assert self.discriminating is not None
         make = self.discriminating.discriminator
-        return self.context.make(lambda: make(self.spec), Purpose.DISCRIMINATOR, e, round)
+        return self.context.make(lambda: make(self.spec), Purpose.DISCRIMINATOR, e, round, "mixture.score")
 
     @property
     def parts(self) -> Parts:

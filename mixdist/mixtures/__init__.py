@@ -1,9 +1,11 @@
 """Mixtures: one training step for each family, over gate, experts and dispatch."""
 
-from mixdist.mixtures.ensemble import Ensemble, MakeExpert, Scores, check_fields
+from mixdist.mixtures.context import Context
+from mixdist.mixtures.declared import check_fields
+from mixdist.mixtures.ensemble import Ensemble, MakeExpert, Scores
 from mixdist.mixtures.facts import Facts
 from mixdist.mixtures.figures import ExpertEvaluation
-from mixdist.mixtures.mixture import Context, Mixture, Stage
+from mixdist.mixtures.mixture import Mixture, Stage
 from mixdist.mixtures.model import Model
 from mixdist.mixtures.objectives import (
     Balance,

@@ -6,7 +6,7 @@ Shape letters: B rows on this rank, R rows routed here, E all experts, e experts
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -18,11 +18,13 @@ from mixdist.data import RankBatch, Samples
 from mixdist.experts import Compute, Expert, ExpertBank, Noise, time_executions
 from mixdist.gates import Gate
 from mixdist.mixtures import evidence, samples
+from mixdist.mixtures.context import Context
+from mixdist.mixtures.declared import check_apart, check_declared, check_made_alike, is_small
 from mixdist.mixtures.expert_study import ExpertStudy
 from mixdist.mixtures.facts import Facts
 from mixdist.mixtures.figures import ExpertEvaluation
 from mixdist.mixtures.members import inspect_experts, inspect_gate, inspect_stack
-from mixdist.mixtures.mixture import Context, Mixture, Stage
+from mixdist.mixtures.mixture import Mixture, Stage
 from mixdist.mixtures.model import Model
 from mixdist.mixtures.pictures import Picture
 from mixdist.mixtures.shown import expert_pictures
@@ -68,6 +70,7 @@ class Ensemble(Mixture):
     """
 
     bank: ExpertBank
+    twin: Expert | None
     shares_are: ClassVar[str]
 
     def __init__(
@@ -97,12 +100,33 @@ class Ensemble(Mixture):
         self.spec, self.dtype = context.spec, context.dtype
         experts = {e: self.make_expert(e) for e in context.mesh.experts}
         for e, expert in experts.items():
-            check_fields("mixture.expert" if self.alike else f"mixture.expert[{e}]", expert, self.spec)
+            check_declared(self.key_of(e), expert, Expert, self.spec)
+        check_apart({f"expert {e}": expert for e, expert in experts.items()})
+        self.twin = self._twin(experts)
         self.bank = ExpertBank(experts, "loop" if self.execution == "auto" else self.execution, self.compute)
 
     def make_expert(self, e: int, round: int = 0) -> Expert:
         """Return an expert with the initial weights of its number (and round of a competition)."""
-        return self.context.make(lambda: self.make_experts[e](self.spec), Purpose.WEIGHTS, e, round)
+        make = self.make_experts[e]
+        return self.context.make(lambda: make(self.spec), Purpose.WEIGHTS, e, round, self.key_of(e))
+
+    def key_of(self, e: int) -> str:
+        """Return the key of an expert in a config."""
+        return "mixture.expert" if self.alike else f"mixture.expert[{e}]"
+
+    def _twin(self, experts: Mapping[int, Expert]) -> Expert | None:
+        """Make one of the experts once more, to see that its weights are its number's; return it.
+
+        Where one class makes all, it is the first of all on every rank; None where it would be large.
+        """
+        e = 0 if self.alike else next(iter(experts))
+        if not is_small(next(iter(experts.values()))):
+            return None
+        twin = self.make_expert(e)
+        check_apart({"expert made once more": twin, **{f"expert {n}": one for n, one in experts.items()}})
+        if e in experts:
+            check_made_alike(self.key_of(e), experts[e], twin)
+        return twin
 
     def tune(self, dataset: Samples, stage: Stage) -> None:
         """Time a loop and a stack where execution is auto, and go on with the one that is faster on rank 0.
@@ -312,22 +336,3 @@ class Ensemble(Mixture):
         assert evaluation.weight_E is not None
         counts_E = samples.apportioned(evaluation.weight_E, num_samples)
         return counts_E.tolist(), np.concatenate(list(samples.samples_of(self, counts_E, at, observed=True).values()))
-
-
-def check_fields(key: str, module: Any, spec: Spec) -> None:
-    """Check the ``fields`` that a gate, expert or score reads against those of the data.
-
-    Raises:
-        ValueError: a field is missing, or fields or noise_shape are of another type.
-    """
-    kind, fields, noise = type(module).__name__, module.fields, getattr(module, "noise_shape", None)
-    if not isinstance(fields, (tuple, list)) or not all(isinstance(name, str) for name in fields):
-        raise ValueError(f"{key}: {kind}.fields ({fields!r}) must be a tuple of names: give ('x',) for one field")
-    if noise is not None and not (isinstance(noise, tuple) and all(isinstance(n, int) and n >= 0 for n in noise)):
-        raise ValueError(f"{key}: {kind}.noise_shape ({noise!r}) must be None or a tuple of numbers, such as (4,)")
-    for name in module.fields:
-        if name not in spec:
-            raise ValueError(
-                f"{key} ({type(module).__name__}) needs the field {name!r}, but the data has {', '.join(spec)}: "
-                f"change one"
-            )

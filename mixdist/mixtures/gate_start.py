@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mixdist.data import Samples
 from mixdist.gates import Gate
-from mixdist.mixtures.mixture import Context, Stage
+from mixdist.mixtures.context import Context
+from mixdist.mixtures.mixture import Stage
 from mixdist.noise import Moment, Purpose, permutation, weights_seed
 from mixdist.parallel.agreement import agreed
 from mixdist.parallel.collectives import OverBatch

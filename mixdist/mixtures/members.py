@@ -70,7 +70,7 @@ def inspect_experts(
     """
     found, trains = [], stage is not None and stage.trains in ("both", "experts")
     for e, expert in list(experts.items())[: 1 if mixture.alike else None]:
-        key, noise = "mixture.expert" if mixture.alike else f"mixture.expert[{e}]", mixture.noise(at)
+        key, noise = mixture.key_of(e), mixture.noise(at)
         some = _rows(mixture, mixture.values(rows, expert.fields))
         eps = None if expert.noise_shape is None else noise(rows["id"], [e], expert.noise_shape)[0]
         losses, used = check_expert(key, expert, some, eps, trains)

@@ -9,61 +9,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixdist.data import RankBatch, Samples
+from mixdist.mixtures.context import Context
 from mixdist.mixtures.objectives import Objective
 from mixdist.mixtures.pictures import Picture
 from mixdist.mixtures.study import Evaluation, Request, Study
-from mixdist.noise import Moment, Purpose, weights_seed
+from mixdist.noise import Moment
 from mixdist.parallel.dispatch import Dispatch
-from mixdist.parallel.mesh import Mesh
-from mixdist.parallel.wire import Wire
-from mixdist.terms import Batch, Outcome, Owned, Parts, Spec
-
-M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a rank gives a mixture to make its modules with.
-
-    Args:
-        seed: of the run.
-        dtype: of parameters and real numbers.
-        spec: the fields of stored rows.
-        mesh: this rank's place.
-        wire: the counted collectives.
-    """
-
-    seed: int
-    dtype: torch.dtype
-    spec: Spec
-    mesh: Mesh
-    wire: Wire
-
-    def make(self, make: Callable[[], M], purpose: Purpose, number: int = 0, round: int = 0) -> M:
-        """Return a module with its initial weights, a function of the seed and the numbers given alone.
-
-        Args:
-            make: makes the module on the CPU, its weights from torch's global generator.
-            purpose: of the draws.
-            number: of the expert, if it is one.
-            round: of a competition.
-        """
-        with torch.random.fork_rng(devices=[]):  # the global generator is put back as it was
-            torch.manual_seed(weights_seed(self.seed, purpose, number, round))
-            module = make()
-        return module.to(self.dtype).to(self.mesh.device)
-
-    def values(self, rows: Batch, fields: Iterable[str]) -> Batch:
-        """Turn the named stored fields into numbers; the id stays."""
-        return {"id": rows["id"], **{name: self.spec[name].values(rows[name], self.dtype) for name in fields}}
+from mixdist.terms import Batch, Outcome, Owned, Parts
 
 
 class Stage(Protocol):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -16,12 +17,14 @@ from torch import Tensor
 from mixdist.data import RankBatch, Samples, share
 from mixdist.experts import Compute
 from mixdist.gates import Gate
-from mixdist.mixtures.ensemble import Ensemble, Execution, MakeExpert, check_fields
+from mixdist.mixtures.context import Context
+from mixdist.mixtures.declared import check_apart, check_declared, check_made_alike, is_small
+from mixdist.mixtures.ensemble import Ensemble, Execution, MakeExpert
 from mixdist.mixtures.figures import ExpertEvaluation
 from mixdist.mixtures.gate_shown import gate_pictures
 from mixdist.mixtures.gate_start import check_stages, start_gate
 from mixdist.mixtures.members import losses_of_all, may_be_none
-from mixdist.mixtures.mixture import Context, Stage
+from mixdist.mixtures.mixture import Stage
 from mixdist.mixtures.objective_contracts import check_objective
 from mixdist.mixtures.objectives import Objective
 from mixdist.mixtures.pictures import Picture
@@ -99,8 +102,15 @@ class Soft(Ensemble):
 
     def setup(self, context: Context) -> None:
         super().setup(context)
-        self.gate = context.make(lambda: self.make_gate(context.spec, self.num_experts), Purpose.GATE)
-        check_fields("mixture.gate", self.gate, context.spec)
+        make = partial(
+            context.make, lambda: self.make_gate(context.spec, self.num_experts), Purpose.GATE, key="mixture.gate"
+        )
+        self.gate = make()
+        check_declared("mixture.gate", self.gate, Gate, context.spec)
+        for e, expert in self.bank.owned().items():  # in a stack they lie side by side
+            check_apart({"gate": self.gate, f"expert {e}": expert})
+        if is_small(self.gate):
+            check_made_alike("mixture.gate", self.gate, make())
 
     def check(self, stages: Mapping[str, Stage]) -> None:
         for name, stage in stages.items():

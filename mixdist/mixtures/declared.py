@@ -1,0 +1,105 @@
+"""What gates, experts and scores say of themselves, and that modules are apart from each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixdist.experts import Expert
+from mixdist.gates import Gate
+from mixdist.mixtures.probe import Fault
+from mixdist.terms import Spec
+
+MADE_TWICE = 1 << 22
+"""Parameters up to which a module is made twice, to see that it is the same: a tenth of a second."""
+
+
+def check_fields(key: str, module: Any, spec: Spec) -> None:
+    """Check the ``fields`` that a gate, expert or score reads against those of the data.
+
+    Raises:
+        ValueError: a field is missing, or fields or noise_shape are of another type.
+    """
+    kind, fields, noise = type(module).__name__, module.fields, getattr(module, "noise_shape", None)
+    if not isinstance(fields, (tuple, list)) or not all(isinstance(name, str) for name in fields):
+        raise ValueError(f"{key}: {kind}.fields ({fields!r}) must be a tuple of names: give ('x',) for one field")
+    if noise is not None and not (isinstance(noise, tuple) and all(isinstance(n, int) and n >= 0 for n in noise)):
+        raise ValueError(f"{key}: {kind}.noise_shape ({noise!r}) must be None or a tuple of numbers, such as (4,)")
+    for name in module.fields:
+        if name not in spec:
+            raise ValueError(
+                f"{key} ({type(module).__name__}) needs the field {name!r}, but the data has {', '.join(spec)}: "
+                f"change one"
+            )
+
+
+def check_declared(key: str, module: Gate | Expert, base: type[Gate] | type[Expert], spec: Spec) -> None:
+    """Check the class of a gate or an expert, and what it says of itself.
+
+    Raises:
+        Fault: it is of another class, or says what cannot be.
+    """
+    kind = type(module).__name__
+    if not isinstance(module, base):
+        raise Fault(f"{key}: {kind} is no {base.__name__}: subclass mixdist.{base.__name__.lower()}s.{base.__name__}")
+    check_fields(key, module, spec)
+    whole = {"latent": 1} if isinstance(module, Gate) else {"levels": 2}
+    if module.log_px_is not in ("density", "mass", None):
+        raise Fault(f"{key}: {kind}.log_px_is ({module.log_px_is!r}) must be 'density', 'mass' or None")
+    for name, least in whole.items():
+        value = getattr(module, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise Fault(f"{key}: {kind}.{name} ({value!r}) must be a whole number from {least}, or None")
+    for name in ("stackable", "has_loss"):
+        if not isinstance(value := getattr(module, name, True), bool):
+            raise Fault(f"{key}: {kind}.{name} ({value!r}) must be True or False")
+
+
+def check_apart(modules: Mapping[str, nn.Module]) -> None:
+    """Check that modules, by name, share no parameter that learns: each would move it by an optimiser of its own.
+
+    Raises:
+        Fault: two share one; names both.
+    """
+    owners: dict[int, tuple[str, str]] = {}
+    for owner, module in modules.items():
+        for name, parameter in module.named_parameters():
+            places = {id(parameter), parameter.untyped_storage().data_ptr() if parameter.numel() else id(parameter)}
+            for place in places if parameter.requires_grad else ():
+                first, other = owners.setdefault(place, (owner, name))
+                if first != owner:
+                    raise Fault(
+                        f"{_named(owner, module)} and {_named(first, modules[first])} share a parameter ({name} of the "
+                        f"one is {other} of the other), and each is to train by itself: make it in __init__, anew for "
+                        f"each, or freeze it by requires_grad_(False)"
+                    )
+
+
+def _named(owner: str, module: nn.Module) -> str:
+    return f"{owner} ({type(module).__name__})"
+
+
+def is_small(module: nn.Module) -> bool:
+    """Return whether a module may be made twice."""
+    return sum(p.numel() for p in module.parameters()) <= MADE_TWICE
+
+
+def check_made_alike(key: str, module: nn.Module, again: nn.Module) -> None:
+    """Check that a module made twice with one seed has the same weights, in parameters of its own.
+
+    Raises:
+        Fault: it has others, or the same object.
+    """
+    kind = type(module).__name__
+    check_apart({key: module, f"{key} made once more": again})
+    others = again.state_dict()
+    for name, value in module.state_dict().items():
+        other = others.get(name)
+        if other is None or other.shape != value.shape or not torch.equal(value.nan_to_num(), other.nan_to_num()):
+            raise Fault(
+                f"{key}: {kind}.__init__ makes another {name} when it is called again with the same seed, so that the "
+                f"run would be no function of its seed: draw weights from torch's global generator, as torch.randn does"
+            )
