@@ -659,6 +659,57 @@ def test_a_later_phase_is_checked_too() -> None:
     error_of(trainer.advance, "Later.forward", "loss_R", "(8, 6)")
 
 
+def annealed(anneal: Callable[..., Any]) -> Any:
+    return type("Mine", (Auto,), {"anneal": anneal})
+
+
+def later(self: Any, step: int) -> None:
+    if step == 2:
+        raise KeyError("nix")
+
+
+ANNEALED: dict[str, tuple[Callable[..., Any], str]] = {
+    "takes no step": (lambda self: None, "step 0 TypeError anneal(self, step)"),
+    "fails": (lambda self, step: SPEC["nix"], "step 0 KeyError nix test_contracts.py"),
+    "fails later": (later, "step 2 KeyError nix"),
+}
+
+
+@pytest.mark.parametrize("name", ANNEALED)
+def test_a_schedule_that_fails_is_told(name: str) -> None:
+    anneal, words = ANNEALED[name]
+
+    def run(trainer: Trainer | Rounds) -> None:
+        trainer.begin()
+        while not trainer.finished:
+            trainer.advance()
+
+    told_by = "Mine.anneal", *words.split()
+    error_of(lambda: run(make(expert=annealed(anneal))), "mixture.expert", *told_by)
+    error_of(lambda: run(make(gate=type("Mine", (Plain,), {"anneal": anneal}))), "mixture.gate", *told_by)
+    error_of(lambda: run(make(**objective(weighted, anneal=anneal))), "objective", *told_by)
+    error_of(lambda: run(compete(Elbo(), annealed(anneal))), "mixture.expert", *told_by)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (WeightedLoss, "class WeightedLoss()"),
+        (object(), "object mixdist.mixtures.WeightedLoss()"),
+        ({"class_path": "mixdist.mixtures.WeightedLoss"}, "dict WeightedLoss()"),
+        (type("Mine", (Objective,), {"__init__": lambda self: None})(), "Mine balance super().__init__()"),
+    ],
+)
+def test_what_is_no_objective_is_told(given: Any, words: str) -> None:
+    error_of(lambda: make(objective=given), "train.objective", *words.split())
+
+
+def test_a_score_that_would_learn_is_told() -> None:
+    made: Any = Mark()
+    made.weight = [nn.Parameter(torch.ones(()))]
+    error_of(compete(made).begin, "mixture.score", "Mark", "weight[0]", "optimiser")
+
+
 # Families.
 
 

@@ -16,10 +16,12 @@ from mixdist.data import RankBatch, Samples, share
 from mixdist.data.contracts import check_rows
 from mixdist.experts import Expert
 from mixdist.mixtures import Stage
-from mixdist.mixtures.inspection import first_rows
-from mixdist.mixtures.learning import check_learns
+from mixdist.mixtures.inspection import check_same, first_rows
+from mixdist.mixtures.learning import check_learns, check_none_learn
 from mixdist.mixtures.members import inspect_experts
+from mixdist.mixtures.mixture import Outputs
 from mixdist.mixtures.probe import Columns, Fault, Probe, check_column
+from mixdist.mixtures.schedules import anneal
 from mixdist.noise import Moment
 from mixdist.parallel.agreement import agreed
 from mixdist.terms import Batch
@@ -55,11 +57,15 @@ def inspect_entrants(
     agreed(lambda: check_rows(own, dataset.spec, dataset.ids[index]), mesh.world)
     batch = RankBatch(own, tuple(map(len, taken)))
     rows = first_rows(mixture, batch)
-    experts, discriminators = {}, {}
-    for e, entrant in entrants.items():
-        entrant.expert.anneal(entrant.engine.steps)
-        experts[e], discriminators[e] = entrant.expert, entrant.discriminator
-    agreed(lambda: inspect_competitors(mixture, experts, discriminators, rows, batch, at, stage), mesh.world)
+    experts = {e: entrant.expert for e, entrant in entrants.items()}
+    discriminators = {e: entrant.discriminator for e, entrant in entrants.items()}
+
+    def check() -> Outputs:
+        for e, entrant in entrants.items():
+            anneal(mixture.key_of(e), entrant.expert, entrant.engine.steps)
+        return inspect_competitors(mixture, experts, discriminators, rows, batch, at, stage)
+
+    check_same(agreed(check, mesh.world), mesh.world)
 
 
 def inspect_competitors(
@@ -70,15 +76,16 @@ def inspect_competitors(
     batch: RankBatch,
     at: Moment,
     stage: Stage | None,
-) -> None:
+) -> Outputs:
     """Check experts, the score, and discriminators, which may not have been made yet.
 
-    Other arguments are those of :meth:`mixdist.mixtures.Mixture.inspect`.
+    Other arguments, and what it returns, are those of :meth:`mixdist.mixtures.Mixture.inspect`.
 
     Raises:
         Fault: something breaks its contract.
     """
-    losses = inspect_experts(mixture, experts, rows, batch.rows, at, stage)
+    check_none_learn("mixture.score", mixture.score_rule, "an expert")
+    losses, outputs = inspect_experts(mixture, experts, rows, batch.rows, at, stage)
     values = mixture.values(rows, mixture.fields)
     for e, expert in list(experts.items())[: 1 if mixture.alike else None]:
         discriminator = None
@@ -88,6 +95,8 @@ def inspect_competitors(
         column = _check_score(mixture, e, expert, discriminator, values, at)
         if e == next(iter(experts)):
             _check_way(mixture, column, losses)
+        outputs[f"{_who(mixture)} (scores of expert {e})"] = column
+    return outputs
 
 
 def _check_score(

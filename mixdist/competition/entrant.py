@@ -18,6 +18,7 @@ from mixdist.competition.mixture import HardMixture
 from mixdist.data.loader import share
 from mixdist.engines import Solo
 from mixdist.experts import Expert, ExpertBank, Noise
+from mixdist.mixtures.schedules import anneal
 from mixdist.noise import DISCRIMINATOR_PHASE, RESTART_PHASE, Moment, Purpose
 from mixdist.terms import Batch, Owned
 from mixdist.training.phases import Phase
@@ -76,7 +77,7 @@ class Entrant:
             # index_select takes a tenth of the time of indexing for rows of bytes.
             stored = {name: rows[name].index_select(0, places_R) for name in ("id", *fields)}
             values = self.context.values(stored, fields)
-            self.expert.anneal(self.engine.steps)
+            anneal("mixture.expert", self.expert, self.engine.steps)
             self.engine.zero_grad()
             grads = partial(torch.full, (len(places_R), 1), 1 / size, dtype=self.context.dtype, device=places_R.device)
             losses_R1 = self.bank.backward(values, noise, None, grads)

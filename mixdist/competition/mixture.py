@@ -22,6 +22,7 @@ from mixdist.experts import Compute, Expert, ExpertBank
 from mixdist.gates import Gate
 from mixdist.mixtures import Context, Ensemble, MakeExpert, Stage, check_fields
 from mixdist.mixtures.declared import check_apart, check_made_alike, is_small
+from mixdist.mixtures.mixture import Outputs
 from mixdist.mixtures.routing import responsible
 from mixdist.noise import ASSIGNMENT_PHASE, Moment, Purpose
 from mixdist.parallel.route import Route
@@ -123,9 +124,9 @@ class HardMixture(Ensemble):
         """Return alpha, whatever the responsibilities."""
         return self.share_E.cpu().numpy()
 
-    def inspect(self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None = None) -> None:
+    def inspect(self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None = None) -> Outputs:
         """Check experts, score and discriminators."""
-        inspect_competitors(self, self.bank.owned(), self.discriminators, rows, batch, at, stage)
+        return inspect_competitors(self, self.bank.owned(), self.discriminators, rows, batch, at, stage)
 
     @property
     def extra_fields(self) -> tuple[str, ...]:

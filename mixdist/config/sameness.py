@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from mixdist.data import Samples, Source
 from mixdist.mixtures import Mixture
+from mixdist.mixtures.held import as_text, held, marks
 from mixdist.parallel.agreement import Agreed, alike, gather_json
 from mixdist.parallel.mesh import Mesh
+from mixdist.terms import Owned
 
 
 def check_rows(splits: Mapping[str, Samples], source: Source, mesh: Mesh) -> None:
@@ -31,21 +33,23 @@ def check_rows(splits: Mapping[str, Samples], source: Source, mesh: Mesh) -> Non
 
 
 def check_weights(mixture: Mixture, mesh: Mesh) -> None:
-    """Check that replicas begin with the same weights, up to rounding: processors may draw them by other instructions.
+    """Check that modules begin with the same weights, up to rounding: processors may draw them by other instructions.
+
+    Compared are shared modules, replicas of an expert and, where one class makes all, one that every rank has made
+    once more; tensors beside weights too.
 
     Raises:
         Agreed: a rank has others, or of another shape.
     """
     own = {}
-    for owned in mixture.owned():
-        for name, value in owned.module.state_dict().items():
-            norm = float(torch.linalg.vector_norm(value.detach().double()))
-            own[f"{owned.name} {name}"] = [list(value.shape), str(value.dtype), norm]
+    for owned in _modules(mixture):
+        for name, value in _tensors(owned.module).items():
+            own[f"{owned.name} {name}"] = [list(value.shape), str(value.dtype), *marks(value)]
     first: dict[str, tuple[int, Any]] = {}
     for rank, weights in enumerate(gather_json(own, mesh.world)):
-        for name, (*kind, norm) in weights.items():
-            holder, (*expected, known) = first.setdefault(name, (rank, [*kind, norm]))
-            same = math.isclose(norm, known, rel_tol=1e-4, abs_tol=1e-30) or (math.isnan(norm) and math.isnan(known))
+        for name, (*kind, norm, mark) in weights.items():
+            holder, (*expected, known, known_mark) = first.setdefault(name, (rank, [*kind, norm, mark]))
+            same = abs(norm - known) <= 1e-4 * known + 1e-30 and abs(mark - known_mark) <= 1e-3 * known + 1e-30
             if kind != expected or not same:
                 raise Agreed(
                     f"the initial weights of {name} on rank {rank} ({kind[0]}, {kind[1]}, norm {norm:.6g}) differ from "
@@ -54,15 +58,31 @@ def check_weights(mixture: Mixture, mesh: Mesh) -> None:
                 )
 
 
+def _modules(mixture: Mixture) -> list[Owned]:
+    """Return all modules of this rank, and the expert that every rank has made to compare."""
+    twin = getattr(mixture, "twin", None)
+    others = [] if twin is None or not getattr(mixture, "alike", False) else [Owned("expert 0", twin, 0)]
+    return [one for one in mixture.owned() if not others or one.name != "expert 0"] + others
+
+
+def _tensors(module: torch.nn.Module) -> dict[str, Any]:
+    """Return weights, and tensors and arrays that a module holds beside them."""
+    beside = {name: value for name, value in held(module) if isinstance(value, (torch.Tensor, np.ndarray))}
+    return {**module.state_dict(), **{name: torch.as_tensor(value) for name, value in beside.items()}}
+
+
 def check_attributes(mixture: Mixture, mesh: Mesh) -> None:
     """Check that modules have the same numbers and words on every rank, as one read from the environment may not be.
 
-    Compared are shared modules, replicas of an expert and, where one class makes all of them, different experts.
+    Compared are shared modules, replicas of an expert and, where one class makes all of them, different experts; and
+    the score of a competition.
 
     Raises:
         Agreed: a rank has others.
     """
     own = [[owned.name, owned.expert is not None, _attributes(owned.module)] for owned in mixture.owned()]
+    if (score := getattr(mixture, "score_rule", None)) is not None:
+        own.append(["the score", False, _attributes(score)])
     first: dict[str, tuple[int, Any]] = {}
     for rank, modules in enumerate(gather_json(own, mesh.world)):
         for name, is_expert, attributes in modules:
@@ -76,11 +96,6 @@ def check_attributes(mixture: Mixture, mesh: Mesh) -> None:
                     )
 
 
-def _attributes(module: torch.nn.Module) -> dict[str, str]:
-    """Return what a module and those inside it hold beside tensors: numbers and words, as text."""
-    found = {}
-    for at, inner in module.named_modules():
-        for name, value in vars(inner).items():
-            if isinstance(value, (bool, int, float, str)):
-                found[f"{at}.{name}".lstrip(".")] = repr(value)
-    return found
+def _attributes(one: Any) -> dict[str, str]:
+    """Return what an object and the modules inside it hold beside tensors: numbers, words and lists of these."""
+    return {name: as_text(value) for name, value in held(one) if not isinstance(value, (torch.Tensor, np.ndarray))}

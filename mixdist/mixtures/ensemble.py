@@ -24,7 +24,7 @@ from mixdist.mixtures.expert_study import ExpertStudy
 from mixdist.mixtures.facts import Facts
 from mixdist.mixtures.figures import ExpertEvaluation
 from mixdist.mixtures.members import inspect_experts, inspect_gate, inspect_stack
-from mixdist.mixtures.mixture import Mixture, Stage
+from mixdist.mixtures.mixture import Mixture, Outputs, Stage
 from mixdist.mixtures.model import Model
 from mixdist.mixtures.pictures import Picture
 from mixdist.mixtures.shown import expert_pictures
@@ -147,18 +147,24 @@ class Ensemble(Mixture):
         if gather_json(min(bank.timed, key=lambda way: bank.timed[way]), mesh.world)[0] == "stacked":
             bank.stack_up()
 
-    def inspect(self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None = None) -> None:
+    def inspect(self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None = None) -> Outputs:
         """Check the experts, and the gate where the family has one."""
-        self.inspect_members(rows, batch, at, stage)
+        return self.inspect_members(rows, batch, at, stage)[2]
 
     def inspect_members(
         self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None
-    ) -> tuple[Tensor, Gating | None]:
-        """Check experts and gate; return the losses of an expert (n,), and what the gate says of the rows."""
-        losses = inspect_experts(self, self.bank.owned(), rows, batch.rows, at, stage)
+    ) -> tuple[Tensor, Gating | None, Outputs]:
+        """Check experts and gate; return the losses of an expert (n,), what the gate says of the rows, and outputs."""
+        losses, outputs = inspect_experts(self, self.bank.owned(), rows, batch.rows, at, stage)
         inspect_stack(self, rows, at, losses)
         gate = getattr(self, "gate", None)
-        return losses, inspect_gate(self, gate, rows, batch.rows, at, stage) if isinstance(gate, Gate) else None
+        if not isinstance(gate, Gate):
+            return losses, None, outputs
+        gating, who = inspect_gate(self, gate, rows, batch.rows, at, stage), f"mixture.gate: {type(gate).__name__}"
+        outputs[f"{who}.forward"] = gating.log_resp_BE.exp()
+        if gating.loss_B is not None:
+            outputs[f"{who}.forward (loss_B)"] = gating.loss_B
+        return losses, gating, outputs
 
     def choices(self) -> dict[str, tuple[Any, str]]:
         """Return the execution that ``tune`` chose, and the times of both."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, np.generic)
 OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
 """Attributes of every module, which are not its user's."""
-_LONGEST = 60
+_LONGEST, _AT_ONCE = 60, 1 << 20
 
 
 def held(owner: Any) -> Iterator[tuple[str, Any]]:
@@ -77,11 +78,15 @@ def as_text(value: Any) -> str:
 def marks(tensor: Tensor) -> list[float]:
     """Return the norm of a tensor, and a sum of its numbers with weights by place: others, up to rounding, for others.
 
-    An infinity counts as a large number.
+    What is no number, or infinite, counts as a large number.
     """
-    numbers = torch.as_tensor(tensor).detach().to("cpu", torch.float64).flatten().nan_to_num(1.5e6, 1e6, -1e6)
-    weights = torch.cos(torch.arange(len(numbers), dtype=torch.float64))
-    return [float(torch.linalg.vector_norm(numbers)), float(numbers @ weights)]
+    numbers = tensor.detach().flatten()
+    weights = torch.cos(torch.arange(min(len(numbers), _AT_ONCE), dtype=torch.float64, device=numbers.device))
+    squares, total = 0.0, 0.0
+    for part in numbers.split(_AT_ONCE) if len(numbers) else ():
+        part = part.double().nan_to_num(1.5e6, 1e6, -1e6)
+        squares, total = squares + float(part @ part), total + float(part @ weights[: len(part)])
+    return [math.sqrt(squares), total]
 
 
 def astray(module: nn.Module, beyond: bool = True) -> dict[str, Tensor]:

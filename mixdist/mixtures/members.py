@@ -16,7 +16,7 @@ from mixdist.experts import Expert, Noise
 from mixdist.gates import Gate
 from mixdist.mixtures.abilities import check_abilities
 from mixdist.mixtures.contracts import Rows, check_expert, check_gate, check_range
-from mixdist.mixtures.mixture import Stage
+from mixdist.mixtures.mixture import Outputs, Stage
 from mixdist.mixtures.probe import COARSE, Fault
 from mixdist.noise import Moment, Purpose
 from mixdist.terms import Batch, Gating
@@ -54,8 +54,8 @@ def inspect_experts(
     batch: Batch,
     at: Moment,
     stage: Stage | None,
-) -> Tensor:
-    """Check experts on stored rows, of those that one class makes the first; return the losses of the first, (n,).
+) -> tuple[Tensor, Outputs]:
+    """Check experts on stored rows, of those that one class makes the first.
 
     Args:
         mixture: has the experts.
@@ -65,10 +65,14 @@ def inspect_experts(
         at: names the draws.
         stage: the phase; None before an evaluation.
 
+    Returns:
+        the losses of the first, (n,), and what replicas of the same expert must return too.
+
     Raises:
         Fault: one breaks its contract.
     """
-    found, trains = [], stage is not None and stage.trains in ("both", "experts")
+    found: Outputs = {}
+    trains = stage is not None and stage.trains in ("both", "experts")
     for e, expert in list(experts.items())[: 1 if mixture.alike else None]:
         key, noise = mixture.key_of(e), mixture.noise(at)
         some = _rows(mixture, mixture.values(rows, expert.fields))
@@ -77,8 +81,8 @@ def inspect_experts(
         _check_ranges(f"{key}: {type(expert).__name__}.forward", used, mixture, batch)
         if stage is None:
             check_abilities(key, expert, some, mixture.spec, partial(_drawn, noise, rows["id"], e))
-        found.append(losses)
-    return found[0]
+        found[f"{key}: {type(expert).__name__}.forward (losses of expert {e})"] = losses
+    return next(iter(found.values())), found
 
 
 def _drawn(noise: Noise, ids: Tensor, e: int, shape: tuple[int, ...]) -> Tensor:

@@ -23,6 +23,9 @@ from mixdist.noise import Moment
 from mixdist.parallel.dispatch import Dispatch
 from mixdist.terms import Batch, Outcome, Owned, Parts
 
+Outputs = dict[str, Tensor]
+"""What methods return on the rows of a check, by key, class and method: the same on every rank that has them."""
+
 
 class Stage(Protocol):
     """What a family sees of a phase of training."""
@@ -164,7 +167,7 @@ class Mixture(ABC):
                 given where ``prefetch`` is true.
         """
 
-    def inspect(self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None = None) -> None:  # noqa: B027
+    def inspect(self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None = None) -> Outputs | None:
         """Check what a user wrote for the family, before the first step of a phase or before an evaluation.
 
         It must change nothing and not communicate; :mod:`mixdist.mixtures.contracts` has the checks of gates, experts
@@ -176,9 +179,13 @@ class Mixture(ABC):
             at: names the draws.
             stage: the phase; None before an evaluation, with the modules in evaluation.
 
+        Returns:
+            outputs that must be the same on every rank.
+
         Raises:
             ValueError: something breaks its contract.
         """
+        return None
 
     def settle(self) -> None:  # noqa: B027
         """Drain a prefetched send whose step will not run."""

@@ -24,7 +24,7 @@ from mixdist.mixtures.figures import ExpertEvaluation
 from mixdist.mixtures.gate_shown import gate_pictures
 from mixdist.mixtures.gate_start import check_stages, start_gate
 from mixdist.mixtures.members import losses_of_all, may_be_none
-from mixdist.mixtures.mixture import Stage
+from mixdist.mixtures.mixture import Outputs, Stage
 from mixdist.mixtures.objective_contracts import check_objective
 from mixdist.mixtures.objectives import Objective
 from mixdist.mixtures.pictures import Picture
@@ -137,16 +137,18 @@ class Soft(Ensemble):
         if gate.starts_at(stage.stage):
             start_gate(self.context, self.dispatch.over_batch, gate, dataset, at)
 
-    def inspect(self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None = None) -> None:
+    def inspect(self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None = None) -> Outputs:
         """Check experts, gate and objective."""
-        losses, gating = self.inspect_members(rows, batch, at, stage)
+        losses, gating, outputs = self.inspect_members(rows, batch, at, stage)
         if stage is not None and gating is not None:
             by_itself = gating.loss_B is not None and gating.loss_B.requires_grad
             learns = gating.log_resp_BE.requires_grad and not by_itself
             pair = gating.log_resp_BE, losses_of_all(losses, self.num_experts)
             trains = stage.trains if any(True for _ in self.bank.parameters()) else "gate"
             top_k = None if self.routing is None else self.routing.k
-            check_objective("objective", stage.objective, *pair, trains, learns, may_be_none(self), top_k)
+            rows_B = check_objective("objective", stage.objective, *pair, trains, learns, may_be_none(self), top_k)
+            outputs[f"objective: {type(stage.objective).__name__}.rows"] = rows_B
+        return outputs
 
     @property
     def part_of_rows(self) -> float:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mixdist.mixtures import Context, Objective
+from mixdist.mixtures.held import as_text, held, marks
 from mixdist.parallel.agreement import alike
 
 
@@ -81,21 +83,43 @@ def phase_keys(phases: Sequence[Phase]) -> list[str]:
     return [*(f"pretrain[{number}]" for number in range(len(phases) - 1)), "train"]
 
 
-def check_alike(context: Context, num_rows: int, phases: Sequence[Phase]) -> None:
-    """Check that every rank was given the same run, where it was built in Python and no config was compared.
+def check_is_objective(key: str, objective: Any) -> None:
+    """Check that a phase has an objective.
 
     Raises:
+        ValueError: it is something else.
+    """
+    kind = type(objective).__name__
+    if isinstance(objective, type):
+        raise ValueError(f"{key} is the class {objective.__name__}: give an object, as {objective.__name__}()")
+    if not isinstance(objective, Objective):
+        raise ValueError(f"{key} ({kind}) is no Objective: give one, as mixdist.mixtures.WeightedLoss()")
+    if not hasattr(objective, "balance"):
+        raise ValueError(f"{key}: {kind} has no balance: call super().__init__() in its __init__")
+
+
+def _as_text(value: Any) -> str:
+    """Return a value, or the marks of a tensor, as text."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return " ".join(f"{mark:.6g}" for mark in marks(torch.as_tensor(value)))
+    return as_text(value)
+
+
+def check_alike(context: Context, num_rows: int, phases: Sequence[Phase]) -> None:
+    """Check phases, and that every rank was given the same run: built in Python, no config was compared.
+
+    Raises:
+        ValueError: an objective that is none.
         Agreed: a rank was given another.
     """
     named: dict[str, Any] = {"seed": context.seed, "dtype": str(context.dtype), "number of training rows": num_rows}
     for key, phase in zip(phase_keys(phases), phases, strict=True):
         for name in ("epochs", "batch_size", "accumulate", "trains", "stage", "clip_norm"):
             named[f"{key}.{name}"] = getattr(phase, name)
-        named[f"{key}.objective"] = type(phase.objective).__qualname__
-        plain = {
-            n: v for n, v in getattr(phase.objective, "__dict__", {}).items() if isinstance(v, (bool, int, float, str))
-        }
-        named |= {f"{key}.objective.{name}": value for name, value in plain.items()}
+        check_is_objective(f"{key}.objective", phase.objective)
+        for name, one in (("objective", phase.objective), ("objective.balance", phase.objective.balance)):
+            named[f"{key}.{name}"] = type(one).__qualname__
+            named |= {f"{key}.{name}.{path}": _as_text(value) for path, value in held(one)}
     alike(named, context.mesh.world)
 
 

@@ -12,8 +12,9 @@ from mixdist.data import Loader, RankBatch, Samples
 from mixdist.engines import Engine, EngineFactory, Native, NotFinite, Totals
 from mixdist.mixtures import Mixture
 from mixdist.mixtures.inspection import inspect
+from mixdist.mixtures.schedules import anneal, anneal_module
 from mixdist.noise import TRIAL_PHASE, Moment
-from mixdist.parallel.agreement import gather_json
+from mixdist.parallel.agreement import agreed, gather_json
 from mixdist.training.checkpoint import Saved, load_module
 from mixdist.training.loop import Advance, peak_memory
 from mixdist.training.phases import Phase, Position, check_alike, phase_keys
@@ -203,7 +204,7 @@ class Trainer:
         self._inspected = at.phase
         if at.step == 0 and self.phase.stage not in [phase.stage for phase in self.phases[: at.phase]]:
             self.mixture.start(self.dataset, self.phase, Moment(self.seed, at.phase))
-        self._anneal()
+        agreed(self._anneal, self.mesh.world)
         self._upcoming = self._upcoming or self._batch(at.epoch, at.batch)
         ids = self.loader.ids(at.epoch, at.batch)
         inspect(self.mixture, self._upcoming, ids, Moment(self.seed, TRIAL_PHASE), self.phase)
@@ -211,8 +212,8 @@ class Trainer:
     def _anneal(self) -> None:
         """Set all schedules for the step of the position."""
         for owned in self.owned:
-            getattr(owned.module, "anneal", lambda step: None)(self.position.step)
-        self.phase.objective.anneal(self.position.step)
+            anneal_module(owned, self.position.step)
+        anneal("objective", self.phase.objective, self.position.step)
 
     def _batch(self, epoch: int, index: int) -> RankBatch:
         return self.loader.batch(epoch, index).to(self.mesh.device)
