@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from torch import nn
 
 from mixdist.experts import Expert
 from mixdist.gates import Gate
+from mixdist.mixtures.context import Context
 from mixdist.mixtures.probe import Fault
+from mixdist.noise import Purpose
 from mixdist.terms import Spec
 
 MADE_TWICE = 1 << 22
@@ -103,3 +105,24 @@ def check_made_alike(key: str, module: nn.Module, again: nn.Module) -> None:
                 f"{key}: {kind}.__init__ makes another {name} when it is called again with the same seed, so that the "
                 f"run would be no function of its seed: draw weights from torch's global generator, as torch.randn does"
             )
+
+
+def made_gate(
+    context: Context, make: Callable[[Spec, int], Gate], num_experts: int, experts: Mapping[int, Expert]
+) -> Gate:
+    """Return a new gate, once it is seen to be its own and a function of the seed.
+
+    Raises:
+        Fault: it is not.
+    """
+    key, gate = "mixture.gate", _gate(context, make, num_experts)
+    check_declared(key, gate, Gate, context.spec)
+    for e, expert in experts.items():  # in a stack they lie side by side
+        check_apart({"gate": gate, f"expert {e}": expert})
+    if is_small(gate):
+        check_made_alike(key, gate, _gate(context, make, num_experts))
+    return gate
+
+
+def _gate(context: Context, make: Callable[[Spec, int], Gate], num_experts: int) -> Gate:
+    return context.make(lambda: make(context.spec, num_experts), Purpose.GATE, key="mixture.gate")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -18,7 +17,7 @@ from mixdist.data import RankBatch, Samples, share
 from mixdist.experts import Compute
 from mixdist.gates import Gate
 from mixdist.mixtures.context import Context
-from mixdist.mixtures.declared import check_apart, check_declared, check_made_alike, is_small
+from mixdist.mixtures.declared import made_gate
 from mixdist.mixtures.ensemble import Ensemble, Execution, MakeExpert
 from mixdist.mixtures.figures import ExpertEvaluation
 from mixdist.mixtures.gate_shown import gate_pictures
@@ -102,15 +101,7 @@ class Soft(Ensemble):
 
     def setup(self, context: Context) -> None:
         super().setup(context)
-        make = partial(
-            context.make, lambda: self.make_gate(context.spec, self.num_experts), Purpose.GATE, key="mixture.gate"
-        )
-        self.gate = make()
-        check_declared("mixture.gate", self.gate, Gate, context.spec)
-        for e, expert in self.bank.owned().items():  # in a stack they lie side by side
-            check_apart({"gate": self.gate, f"expert {e}": expert})
-        if is_small(self.gate):
-            check_made_alike("mixture.gate", self.gate, make())
+        self.gate = made_gate(context, self.make_gate, self.num_experts, self.bank.owned())
 
     def check(self, stages: Mapping[str, Stage]) -> None:
         for name, stage in stages.items():
