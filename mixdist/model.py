@@ -30,6 +30,8 @@ def load(run: str | PathLike[str], weights: Which = "best") -> Any:
     Raises:
         ValueError: the directory holds no run, or no good checkpoint.
     """
+    if not isinstance(run, (str, PathLike)):
+        raise ValueError(f"run ({run!r}) must be the path of a run's directory: name one that mixdist train made")
     directory = Path(run)
     if not (directory / RESOLVED).is_file():
         raise ValueError(f"{directory} holds no run ({RESOLVED} is missing): name a directory that mixdist train made")

@@ -19,18 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import mixdist
 from mixdist.competition import Competition, Discriminators, Elbo, Rounds, Score
 from mixdist.data import Dataset, Samples, Source
 from mixdist.data.sources.splits import load_splits
 from mixdist.evaluation.evaluate import evaluate
 from mixdist.experts import VAE, Expert
 from mixdist.gates import Gate, Softmax
-from mixdist.mixtures import Balance, Context, Mixture, Objective, Soft, TopK, WeightedLoss
+from mixdist.mixtures import Balance, Context, Mixture, Model, Objective, Soft, TopK, WeightedLoss
 from mixdist.nets import MLP, Network
 from mixdist.nets.likelihood import Likelihood
 from mixdist.noise import Purpose
 from mixdist.parallel.wire import Wire
-from mixdist.terms import Batch, ExpertTerms, Field, Gating, Outcome, Spec
+from mixdist.terms import Batch, ExpertTerms, Field, Gating, Outcome, Posterior, Spec
 from mixdist.training.phases import Phase
 from mixdist.training.trainer import Trainer
 from tests.errors import error_of
@@ -1111,6 +1112,19 @@ ABILITIES: dict[str, tuple[Any, str]] = {
     "sample by the batch": (ability(sample=lambda self, eps: self.decode(eps - eps.mean(0))), "Mine.sample other rows"),
     "draw": (ability(draw=lambda self, eps, uniform: torch.rand_like(uniform)), "Mine.draw generator"),
     "log_weights": (ability(log_weights=lambda self, rows, eps: eps.sum((1, 2))), "Mine.log_weights (8,) (8, 2)"),
+    "no posterior": (ability(posterior=lambda self, rows: self.encode(rows["x"])), "Mine.posterior Posterior tensor"),
+    "posterior of another size": (
+        ability(posterior=lambda self, rows: Posterior(self.encode(rows["x"]), rows["x"])),
+        "Mine.posterior kl_RL (8, 6) (8, 2)",
+    ),
+    "posterior of the batch": (
+        ability(posterior=lambda self, rows: Posterior(self.encode(rows["x"]), self.encode(rows["x"]).sum())),
+        "Mine.posterior kl_RL () (8, 2)",
+    ),
+    "posterior without KL": (
+        ability(posterior=lambda self, rows: (self.encode(rows["x"]), None)),
+        "Mine.posterior kl_RL None",
+    ),
     "predict": (
         ability(predict=lambda self, rows: rows["x"], target="y", fields=("x", "y")),
         "Mine.predict (8, 6) (8, 3)",
@@ -1144,6 +1158,54 @@ def test_what_measures_a_family_is_checked() -> None:
     ):
         trainer = begin(type("Mine", (TwoStage,), {"measure": measure}))
         error_of(lambda t=trainer: evaluate(t.mixture, rows(), 16, 0), *words.split())
+
+
+# In Python.
+
+LEVELS: Spec = {"x": Field((SIZE,), torch.uint8, scale=1 / 16)}
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    mixture, mesh = Soft(Softmax, lambda spec: VAE(spec, 2, MLP([4])), 2), mesh_of(2, 1, 1)
+    mixture.setup(Context(7, torch.float32, LEVELS, mesh, Wire(mesh.device)))
+    made: Model = mixture.model(())
+    return made
+
+
+STORED = torch.arange(2 * SIZE).reshape(2, SIZE)
+CALLS: dict[str, tuple[Callable[[Model], Any], str]] = {
+    "int64 beyond the levels": (lambda m: m.assign(STORED * 23), "'x' 0 to 253 0.0625 15.8125 0 to 16"),
+    "uint8 beyond the levels": (lambda m: m.terms((STORED * 23).to(torch.uint8), 0), "'x' 253 0 to 16"),
+    "uint16 beyond the levels": (lambda m: m.assign((STORED * 23).numpy().astype(np.uint16)), "'x' 253 0 to 16"),
+    "a list beyond the levels": (lambda m: m.assign((STORED + 10).tolist()), "'x' 10 to 21 0 to 16"),
+    "two experts": (lambda m: m.reconstruct(STORED, [0, 1]), "expert [0, 1] 0 to 1"),
+    "half an expert": (lambda m: m.reconstruct(STORED, 0.5), "expert 0.5 0 to 1"),
+    "an expert by name": (lambda m: m.terms(STORED, "0"), "expert '0' 0 to 1"),
+    "no expert": (lambda m: m.terms(STORED, None), "expert None 0 to 1"),
+    "half a sample": (lambda m: m.sample(2.5, 0), "num_samples (2.5)"),
+    "samples by name": (lambda m: m.sample("x", 0), "num_samples ('x')"),
+    "half a seed": (lambda m: m.sample(2, 0, seed=1.5), "seed (1.5)"),
+    "a large seed": (lambda m: m.sample(2, 0, seed=2**70), "seed"),
+    "sparse": (lambda m: m.assign((STORED / 16).to_sparse()), "'x' sparse dense"),
+    "masked": (lambda m: m.assign(np.ma.masked_array((STORED / 16).numpy(), STORED > 3)), "'x' masked"),
+    "no run": (lambda m: mixdist.load(None), "run (None)"),
+    "a number for a run": (lambda m: mixdist.load(3), "run (3)"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_model_says_what_it_cannot_take(name: str, model: Model) -> None:
+    call, words = CALLS[name]
+    error_of(lambda: call(model), *words.split())
+
+
+def test_a_model_takes_numbers_of_any_type(model: Model) -> None:
+    as_numbers = model.assign(STORED / 16)
+    for given in (STORED, STORED.numpy().astype(np.uint16), STORED.tolist(), (STORED / 16).numpy()):
+        assert torch.equal(model.assign(given), as_numbers)
+    model.assign((STORED > 3).long())  # 0 and 1 are levels too
+    assert model.reconstruct(STORED, np.int64(1)).shape == model.sample(np.int32(2), torch.tensor(0)).shape == (2, SIZE)
 
 
 # By the command, on one rank and on two.

@@ -6,6 +6,7 @@ Shape letters: N rows, E experts.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mixdist.experts import Expert
 from mixdist.gates import Gate
+from mixdist.messages import one_line
 from mixdist.mixtures.contracts import IN_RANGE
 from mixdist.mixtures.gate_shown import samples_of_cluster
 from mixdist.mixtures.routing import responsible
@@ -88,7 +90,32 @@ class Model:
         numbers = field.values(values, self.dtype) if stored else values.to(self.dtype)
         if values.numel():
             self._check_numbers(name, field, values.double() if stored else numbers, stored)
+            if stored and field.num_classes is None:
+                self._check_scaled(name, field, values, numbers)
         return numbers
+
+    def _check_scaled(self, name: str, field: Field, stored: Tensor, numbers: Tensor) -> None:
+        """Check stored numbers, once they are scaled, against what the likelihoods of the field can model.
+
+        Raises:
+            ValueError: they lie beyond it.
+        """
+        low, high = self._limits(name)
+        least, most = (float(end) for end in numbers.aminmax())
+        if not (low - IN_RANGE <= least and most <= high + IN_RANGE):
+            ends = " to ".join(f"{float(end):g}" for end in stored.double().aminmax())
+            first, last = sorted(
+                (low - field.offset) / field.scale if math.isfinite(low) else low for low in (low, high)
+            )
+            raise ValueError(
+                f"field {name!r} has whole numbers from {ends}, which the scale {field.scale:g} makes {least:g} to "
+                f"{most:g}, expected {low:g} to {high:g}: give them as stored, {first:g} to {last:g}, or scaled"
+            )
+
+    def _limits(self, name: str) -> tuple[float, float]:
+        """Return the range that the likelihoods of a field can model."""
+        limits = [one.limits for one in self._likelihoods(name) if one.limits is not None]
+        return max([-math.inf, *(low for low, _ in limits)]), min([math.inf, *(high for _, high in limits)])
 
     def _check_numbers(self, name: str, field: Field, given: Tensor, stored: bool) -> None:
         """Check numbers of a field against what they can be, as they are stored or as models see them.
@@ -105,9 +132,9 @@ class Model:
             if not stored:
                 low, high = sorted((low * field.scale + field.offset, high * field.scale + field.offset))
                 remedy = f"give them as stored, whole numbers of {field.dtype}, or scaled"
-        for likelihood in () if stored else self._likelihoods(name):
-            if likelihood.limits is not None:
-                low, high = max(low, likelihood.limits[0]), min(high, likelihood.limits[1])
+        if not stored:
+            ends = self._limits(name)
+            low, high = max(low, ends[0]), min(high, ends[1])
         least, most = (float(end) for end in given.aminmax())
         if not (low - IN_RANGE <= least and most <= high + IN_RANGE) or not math.isfinite(most - least):
             raise ValueError(
@@ -154,16 +181,17 @@ class Model:
     @torch.no_grad()
     def terms(self, rows: Tensor | np.ndarray | Batch, expert: int) -> ExpertTerms:
         """Return an expert's loss, log p(x|z) and KL for each row, nats, with noise keyed by the row's id or place."""
-        terms: ExpertTerms = self._run(self._expert(expert), self.rows(rows), Purpose.POSTERIOR, expert)
+        one, named = self._expert(expert), self.rows(rows)
+        terms: ExpertTerms = self._run(one, named, Purpose.POSTERIOR, _index(expert))
         return terms
 
     def _expert(self, number: int) -> Expert:
-        if number not in self.experts:
-            raise ValueError(f"expert {number} is not one of the model's: give 0 to {len(self.experts) - 1}")
-        return self.experts[number]
+        if not isinstance(number, bool) and _index(number) in self.experts:
+            return self.experts[_index(number)]
+        raise ValueError(f"expert {number!r} is not one of the model's: give 0 to {len(self.experts) - 1}")
 
     def _able(self, number: int, ability: str, named: Batch) -> Expert:
-        one = self._expert(number)
+        one, number = self._expert(number), _index(number)
         if not one.can(ability):
             raise ValueError(f"expert {number} ({type(one).__name__}) does not {ability}: choose another")
         self._require(one, named, getattr(one, "target", None) if ability == "predict" else None)
@@ -186,10 +214,11 @@ class Model:
         if len(fields) > 1:
             raise ValueError(f"experts reconstruct different fields ({', '.join(sorted(fields))}): name one expert")
         expert_N = self.assign(named)
-        results = torch.empty_like(named["x"])
+        one = self._able(next(iter(self.experts)), "reconstruct", named)
+        results = torch.empty_like(named[getattr(one, "field", "x")])
         for e in expert_N.unique().tolist():
-            chosen = expert_N == e
-            results[chosen] = self.experts[e].reconstruct({name: column[chosen] for name, column in named.items()})
+            chosen, one = expert_N == e, self._able(e, "reconstruct", named)
+            results[chosen] = one.reconstruct({name: column[chosen] for name, column in named.items()})
         return results
 
     @torch.no_grad()
@@ -209,9 +238,8 @@ class Model:
             seed: of the draws; the same numbers of the prior, observed or not.
             observed: draw from p(x|z), noise and all, as the density has it; otherwise the means of p(x|z).
         """
-        one = self._expert(expert)
-        if num_samples < 0:
-            raise ValueError(f"num_samples ({num_samples}) must be 0 or more: give how many to draw")
+        one, expert = self._expert(expert), _index(expert)
+        num_samples, seed = _draws(num_samples, seed)
         if one.noise_shape is None or not one.can("draw" if observed else "sample"):
             name = type(one).__name__
             raise ValueError(f"expert {expert} ({name}) has no prior to sample from: use predict of mixdist.load(RUN)")
@@ -237,12 +265,10 @@ class Model:
             ValueError: the gate is no model of rows, or there is no such cluster.
         """
         gate = self._model_gate("sample")
-        if cluster not in self.experts or num_samples < 0:
-            raise ValueError(
-                f"cluster ({cluster}) must be from 0 to {len(self.experts) - 1}, and num_samples ({num_samples}) 0 or "
-                f"more: change one"
-            )
-        return samples_of_cluster(gate, cluster, num_samples, Moment(seed), len(self.experts), self.dtype)
+        num_samples, seed = _draws(num_samples, seed)
+        if isinstance(cluster, bool) or _index(cluster) not in self.experts:
+            raise ValueError(f"cluster ({cluster!r}) must be from 0 to {len(self.experts) - 1}: choose another")
+        return samples_of_cluster(gate, _index(cluster), num_samples, Moment(seed), len(self.experts), self.dtype)
 
     def _model_gate(self, ability: str) -> Gate:
         gate = self.gate.model
@@ -267,8 +293,36 @@ def _ends(dtype: torch.dtype) -> tuple[float, float]:
     return float(info.min), float(info.max)
 
 
+def _draws(num_samples: Any, seed: Any) -> tuple[int, int]:
+    """Return how many samples are to be drawn, and the seed.
+
+    Raises:
+        ValueError: one is no whole number, or out of range.
+    """
+    if _index(num_samples) < 0:
+        raise ValueError(f"num_samples ({num_samples!r}) must be a whole number from 0: give how many to draw")
+    if not 0 <= _index(seed) < 2**64:
+        raise ValueError(f"seed ({seed!r}) must be a whole number from 0 to 2**64 - 1: choose another")
+    return _index(num_samples), _index(seed)
+
+
+def _index(number: Any) -> int:
+    """Return a whole number of any type; -1 for what is none."""
+    try:
+        return operator.index(number)
+    except (TypeError, ValueError, RuntimeError):
+        return -1
+
+
 def _tensor(name: str, values: Any) -> Tensor:
     try:
-        return torch.as_tensor(values)
+        if isinstance(values, np.ma.MaskedArray):
+            raise TypeError("a masked array")
+        found = torch.as_tensor(values)
+        if found.is_nested or found.layout != torch.strided:
+            raise TypeError("a nested tensor" if found.is_nested else f"layout {found.layout}")
+        return found.to("cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"field {name!r} cannot be made a tensor ({error}): give a tensor or an array") from error
+        raise ValueError(
+            f"field {name!r} cannot be made a tensor ({one_line(str(error))}): give a dense tensor or an array"
+        ) from error
