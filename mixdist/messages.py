@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -40,6 +41,16 @@ def last_own_line(error: BaseException) -> str:
         if not path.is_relative_to(PACKAGE) and "site-packages" not in path.parts and path.suffix == ".py":
             return f"{path.name} line {frame.lineno}"
     return ""
+
+
+def failing_class(error: BaseException) -> str:
+    """Return the name of a user's class in whose ``__init__`` an error was raised, or which was called wrongly."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        code, path = frame.f_code, Path(frame.f_code.co_filename)
+        if code.co_name == "__init__" and not path.is_relative_to(PACKAGE) and "site-packages" not in path.parts:
+            return type(frame.f_locals.get(code.co_varnames[0])).__name__
+    called = re.match(r"(\w+)\.__init__\(\) ", str(error)) if isinstance(error, TypeError) else None
+    return called[1] if called else ""
 
 
 def describe_failure(error: BaseException) -> str:

@@ -1215,6 +1215,7 @@ import torch
 from torch import nn
 from mixdist.gates import Softmax
 from mixdist.experts import VAE
+from mixdist.mixtures import Balance, Mixture
 from mixdist.nets import MLP
 from mixdist.terms import Gating
 
@@ -1222,6 +1223,39 @@ from mixdist.terms import Gating
 class Raw(Softmax):
     def forward(self, rows, eps):
         return Gating(self.logits(rows))
+
+
+class Failing(VAE):
+    def __init__(self, spec):
+        super().__init__(spec, spec["nix"])
+
+
+class FailingBalance(Balance):
+    def __init__(self):
+        {}["nix"]
+
+
+class FailingFamily(Mixture):
+    """Fails where it is told to."""
+
+    def __init__(self, num_experts: int, where: str):
+        self.num_experts, self.where = num_experts, where
+        self.reach("init")
+
+    def reach(self, where):
+        if where == self.where:
+            self.nothing
+
+    def setup(self, context):
+        super().setup(context)
+        self.reach("setup")
+
+    @property
+    def parts(self):
+        self.reach("parts")
+
+    def backward(self, *args):
+        pass
 
 
 class Second(VAE):
@@ -1259,4 +1293,32 @@ def test_one_line_on_any_layout_and_nothing_left(
     assert "Traceback" not in ended.err
     assert on_two[0].removeprefix("mixdist: ").removeprefix("rank 1: ") == alone
     assert all(word in alone for word in words.split()), alone
+    assert not (folder / "run").exists()
+
+
+def failing(where: str) -> dict[str, Any]:
+    init_args = {"num_experts": 2, "where": where}
+    return {**changed(SMALL), "mixture": {"class_path": "own_faults.FailingFamily", "init_args": init_args}}
+
+
+BALANCE = changed(SMALL, train__objective__init_args__balance={"class_path": "own_faults.FailingBalance"})
+MADE: dict[str, tuple[dict[str, Any], str]] = {
+    "an expert": (
+        changed(SMALL, expert={"class_path": "own_faults.Failing"}),
+        "mixture.expert: Failing.__init__ KeyError 'nix' own_faults.py line",
+    ),
+    "a balance": (BALANCE, "FailingBalance.__init__ KeyError 'nix' own_faults.py line"),
+    "a family": (failing("init"), "FailingFamily.__init__ AttributeError 'nothing' own_faults.py line"),
+    "a family's setup": (failing("setup"), "FailingFamily.setup AttributeError 'nothing' own_faults.py line"),
+    "a family's parts": (failing("parts"), "FailingFamily.parts AttributeError 'nothing' own_faults.py line"),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_cannot_be_made_is_told_in_one_line(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "own_faults.py").write_text(OWN)
+    monkeypatch.syspath_prepend(folder)
+    config, words = MADE[name]
+    line = complaint(here("train", "--config", write_config(folder / "c.yaml", config), "--out", "run"))
+    assert all(word in line for word in words.split()), line
     assert not (folder / "run").exists()

@@ -14,11 +14,12 @@ from mixdist.config.config import Config
 from mixdist.config.sameness import check_attributes, check_rows, check_weights
 from mixdist.data import Samples, Splits
 from mixdist.data.sources.splits import load_splits
+from mixdist.messages import describe_failure, last_own_line
 from mixdist.mixtures import Context, Mixture
 from mixdist.parallel.agreement import Agreed, agreed, gather_json
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement, choose_device
-from mixdist.parallel.wire import Wire
+from mixdist.parallel.wire import LostRank, Wire
 from mixdist.terms import STORED_INTEGERS, STORED_REALS, Field, Spec
 from mixdist.training.loop import Program
 from mixdist.training.selection import Selection
@@ -131,10 +132,22 @@ def build_mixture(config: Config, spec: Spec, mesh: Mesh) -> Mixture:
     """Make the mixture's modules on this rank.
 
     Raises:
-        ValueError: the data does not have what they need.
+        ValueError: the data does not have what they need, or what the user wrote for them fails.
     """
-    config.mixture.setup(Context(config.seed, DTYPES[config.dtype], spec, mesh, Wire(mesh.device)))
-    return config.mixture
+    mixture, method = config.mixture, "setup"
+    try:
+        mixture.setup(Context(config.seed, DTYPES[config.dtype], spec, mesh, Wire(mesh.device)))
+        method = "parts"
+        mixture.owned()
+    except (ValueError, OSError, LostRank):
+        raise
+    except Exception as error:
+        if not last_own_line(error):
+            raise  # a mistake of this package
+        raise ValueError(
+            f"mixture: {type(mixture).__name__}.{method} fails ({describe_failure(error)}): fix it"
+        ) from error
+    return mixture
 
 
 def build_program(config: Config, session: Session, fresh: bool) -> Program:

@@ -21,7 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 
 from mixdist.config.complaints import EXAMPLE, explain, said
 from mixdist.config.places import near
-from mixdist.messages import one_line
+from mixdist.messages import describe_failure, failing_class, last_own_line, one_line
 
 _CLASS = ("class_path", "init_args")
 
@@ -86,10 +86,24 @@ def explained(parser: ArgumentParser) -> Iterator[None]:
     except SyntaxError as error:
         line = f"{error.filename} line {error.lineno}"
         raise ValueError(f"{line}, imported for a class of the config, is not Python ({error.msg}): fix it") from None
-    except (ArgumentError, TypeError, AttributeError, ImportError) as error:
-        raise ValueError(explain(str(error), parser)) from None
-    except ValueError as error:
-        raise ValueError(said(str(error))) from None
+    except Exception as error:
+        if told := _own_failure(error):
+            raise ValueError(told) from error
+        if isinstance(error, (ArgumentError, TypeError, AttributeError, ImportError)):
+            raise ValueError(explain(str(error), parser)) from None
+        if isinstance(error, ValueError):
+            raise ValueError(said(str(error))) from None
+        raise
+
+
+def _own_failure(error: BaseException) -> str:
+    """Return which class of the user's own cannot be made, and why; nothing where that is not what an error is of."""
+    one: BaseException | None = error
+    while one is not None:
+        if not isinstance(one, (ValueError, OSError)) and last_own_line(one) and (kind := failing_class(one)):
+            return f"{kind}.__init__ fails ({describe_failure(one)}): fix it"
+        one = one.__cause__ or one.__context__
+    return ""
 
 
 def _check_yaml(path: str) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from mixdist.messages import PACKAGE, describe_failure, one_line
+from mixdist.messages import PACKAGE, describe_failure, failing_class, one_line
 from mixdist.mixtures.guards import guarded
 from mixdist.mixtures.probe import Fault
 from mixdist.noise import Purpose, weights_seed
@@ -79,7 +79,7 @@ def _made(key: str, make: Callable[[], M]) -> M:
         if isinstance(module, nn.Module):
             found = [*module.named_parameters(), *module.named_buffers()]
     except Exception as error:
-        kind = _class_of(error) or getattr(make, "__name__", "the class").replace("<lambda>", "the class")
+        kind = failing_class(error) or "its class"
         if isinstance(error, (ValueError, OSError)) and _raised_in_package(error):
             raise  # its own words say where it comes from
         said = isinstance(error, ValueError) and one_line(str(error))
@@ -103,18 +103,6 @@ def _raised_in_package(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(PACKAGE)
-
-
-def _class_of(error: BaseException) -> str:
-    """Return the class of the module whose ``__init__`` an error came through first, or nothing."""
-    trace = error.__traceback__
-    while trace is not None:
-        frame = trace.tb_frame
-        one: Any = frame.f_locals.get("self", next(iter(frame.f_locals.values()), None))
-        if frame.f_code.co_name == "__init__" and isinstance(one, nn.Module):
-            return type(one).__name__
-        trace = trace.tb_next
-    return ""
 
 
 def _remedy(error: BaseException) -> str:
