@@ -236,7 +236,12 @@ def make_mixture(case: Case, mesh: Mesh, wire: Wire) -> Mixture:
 
 
 # A second engine is judged by the same cases: name it here, and run them with Case.engine.
-ENGINES: dict[str, EngineFactory] = {"native": Native}
+ENGINES: dict[str, EngineFactory] = {
+    "native": Native,
+    "sharded": functools.partial(Native, shard="optimizer"),
+    "offloaded": functools.partial(Native, offload="optimizer"),
+    "sharded-offloaded": functools.partial(Native, shard="optimizer", offload="optimizer"),
+}
 
 
 def make_engine(case: Case, mixture: Mixture, mesh: Mesh, wire: Wire) -> Engine:
@@ -274,7 +279,7 @@ def run(case: Case) -> dict[str, Any]:
         report["steps"].append(figures(totals.outcome, totals.grad_norm))
         report["bytes"].append((totals.meter["wire_bytes"], totals.meter["wire_bytes_min"]))
         if step == 0:
-            keep(report, mixture, mesh, "gradient", lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
+            keep(report, mixture, mesh, "gradient", lambda p: p.grad if p.requires_grad else torch.zeros_like(p))
     keep(report, mixture, mesh, "weight", lambda p: p)
     if isinstance(mixture, Soft):
         judge(report, case, mixture)
@@ -288,11 +293,15 @@ def figures(outcome: Any, grad_norm: float) -> dict[str, Tensor]:
 
 
 def keep(report: dict[str, Any], mixture: Mixture, mesh: Mesh, kind: str, get: Any) -> None:
-    """Keep a tensor of every parameter under its global name, once as the owner's and again as a copy's."""
+    """Keep a tensor of every parameter under its global name, once as the owner's and again as a copy's.
+
+    A gradient that went to another rank, the parameter's own, is kept there alone.
+    """
     for owned in mixture.parts.owned():
         speaks = mesh.speaks_for(owned.expert)
         for name, parameter in owned.module.named_parameters():
-            report["speaks" if speaks else "copies"][f"{kind} {owned.name} {name}"] = get(parameter).detach().clone()
+            if (value := get(parameter)) is not None:
+                report["speaks" if speaks else "copies"][f"{kind} {owned.name} {name}"] = value.detach().clone()
 
 
 def judge(report: dict[str, Any], case: Case, mixture: Soft) -> None:
@@ -316,7 +325,7 @@ def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
         merged["speaks"] |= report["speaks"]
     for rank, report in enumerate(reports):
         for name, copy in report["copies"].items():
-            assert torch.equal(copy, merged["speaks"][name]), f"rank {rank}'s copy of {name} differs"
+            assert torch.equal(copy, merged["speaks"].setdefault(name, copy)), f"rank {rank}'s copy of {name} differs"
         for mine, first in zip(report["steps"], reports[0]["steps"], strict=True):
             assert all(torch.equal(mine[name], first[name]) for name in first), f"rank {rank} has other figures"
     return merged

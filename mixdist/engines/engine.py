@@ -52,7 +52,7 @@ class Engine(ABC):
     expert without rows not at all; a missing gradient counts as zero, and its optimiser steps. The gradient of a shared
     module is this rank's part of a sum over all ranks; that of an expert is a part of a sum over its replicas: sums,
     never means. Parameters are ordinary tensors: nobody but the engine replaces or shards them, ``parts.stack`` holds
-    those of a stack. ``gather`` is called on every rank before a save.
+    those of a stack. ``gather`` is called on every rank before a save, ``ready`` before an evaluation.
 
     Args:
         parts: the mixture's modules on this rank.
@@ -113,6 +113,9 @@ class Engine(ABC):
     def fast_forward(self, steps: int) -> None:
         """Bring the schedules to where they are after ``steps`` steps: they are pure functions of it."""
 
+    def ready(self) -> None:  # noqa: B027
+        """Bring weights that are sharded together; every rank calls it before an evaluation between two steps."""
+
     def gather(self) -> None:  # noqa: B027
         """Bring states that are sharded to the ranks that write them; every rank calls it before a save."""
 
@@ -144,26 +147,35 @@ def square(grads: list[Tensor]) -> Tensor:
 
 
 def start_totals(
-    mesh: Mesh, wire: Wire, outcome: Outcome, squares_E: Tensor
-) -> Callable[[Tensor], tuple[Totals, Tensor]]:
+    mesh: Mesh, wire: Wire, outcome: Outcome, squares: Tensor, coming: int = 0
+) -> Callable[[Tensor | None], tuple[Totals, Tensor]]:
     """Start to sum over ranks, in one reduction, everything that they must know of a step.
 
+    Args:
+        mesh: this rank's place.
+        wire: the counted collectives.
+        outcome: what the step left on this rank.
+        squares: this rank's part of the squared gradients, (E,), or (E + 1,) with that of what is shared.
+        coming: bytes that the rest of the step will send.
+
     Returns:
-        what waits for it, given the squared gradient of what is shared: the totals, and squared norms, (E + 1,).
+        what waits for it, given the squared gradient of what is shared if that was no part of the sum: the totals, and
+        squared norms, (E + 1,).
     """
     counts = {name: getattr(wire.meter, name) for name in ("wire_bytes", "wire_bytes_min", "sync_bytes")}
+    counts["sync_bytes"] += coming
     sent = torch.tensor(list(counts.values()), dtype=torch.float64, device=mesh.device)
     groups = (outcome.parts, outcome.sums, outcome.faults)
-    fields = [squares_E, sent, outcome.loss, *(value for group in groups for value in group.values())]
+    fields = [squares, sent, outcome.loss, *(value for group in groups for value in group.values())]
     pending = wire.start_all_reduce(torch.cat([f.reshape(-1).double() for f in fields]), mesh.world)
 
-    def finish(shared: Tensor) -> tuple[Totals, Tensor]:
+    def finish(shared: Tensor | None) -> tuple[Totals, Tensor]:
         summed = pending.wait().cpu().split([f.numel() for f in fields])
-        squares_E, bytes_, loss, *rest = (s.view(f.shape) for s, f in zip(summed, fields, strict=True))
+        squares, bytes_, loss, *rest = (s.view(f.shape) for s, f in zip(summed, fields, strict=True))
         values = iter(rest)
         parts, sums, faults = ({name: next(values) for name in group} for group in groups)
         meters = {name: int(b) for name, b in zip(counts, bytes_.tolist(), strict=True)}
-        squares = torch.cat([squares_E, shared.cpu().reshape(1)])
+        squares = squares if shared is None else torch.cat([squares, shared.cpu().reshape(1)])
         return Totals(Outcome(loss, parts, sums, faults), squares.sum().sqrt().item(), meters), squares
 
     return finish

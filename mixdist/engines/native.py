@@ -6,11 +6,13 @@ Shape letters: E all experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mixdist.engines.copies import Copies, Shards, bring, gradients
 from mixdist.engines.engine import (
     Engine,
     OptimizerFactory,
@@ -20,10 +22,14 @@ from mixdist.engines.engine import (
     square,
     start_totals,
 )
+from mixdist.engines.offload import Offloaded
 from mixdist.engines.state import Slot, fast_forward, kind, read_optimizer, write_optimizer
+from mixdist.parallel.agreement import gather_json
 from mixdist.parallel.mesh import Mesh
-from mixdist.parallel.wire import Group, Wire
+from mixdist.parallel.wire import Wire
 from mixdist.terms import Outcome, Owned, Parts
+
+EMPTY = torch.empty(0)
 
 
 class Native(Engine):
@@ -32,8 +38,17 @@ class Native(Engine):
     Experts that run as one stack share an optimiser over the stack, which one that works element by element cannot
     tell from theirs; its state is cut into theirs where it is saved.
 
-    A missing gradient counts as zero, so that the optimiser of an expert without rows steps like any other. Arguments
-    are those of :class:`Engine`.
+    A missing gradient counts as zero, so that the optimiser of an expert without rows steps like any other. The first
+    six arguments are those of :class:`Engine`.
+
+    Args:
+        shard: optimizer: each parameter's optimiser state is on one rank alone, its owner, of those that hold a copy:
+            all for what is shared, an expert's replicas for its own. The gradient is summed there, the new value sent
+            to the others. Checkpoints are the same files.
+        offload: optimizer: optimiser states are in CPU memory, where the optimiser steps.
+
+    Raises:
+        ValueError: shard or offload is something else.
     """
 
     def __init__(
@@ -44,19 +59,35 @@ class Native(Engine):
         optimizer: OptimizerFactory,
         schedule: ScheduleFactory | None = None,
         clip_norm: float | None = None,
+        shard: Literal["none", "optimizer"] = "none",
+        offload: Literal["none", "optimizer"] = "none",
     ) -> None:
         super().__init__(parts, mesh, wire, optimizer, schedule, clip_norm)
-        self.optimizers = {owned.name: optimizer(tensors) for owned, tensors in self._tensors()}
+        for name, value in (("shard", shard), ("offload", offload)):
+            if value not in ("none", "optimizer"):
+                raise ValueError(f"engine.{name} ({value}) must be none or optimizer")
+        self.shard = shard == "optimizer"
+        self.shared, self.own = self._copies()
+        owned = [*self.shared.owned, *self.own.owned]
+        self.offloaded = Offloaded(owned) if offload == "optimizer" else None
+        self._stepped = self.offloaded.copies if self.offloaded else {tensor: tensor for tensor in owned}
+        self.optimizers = {
+            # An optimiser wants something to step; all ranks ask theirs for its rate and kind.
+            module.name: optimizer([self._stepped[t] for t in tensors if t in self._stepped] or [nn.Parameter(EMPTY)])
+            for module, tensors in self._tensors()
+        }
         self.schedules = [schedule(o) for o in self.optimizers.values()] if schedule else []
         self._slices = [
             (stacked, slices)
             for name, stacked in parts.stack.items()
             if (slices := [m.get_parameter(name) for m in parts.experts.values()])[0].requires_grad
         ]
+        self._gathered: dict[str, dict[str, Tensor]] = {}
         self.zero_grad()
 
     def zero_grad(self) -> None:
         """Clear every gradient: the next backward pass puts its own there, without a pass over memory to add them."""
+        self._gathered = {}
         for _, parameters in self.trained:
             for parameter in parameters:
                 parameter.grad = None
@@ -64,20 +95,21 @@ class Native(Engine):
             stacked.grad = None
 
     def step(self, outcome: Outcome, step: int) -> Totals:
-        gradients = self.collect()
-        shared = [g for owned, grads in gradients if owned.expert is None for g in grads]
-        finish = self._start_reduce(shared, self.mesh.world)
-        own = [g for owned, grads in gradients if owned.expert is not None for g in grads]
-        self._start_reduce(own, self.mesh.replica_group)()
-        # Both reductions over all ranks are under way together; what is shared has its norm taken where it arrives.
-        finish_totals = start_totals(self.mesh, self.wire, outcome, self._squares(gradients))
-        finish()
-        totals, squares = finish_totals(square(shared))
+        self.collect()
+        reduced = self.shared.start_reduce()
+        self.own.start_reduce()()
+        totals, squares = self._totals(outcome, reduced)
         check_finite(totals.outcome, squares, [o.name for o, _ in self.trained if o.expert is None], step)
         if self.clip_norm is not None and totals.grad_norm > self.clip_norm:
-            torch._foreach_mul_([g for _, grads in gradients for g in grads], self.clip_norm / totals.grad_norm)
+            torch._foreach_mul_([g for _, ps in self.trained for g in gradients(ps)], self.clip_norm / totals.grad_norm)
+        if self.offloaded:
+            self.offloaded.fetch()
         for optimizer in self.optimizers.values():
             optimizer.step()
+        if self.offloaded:
+            self.offloaded.put()
+        for arrive in [copies.start_spread() for copies in (self.shared, self.own)]:
+            arrive()
         for schedule in self.schedules:
             schedule.step()
         return totals
@@ -92,14 +124,41 @@ class Native(Engine):
     def learning_rate(self) -> float:
         return next((float(o.param_groups[0]["lr"]) for o in self.optimizers.values()), 0.0)
 
+    def gather(self) -> None:
+        for owned, _ in self.trained if self.shard else ():
+            self._gathered[owned.name] = bring(self._own_state(owned), self._group(owned), self.wire)
+
     def optimizer_state(self, owned: Owned) -> dict[str, Tensor]:
-        optimizer = self._optimizer(owned)
-        return {} if optimizer is None else read_optimizer(optimizer, self._slots(owned))
+        """Return the optimiser's state of a module; where it is sharded, as it was when ``gather`` was called."""
+        sharded = self.shard and owned.name in self.optimizers
+        return self._gathered[owned.name] if sharded else self._own_state(owned)
 
     def load_optimizer_state(self, owned: Owned, state: dict[str, Tensor]) -> None:
         optimizer = self._optimizer(owned)
         if optimizer is not None:
             write_optimizer(optimizer, self._slots(owned), state)
+
+    def close(self) -> None:
+        self._gathered = {}
+
+    def _copies(self) -> tuple[Copies, Copies]:
+        """Return what optimisers step of what is shared and of this rank's experts, with who holds copies."""
+        shared, own = (
+            [t for owned, tensors in self._tensors() if (owned.expert is None) == common for t in tensors]
+            for common in (True, False)
+        )
+        mesh, wire = self.mesh, self.wire
+        if not self.shard:
+            return Copies(shared, mesh.world, wire), Copies(own, mesh.replica_group, wire)
+        shards = Shards(own, mesh.replica_group, wire)
+        # Ranks with small experts, or none to step, take more of what is shared.
+        load_P = gather_json(sum(t.numel() * t.element_size() for t in shards.owned), mesh.world)
+        return Shards(shared, mesh.world, wire, load_P), shards
+
+    def _own_state(self, owned: Owned) -> dict[str, Tensor]:
+        """Return what this rank has of a module's optimiser state."""
+        optimizer = self._optimizer(owned)
+        return {} if optimizer is None else read_optimizer(optimizer, self._slots(owned))
 
     def _tensors(self) -> Iterator[tuple[Owned, list[Tensor]]]:
         """Yield what each optimiser steps: the parameters of a module, or for a stack's first expert those of all."""
@@ -117,13 +176,15 @@ class Native(Engine):
         return self.optimizers.get(owned.name)
 
     def _slots(self, owned: Owned) -> Iterator[Slot]:
-        """Find the tensors that an optimiser knows a module's parameters by, and their places in them."""
+        """Find the tensors here that an optimiser knows a module's parameters by, and their places in them."""
         place = list(self.parts.experts).index(owned.expert) if owned.expert is not None and self.parts.stack else None
         for name, parameter in owned.module.named_parameters():
-            yield Slot(name, parameter if place is None else self.parts.stack[name], place)
+            tensor = parameter if place is None else self.parts.stack[name]
+            if tensor in self._stepped:
+                yield Slot(name, self._stepped[tensor], place)
 
-    def collect(self) -> list[tuple[Owned, list[Tensor]]]:
-        """Return the gradients of every module that trains: zeros where no row came, so that it steps all the same."""
+    def collect(self) -> None:
+        """Put zeros where no gradient came because no row did, so that every module steps."""
         for stacked, slices in self._slices:
             if stacked.grad is None:
                 stacked.grad = torch.zeros_like(stacked)
@@ -133,24 +194,34 @@ class Native(Engine):
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-        return [(owned, [p.grad for p in parameters if p.grad is not None]) for owned, parameters in self.trained]
 
-    def _start_reduce(self, grads: list[Tensor], group: Group) -> Callable[[], None]:
-        """Start to sum gradients over a group; what is returned puts the sums in their place."""
-        if group is None or not grads:
-            return lambda: None
-        pending = self.wire.start_all_reduce(torch.cat([g.reshape(-1) for g in grads]), group)
+    def _totals(self, outcome: Outcome, reduced: Callable[[], None]) -> tuple[Totals, Tensor]:
+        """Return what a step was over all ranks, and squared norms, (E + 1,).
 
-        def finish() -> None:
-            for grad, reduced in zip(grads, pending.wait().split([g.numel() for g in grads]), strict=True):
-                grad.copy_(reduced.view_as(grad))
+        Args:
+            outcome: what it left on this rank.
+            reduced: waits for the gradients of what is shared.
+        """
+        shared = [p for owned, ps in self.trained if owned.expert is None for p in ps]
+        if not self.shard:
+            # Both reductions over all ranks are under way together; the shared norm is taken where sums arrive.
+            finish = start_totals(self.mesh, self.wire, outcome, self._squares())
+            reduced()
+            return finish(square(gradients(shared)))
+        for stacked, slices in self._slices:
+            if stacked.grad is None:  # it went to its owner
+                for parameter in slices:
+                    parameter.grad = None
+        reduced()
+        squares = torch.cat([self._squares(), square(gradients(shared)).to(self.mesh.device).reshape(1)])
+        coming = self.shared.spread_bytes + self.own.spread_bytes
+        return start_totals(self.mesh, self.wire, outcome, squares, coming)(None)
 
-        return finish
-
-    def _squares(self, gradients: list[tuple[Owned, list[Tensor]]]) -> Tensor:
-        """Return the squared norm of each expert that this rank speaks for, (E,)."""
+    def _squares(self) -> Tensor:
+        """Return the squared norm of each expert as far as this rank counts it, (E,)."""
         squares_E = torch.zeros(self.num_experts, dtype=torch.float64, device=self.mesh.device)
-        for owned, grads in gradients:
-            if owned.expert is not None and self.mesh.speaks_for(owned.expert):
-                squares_E[owned.expert] = square(grads)
+        for owned, parameters in self.trained:
+            # What is owned is here alone.
+            if owned.expert is not None and (self.shard or self.mesh.speaks_for(owned.expert)):
+                squares_E[owned.expert] = square(gradients(parameters))
         return squares_E

@@ -93,6 +93,11 @@ class Wire:
         self.meter.sync_bytes += sum(sent) * flat.element_size()
         return self._all_to_all(flat, sent, received, group)
 
+    def scatter(self, flat: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Pending:
+        """Do ``all_to_all``, counted as sync: parts of what is replicated go to who sums or keeps them."""
+        self.meter.sync_bytes += sum(sent) * flat.element_size()
+        return self._all_to_all(flat, sent, received, group)
+
     def _all_to_all(self, flat: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Pending:
         assert group is not None
         assert flat.is_contiguous()

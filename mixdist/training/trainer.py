@@ -107,7 +107,7 @@ class Trainer:
 
     def ready(self) -> None:
         """Bring weights that are sharded together."""
-        self.engine.gather()
+        self.engine.ready()
 
     def end(self) -> None:
         """End the engine."""
