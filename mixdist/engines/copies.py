@@ -145,9 +145,11 @@ def bring(state: dict[str, Tensor], group: Group, wire: Wire) -> dict[str, Tenso
 
     Args:
         state: this rank's; no other rank has one of its names.
-        group: the ranks, all of which call it.
+        group: the ranks, all of which call it; None for this rank alone, which has all as it is.
         wire: the counted collectives.
     """
+    if group is None:
+        return state
     state = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     kinds = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in state.items()]
     flat = torch.cat([torch.empty(0, dtype=torch.uint8), *(t.reshape(-1).view(torch.uint8) for t in state.values())])

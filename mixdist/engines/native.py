@@ -126,11 +126,12 @@ class Native(Engine):
 
     def gather(self) -> None:
         for owned, _ in self.trained if self.shard else ():
-            self._gathered[owned.name] = bring(self._own_state(owned), self._group(owned), self.wire)
+            group = (self.shared if owned.expert is None else self.own).group
+            self._gathered[owned.name] = bring(self._own_state(owned), group, self.wire)
 
     def optimizer_state(self, owned: Owned) -> dict[str, Tensor]:
         """Return the optimiser's state of a module; where it is sharded, as it was when ``gather`` was called."""
-        sharded = self.shard and owned.name in self.optimizers
+        sharded = self.shard and self._optimizer(owned) is not None
         return self._gathered[owned.name] if sharded else self._own_state(owned)
 
     def load_optimizer_state(self, owned: Owned, state: dict[str, Tensor]) -> None:
