@@ -272,3 +272,6 @@ def test_options_are_checked_without_a_config() -> None:
     made = Parts({"gate": nn.Linear(3, 2)}, {0: nn.Linear(2, 2)})
     with pytest.raises(ValueError, match=r"engine\.shard \(all\) must be none or optimizer"):
         Native(made, mesh, Wire(mesh.device), torch.optim.Adam, shard="all")  # type: ignore[arg-type]
+    captured = functools.partial(torch.optim.Adam, capturable=True)
+    with pytest.raises(ValueError, match=r"engine\.offload .* capturable"):
+        Native(made, mesh, Wire(mesh.device), captured, offload="optimizer")

@@ -105,7 +105,7 @@ class Shards(Copies):
         if self.group is None or not self.tensors:
             return nothing
         sent_P = self._but_mine([self.numel_P[self.me]] * len(self.of_P))
-        flat = self._flat(self.owned).repeat(len(self.of_P) - 1)
+        flat = self._flat(self.owned * (len(self.of_P) - 1))
         received_P = self._but_mine(self.numel_P)
         pending = self.wire.all_gather(flat, sent_P, received_P, self.group)
         rest = [t for p, part in enumerate(self.of_P) for t in part if p != self.me]

@@ -48,7 +48,7 @@ class Native(Engine):
         offload: optimizer: optimiser states are in CPU memory, where the optimiser steps.
 
     Raises:
-        ValueError: shard or offload is something else.
+        ValueError: shard or offload is something else, or the optimiser cannot step in CPU memory.
     """
 
     def __init__(
@@ -76,6 +76,11 @@ class Native(Engine):
             module.name: optimizer([self._stepped[t] for t in tensors if t in self._stepped] or [nn.Parameter(EMPTY)])
             for module, tensors in self._tensors()
         }
+        if self.offloaded and any(o.defaults.get("capturable") for o in self.optimizers.values()):
+            raise ValueError(
+                "engine.offload (optimizer) has the optimizer step in CPU memory, where one with capturable cannot: leave "
+                "capturable or offload out"
+            )
         self.schedules = [schedule(o) for o in self.optimizers.values()] if schedule else []
         self._slices = [
             (stacked, slices)
