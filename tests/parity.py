@@ -293,7 +293,7 @@ def figures(outcome: Any, grad_norm: float) -> dict[str, Tensor]:
 
 
 def keep(report: dict[str, Any], mixture: Mixture, mesh: Mesh, kind: str, get: Any) -> None:
-    """Keep a tensor of every parameter under its global name, as the owner's and again as a copy's; None is left out."""
+    """Keep a tensor of every parameter under its global name, as the owner's or as a copy's; None is left out."""
     for owned in mixture.parts.owned():
         speaks = mesh.speaks_for(owned.expert)
         for name, parameter in owned.module.named_parameters():

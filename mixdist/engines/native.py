@@ -78,7 +78,7 @@ class Native(Engine):
         }
         if self.offloaded and any(o.defaults.get("capturable") for o in self.optimizers.values()):
             raise ValueError(
-                "engine.offload (optimizer) has the optimizer step in CPU memory, where one with capturable cannot: leave "
+                "engine.offload (optimizer) has optimizers step in CPU memory, where one with capturable cannot: leave "
                 "capturable or offload out"
             )
         self.schedules = [schedule(o) for o in self.optimizers.values()] if schedule else []
