@@ -50,6 +50,9 @@ class Purpose(IntEnum):
     MOSAIC = 15  # the places of a mixture's samples in a picture
     DEQUANTISE = 16  # where in its level a value lies
     START = 17  # a gate's start from training rows: which, and its seed
+    MIXING = 18  # Dirichlet weights of components
+    MASK = 19  # which components are kept
+    DECODER = 20  # initial weights of a shared decoder
 
 
 class Kind(IntEnum):

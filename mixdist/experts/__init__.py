@@ -3,6 +3,7 @@
 from mixdist.experts.bank import Compute, Execution, ExpertBank, Noise
 from mixdist.experts.centroid import Centroid
 from mixdist.experts.classifier import Classifier
+from mixdist.experts.component import Component
 from mixdist.experts.expert import Expert
 from mixdist.experts.regressor import Regressor
 from mixdist.experts.silent import Silent
@@ -13,6 +14,7 @@ __all__ = [
     "VAE",
     "Centroid",
     "Classifier",
+    "Component",
     "Compute",
     "Execution",
     "Expert",

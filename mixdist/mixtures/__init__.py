@@ -5,8 +5,10 @@ from mixdist.mixtures.declared import check_fields
 from mixdist.mixtures.ensemble import Ensemble, MakeExpert, Scores
 from mixdist.mixtures.facts import Facts
 from mixdist.mixtures.figures import ExpertEvaluation
+from mixdist.mixtures.masks import Masks
 from mixdist.mixtures.mixture import Mixture, Stage
 from mixdist.mixtures.model import Model
+from mixdist.mixtures.mvae import MVAE
 from mixdist.mixtures.objectives import (
     Balance,
     GateLoss,
@@ -17,11 +19,16 @@ from mixdist.mixtures.objectives import (
     VarianceBalance,
     WeightedLoss,
 )
+from mixdist.mixtures.penalties import DHSIC, MMD, W2, MutualPosterior, Penalty
 from mixdist.mixtures.routing import RoutingPlan, TopK
 from mixdist.mixtures.soft import Soft
 from mixdist.mixtures.study import Evaluation, Request, Study
 
 __all__ = [
+    "DHSIC",
+    "MMD",
+    "MVAE",
+    "W2",
     "Balance",
     "Context",
     "Ensemble",
@@ -32,9 +39,12 @@ __all__ = [
     "Information",
     "KLBalance",
     "MakeExpert",
+    "Masks",
     "Mixture",
     "Model",
+    "MutualPosterior",
     "Objective",
+    "Penalty",
     "Request",
     "RoutingPlan",
     "Scores",

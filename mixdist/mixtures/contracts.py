@@ -157,7 +157,7 @@ def check_expert(key: str, expert: Expert, rows: Rows, eps: Tensor | None, train
     for name in ("log_px_R", "kl_R"):
         _check_finite(who, name, getattr(terms, name), rows.values["id"])
     if trains:
-        check_learns(key, who, "loss_R", expert, [terms.loss_R], "gate")
+        check_learns(key, who, "loss_R", expert, [terms.loss_R, *terms.features.values()], "gate")
     return terms.loss_R.detach(), list(dict.fromkeys(used))
 
 

@@ -5,8 +5,6 @@ Shape letters: N rows, E experts.
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,17 +14,16 @@ from torch import Tensor
 
 from mixdist.experts import Expert
 from mixdist.gates import Gate
-from mixdist.messages import one_line
-from mixdist.mixtures.contracts import IN_RANGE
 from mixdist.mixtures.gate_shown import samples_of_cluster
+from mixdist.mixtures.given import Rowed, whole_number
 from mixdist.mixtures.routing import responsible
 from mixdist.mixtures.samples import drawn
 from mixdist.nets.likelihood import Likelihood
 from mixdist.noise import EVALUATION_PHASE, Moment, Purpose
-from mixdist.terms import STORED_INTEGERS, Batch, ExpertTerms, Field, Spec
+from mixdist.terms import Batch, ExpertTerms, Spec
 
 
-class Model:
+class Model(Rowed):
     """Gate and all experts of a run, in evaluation mode on the CPU.
 
     Rows are given as a tensor or array for the field "x", or as a dict by field, each (N, *shape) or flat (N, D), so
@@ -45,101 +42,11 @@ class Model:
     def __init__(
         self, gate: Gate, experts: dict[int, Expert], spec: Spec, dtype: torch.dtype, seed: int, class_names: list[str]
     ) -> None:
-        self.gate, self.experts, self.spec, self.dtype = gate.eval(), experts, spec, dtype
+        super().__init__(spec, dtype)
+        self.gate, self.experts = gate.eval(), experts
         self.seed, self.class_names = seed, class_names
         for expert in experts.values():
             expert.eval()
-
-    def rows(self, given: Tensor | np.ndarray | Batch) -> Batch:
-        """Turn what a user gives into rows of numbers.
-
-        Raises:
-            ValueError: an unknown field, rows of another shape, or numbers that cannot be this field's.
-        """
-        named = given if isinstance(given, dict) else {"x": given}
-        rows = {name: self._field(name, _tensor(name, values)) for name, values in named.items() if name != "id"}
-        lengths = {name: len(column) for name, column in rows.items()}
-        if len(set(lengths.values())) != 1:
-            raise ValueError(f"rows have fields of lengths {lengths}: give at least one field, all equally long")
-        num_rows = next(iter(lengths.values()))
-        ids = _tensor("id", named.get("id", torch.arange(num_rows)))
-        if ids.shape != (num_rows,) or ids.dtype not in STORED_INTEGERS:
-            raise ValueError(
-                f"id has shape {tuple(ids.shape)} of {ids.dtype}: give one whole number for each of {num_rows} rows"
-            )
-        return rows | {"id": ids.long()}
-
-    def _field(self, name: str, values: Tensor) -> Tensor:
-        if name not in self.spec:
-            raise ValueError(f"field {name!r} is not one of the model's: give {sorted(self.spec)}")
-        field = self.spec[name]
-        axes = [n for n in values.shape[1:] if n != 1]  # an axis of one place changes no order
-        if not values.dim() or axes not in ([n for n in field.shape if n != 1], [field.num_values]):
-            wanted = ", ".join(map(str, ("N", *field.shape)))
-            last = values.dim() == 4 and values.shape[1:] == (*field.shape[1:], *field.shape[:1])
-            raise ValueError(
-                f"field {name!r} has shape {tuple(values.shape)}: give N rows as ({wanted})"
-                f"{', with numpy.moveaxis(rows, -1, 1)' if last else ''}"
-            )
-        if values.is_complex() or (field.num_classes is not None and values.is_floating_point()):
-            wanted = "whole numbers" if field.num_classes else "real numbers"
-            raise ValueError(f"field {name!r} is {values.dtype}, expected {wanted}: convert it")
-        values = values.reshape(-1, *field.shape)
-        whole = not values.is_floating_point() and (values.dtype != torch.bool or field.dtype == torch.bool)
-        stored = field.num_classes is not None or (whole and field.dtype in STORED_INTEGERS)
-        numbers = field.values(values, self.dtype) if stored else values.to(self.dtype)
-        if values.numel():
-            self._check_numbers(name, field, values.double() if stored else numbers, stored)
-            if stored and field.num_classes is None:
-                self._check_scaled(name, field, values, numbers)
-        return numbers
-
-    def _check_scaled(self, name: str, field: Field, stored: Tensor, numbers: Tensor) -> None:
-        """Check stored numbers, once they are scaled, against what the likelihoods of the field can model.
-
-        Raises:
-            ValueError: they lie beyond it.
-        """
-        low, high = self._limits(name)
-        least, most = (float(end) for end in numbers.aminmax())
-        if not (low - IN_RANGE <= least and most <= high + IN_RANGE):
-            ends = " to ".join(f"{float(end):g}" for end in stored.double().aminmax())
-            first, last = sorted(
-                (low - field.offset) / field.scale if math.isfinite(low) else low for low in (low, high)
-            )
-            raise ValueError(
-                f"field {name!r} has whole numbers from {ends}, which the scale {field.scale:g} makes {least:g} to "
-                f"{most:g}, expected {low:g} to {high:g}: give them as stored, {first:g} to {last:g}, or scaled"
-            )
-
-    def _limits(self, name: str) -> tuple[float, float]:
-        """Return the range that the likelihoods of a field can model."""
-        limits = [one.limits for one in self._likelihoods(name) if one.limits is not None]
-        return max([-math.inf, *(low for low, _ in limits)]), min([math.inf, *(high for _, high in limits)])
-
-    def _check_numbers(self, name: str, field: Field, given: Tensor, stored: bool) -> None:
-        """Check numbers of a field against what they can be, as they are stored or as models see them.
-
-        Raises:
-            ValueError: they cannot be this field's.
-        """
-        low, high, remedy = -math.inf, math.inf, "remove what is no number"
-        if field.num_classes is not None:
-            low, high, remedy = 0.0, field.num_classes - 1.0, "give classes"
-        elif field.dtype in STORED_INTEGERS:
-            low, high = (0.0, 1.0) if field.dtype == torch.bool else _ends(field.dtype)
-            remedy = f"give stored numbers of {field.dtype}"
-            if not stored:
-                low, high = sorted((low * field.scale + field.offset, high * field.scale + field.offset))
-                remedy = f"give them as stored, whole numbers of {field.dtype}, or scaled"
-        if not stored:
-            ends = self._limits(name)
-            low, high = max(low, ends[0]), min(high, ends[1])
-        least, most = (float(end) for end in given.aminmax())
-        if not (low - IN_RANGE <= least and most <= high + IN_RANGE) or not math.isfinite(most - least):
-            raise ValueError(
-                f"field {name!r} has numbers from {least:g} to {most:g}, expected {low:g} to {high:g}: {remedy}"
-            )
 
     def _likelihoods(self, name: str) -> Iterator[Likelihood]:
         """Yield the likelihoods of the experts that model a field."""
@@ -182,16 +89,16 @@ class Model:
     def terms(self, rows: Tensor | np.ndarray | Batch, expert: int) -> ExpertTerms:
         """Return an expert's loss, log p(x|z) and KL for each row, nats, with noise keyed by the row's id or place."""
         one, named = self._expert(expert), self.rows(rows)
-        terms: ExpertTerms = self._run(one, named, Purpose.POSTERIOR, _index(expert))
+        terms: ExpertTerms = self._run(one, named, Purpose.POSTERIOR, whole_number(expert))
         return terms
 
     def _expert(self, number: int) -> Expert:
-        if not isinstance(number, bool) and _index(number) in self.experts:
-            return self.experts[_index(number)]
+        if not isinstance(number, bool) and whole_number(number) in self.experts:
+            return self.experts[whole_number(number)]
         raise ValueError(f"expert {number!r} is not one of the model's: give 0 to {len(self.experts) - 1}")
 
     def _able(self, number: int, ability: str, named: Batch) -> Expert:
-        one, number = self._expert(number), _index(number)
+        one, number = self._expert(number), whole_number(number)
         if not one.can(ability):
             raise ValueError(f"expert {number} ({type(one).__name__}) does not {ability}: choose another")
         self._require(one, named, getattr(one, "target", None) if ability == "predict" else None)
@@ -238,7 +145,7 @@ class Model:
             seed: of the draws; the same numbers of the prior, observed or not.
             observed: draw from p(x|z), noise and all, as the density has it; otherwise the means of p(x|z).
         """
-        one, expert = self._expert(expert), _index(expert)
+        one, expert = self._expert(expert), whole_number(expert)
         num_samples, seed = _draws(num_samples, seed)
         if one.noise_shape is None or not one.can("draw" if observed else "sample"):
             name = type(one).__name__
@@ -266,9 +173,9 @@ class Model:
         """
         gate = self._model_gate("sample")
         num_samples, seed = _draws(num_samples, seed)
-        if isinstance(cluster, bool) or _index(cluster) not in self.experts:
+        if isinstance(cluster, bool) or whole_number(cluster) not in self.experts:
             raise ValueError(f"cluster ({cluster!r}) must be from 0 to {len(self.experts) - 1}: choose another")
-        return samples_of_cluster(gate, _index(cluster), num_samples, Moment(seed), len(self.experts), self.dtype)
+        return samples_of_cluster(gate, whole_number(cluster), num_samples, Moment(seed), len(self.experts), self.dtype)
 
     def _model_gate(self, ability: str) -> Gate:
         gate = self.gate.model
@@ -287,42 +194,14 @@ class Model:
         return {f"expert {e}": self.sample(num_samples, e, seed, observed) for e in self.experts}
 
 
-def _ends(dtype: torch.dtype) -> tuple[float, float]:
-    """Return the least and the largest number of an integer type."""
-    info = torch.iinfo(dtype)
-    return float(info.min), float(info.max)
-
-
 def _draws(num_samples: Any, seed: Any) -> tuple[int, int]:
     """Return how many samples are to be drawn, and the seed.
 
     Raises:
         ValueError: one is no whole number, or out of range.
     """
-    if _index(num_samples) < 0:
+    if whole_number(num_samples) < 0:
         raise ValueError(f"num_samples ({num_samples!r}) must be a whole number from 0: give how many to draw")
-    if not 0 <= _index(seed) < 2**64:
+    if not 0 <= whole_number(seed) < 2**64:
         raise ValueError(f"seed ({seed!r}) must be a whole number from 0 to 2**64 - 1: choose another")
-    return _index(num_samples), _index(seed)
-
-
-def _index(number: Any) -> int:
-    """Return a whole number of any type; -1 for what is none."""
-    try:
-        return operator.index(number)
-    except (TypeError, ValueError, RuntimeError):
-        return -1
-
-
-def _tensor(name: str, values: Any) -> Tensor:
-    try:
-        if isinstance(values, np.ma.MaskedArray):
-            raise TypeError("a masked array")
-        found = torch.as_tensor(values)
-        if found.is_nested or found.layout != torch.strided:
-            raise TypeError("a nested tensor" if found.is_nested else f"layout {found.layout}")
-        return found.to("cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"field {name!r} cannot be made a tensor ({one_line(str(error))}): give a dense tensor or an array"
-        ) from error
+    return whole_number(num_samples), whole_number(seed)
