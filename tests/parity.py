@@ -17,9 +17,21 @@ from torch import Tensor
 from mixdist.data import Dataset, Loader
 from mixdist.engines import Engine, EngineFactory, Native
 from mixdist.evaluation.evaluate import evaluate
-from mixdist.experts import VAE, Centroid, Classifier, Compute, Expert, Regressor, Silent
+from mixdist.experts import VAE, Centroid, Classifier, Component, Compute, Expert, Regressor, Silent
 from mixdist.gates import DMVAE, GMM, Consistent, Gate, LabelOracle, Softmax, Uniform, VaDE
-from mixdist.mixtures import Context, ExpertEvaluation, MakeExpert, Mixture, Soft
+from mixdist.mixtures import (
+    DHSIC,
+    MMD,
+    MVAE,
+    W2,
+    Context,
+    ExpertEvaluation,
+    MakeExpert,
+    Masks,
+    Mixture,
+    MutualPosterior,
+    Soft,
+)
 from mixdist.mixtures.objectives import (
     Balance,
     GateLoss,
@@ -216,10 +228,38 @@ def mesh_of(num_experts: int, ranks: int, ep_size: int) -> Mesh:
     return Mesh(Placement.plan(num_experts, ranks, ep_size), Launch(rank, ranks), torch.device("cpu"), 60.0)
 
 
+PENALTIES = {
+    "none": None,
+    "dhsic": DHSIC(20.0),
+    "root": DHSIC(2.0, bandwidth="normal", root=True),
+    "mmd": MMD(3.0),
+    "w2": W2(0.5),
+    "mutual": MutualPosterior(2.0),
+}
+
+
+def make_mvae(case: Case) -> MVAE:
+    """A mixture with one decoder; its masks are named as the gate, its penalty as the balance."""
+    kind, _, rates = case.gate.partition("-")
+    masks = functools.partial(Masks, kind=kind, rates=rates, rate=0.3, kl="sigmoid") if rates else None
+    return MVAE(
+        functools.partial(Component, latent=2, features=6, network=MLP([7], "tanh")),
+        case.num_experts,
+        MLP([8], "tanh"),
+        masks=masks,
+        penalty=PENALTIES[case.balance],
+        kl="sum" if case.objective == "sum" else "mean",
+        execution=case.execution,  # type: ignore[arg-type]
+        compute=COMPUTE[case.memory],
+    )
+
+
 def make_mixture(case: Case, mesh: Mesh, wire: Wire) -> Mixture:
     spec, dtype = data().spec, getattr(torch, case.dtype)
     if case.family == "two-stage":
         mixture: Mixture = TwoStage(case.num_experts)
+    elif case.family == "mvae":
+        mixture = make_mvae(case)
     else:
         mixture = Soft(
             lambda spec, num_experts: make_gate(case, spec),
@@ -271,7 +311,7 @@ def run(case: Case) -> dict[str, Any]:
         wire.meter.reset()
         shard, upcoming = upcoming, loader.batch(*divmod(step + 1, loader.num_batches))
         engine.zero_grad()
-        objective = make_objective(case)
+        objective = WeightedLoss() if case.family == "mvae" else make_objective(case)
         objective.anneal(step)
         ahead = upcoming if case.prefetch else None
         outcome = mixture.backward(shard, objective, Moment(SEED, 0, step), case.accumulate, ahead)
@@ -283,6 +323,8 @@ def run(case: Case) -> dict[str, Any]:
     keep(report, mixture, mesh, "weight", lambda p: p)
     if isinstance(mixture, Soft):
         judge(report, case, mixture)
+    if isinstance(mixture, MVAE):
+        report["figures"] = evaluate(mixture, data(), case.batch_size, SEED).figures
     return report
 
 

@@ -107,6 +107,35 @@ def test_the_covering_cases_cover_every_pair() -> None:
     assert pairs_of(OPTIONS) <= covered
 
 
+MVAES = {
+    "layout": LAYOUTS[1:],
+    "num_experts": (4, 5),
+    "execution": ("loop", "stacked"),
+    "memory": ("whole", "recompute"),
+    "accumulate": (1, 3),
+    "gate": ("none", "gaussian-shared", "gaussian-each", "gumbel-shared", "gumbel-each"),
+    "balance": ("none", "dhsic", "root", "mmd", "w2", "mutual"),
+    "objective": ("mean", "sum"),
+    "batch_size": (16, 13, 3),
+}
+"""Of mixtures with one decoder; the gate names the masks, the balance the penalty."""
+
+
+def one_decoder() -> list[Any]:
+    """The covering cases; those that hold every value of every option run by default."""
+    cases, seen, marked = [case_of(family="mvae", **row) for row in covering(MVAES)], set[tuple[str, Any]](), []
+    for case in cases:
+        values = {(n, getattr(case, n)) for n in MVAES if n != "layout"} | {("layout", (case.ranks, case.ep_size))}
+        marked.append(pytest.param(case, marks=[] if values - seen else pytest.mark.slow, id=str(case)))
+        seen |= values
+    return marked
+
+
+@pytest.mark.parametrize("case", one_decoder())
+def test_mixtures_with_one_decoder_are_the_same_run(pool: Callable[[int], Pool], case: Case) -> None:
+    check(pool, case)
+
+
 # Each layout with both numbers of experts; each number of experts with every batch size.
 TWO_STAGES = [
     case_of(layout, num_experts=n, family="two-stage", batch_size=b, optimizer="adam" if b == 16 else "clipped-sgd")
