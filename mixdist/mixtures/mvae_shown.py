@@ -124,7 +124,7 @@ class MVAEModel(Rowed):
         if getattr(mixture.component, "label", None) is not None:
             raise ValueError("samples of components with a label need one: use reconstruct of mixdist.load(RUN)")
         experts, draw = list(range(mixture.num_experts)), Moment(seed).draw(Purpose.PRIOR)
-        z_ENL = draw.normal(ids, [0] if alike else experts, mixture.component.noise_shape, self.dtype)
+        z_ENL = draw.normal(ids, [0] if alike else experts, mixture.component.noise_shape or (), self.dtype)
         z_NEL = z_ENL.expand(len(experts), -1, -1).transpose(0, 1)
         uniform = Moment(seed).draw(Purpose.MIXING).uniform(ids, experts, (NUM_UNIFORM,), self.dtype).transpose(0, 1)
         prior = torch.full((num_samples, len(experts)), mixture.prior, dtype=self.dtype)
