@@ -168,7 +168,7 @@ MEANINGLESS: list[tuple[Any, dict[str, Any], str]] = [
     (SOFT, {"expert": of("mixdist.gates.Softmax")}, "expert mixdist.gates.Softmax Expert mixdist.experts.VAE"),
     (SOFT, {"data": of("mixdist.experts.VAE")}, "data mixdist.experts.VAE Source mixdist.data.Digits"),
     (SOFT, {"gate": of("os.getcwd")}, "gate os.getcwd Gate mixdist.gates.Softmax"),
-    (SOFT, {"gate": of("mixdist.gates.Gate")}, "gate mixdist.gates.Gate mixdist.gates.Softmax"),
+    (SOFT, {"gate": of("mixdist.gates.Gate")}, "gate mixdist.gates.Gate mixdist.gates.VaDE"),
     (SOFT, {"gate": {"init_args": {"field": "x"}}}, "gate class_path field"),
     (SOFT, {"data": of("mixdist.data.Idx")}, "data.root mixdist.data.Idx"),
     (SOFT, {"train.schedule": of(f"{LR}.StepLR")}, "train.schedule.step_size"),
