@@ -90,7 +90,10 @@ def real_field(spec: Spec, name: str, asked_by: str) -> Field:
         )
     field = spec[name]
     if field.num_classes is not None:
-        raise ValueError(f"{asked_by} needs real numbers, but the field {name!r} holds {field.num_classes} classes")
+        raise ValueError(
+            f"{asked_by} needs real numbers, but the field {name!r} holds {field.num_classes} classes: set its field "
+            f"argument"
+        )
     return field
 
 

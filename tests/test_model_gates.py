@@ -19,6 +19,7 @@ from mixdist.experts import VAE
 from mixdist.experts.importance import Weights
 from mixdist.gates import DMVAE, GMM, Consistent, Gate, VaDE
 from mixdist.gates.gaussians import fit_diagonal, log_joint, weighted_clusters
+from mixdist.mixtures.gate_shown import in_the_plane
 from mixdist.nets import MLP
 from mixdist.report.metrics import read_metrics
 from mixdist.terms import Batch, Field
@@ -264,6 +265,33 @@ def test_after_a_start_posteriors_are_narrower_than_clusters(make: Callable[...,
     assert log_var.std(0).max() < 1e-12  # the same for all rows
 
 
+def test_an_empty_cluster_starts_as_all_rows_lie() -> None:
+    points, resp = (
+        torch.randn(60, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(60, 3),
+    )
+    resp[:, 0], resp[:30, 1], resp[:30, 0] = 1.0, 1.0, 0.0
+    found = weighted_clusters(points + 5.0, resp)
+    torch.testing.assert_close(found.mean_KL[2], (points + 5.0).mean(0))
+    torch.testing.assert_close(found.log_var_KL[2].exp(), points.var(0, correction=0))
+    assert found.log_pi_K[2] < -9
+    gate = dmvae(start="classes")
+    gate.take(weighted_clusters(points, resp))
+    torch.testing.assert_close(gate.log_var_offset_L.double() + 2.0, found.log_var_KL[:2].mean(0), rtol=0, atol=0.1)
+
+
+def test_a_start_far_from_0_is_that_near_it() -> None:
+    points = torch.randn(90, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    near, far = fit_diagonal(points * 1e-3, 2, seed=0), fit_diagonal(points * 1e-3 + 1e4, 2, seed=0)
+    torch.testing.assert_close(far.mean_KL - 1e4, near.mean_KL, rtol=0, atol=1e-6)
+    torch.testing.assert_close(far.log_var_KL, near.log_var_KL, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("points", [np.ones((10, 3)), np.full((10, 3), np.nan), np.zeros((3, 5)), np.ones((5, 1))])
+def test_latents_that_cannot_be_parted_are_shown_as_they_are(points: np.ndarray) -> None:
+    assert in_the_plane(points, 0).shape == (len(points), 2)
+
+
 # Mistakes
 
 
@@ -276,13 +304,15 @@ def test_after_a_start_posteriors_are_narrower_than_clusters(make: Callable[...,
         (lambda: DMVAE(SPEC, 3, temperature=0.0), ["DMVAE", "temperature (0.0)"]),
         (lambda: DMVAE({"y": Field((), torch.uint8, num_classes=2)}, 3), ["DMVAE", "'x'"]),
         (lambda: GMM(SPEC, 3, min_variance=0.0), ["GMM", "min_variance (0.0)"]),
-        (lambda: GMM(SPEC, 3, covariance="full", start="em").check_start(3), ["GMM", "full", "3"]),
+        (lambda: GMM(SPEC, 3, covariance="full").check_rows(3), ["GMM", "full", "3"]),
+        (lambda: fit_diagonal(torch.ones(9, 2), 3, 0), ["3 clusters", "9 rows"]),
+        (lambda: fit_diagonal(torch.full((9, 2), math.nan), 3, 0), ["finite"]),
         (lambda: vade(start="mixture").check_start(3), ["VaDE", "3", "4 clusters"]),
         (lambda: vade(start="mixture", start_rows=2).check_start(300), ["VaDE", "2", "start_rows"]),
     ],
 )
 def test_what_is_refused_is_named_in_one_line(make: Callable[[], Any], named: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"must|cannot|needs|start") as refused:
+    with pytest.raises(ValueError, match=r"must|cannot|needs|start|finite") as refused:
         make()
     text = str(refused.value)
     assert "\n" not in text
@@ -316,7 +346,7 @@ def test_what_a_gate_that_is_a_model_shows(tmp_path: Path, monkeypatch: pytest.M
     assert not torch.equal(model.generate(4, cluster=2), model.generate(4, cluster=3))
     assert model.generate(4, cluster=2).shape == (4, 1, 8, 8)
     for call in (lambda: model.generate(4, cluster=9), lambda: model.generate(-1, cluster=0)):
-        with pytest.raises(ValueError, match="cluster|num_samples"):
+        with pytest.raises(ValueError, match=r"cluster|num_samples"):
             call()
     assert here("sample", "run").code == 0
 

@@ -133,6 +133,8 @@ def test_em_fits_the_rows_before_the_first_step(tmp_path: Path, monkeypatch: pyt
         (["--mixture.gate", "mixdist.gates.Softmax"], "pretrain[0].stage autoencoder Softmax joint"),
         (["--data.test_fraction", "0.999"], "VaDE start 4"),
         (["--train.objective", "mixdist.mixtures.WeightedLoss"], "WeightedLoss Silent GateLoss"),
+        (["--train.trains", "experts"], "train.trains experts"),
+        (["--mixture.expert", "mixdist.experts.VAE", "--train.trains", "both"], "train.trains both GateLoss gate"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(

@@ -74,6 +74,13 @@ class Gate(nn.Module):
         """Return whether ``start`` is to be called before the first step of the run's first phase of a stage."""
         return False
 
+    def check_rows(self, num_rows: int) -> None:
+        """Check that so many training rows are enough for it.
+
+        Raises:
+            ValueError: they are not.
+        """
+
     def check_start(self, num_rows: int) -> None:
         """Check that ``start`` can be made from so many training rows.
 

@@ -67,29 +67,46 @@ def fit_diagonal(points_NL: Tensor, num_clusters: int, seed: int) -> Clusters:
         seed: of the starts.
 
     Raises:
-        ValueError: fewer points than clusters, or points that are not finite.
+        ValueError: points that are not finite, or that cannot be told apart.
     """
     import warnings
 
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
     points = points_NL.detach().double().cpu().numpy()
     if not np.isfinite(points).all():
-        raise ValueError("a start from latents needs finite numbers: lower the learning rate of the phase before")
+        raise ValueError(
+            "a start needs finite numbers, and what the gate sees of the rows is not: look at the rows, or lower the "
+            "learning rate of the phase before"
+        )
+    middle = points.mean(0)  # far from 0 variances would cancel
+    if not np.ptp(points, axis=0).any():
+        raise ValueError(
+            f"a start of {num_clusters} clusters finds all {len(points)} rows in one place: look at the rows, or set "
+            f"start to none"
+        )
     options = {"n_init": STARTS, "max_iter": ITERATIONS, "init_params": "k-means++", "random_state": seed % 2**32}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        floor = 1e-6 * max(float(points.var()), np.finfo(np.float64).tiny)
-        found = GaussianMixture(num_clusters, covariance_type="diag", reg_covar=floor, **options).fit(points)
-    return Clusters(*map(torch.from_numpy, (np.log(found.weights_), found.means_, np.log(found.covariances_))))
+        warnings.simplefilter("ignore")  # that it has not converged, or fewer different points than clusters
+        floor = 1e-6 * float((points - middle).var())
+        found = GaussianMixture(num_clusters, covariance_type="diag", reg_covar=floor, **options).fit(points - middle)
+    shown = np.log(found.weights_), found.means_ + middle, np.log(found.covariances_)
+    return Clusters(*map(torch.from_numpy, shown))
 
 
 def weighted_clusters(points_NL: Tensor, resp_NK: Tensor) -> Clusters:
-    """Return the clusters of highest likelihood under given responsibilities, float64: one M step."""
+    """Return the clusters of highest likelihood under given responsibilities, float64: one M step.
+
+    A cluster without rows gets the mean and variance of all.
+    """
     points, resp = points_NL.double(), resp_NK.double()
-    total_K = resp.sum(0).clamp(min=1e-9)
-    mean_KL = resp.T @ points / total_K[:, None]
-    square_KL = resp.T @ points.square() / total_K[:, None]
-    floor = 1e-6 * points.var(correction=0).clamp(min=torch.finfo(torch.float64).tiny)
-    return Clusters((total_K / len(points)).log(), mean_KL, (square_KL - mean_KL.square()).clamp(min=floor).log())
+    middle = points.mean(0)
+    centred, variance_L = points - middle, points.var(0, correction=0)
+    # A thousandth of a row that lies as all rows do: nothing beside a cluster's own rows, all that an empty one has.
+    prior = 1e-3
+    total_K = resp.sum(0) + prior
+    mean_KL = resp.T @ centred / total_K[:, None]
+    square_KL = (resp.T @ centred.square() + prior * variance_L) / total_K[:, None]
+    floor = (1e-6 * variance_L.mean()).clamp(min=1e-12)
+    variance_KL = (square_KL - mean_KL.square()).clamp(min=floor)
+    return Clusters((total_K / total_K.sum()).log(), mean_KL + middle, variance_KL.log())

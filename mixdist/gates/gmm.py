@@ -68,8 +68,9 @@ class GMM(Gate):
         described = real_field(spec, field, "GMM")
         numbers = {"spread": spread, "start_rows": start_rows, "min_variance": min_variance, "steps": steps}
         for name, value in numbers.items():
-            if not (0 if name == "steps" else 1e-300) <= value < math.inf:
-                raise ValueError(f"GMM's {name} ({value}) must be a number above 0: give one")
+            least, told = (0, "from") if name == "steps" else (1e-300, "above")
+            if not least <= value < math.inf:
+                raise ValueError(f"GMM's {name} ({value}) must be a number {told} 0: give one")
         self.field, self.fields, self.shape = field, (field,), described.shape
         self.num_clusters, self.covariance, self.begins = num_experts, covariance, start
         self.start_rows, self.steps, self.min_variance = start_rows, steps, min_variance
@@ -127,6 +128,8 @@ class GMM(Gate):
 
     def check_start(self, num_rows: int) -> None:
         check_enough(self, min(num_rows, self.start_rows), self.num_clusters)
+
+    def check_rows(self, num_rows: int) -> None:
         size = self.mean_KD.shape[1]
         if self.covariance == "full" and num_rows <= size:
             raise ValueError(
@@ -159,10 +162,11 @@ class GMM(Gate):
         resp_BK = self.forward(rows, None).log_resp_BE.double().exp()
         off_BKD = flat(rows[self.field], self.shape).double()[:, None] - self.mean_KD.double()
         weighted_BKD = resp_BK[..., None] * off_BKD
-        second = (
-            weighted_BKD * off_BKD if self.upper_KDD is None else torch.einsum("bkd,bke->bkde", weighted_BKD, off_BKD)
-        )
-        return torch.cat([resp_BK.sum(0)[:, None], weighted_BKD.sum(0), second.sum(0).flatten(1)], dim=1)
+        if self.upper_KDD is None:
+            second = (weighted_BKD * off_BKD).sum(0)
+        else:
+            second = torch.stack([w.T @ off for w, off in zip(weighted_BKD.unbind(1), off_BKD.unbind(1), strict=True)])
+        return torch.cat([resp_BK.sum(0)[:, None], weighted_BKD.sum(0), second.flatten(1)], dim=1)
 
     @torch.no_grad()
     def maximise(self, statistics: Tensor) -> None:

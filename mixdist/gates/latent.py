@@ -128,7 +128,7 @@ class LatentGate(Gate):
         """Take clusters as the prior, and begin with narrow posteriors."""
         self.mean_KL.copy_(found.mean_KL)
         self.log_var_KL.copy_(found.log_var_KL)
-        self.log_var_offset_L.copy_(found.log_var_KL.mean(0) - BELOW)
+        self.log_var_offset_L.copy_((found.log_pi_K.exp()[:, None] * found.log_var_KL).sum(0) - BELOW)
         self.log_var_gain_L.zero_()
 
     def embed(self, rows: Batch) -> Tensor:

@@ -84,7 +84,7 @@ class ExpertStudy(Study):
         self.mixture, self.num_experts = mixture, mixture.num_experts
         self.target = mixture.common("predicts")
         self.weighs = request.num_samples is not None and any(facts.weighs for facts in mixture.facts)
-        self.has_losses = any(facts.has_loss for facts in mixture.facts)
+        self.has_losses = all(facts.has_loss for facts in mixture.facts)
         self.has_posteriors = any(facts.num_latent for facts in mixture.facts)
         self.share_E: Tensor | None = None
 

@@ -101,11 +101,13 @@ def _latents(mixture: Ensemble, gate: Gate, dataset: Samples, evaluation: Expert
 def in_the_plane(points_nL: np.ndarray, seed: int) -> np.ndarray:
     """Return points in the plane, (n, 2): two dimensions as they are, one beside zeros, more by t-SNE.
 
+    So are points that all lie in one place or are not finite: t-SNE cannot part them.
+
     t-SNE (van der Maaten and Hinton 2008) is scikit-learn's, from principal components, with perplexity 30 or, of fewer
     than 90 points, a third of them.
     """
     num, size = points_nL.shape
-    if size <= 2 or num < 4:
+    if size <= 2 or num < 4 or not np.isfinite(points_nL).all() or not np.ptp(points_nL, axis=0).any():
         return np.pad(points_nL, ((0, 0), (0, max(0, 2 - size))))[:, :2]
     from sklearn.manifold import TSNE
 

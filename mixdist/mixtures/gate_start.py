@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixdist.data import Samples
 from mixdist.gates import Gate
+from mixdist.messages import one_line
 from mixdist.mixtures.context import Context
 from mixdist.mixtures.mixture import Stage
 from mixdist.noise import Moment, Purpose, permutation, weights_seed
@@ -22,7 +23,7 @@ CHUNK = 500
 """Rows that a rank reads at once. Chunks are the same on every layout, so each row's numbers are, to the last bit."""
 
 
-def check_stages(gate: Gate, stages: Mapping[str, Stage], num_rows: int, mute: str | None) -> None:
+def check_stages(gate: Gate, stages: Mapping[str, Stage], num_rows: int, mute: str | None, experts_learn: bool) -> None:
     """Check phases, by their keys, against the stages of a gate.
 
     Args:
@@ -30,19 +31,27 @@ def check_stages(gate: Gate, stages: Mapping[str, Stage], num_rows: int, mute: s
         stages: the phases.
         num_rows: training rows.
         mute: the class of experts that have no loss, if some have none.
+        experts_learn: whether experts have parameters.
 
     Raises:
         ValueError: the gate has no such stage, or too few rows to start; an objective reads losses that are not there.
     """
+    gate.check_rows(num_rows)
     for key, stage in stages.items():
         if stage.stage not in gate.stages:
             known, kind = ", ".join(gate.stages), type(gate).__name__
             raise ValueError(f"{key}.stage ({stage.stage}) is none of {kind}'s: choose of {known}")
         if gate.starts_at(stage.stage):
             gate.check_start(num_rows)
+        objective = type(stage.objective).__name__
+        if stage.trains != "gate" and not stage.objective.reads_losses and experts_learn:
+            raise ValueError(
+                f"{key}.trains ({stage.trains}) cannot be with {key}.objective ({objective}), which reads no losses, "
+                f"so that no expert learns: set it to gate"
+            )
         if mute and stage.objective.reads_losses:
             raise ValueError(
-                f"{key}.objective ({type(stage.objective).__name__}) reads the losses of experts, and mixture.expert "
+                f"{key}.objective ({objective}) reads the losses of experts, and mixture.expert "
                 f"({mute}) has none: set it to mixdist.mixtures.GateLoss, or take another expert"
             )
 
@@ -67,13 +76,24 @@ def start_gate(context: Context, over_batch: OverBatch, gate: Gate, dataset: Sam
         positions = permutation(at.seed, at.phase, 0, size, purpose=Purpose.START)[:limit].sort().values
     seen_NM = _gather(context, over_batch, gate, dataset, positions)
     seed = weights_seed(at.seed, Purpose.START, 1, at.phase)
-    agreed(lambda: gate.start(seen_NM, seed) if mesh.rank == 0 else None, mesh.world)
+    agreed(lambda: _started(gate, seen_NM, seed) if mesh.rank == 0 else None, mesh.world)
     _share(gate, over_batch)
     for _ in range(gate.em_steps):
         own = [gate.statistics(rows) for rows in _rows(context, gate, dataset, torch.arange(size))]
         empty = gate.statistics(_take(context, gate, dataset, torch.arange(0)))
         gate.maximise(over_batch.sum(torch.stack([empty, *own]).sum(0)))
     _share(gate, over_batch)
+
+
+def _started(gate: Gate, seen_NM: Tensor, seed: int) -> None:
+    try:
+        gate.start(seen_NM, seed)
+    except ValueError as error:
+        raise ValueError(f"mixture.gate ({type(gate).__name__}): {one_line(str(error))}") from error
+    if any(not bool(one.isfinite().all()) for one in gate.parameters()):
+        raise ValueError(
+            f"mixture.gate ({type(gate).__name__}): its start is not finite: look at the rows, or set start to none"
+        )
 
 
 def _rows(context: Context, gate: Gate, dataset: Samples, positions: Tensor) -> list[dict[str, Tensor]]:

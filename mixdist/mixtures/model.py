@@ -171,7 +171,8 @@ class Model(Rowed):
         Raises:
             ValueError: the gate is no model of rows, or there is no such cluster.
         """
-        gate = self._model_gate("sample")
+        gate, num_samples, seed = self._model_gate("sample"), *_draws(num_samples, seed)
+        cluster = whole_number(cluster)
         num_samples, seed = _draws(num_samples, seed)
         if isinstance(cluster, bool) or whole_number(cluster) not in self.experts:
             raise ValueError(f"cluster ({cluster!r}) must be from 0 to {len(self.experts) - 1}: choose another")

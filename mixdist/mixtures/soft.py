@@ -105,7 +105,7 @@ class Soft(Ensemble):
 
     def check(self, stages: Mapping[str, Stage]) -> None:
         for name, stage in stages.items():
-            if self.one_way and not stage.objective.linear:
+            if self.one_way and stage.objective.reads_losses and not stage.objective.linear:
                 kind = type(stage.objective).__name__
                 raise ValueError(
                     f"mixture.one_way (true) needs an objective linear in the experts' losses, and {name}.objective is "
@@ -114,7 +114,8 @@ class Soft(Ensemble):
 
     def check_stages(self, stages: Mapping[str, Stage], num_rows: int) -> None:
         mute = next((type(one).__name__ for one in self.bank.owned().values() if not one.has_loss), None)
-        check_stages(self.gate.model, stages, num_rows, mute)
+        learn = any(p.requires_grad for p in self.bank.parameters())
+        check_stages(self.gate.model, stages, num_rows, mute, learn)
 
     def describe(self, stages: Sequence[Stage]) -> dict[str, Any]:
         named = [stage.stage for stage in stages]

@@ -53,6 +53,8 @@ class Trainer:
         self._rows, self._seconds = 0, 0.0
         keys = phase_keys(self.phases)
         mixture.check_stages(dict(zip(keys, self.phases, strict=True)), len(dataset))
+        for key, phase in zip(keys, self.phases, strict=True):
+            self._free(key, phase)
         self.engine = self._enter(0)
         for key, phase in zip(keys, self.phases, strict=True):
             phase.try_schedule(key, phase.epochs * self._batches(phase), "steps")
@@ -169,11 +171,7 @@ class Trainer:
 
     def _enter(self, number: int) -> Engine:
         phase = self.phases[number]
-        for owned, parameters in zip(self.owned, self.learnable, strict=True):
-            kind = "gate" if owned.expert is None else "experts"
-            for parameter in parameters:
-                parameter.requires_grad_(phase.trains in ("both", kind))
-        self.mixture.enter(phase)
+        self._free(phase_keys(self.phases)[number], phase)
         place, pin = (self.mesh.rank, self.mesh.world_size), self.mesh.device.type == "cuda"
         self.loader = Loader(self.dataset, phase.batch_size, self.seed, number, *place, epochs=phase.epochs, pin=pin)
         self._upcoming: RankBatch | None = None
@@ -189,9 +187,17 @@ class Trainer:
                 f"mixture.execution (stacked) cannot be used with the engine {type(engine).__name__}, which needs each "
                 f"expert's own parameters: set it to loop"
             )
-        if not engine.trained:
-            raise ValueError(f"phase {number} trains {phase.trains}, which has no parameters: set trains to both")
         return engine
+
+    def _free(self, key: str, phase: Phase) -> None:
+        """Let what a phase trains learn, and nothing else."""
+        for owned, parameters in zip(self.owned, self.learnable, strict=True):
+            kind = "gate" if owned.expert is None else "experts"
+            for parameter in parameters:
+                parameter.requires_grad_(phase.trains in ("both", kind))
+        self.mixture.enter(phase)
+        if not any(p.requires_grad for parameters in self.learnable for p in parameters):
+            raise ValueError(f"{key}.trains ({phase.trains}) has no parameters that learn: set it to both or another")
 
     def _inspect(self) -> None:
         """Check what the user wrote, once a phase; its first batch is kept for its first step.

@@ -44,6 +44,10 @@ class AffineTargets(Source):
         field: str = "x",
         seed: int = 0,
     ) -> None:
+        if not isinstance(source, Source):
+            raise ValueError(f"source ({source!r}) must be a source of data: give one, such as Spiral()")
+        if not isinstance(outputs, int):
+            raise ValueError(f"outputs ({outputs!r}) must be a whole number: give how many numbers y has")
         require_rows(outputs=outputs)
         self.source, self.outputs, self.per_class = source, outputs, per_class
         self.label, self.field, self.seed = label, field, seed
