@@ -14,7 +14,7 @@ from scipy.stats import norm
 from mixdist.evaluation.compare import NORMAL_95, Judged, compare, paired
 from mixdist.files import read_arrays
 from tests.errors import error_of
-from tests.launch import here, refused
+from tests.launch import changed, here, refused, write_config
 
 RNG = np.random.default_rng(0)
 PROTOCOL = {"split": "test", "data": "a" * 64, "rows": 500, "likelihood": "density", "num_samples": 100}
@@ -113,6 +113,56 @@ def test_runs_of_unlike_protocols_are_refused(
     refused("compare", "one", "other", names=" ".join(["one", "other", *named]))
     of_likelihoods = not {"data", "split"} & protocol.keys()
     assert here("compare", "one", "other", "--figure", "accuracy").code == (0 if of_likelihoods else 2)
+
+
+@pytest.mark.parametrize(
+    ("figure", "key", "theirs"),
+    [
+        ("accuracy", "label", "b"),
+        ("ari", "label", None),
+        ("rmse_value", "reconstructs", "t"),
+        ("rmse_row", "reconstructs_scale", 0.5),
+        ("prediction_rmse", "predicts", "t"),
+        ("prediction_error", "predicts_scale", 0.5),
+        ("unexplained_variance", "predicts", "t"),
+    ],
+)
+def test_figures_of_another_label_or_field_are_refused(figure: str, key: str, theirs: Any, folder: Path) -> None:
+    columns = {"id": np.arange(9), figure: RNG.normal(size=9), "kl": RNG.normal(size=9)}
+    write(Path("one"), columns, **{key: "x"})
+    write(Path("other"), columns, **{key: theirs})
+    refused("compare", "one", "other", "--figure", figure, names=f"{figure} other one {key} {theirs} x")
+    assert here("compare", "one", "other", "--figure", "kl").code == 0
+    write(Path("other"), columns)  # of a family that does not say
+    assert here("compare", "one", "other", "--figure", figure).code == 0
+
+
+def test_a_run_and_a_baseline_say_which_label_and_field_their_figures_are_of(folder: Path) -> None:
+    config = write_config(Path("c.yaml"), changed())
+    told = []
+    for run, words in (("run", ("train",)), ("baseline", ("baseline", "ppca", "--components", "1"))):
+        assert here(*words, "--config", config, "--out", run).code == 0
+    assert here("evaluate", "run", "--num_samples", "1").code == 0
+    for run in ("run", "baseline"):
+        told.append(json.loads(Path(run, "evaluation.json").read_bytes())["protocol"])
+    for key, value in {"label": "y", "reconstructs": "x", "reconstructs_scale": 1 / 16}.items():
+        assert [one[key] for one in told] == [value, value]
+
+
+@pytest.mark.parametrize(
+    ("figure", "sampled"),
+    [
+        ("log_likelihood", True),
+        ("conditional_log_likelihood", True),
+        ("gate_log_likelihood", True),
+        *((name, False) for name in ("elbo", "expert_elbo", "loss", "gate_loss", "exact_log_likelihood")),
+    ],
+)
+def test_the_number_of_samples_matters_to_figures_that_take_them(figure: str, sampled: bool, folder: Path) -> None:
+    columns = {"id": np.arange(9), figure: RNG.normal(size=9)}
+    write(Path("one"), columns)
+    write(Path("other"), columns, num_samples=7)
+    assert here("compare", "one", "other", "--figure", figure).code == (2 if sampled else 0)
 
 
 def test_an_exact_likelihood_is_compared_with_a_sampled_one(runs: tuple[Path, Path]) -> None:

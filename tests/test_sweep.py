@@ -357,6 +357,10 @@ def test_rows_of_other_data_or_meaning_are_not_compared() -> None:
     # Nor are a density and a mass, but clusters are.
     assert found["d"]["difference"] == {"against": "b", "differs": "likelihood"}
     assert table.describe(rows, "test", None)["nmi"]["d"]["difference"]["mean"] == 5.0
+    labels = {name: {0: record(1.0, "y")} for name in "ab"}
+    for name, records in labels.items():
+        records[0]["protocol"]["test"]["label"] = name
+    assert table.describe(labels, "test", None)["nmi"]["b"]["difference"] == {"against": "a", "differs": "label"}
     assert "another likelihood" in table.figure_table(rows, "test", "loss", None).text()
     assert "difference" not in found["a"]
     assert "difference" not in found["b"]

@@ -27,6 +27,7 @@ from mixdist.evaluation.protocol import about_rows
 from mixdist.evaluation.record import record
 from mixdist.experts import Expert
 from mixdist.mixtures.evidence import stored_units
+from mixdist.mixtures.expert_study import unit_of
 from mixdist.model import load
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement
@@ -176,6 +177,8 @@ def evaluate_fitted(run: Path, about: About, model: Baseline, rows: Rows, split:
     spec, name = rows.dataset.spec, about["field"]
     evaluation = evaluate_baseline(model, rows, None if about["on"] else spec[name].num_values)
     told: dict[str, Any] = {"likelihood": about["likelihood"] if "log_likelihood" in evaluation.figures else None}
+    if "rmse_row" in evaluation.figures:
+        told |= unit_of("reconstructs", name, spec)
     if told["likelihood"] == "density":
         told |= {"likelihood_of": name, "add_for_stored_units": stored_units(spec[name])}
     elif told["likelihood"] == "mass":

@@ -37,6 +37,17 @@ OF_LIKELIHOODS = (
 """What they must share for likelihoods, bounds and losses: what they are of, in which units, from how many samples. One
 that is exact has no number of samples, and may be compared with one that has."""
 
+OF_OTHERS = {
+    ("accuracy", "purity", "nmi", "ari"): ("label",),
+    ("rmse_row", "rmse_value"): ("reconstructs", "reconstructs_scale"),
+    ("prediction_rmse", "prediction_error"): ("predicts", "predicts_scale"),
+    ("prediction_accuracy", "unexplained_variance"): ("predicts",),
+}
+"""What they must share for other figures, where both protocols have it: the label, or the field and its units."""
+
+UNSAMPLED = ("exact_log_likelihood", "kde_log_likelihood")
+"""Likelihoods that take no importance samples."""
+
 
 class Judged(NamedTuple):
     """What an evaluation left of a run.
@@ -169,8 +180,13 @@ def check_comparable(runs: Sequence[Judged], figure: str) -> None:
 def differing(one: Mapping[str, Any], other: Mapping[str, Any], figure: str) -> str | None:
     """Return the first key of two protocols that keeps a figure from being compared; None if there is none."""
     likelihoods = any(part in figure for part in ("likelihood", "elbo", "loss"))
-    for key in [*SAME, *(OF_LIKELIHOODS if likelihoods else ())]:
+    others = [
+        key for names, keys in OF_OTHERS.items() if figure in names for key in keys if key in one and key in other
+    ]
+    for key in [*SAME, *(OF_LIKELIHOODS if likelihoods else ()), *others]:
         mine, theirs = one.get(key), other.get(key)
+        if key == "num_samples" and ("likelihood" not in figure or figure in UNSAMPLED):
+            continue
         if key == "kde":
             if not figure.startswith(key):
                 continue
@@ -190,7 +206,10 @@ def _remedy(key: str) -> str:
         "num_samples": "evaluate both with the same --num_samples",
         "rows": "evaluate both with the same --rows",
         "likelihood": "compare another figure with --figure, or baselines with --likelihood as the run has it",
-    }.get(key, "name runs of the same data and split")
+        "label": "name runs that have it alike, or compare another figure with --figure",
+        "predicts": "name runs that predict the same, or compare another figure with --figure",
+        "reconstructs": "name runs that reconstruct the same, or compare another figure with --figure",
+    }.get(key.removesuffix("_scale"), "name runs of the same data and split")
 
 
 def compare(runs: Sequence[Judged], figure: str | None = None) -> tuple[str, list[Line]]:

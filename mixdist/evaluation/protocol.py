@@ -28,6 +28,7 @@ def about_rows(dataset: Samples) -> dict[str, Any]:
         "mixdist": version("mixdist"),
         "rows": len(dataset),
         "data": dataset.fingerprint,
+        "label": dataset.label,
         "num_samples": None,
         "exact": KNOWN if dataset.log_density_N is not None else None,
     }

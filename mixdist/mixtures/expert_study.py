@@ -32,6 +32,7 @@ from mixdist.mixtures.routing import responsible
 from mixdist.mixtures.study import KEYS, Evaluation, Request, Study, linearised
 from mixdist.parallel.route import Route
 from mixdist.stats import entropy
+from mixdist.terms import Spec
 
 if TYPE_CHECKING:
     from mixdist.mixtures.ensemble import Ensemble, Scores
@@ -286,20 +287,28 @@ class ExpertStudy(Study):
         return told
 
     def _protocol(self, found: Evaluation, sums: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Return, as JSON, what the likelihoods are and which weights they have."""
+        """Return, as JSON, what the likelihoods are and which weights they have; and the fields of other figures."""
         mixture, name, levels = self.mixture, self.mixture.modelled, self.mixture.common("levels")
         gate = getattr(mixture, "gate", None)
-        of_gate = {"gate_likelihood": gate.model.log_px_is} if gate and "gate_log_likelihood" in found.figures else {}
+        told = {"gate_likelihood": gate.model.log_px_is} if gate and "gate_log_likelihood" in found.figures else {}
+        for ability, figures in (("reconstructs", "rmse_"), ("predicts", "prediction_")):
+            if any(figure.startswith(figures) for figure in found.figures):
+                told |= unit_of(ability, mixture.common(ability), mixture.spec)
         if not any(likelihood in found.figures for likelihood in LIKELIHOODS):
-            return {"likelihood": None} | of_gate
+            return {"likelihood": None} | told
         kind = mixture.common("log_px_is") or "unknown"
-        told = of_gate | {"likelihood": "neither" if sums.get("off_levels") else kind, "likelihood_of": name}
+        told |= {"likelihood": "neither" if sums.get("off_levels") else kind, "likelihood_of": name}
         told["weights"] = "responsibilities" if self.share_E is None else mixture.shares_are
         if levels is not None:
             told["levels"] = levels
         if kind == "density":
             told["add_for_stored_units"] = stored_units(mixture.spec[name])
         return told
+
+
+def unit_of(ability: str, name: str, spec: Spec) -> dict[str, Any]:
+    """Return, as JSON, the field that errors are of, and what its stored numbers were multiplied by."""
+    return {ability: name, f"{ability}_scale": spec[name].scale}
 
 
 def root(squares_N: np.ndarray) -> np.ndarray:
