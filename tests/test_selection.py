@@ -261,6 +261,9 @@ def test_likelihoods_may_be_monitored(folder: Path) -> None:
         ({"select": {"monitor": "losses", "mode": "min"}, "valid": 0.1}, "select.monitor (losses) loss"),
         ({"select": {"monitor": "log_likelihood"}, "valid": 0.1}, "select.monitor (log_likelihood) select.num_samples"),
         ({"select": {"monitor": "routing_entropy"}, "valid": 0.1}, "select.monitor (routing_entropy) select.mode"),
+        ({"select": {"monitor": "loss", "mode": "max"}, "valid": 0.1}, "select.mode (max) loss small"),
+        ({"select": {"monitor": "nmi", "mode": "min"}, "valid": 0.1}, "select.mode (min) nmi large"),
+        ({"select": {"monitor": "exact_log_likelihood"}, "valid": 0.1}, "select.monitor exact_log_likelihood constant"),
         ({"select": {"montior": "loss"}, "valid": 0.1}, "montior monitor"),
     ],
 )

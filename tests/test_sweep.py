@@ -212,6 +212,18 @@ def test_a_figure_that_no_setting_has_cannot_choose(commands: Commands) -> None:
     assert sweep(*words, "--select", "log_likelihood", "--", "--valid", "0.25").code == 0
 
 
+def test_a_mode_that_contradicts_the_figure_of_its_own_choice_chooses_nothing(commands: Commands) -> None:
+    words = ["soft.yaml", "--set", "train.lr=1e-3,0.3", "--seeds", "1"]
+    ended = sweep(*words, "--mode", "min", "--", "--valid", "0.25")
+    assert ended.code == 2
+    assert all(word in ended.err for word in ("--mode", "min", "log_likelihood", "large"))
+    assert sweep(*words, "--", "--valid", "0.25").code == 0
+
+
+def test_settings_of_one_row_may_share_their_valid_rows(commands: Commands) -> None:
+    assert sweep("soft.yaml", "--set", "valid=20,0.25", "--seeds", "1").code == 0
+
+
 def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(commands: Commands) -> None:
     words = ["soft.yaml", "broken=soft.yaml --train.optimizer.init_args.lr=9", "--seeds", "2"]
     ended = sweep(*words)
@@ -279,6 +291,11 @@ def test_a_sweep_may_grow_and_says_what_else_differs(commands: Commands) -> None
         ("soft.yaml --baselines ppca -- --out=elsewhere", ["--out", "folder"]),
         ("soft.yaml --set train.epochs=1 --set train.epochs=2", ["train.epochs", "--set"]),
         ("soft.yaml --set train.lr=1 --set train.optimizer.lr=2", ["lr", "--set"]),
+        ("soft.yaml --set valid=0.1,0.2", ["--set", "soft valid=0.2", "soft valid=0.1", "valid rows"]),
+        ("soft.yaml --set data.rows=80,70 -- --valid 0.1", ["--set", "data.rows=70", "valid rows"]),
+        ("soft.yaml --set valid=0.1,null", ["soft", "valid", "2 settings"]),
+        ("soft.yaml --select loss --mode max", ["--mode", "max", "loss", "small"]),
+        ("soft.yaml --select exact_log_likelihood", ["--select", "exact_log_likelihood", "constant"]),
         ("soft.yaml -- --valid 81", ["valid", "81", "80"]),
         ("soft.yaml --nix 3", ["--nix"]),
     ],

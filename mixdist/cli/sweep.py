@@ -18,6 +18,7 @@ from mixdist.sweep.plan import Plan, make_plan
 from mixdist.sweep.processes import Processes
 from mixdist.sweep.sweep import Sweep
 from mixdist.sweep.table import Table, cost_table, put
+from mixdist.training.selection import check_choice
 
 SPLITS = ("test", "valid", "train")
 
@@ -61,6 +62,8 @@ def read_plan(argv: Sequence[str]) -> tuple[Namespace, Plan]:
     splits = options.split.split(",")
     if not set(splits) <= set(SPLITS) or len(set(splits)) < len(splits):
         raise ValueError(f"--split {options.split} must be some of {', '.join(SPLITS)}, with commas between")
+    if options.select is not None:
+        check_choice(options.select, options.mode, "--select", "--mode")
     plan = make_plan(options, more, check_baseline)
     if options.against is not None and options.against not in plan.rows:
         raise ValueError(f"--against {options.against} is no row of the table: choose one of {', '.join(plan.rows)}")

@@ -151,12 +151,12 @@ class Settings(NamedTuple):
     Args:
         config: resolved, without what is set.
         variants: one for each setting.
-        made: the config of the first.
+        made: the config of each.
     """
 
     config: dict[str, Any]
     variants: list[Variant]
-    made: Config
+    made: list[Config]
 
 
 def settings_of(system: System, axes: Sequence[Axis], more: Sequence[str]) -> Settings:
@@ -192,7 +192,7 @@ def settings_of(system: System, axes: Sequence[Axis], more: Sequence[str]) -> Se
         if same:
             raise ValueError(f"--set gives one setting twice, {same} and {name}: leave one out")
         found.append(Variant(name, file_name(name), system.name, ("train", *words), config, setting))
-    return Settings(base, found, made[0])
+    return Settings(base, found, made)
 
 
 def resolved(parsed: Namespace) -> dict[str, Any]:

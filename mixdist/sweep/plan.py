@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from jsonargparse import Namespace
 
+from mixdist.config.config import Config
 from mixdist.data.sources.splits import load_splits
 from mixdist.files import write_file
 from mixdist.sweep.grid import Axis, Settings, System, Variant, file_name, read_axis, read_systems, settings_of
@@ -184,20 +185,33 @@ def check_data(settings: Mapping[str, Settings], wanted: bool) -> None:
         wanted: whether all are evaluated on valid rows.
 
     Raises:
-        ValueError: the data cannot be loaded, or has no valid rows where they are read.
+        ValueError: the data cannot be loaded, has no valid rows where they are read, or has other ones at a setting.
     """
-    has_valid: dict[str, bool] = {}
+    known: dict[str, str | None] = {}
     for name, one in settings.items():
-        key = data_of(one.config)
-        if key not in has_valid:
-            splits = load_splits(one.made.data, one.made.valid)
-            has_valid[key] = splits.valid is not None
-            for samples in filter(None, splits):
-                samples.close()
-        number = len(one.variants)
-        if (number > 1 or wanted) and not has_valid[key]:
-            why = f"choose one of {number} settings" if number > 1 else "evaluate (--split)"
-            raise ValueError(f"{name} has no valid rows to {why}: set valid, such as -- --valid 0.1")
+        number, first = len(one.variants), one.variants[0]
+        for variant, made in zip(one.variants, one.made, strict=True):
+            key = data_of(variant.config)
+            if key not in known:
+                known[key] = valid_rows(made)
+            if (number > 1 or wanted) and known[key] is None:
+                why = f"choose one of {number} settings" if number > 1 else "evaluate (--split)"
+                raise ValueError(f"{name} has no valid rows to {why}: set valid, such as -- --valid 0.1")
+            if known[key] != known[data_of(first.config)]:
+                raise ValueError(
+                    f"--set gives {variant.name} other valid rows than {first.name}, and they are to choose one of the "
+                    f"two: make systems of them, as 'NAME=CONFIG --key value'"
+                )
+
+
+def valid_rows(config: Config) -> str | None:
+    """Return a hash of the validation rows; None where there are none."""
+    splits = load_splits(config.data, config.valid)
+    try:
+        return None if splits.valid is None else splits.valid.fingerprint
+    finally:
+        for samples in filter(None, splits):
+            samples.close()
 
 
 def data_of(config: Mapping[str, Any]) -> str:

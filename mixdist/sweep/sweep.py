@@ -16,7 +16,7 @@ from mixdist.sweep.plan import Plan
 from mixdist.sweep.processes import Stopped
 from mixdist.sweep.table import Spread, Table, describe, difference, figure_table, shared_figures, spread, with_error
 from mixdist.training.checkpoint import checkpoints_in
-from mixdist.training.selection import implied_mode
+from mixdist.training.selection import check_choice, implied_mode
 
 Task = tuple[Variant, int, Sequence[str]]
 """A variant, a seed, and the splits to evaluate."""
@@ -106,6 +106,7 @@ class Sweep:
             key = difference(self.records[one.folder], self.records[first.folder], "valid", figure)
             if isinstance(key, str):
                 raise ValueError(f"{first.name} and {one.name} cannot be compared by {figure}: {key} differs")
+        check_choice(figure, self.plan.mode, "--select", "--mode")
         mode = self.plan.mode or implied_mode(figure)
         if mode is None:
             raise ValueError(f"{figure} may be to be small or large: say which, as --mode min")

@@ -21,6 +21,9 @@ SMALL = ("loss", "nll", "mse", "rmse", "error")
 """What the names of figures that are to be small begin with or end in; see ``implied_mode``."""
 LARGE = ("elbo", "likelihood", "accuracy", "purity", "nmi", "ari")
 """What those of figures that are to be large begin with or end in."""
+CONSTANT = "exact_log_likelihood"
+"""A figure of the data, that no model changes."""
+BETTER = {"min": "if small", "max": "if large", None: ""}
 ROUNDING = 1e-9
 """An improvement must be more than this part of the best value, so that no layout's last digits decide."""
 
@@ -65,6 +68,8 @@ class Select:
                 raise ValueError(
                     f"select.{name} ({value}) means nothing without a figure to watch: set select.monitor, such as loss"
                 )
+        if self.monitor is not None:
+            check_choice(self.monitor, self.mode, "select.monitor", "select.mode")
 
 
 def implied_mode(figure: str) -> Mode | None:
@@ -74,6 +79,27 @@ def implied_mode(figure: str) -> Mode | None:
         if {words[0], words[-1]} & set(known):
             return mode  # type: ignore[return-value]
     return None
+
+
+def check_choice(figure: str, mode: Mode | None, by: str, way: str) -> None:
+    """Check that a figure can choose, and that it is not to be the worst.
+
+    Args:
+        figure: that chooses.
+        mode: whether it is to be small or large, as the user has it.
+        by: what the user named the figure with.
+        way: what the user gave the mode with.
+
+    Raises:
+        ValueError: it is a constant of the data, or its name says otherwise.
+    """
+    if figure == CONSTANT:
+        raise ValueError(f"{by} ({figure}) is a constant of the data, the same for every model: name log_likelihood")
+    implied = implied_mode(figure)
+    if None not in (mode, implied) and mode != implied:
+        raise ValueError(
+            f"{way} ({mode}) would choose the worst {figure}, by its name better {BETTER[implied]}: leave it out"
+        )
 
 
 @dataclass(frozen=True)
