@@ -266,11 +266,9 @@ def test_after_a_start_posteriors_are_narrower_than_clusters(make: Callable[...,
 
 
 def test_an_empty_cluster_starts_as_all_rows_lie() -> None:
-    points, resp = (
-        torch.randn(60, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
-        torch.zeros(60, 3),
-    )
-    resp[:, 0], resp[:30, 1], resp[:30, 0] = 1.0, 1.0, 0.0
+    points = torch.randn(60, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    resp = torch.zeros(60, 4)
+    resp[:30, 1] = resp[30:, 0] = 1.0
     found = weighted_clusters(points + 5.0, resp)
     torch.testing.assert_close(found.mean_KL[2], (points + 5.0).mean(0))
     torch.testing.assert_close(found.log_var_KL[2].exp(), points.var(0, correction=0))
