@@ -24,7 +24,7 @@ from mixdist.evaluation.evaluate import evaluate
 from mixdist.evaluation.record import record, rows_of
 from mixdist.experts import VAE, Centroid, Expert, Regressor
 from mixdist.gates import Gate, LabelOracle, Softmax, Uniform
-from mixdist.mixtures import Context, Ensemble, ExpertEvaluation, Mixture, Soft
+from mixdist.mixtures import Context, Ensemble, ExpertEvaluation, Mixture, Soft, TopK
 from mixdist.mixtures.clusters import clustering
 from mixdist.mixtures.posteriors import ACTIVE
 from mixdist.mixtures.study import linearised, standard_error
@@ -109,6 +109,22 @@ def test_exact_experts_need_no_samples() -> None:
     assert again.figures == found.figures
     # The elbo's only gap is then that of the gate's answer from the posterior of the expert.
     assert found.figures["elbo"] <= found.figures["log_likelihood"]
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_the_shares_of_top_k_are_the_mean_of_the_weights_of_rows(k: int, renormalise: bool) -> None:
+    dataset = points(200)
+    mixture = ready(Soft(Softmax, Centroid, 4, routing=TopK(k, renormalise=renormalise)), dataset.spec)
+    found = judged(mixture, dataset)
+    weight_E = found.weight_E
+    np.testing.assert_allclose(weight_E, found.share_E, rtol=1e-12)
+    in_use = math.exp(-sum(share * math.log(share) for share in weight_E if share))
+    assert found.figures["experts_in_use"] == pytest.approx(in_use, rel=1e-12)
+    assert found.figures["elbo"] <= found.figures["log_likelihood"]
+    with torch.no_grad():
+        full = mixture.gating(dataset.rows, Moment(SEED)).log_resp_BE.exp().mean(0)
+    assert np.abs(weight_E - full.numpy()).max() > 1e-3
 
 
 # Errors.
@@ -380,7 +396,7 @@ def test_every_layout_writes_the_same_rows(pool: Callable[[int], Pool], expert: 
 
 def test_refused_rows_are_counted_and_the_weighted_loss_does_not_fall_by_them() -> None:
     from mixdist.data import RankBatch
-    from mixdist.mixtures import SoftMinLoss, TopK, WeightedLoss
+    from mixdist.mixtures import SoftMinLoss, WeightedLoss
 
     dataset = points(40)
     batch, losses = RankBatch(dataset.rows, (40,)), {}

@@ -6,7 +6,7 @@ Shape letters: B rows on this rank, E experts, K choices of a row, W ranks.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +101,12 @@ class TopK:
             return log_resp_BE.masked_fill(~routed_BE, -math.inf)
         log_weights_BE: Tensor = _OverChosen.apply(log_resp_BE, routed_BE)
         return log_weights_BE
+
+    def untrained_log_weights(self, log_resp_BE: Tensor) -> Tensor:
+        """Return the log weights (B, E) of figures and predictions: whatever training does, they sum to 1."""
+        choices_BK = self.choices(log_resp_BE)
+        plan = lay_out(log_resp_BE, choices_BK, choices_BK < log_resp_BE.shape[1])
+        return replace(self, renormalise=True).log_weights(log_resp_BE, plan.routed_BE)
 
 
 class _OverChosen(torch.autograd.Function):

@@ -6,7 +6,6 @@ Shape letters: B rows on this rank, R rows routed here, E all experts, e experts
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -305,15 +304,13 @@ class Soft(Ensemble):
 
     def choose(self, batch: RankBatch, route: Route, at: Moment) -> Gating:
         """Return the log weights of all experts for each row outside training: what routing leaves out is -inf."""
-        gating = self.gating(batch.rows, at)
-        log_resp_BE = gating.log_resp_BE
+        return self._weights(batch.rows, at)
+
+    def _weights(self, rows: Batch, at: Moment) -> Gating:
+        gating = self.gating(rows, at)
         if self.routing is None:
             return gating
-        choices_BK = self.routing.choices(log_resp_BE)
-        plan = lay_out(log_resp_BE, choices_BK, choices_BK < self.num_experts)
-        # Of figures and predictions: whatever training does, weights of a row sum to 1.
-        log_weights_BE = replace(self.routing, renormalise=True).log_weights(log_resp_BE, plan.routed_BE)
-        return gating._replace(log_resp_BE=log_weights_BE)
+        return gating._replace(log_resp_BE=self.routing.untrained_log_weights(gating.log_resp_BE))
 
     @property
     def decides_by(self) -> tuple[str, ...]:
@@ -321,7 +318,7 @@ class Soft(Ensemble):
 
     @torch.no_grad()
     def shares(self, dataset: Samples, batch_size: int, at: Moment) -> Tensor:
-        """Return the mean responsibility of each expert over ``SHARES_FROM`` rows at most, (E,) float64."""
+        """Return the mean weight of ``choose`` of each expert over ``SHARES_FROM`` rows at most, (E,) float64."""
         mesh, size = self.context.mesh, len(dataset)
         positions = torch.arange(size)
         if size > SHARES_FROM:
@@ -330,7 +327,7 @@ class Soft(Ensemble):
         for part in positions.split(batch_size):
             own = share(len(part), mesh.rank, mesh.world_size)
             rows = dataset.take(part[own.start : own.stop], fields=self.gate.fields)
-            gating = self.gating({name: column.to(mesh.device) for name, column in rows.items()}, at)
+            gating = self._weights({name: column.to(mesh.device) for name, column in rows.items()}, at)
             sum_E += gating.log_resp_BE.double().exp().sum(0)
         return self.dispatch.over_batch.sum(sum_E) / len(positions)
 
