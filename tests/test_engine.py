@@ -281,7 +281,7 @@ def test_an_engine_that_cannot_run_a_stack_says_so() -> None:
     class Plain(Native):
         stacks = False
 
-    phase = Phase(epochs=1, batch_size=16, optimizer=torch.optim.SGD)
+    phase = Phase(epochs=1, batch_size=16, objective=make_objective(Case()), optimizer=torch.optim.SGD)
     for execution in ("loop", "stacked"):
         mixture = make_mixture(Case(execution=execution), MESH4, Wire(MESH4.device))
         if execution == "loop":

@@ -22,21 +22,27 @@ WORDS = [
 ]
 
 
-def losses(run: Path, device: str, ranks: int) -> list[float]:
+SHARDED = ["--engine=mixdist.engines.Native", "--engine.shard=optimizer", "--engine.offload=optimizer"]
+
+
+def losses(run: Path, device: str, ranks: int, *more: str) -> list[float]:
     """Train on a device; return the loss of every step."""
     launcher = [sys.executable, "-m"]
     if ranks > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    words = ["mixdist", "train", "--config", str(ROOT / "configs" / "digits_moe.yaml"), *WORDS]
+    words = ["mixdist", "train", "--config", str(ROOT / "configs" / "digits_moe.yaml"), *WORDS, *more]
     words += ["--mesh.device", device, "--out", str(run)]
     subprocess.run([*launcher, *words], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=HANG_S)
     return [record["loss"] for record in read_metrics(run)]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("engine", [[], SHARDED], ids=["plain", "sharded"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_cuda_devices_give_the_run_of_the_cpu(tmp_path: Path, ranks: int) -> None:
+def test_cuda_devices_give_the_run_of_the_cpu(tmp_path: Path, ranks: int, engine: list[str]) -> None:
     """Two of them talk over NCCL."""
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"fewer than {ranks} CUDA devices here")
-    assert losses(tmp_path / "gpu", "cuda", ranks) == pytest.approx(losses(tmp_path / "cpu", "cpu", ranks), rel=1e-10)
+    assert losses(tmp_path / "gpu", "cuda", ranks, *engine) == pytest.approx(
+        losses(tmp_path / "cpu", "cpu", ranks), rel=1e-10
+    )
