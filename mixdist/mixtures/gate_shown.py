@@ -63,7 +63,7 @@ def _clusters(
     samples = [one.numpy() for one in drawn]
     if plane:
         points = _values(mixture, dataset, field, torch.arange(len(dataset))).cpu().numpy()
-        return Plane("gate.png", points, evaluation.expert_N, samples)
+        return Plane("gate.png", points, evaluation.expert_N, samples, "cluster")
     panels = []
     for e in experts:
         rows = _values(mixture, dataset, field, torch.tensor(evaluation.first(e), dtype=torch.int64))

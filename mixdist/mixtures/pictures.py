@@ -51,12 +51,13 @@ class Rows(NamedTuple):
 
 
 class Plane(NamedTuple):
-    """Points in the plane, (N, 2), by the expert of each, and each expert's samples."""
+    """Points in the plane, (N, 2), by the expert of each, and each expert's samples; ``word`` is what an expert is."""
 
     name: str
     points: np.ndarray
     expert_N: np.ndarray
     samples: list[np.ndarray]
+    word: str = "expert"
 
 
 class Curves(NamedTuple):

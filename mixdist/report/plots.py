@@ -189,7 +189,7 @@ def _in_charge(x_N: np.ndarray, expert_N: np.ndarray, grid_G: np.ndarray, num_ex
 
 
 def scatter_picture(
-    path: Path, x_N2: np.ndarray, expert_N: np.ndarray, samples_by_expert: Sequence[np.ndarray]
+    path: Path, x_N2: np.ndarray, expert_N: np.ndarray, samples_by_expert: Sequence[np.ndarray], word: str = "expert"
 ) -> None:
     """Write rows in the plane coloured by their expert and, beside them on the same axes, samples from each expert.
 
@@ -200,21 +200,22 @@ def scatter_picture(
         x_N2: rows.
         expert_N: the expert in charge of each row.
         samples_by_expert: (n, 2) for each expert, any n; an empty list leaves the second half out.
+        word: what an expert is called.
     """
     assert x_N2.shape == (len(expert_N), 2), (x_N2.shape, len(expert_N))
     figure, halves = new_figure(9.6 if samples_by_expert else 5.4, 4.8, columns=2 if samples_by_expert else 1)
-    _points(styled(halves[0], "", "", "rows by their expert"), x_N2, expert_N)
+    _points(styled(halves[0], "", "", f"rows by their {word}"), x_N2, expert_N)
     if samples_by_expert:
         owner_M = np.repeat(np.arange(len(samples_by_expert)), [len(samples) for samples in samples_by_expert])
         samples_M2 = np.concatenate(samples_by_expert)
         inside_M = _near(x_N2, samples_M2)
         outside = f", {np.sum(~inside_M):,} farther out" if not inside_M.all() else ""
-        styled(halves[1], "", "", f"samples from each expert{outside}")
+        styled(halves[1], "", "", f"samples from each {word}{outside}")
         _points(halves[1], samples_M2[inside_M], owner_M[inside_M])
     for axes in halves:
         axes.set_aspect("equal")
     for e in range(max([len(samples_by_expert), *(expert_N + 1).tolist()])):
-        halves[-1].scatter([], [], s=9, c=colour_of(e), marker=marker_of(e), linewidths=0, label=f"expert {e}")
+        halves[-1].scatter([], [], s=9, c=colour_of(e), marker=marker_of(e), linewidths=0, label=f"{word} {e}")
     add_legend(halves[-1])
     save(figure, path)
 
