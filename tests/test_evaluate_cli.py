@@ -154,6 +154,25 @@ def test_a_mistake_is_told_once_by_rank_0(run: Path, folder: Path) -> None:
     assert not (run / "evaluation.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("--mixture.expert.likelihood", "laplace"), "--mixture.expert.likelihood laplace gaussian run copy"),
+        (("--mixture.routing", "mixdist.mixtures.TopK"), "--mixture.routing.k 2 None run"),
+        (("--mixture.gate", "mixdist.gates.Uniform"), "--mixture.gate Uniform Softmax run"),
+    ],
+)
+def test_another_mixture_leaves_the_figures_of_the_run(words: tuple[str, ...], names: str, run: Path) -> None:
+    (run / "evaluation.json").write_text("kept")
+    refused("evaluate", "run", *words, names=names)
+    assert (run / "evaluation.json").read_text() == "kept"
+
+
+def test_how_a_mixture_runs_is_free(run: Path) -> None:
+    words = "--mixture.execution", "stacked", "--mixture.compute.micro_batch", "null", "--mixture.one_way", "true"
+    assert evaluated(run, *words, "--test_batch_size", "50", "--num_samples", "1")[1]["figures"]["loss"]
+
+
 def test_a_supervised_run_is_evaluated(folder: Path) -> None:
     expert = {"class_path": "mixdist.experts.Regressor", "init_args": {"likelihood": "gaussian"}}
     config = changed(data={"class_path": "mixdist.data.Parabolas"}, num_experts=2, expert=expert)

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from mixdist.baselines.model import ABOUT, MODEL, read_about
 from mixdist.cli.ending import report_errors_once
 from mixdist.config.build import KINDS, Session, build, build_mesh, describe
-from mixdist.config.card import card
+from mixdist.config.card import card, flat
 from mixdist.config.config import Config
 from mixdist.config.options import parse, values_of
 from mixdist.config.parsing import RESOLVED, config_parser, make_config, plain
@@ -34,6 +34,9 @@ from mixdist.parallel.launch import Launch
 from mixdist.report.metrics import Progress, table
 from mixdist.training.checkpoint import CheckpointStore, load_mixture, read_state
 from mixdist.training.selection import Which, choose_checkpoint
+
+FREE = ("num_experts", "execution", "compute", "one_way", "prefetch", "delivery", "placement")
+"""Options of a mixture that an evaluation may have otherwise: how it runs; and num_experts, which checkpoints know."""
 
 
 def evaluate_run(argv: Sequence[str]) -> None:
@@ -64,6 +67,7 @@ def evaluate_run(argv: Sequence[str]) -> None:
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, ep_size=None))
     mesh = build_mesh(config, card("evaluate", options))
     with report_errors_once(mesh, "look at that rank's own messages, then start the evaluation again"):
+        agreed(lambda: _check_own(parser, options, run), mesh.world)
         session = build(config, mesh, tests=options.split == "test")
         with closing(session):
             agreed(lambda: check_draws(session.mixture, options.kde), mesh.world)
@@ -113,6 +117,22 @@ def _run_of(argv: Sequence[str]) -> Path | None:
         if not word.startswith("-") and not takes:
             return Path(word)
     return None
+
+
+def _check_own(parser: ArgumentParser, options: Namespace, run: Path) -> None:
+    """Check that the mixture is the run's own: its weights in another one have other figures.
+
+    Raises:
+        ValueError: an option makes another one of it.
+    """
+    given = parse(parser, ["--config", str(run / RESOLVED), str(run)])
+    own, here = (dict(flat("mixture", plain(one["mixture"]))) for one in (given, options))
+    for key in sorted({*own, *here}):
+        if own.get(key) != here.get(key) and not key.removeprefix("mixture.").startswith(FREE):
+            raise ValueError(
+                f"--{key} is {here.get(key)} here and {own.get(key)} in {run}, whose figures would be those of another "
+                f"mixture: leave it out, or change {RESOLVED} in a copy of the run"
+            )
 
 
 def _restore(config: Config, session: Session, run: Path, weights: Which) -> Path:

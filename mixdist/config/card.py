@@ -44,26 +44,26 @@ def card(command: str, parsed: Namespace) -> dict[str, Any]:
         if name in _DIRECTORIES and value is not None:
             found[name] = os.path.normpath(value)
         else:
-            found |= _flat(name, value)
+            found |= flat(name, value)
     for name, value in found.items():
         if name.startswith("data.") and isinstance(value, str) and (os.sep in value or os.path.exists(value)):
             found[name] = "a path"
     return found | {f"source of {name}": source_of(path) for name, path in _sources(given)}
 
 
-def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+def flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Yield the keys below a value, as dotted options, with their values."""
     if isinstance(value, dict) and isinstance(value.get("class_path"), str):
         yield key, value["class_path"]
         for part in ("init_args", "dict_kwargs"):
             for name, inner in (value.get(part) or {}).items():
-                yield from _flat(f"{key}.{name}", inner)
+                yield from flat(f"{key}.{name}", inner)
     elif isinstance(value, dict) and value:
         for name, inner in value.items():
-            yield from _flat(f"{key}.{name}", inner)
+            yield from flat(f"{key}.{name}", inner)
     elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
         for i, inner in enumerate(value):
-            yield from _flat(f"{key}[{i}]", inner)
+            yield from flat(f"{key}[{i}]", inner)
     else:
         yield key, value
 
