@@ -15,10 +15,15 @@ import numpy as np
 
 def write_file(path: Path, data: bytes) -> None:
     """Write and sync a file under a temporary name, then rename it: the final name is complete or absent."""
-    with aside_of(path) as aside, open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with aside_of(path) as aside, open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.filename is None:  # as of a full disk
+            error.filename = str(path)
+        raise
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:

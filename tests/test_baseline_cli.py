@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,33 @@ BLOBS = {"class_path": "mixdist.data.Blobs", "init_args": {"rows": 20, "test_row
 def test_what_makes_no_sense_is_refused(folder: Path, words: list[str], changes: dict[str, Any], names: str) -> None:
     config = write_config(folder / "c.yaml", changed(**changes))
     refused("baseline", *words, "--config", config, names=names)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_that_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(folder / "c.yaml", changed(data=BLOBS))
+    words, written = ("baseline", "ppca", "--config", config, "--components", "1", "--out", "run"), list[int]()
+
+    def full(file: int) -> None:
+        written.append(file)
+        if len(written) == end_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mixdist.files.os.fsync", full)
+    for end_at in range(1, 7):
+        written.clear()
+        ended = here(*words)
+        if len(written) < end_at:
+            break
+        assert (ended.code, ended.err.count("\n")) == (2, 1)
+        assert "No space left on device: 'run/" in ended.err
+        assert not Path("run").exists()
+    assert (ended.code, end_at) == (0, 6)
+    end_at = 0
+    before = Path("run/baseline.json").read_bytes()
+    refused(*words, names="run holds a baseline already: remove it, or name another directory")
+    assert Path("run/baseline.json").read_bytes() == before
+    Path("run/config.yaml").unlink()  # as of a process that was killed
+    assert here(*words).code == 0
 
 
 def test_data_without_a_label_cannot_be_clustered(folder: Path) -> None:

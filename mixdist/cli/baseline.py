@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -159,12 +159,36 @@ def fit(kind: str, parsed: Namespace, config: Config, stem: str) -> None:
         model = choice.best.model.to_bytes()
         about["sha256"] = hashlib.sha256(model).hexdigest()
         run = new_directory(parsed.out, stem)
-        write_file(run / RESOLVED, dump(parsed).encode())
-        write_file(run / MODEL, model)
-        write_file(run / ABOUT, (json.dumps(about, indent=2) + "\n").encode())
-        for split, dataset in (("valid", data.valid), ("test", data.test)):
-            if dataset is not None:
-                evaluate_fitted(run, about, choice.best.model, rows(dataset), split)
+        with _whole_or_nothing(run):
+            write_file(run / MODEL, model)
+            write_file(run / ABOUT, (json.dumps(about, indent=2) + "\n").encode())
+            for split, dataset in (("valid", data.valid), ("test", data.test)):
+                if dataset is not None:
+                    evaluate_fitted(run, about, choice.best.model, rows(dataset), split)
+            write_file(run / RESOLVED, dump(parsed).encode())  # which makes it a run
+
+
+@contextmanager
+def _whole_or_nothing(run: Path) -> Iterator[None]:
+    """Remove what is written to a directory meanwhile, where this ends early.
+
+    Raises:
+        ValueError: something cannot be written.
+    """
+    before = set(run.iterdir())
+    try:
+        yield
+    except BaseException as error:
+        for path in set(run.iterdir()) - before:
+            path.unlink()
+        with suppress(OSError):
+            run.rmdir()
+        if isinstance(error, OSError):
+            raise ValueError(
+                f"the baseline cannot be written to {run} ({error}): make room there, or name another directory with "
+                f"--out"
+            ) from None
+        raise
 
 
 def _ppca(train: Rows, valid: Rows | None, parsed: Namespace, config: Config, level: float | None) -> Choice:

@@ -12,6 +12,7 @@ from typing import IO
 
 from jsonargparse import ArgumentParser, Namespace
 
+from mixdist.baselines.model import ABOUT
 from mixdist.cli.ending import report_errors_once
 from mixdist.cli.evaluate import summary
 from mixdist.config.build import Session, build, build_mesh, build_program, build_selection, describe
@@ -198,6 +199,8 @@ def check_unused(run: Path) -> None:
     Raises:
         ValueError: it does.
     """
+    if (run / RESOLVED).exists() and (run / ABOUT).exists():
+        raise ValueError(f"--out {run} holds a baseline already: remove it, or name another directory")
     if any((run / name).exists() for name in (RESOLVED, "checkpoints", "metrics.jsonl")):
         again = _remedy(run, "--resume")
         raise ValueError(f"--out {run} holds a run already: {again}, or name another directory")
