@@ -14,6 +14,9 @@ import pytest
 import torch
 
 from mixdist.config.config import Config
+from mixdist.config.options import parse
+from mixdist.config.parsing import config_parser
+from tests.errors import error_of
 from tests.launch import HARD, REMOVED, SMALL, refused, write_config
 
 LR = "torch.optim.lr_scheduler"
@@ -147,6 +150,26 @@ def test_a_value_of_the_wrong_type_is_refused_at_any_depth(config: Any, at: tupl
 @ways("balance", "schedule", "routing", "network")  # which may be null
 def test_null_is_refused_where_something_must_be(config: Any, at: tuple[Any, ...]) -> None:
     refused_config(put(config, at, None), at[-1])
+
+
+@pytest.mark.parametrize("form", [("{}", "null"), ("{}=null",)])
+def test_null_on_the_command_line_is_that_of_a_file(form: tuple[str, ...], tmp_path: Path) -> None:
+    parser = config_parser()
+    config = write_config(tmp_path / "c.yaml", altered(HARD, {"score.init_args.batches": 3, "compute.micro_batch": 7}))
+
+    def parsed(*options: str) -> Any:
+        words = [word.format(option) for option in options for word in form]
+        return parse(parser, ["--config", config, *words, "--mixture.rounds", "3"]).mixture.init_args
+
+    before = parsed()
+    assert (before.score.init_args.batches, before.compute.micro_batch) == (3, 7)
+    for score_key in ("--mixture.score.batches", "--mixture.init_args.score.init_args.batches"):
+        after = parsed(score_key, "--mixture.compute.micro_batch")
+        assert (after.score.init_args.batches, after.compute.micro_batch, after.rounds) == (None, None, 3)
+        after.score.init_args.batches, after.compute.micro_batch = 3, 7
+        assert after == before
+    error_of(lambda: parsed("--mixture.score.epochs"), "mixture.score.epochs (null)", "whole number such as 10")
+    error_of(lambda: parsed("--mixture.score.nix"), "unknown config key mixture.score.nix", "batches")
 
 
 def test_a_key_in_the_wrong_section_is_told_its_own() -> None:

@@ -7,12 +7,14 @@ The grammar is jsonargparse's: every dataclass field is a key, every key an opti
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     if "" in sys.path:  # the parser changes directory while it reads a file, and classes lie in this one
         sys.path[sys.path.index("")] = os.getcwd()
     with explained(parser):
-        parsed: Namespace = parser.parse_args(list(argv))
+        parsed: Namespace = parser.parse_args(_nulls_as_json(parser, argv))
         # While None means that nothing is given, the parser accepts null for any type.
         set_parsing_settings(unset_sentinel=True)
         try:
@@ -64,6 +66,27 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
         finally:
             set_parsing_settings(unset_sentinel=False)
     return parsed
+
+
+def _nulls_as_json(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """Give null for an argument of a class as JSON for that class: the parser would hand it on as the word None."""
+    words: list[str] = []
+    known, rest = parser._option_string_actions, iter(argv)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        ends = [end for end, letter in enumerate(option) if letter == "." and option[:end] in known]
+        if not ends or option in known:
+            words.append(word)
+            continue
+        given = [] if equals else list(islice(rest, 1))
+        if "null" in (value, *given):
+            inner: Any = None
+            for key in reversed(option[ends[-1] + 1 :].split(".")):
+                inner = {key: inner}
+            words.append(f"{option[: ends[-1]]}={json.dumps(inner)}")
+        else:
+            words += [word, *given]
+    return words
 
 
 def values_of(argv: Sequence[str], option: str) -> list[str]:
