@@ -222,7 +222,14 @@ def test_what_cannot_be_fitted_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     error_of(lambda: ppca(x, 20), "--components (20)", "training rows (20)")
     error_of(lambda: ppca(x[:, :4], 4), "--components (4)", "numbers in a row (4)")
     error_of(lambda: ppca(np.repeat(x[:2], 10, 0), 2), "--components (2)", "no noise")
-    error_of(lambda: ppca(np.ones((20, 3)), 1), "--components (1)", "no noise")
+    told = error_of(lambda: ppca(np.ones((20, 3)), 1), "--components (1)", "no noise", "varies")
+    assert "fewer components" not in told
+    error_of(lambda: gmm(np.full((20, 3), 0.1), 2, 1e-2), "20 training rows are the same")
+    still = np.concatenate([np.zeros((20, 1)), gaussian(20, 1)], axis=1)
+    told = error_of(lambda: gmm(still, 1, 0.0), "--min_variance 0", "singular", "as 0.001")
+    assert "fewer components" not in told
+    remedy = error_of(lambda: gmm(1e-200 * x, 2, 5e-3), "--min_variance 0.005", "singular", "as 0.05")
+    assert "fewer components" in remedy
     error_of(lambda: gmm(x, 21), "--components (21)", "(20)")
     error_of(lambda: gmm(x, 2, 0.0), "--min_variance", "0", "singular")
     error_of(lambda: fit_kmeans(rows(x), 21, 0), "--clusters (21)", "(20)")

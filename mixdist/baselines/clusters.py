@@ -151,6 +151,8 @@ def _fit(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture as Mixture
 
+    if not np.ptp(x_ND, axis=0).any():
+        raise ValueError(f"gmm needs values that vary, and all {len(x_ND)} training rows are the same: take other data")
     variance_D = x_ND.var(axis=0)
     floor = part * float(variance_D.mean())
     model = Mixture(num, covariance_type=covariance, reg_covar=floor, max_iter=max_iter, random_state=_state(seed))
@@ -160,9 +162,10 @@ def _fit(
         try:
             model.fit(x_ND)
         except ValueError:  # the one thing that scikit-learn can object to in these rows
+            fewer = ", or give fewer components" if num > 1 else ""
             raise ValueError(
                 f"gmm of {num} components (--covariance {covariance}, --min_variance {part:g}) has a singular "
-                f"covariance: raise --min_variance, as 1e-3, or give fewer components"
+                f"covariance: raise --min_variance, as {max(1e-3, 10 * part):g}{fewer}"
             ) from None
     if not model.converged_:
         findings.append(f"gmm of {num} components had not converged after {max_iter} iterations: raise --max_iter")

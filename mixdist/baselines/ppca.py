@@ -84,7 +84,8 @@ class PPCA(Baseline):
         if noise + added <= SINGULAR * spectrum.total / size:
             raise ValueError(
                 f"--components ({num_components}) leaves no noise: the {spectrum.num_rows} training rows lie in a "
-                f"space of {num_components} dimensions or fewer: give fewer components, or more rows"
+                f"space of {num_components} dimensions or fewer: "
+                + ("give fewer components, or more rows" if num_components > 1 else "take data that varies more")
             )
         variance_M, noise, shift = variance_M + added, noise + added, 0.0
         if level is not None:
