@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mixdist.mixtures import Context, Objective
+from mixdist.mixtures import Context, Objective, WeightedLoss
 from mixdist.mixtures.held import as_text, held, marks
 from mixdist.parallel.agreement import alike
 
@@ -52,6 +53,16 @@ class Phase:
     optimizer: Callable[[Iterable[Tensor]], Optimizer] = field(default_factory=_adam)  # type: ignore[assignment]
     schedule: Callable[[Optimizer], LRScheduler] | None = None
     clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        """Make the defaults, which a parser has made by now, where a phase is made in Python."""
+        made: dict[str, tuple[Any, Any]] = {
+            "objective": (_weighted_loss(), WeightedLoss()),
+            "optimizer": (_adam(), partial(torch.optim.Adam, lr=1e-3)),
+        }
+        for name, (described, default) in made.items():
+            if getattr(self, name) == described:
+                object.__setattr__(self, name, default)
 
     def try_schedule(self, key: str, times: int, unit: str) -> None:
         """Run the schedule to its end on one number: one that is too short fails before anything is trained.
