@@ -159,7 +159,7 @@ def test_a_mistake_is_told_once_by_rank_0(run: Path, folder: Path) -> None:
     [
         (("--mixture.expert.likelihood", "laplace"), "--mixture.expert.likelihood laplace gaussian run copy"),
         (("--mixture.routing", "mixdist.mixtures.TopK"), "--mixture.routing.k 2 None run"),
-        (("--mixture.gate", "mixdist.gates.Uniform"), "--mixture.gate Uniform Softmax run"),
+        (("--mixture.gate.temperature", "3"), "--mixture.gate.temperature 3.0 1.0 run"),
     ],
 )
 def test_another_mixture_leaves_the_figures_of_the_run(words: tuple[str, ...], names: str, run: Path) -> None:

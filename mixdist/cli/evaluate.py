@@ -35,8 +35,8 @@ from mixdist.report.metrics import Progress, table
 from mixdist.training.checkpoint import CheckpointStore, load_mixture, read_state
 from mixdist.training.selection import Which, choose_checkpoint
 
-FREE = ("num_experts", "execution", "compute", "one_way", "prefetch", "delivery", "placement")
-"""Options of a mixture that an evaluation may have otherwise: how it runs; and num_experts, which checkpoints know."""
+FREE = ("execution", "compute", "one_way", "prefetch", "delivery", "placement")
+"""Options of a mixture that an evaluation may have otherwise: how it runs."""
 
 
 def evaluate_run(argv: Sequence[str]) -> None:
@@ -67,12 +67,13 @@ def evaluate_run(argv: Sequence[str]) -> None:
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, ep_size=None))
     mesh = build_mesh(config, card("evaluate", options))
     with report_errors_once(mesh, "look at that rank's own messages, then start the evaluation again"):
-        agreed(lambda: _check_own(parser, options, run), mesh.world)
         session = build(config, mesh, tests=options.split == "test")
         with closing(session):
             agreed(lambda: check_draws(session.mixture, options.kde), mesh.world)
             agreed(lambda: session.split(options.split), mesh.world)
-            evaluate_checkpoint(config, session, options, run)
+            checkpoint = _restore(config, session, run, options.weights)
+            agreed(lambda: _check_own(parser, options, run), mesh.world)
+            _evaluate(config, session, options, checkpoint, run)
 
 
 def evaluate_checkpoint(config: Config, session: Session, options: Namespace, run: Path) -> None:
