@@ -28,7 +28,7 @@ from mixdist.engines import EngineFactory
 from mixdist.noise import TRIAL_PHASE, Moment
 from mixdist.training.checkpoint import Saved
 from mixdist.training.loop import Advance
-from mixdist.training.phases import Phase, check_alike, phase_keys
+from mixdist.training.phases import Phase, check_alike, phase_keys, with_defaults
 from mixdist.training.resume import check_progress
 
 TABLE = "assignment.npy"
@@ -77,11 +77,12 @@ class Rounds:
         log_every: int = 10,
         fresh: bool = True,
     ) -> None:
+        phases = with_defaults(phases)
         check_alike(mixture.context, len(dataset), phases)
         # First: ``facts`` is a collective where experts differ.
         read = [name for facts in mixture.facts for name in facts.fields]
         self.fields = tuple(dict.fromkeys([*read, *mixture.extra_fields]))
-        self.mixture, self.dataset, self.phases, self.rules = mixture, dataset, list(phases), mixture.rules
+        self.mixture, self.dataset, self.phases, self.rules = mixture, dataset, phases, mixture.rules
         self.mesh, self.wire, self.seed = mixture.context.mesh, mixture.context.wire, mixture.context.seed
         self.history, rules = History(self.mesh, self.wire), self.rules
         self.num_experts, self.data = mixture.num_experts, dataset.fingerprint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -54,16 +54,6 @@ class Phase:
     schedule: Callable[[Optimizer], LRScheduler] | None = None
     clip_norm: float | None = None
 
-    def __post_init__(self) -> None:
-        """Make the defaults, which a parser has made by now, where a phase is made in Python."""
-        made: dict[str, tuple[Any, Any]] = {
-            "objective": (_weighted_loss(), WeightedLoss()),
-            "optimizer": (_adam(), partial(torch.optim.Adam, lr=1e-3)),
-        }
-        for name, (described, default) in made.items():
-            if getattr(self, name) == described:
-                object.__setattr__(self, name, default)
-
     def try_schedule(self, key: str, times: int, unit: str) -> None:
         """Run the schedule to its end on one number: one that is too short fails before anything is trained.
 
@@ -87,6 +77,18 @@ class Phase:
             raise ValueError(
                 f"{key}.schedule cannot run for the {times} {unit} of its phase ({error}): change its init_args"
             ) from None
+
+
+def with_defaults(phases: Sequence[Phase]) -> list[Phase]:
+    """Return phases with their defaults made: a parser makes them of what a config says, phases of Python have not."""
+    made: dict[str, tuple[Any, Any]] = {
+        "objective": (_weighted_loss(), WeightedLoss()),
+        "optimizer": (_adam(), partial(torch.optim.Adam, lr=1e-3)),
+    }
+    return [
+        replace(phase, **{name: own for name, (told, own) in made.items() if getattr(phase, name) == told})
+        for phase in phases
+    ]
 
 
 def phase_keys(phases: Sequence[Phase]) -> list[str]:

@@ -17,7 +17,7 @@ from mixdist.noise import TRIAL_PHASE, Moment
 from mixdist.parallel.agreement import agreed, gather_json
 from mixdist.training.checkpoint import Saved, load_module
 from mixdist.training.loop import Advance, peak_memory
-from mixdist.training.phases import Phase, Position, check_alike, phase_keys
+from mixdist.training.phases import Phase, Position, check_alike, phase_keys, with_defaults
 from mixdist.training.resume import check_progress
 
 
@@ -42,8 +42,8 @@ class Trainer:
         log_every: int = 10,
         fresh: bool = True,
     ) -> None:
-        check_alike(mixture.context, len(dataset), phases)
-        self.mixture, self.dataset, self.phases = mixture, dataset, list(phases)
+        self.mixture, self.dataset, self.phases = mixture, dataset, with_defaults(phases)
+        check_alike(mixture.context, len(dataset), self.phases)
         self.make_engine, self.log_every = engine or Native, log_every
         self.mesh, self.wire, self.seed = mixture.context.mesh, mixture.context.wire, mixture.context.seed
         self.owned = mixture.parts.owned()
