@@ -21,7 +21,7 @@ def write_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        if error.filename is None:  # as of a full disk
+        if error.filename is None and error.errno is not None:  # as of a full disk
             error.filename = str(path)
         raise
 

@@ -60,6 +60,7 @@ RUN: Table = {
     "train.epochs": ("3", None),
     "train.accumulate": ("3", None),
     "train.trains": ("experts", None),
+    "train.stage": ("autoencoder", "train.stage autoencoder"),
     "train.objective": ("mixdist.mixtures.SoftMinLoss", None),
     "train.optimizer": ("{class_path: torch.optim.Adam, init_args: {lr: 0.1}}", None),
     "train.schedule": ("{class_path: torch.optim.lr_scheduler.StepLR, init_args: {step_size: 2}}", None),

@@ -235,8 +235,8 @@ class Guess(Expert):
 
 
 def test_classifiers_are_judged_by_accuracy_and_likelihood() -> None:
-    guesses = iter([[0.7, 0.2, 0.1], [0.5, 0.2, 0.3]])
-    mixture, mesh = Soft(Uniform, lambda spec: Guess(next(guesses)), 2), mesh_of(2, 1, 1)
+    guesses = [lambda spec: Guess([0.7, 0.2, 0.1]), lambda spec: Guess([0.5, 0.2, 0.3])]
+    mixture, mesh = Soft(Uniform, guesses), mesh_of(2, 1, 1)
     mixture.setup(Context(SEED, torch.float64, data().spec, mesh, Wire(mesh.device)))
     found = evaluate(mixture, data(), 16, SEED, 3).figures
     label = data().rows["label"].long()
