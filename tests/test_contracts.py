@@ -514,7 +514,11 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no number": (objective(lambda self, r, loss: weighted(self, r, loss) * math.nan), "expert_rows nan losses clamp"),
     "infinite": (objective(lambda self, r, loss: weighted(self, r, loss) / 0), "expert_rows inf losses"),
-    "losses that it does not read": (objective(weighted, reads_losses=False), "reads_losses true"),
+    "losses that it does not read": (
+        {**objective(weighted, reads_losses=False), "trains": "gate"},
+        "reads_losses true",
+    ),
+    "experts that would not learn": (objective(weighted, reads_losses=False), "train.trains both Mine gate"),
     "a parameter": ({"objective": Tempered()}, "Tempered temperature optimiser"),
     "a tensor that would learn": (
         objective(lambda self, r, loss: weighted(self, r, loss) * self.weight, weight=WEIGHT),
@@ -697,7 +701,7 @@ def test_a_schedule_that_fails_is_told(name: str) -> None:
     [
         (WeightedLoss, "class WeightedLoss()"),
         (object(), "object mixdist.mixtures.WeightedLoss()"),
-        ({"class_path": "mixdist.mixtures.WeightedLoss"}, "dict WeightedLoss()"),
+        ({"class_path": "mine.Loss"}, "dict WeightedLoss()"),
         (type("Mine", (Objective,), {"__init__": lambda self: None})(), "Mine balance super().__init__()"),
     ],
 )
