@@ -170,17 +170,17 @@ def test_rows_are_left_on_both_sides(part: float) -> None:
 
 
 def test_training_looks_at_validation_rows_and_leaves_test_rows_alone(folder: Path) -> None:
-    (folder / "own_rows.py").write_text(OWN)
+    (folder / "watched_rows.py").write_text(OWN)
     expert = HARD["mixture"]["init_args"]["expert"]
     config = write_config(
-        folder / "c.yaml", changed(SMALL, data="own_rows.Rows", expert=expert, train__batch_size=40, valid=0.2)
+        folder / "c.yaml", changed(SMALL, data="watched_rows.Rows", expert=expert, train__batch_size=40, valid=0.2)
     )
     watched = "--select.monitor", "loss"
     for words in (("--out", "soft"), ("--out", "select", *watched), ("--out", "on", "--train.epochs", "2", *watched)):
         ended = here("train", "--config", config, *words)
         assert (ended.code, ended.err) == (0, "")
         assert " validation rows: loss " in ended.out
-    hard = write_config(folder / "hard.yaml", changed(HARD, data="own_rows.Rows", valid=0.2))
+    hard = write_config(folder / "hard.yaml", changed(HARD, data="watched_rows.Rows", valid=0.2))
     ended = here("train", "--config", hard, "--out", "hard", *watched)
     assert (ended.code, ended.err) == (0, "")
     assert " validation rows: loss " in ended.out

@@ -135,7 +135,7 @@ class Mixture(ABC):
 
         It is what training spends: :mod:`mixdist.baselines.single` gives one expert as much.
         """
-        idle = [stage.trains == "gate" or not stage.objective.reads_losses for stage in stages]
+        idle = [stage.trains == "gate" or not getattr(stage.objective, "reads_losses", True) for stage in stages]
         each = zip(stages, idle, strict=True)
         return [0.0 if alone else float(self.num_experts * stage.epochs) for stage, alone in each]
 
