@@ -263,6 +263,13 @@ def test_numbers_out_of_range_are_refused(make: Callable[[], Any]) -> None:
         make()
 
 
+def test_a_component_alone_is_no_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss is a KL, which a soft mixture would bring to 0 and call it trained."""
+    monkeypatch.chdir(tmp_path)
+    config = write_config(tmp_path / "config.yaml", changed(expert={"class_path": "mixdist.experts.Component"}))
+    refused("train", "--config", config, names="Component sub_decoder")
+
+
 def test_a_labelled_component_reads_the_label() -> None:
     spec = {"x": Field((1, 4, 4), torch.float64), "y": Field((), torch.uint8, num_classes=3)}
     component = Component(spec, 2, 5, MLP([4]), label="y").double()

@@ -117,7 +117,9 @@ def _check_finite(who: str, name: str, column: Tensor | None, ids: Tensor, about
     raise Fault(f"{who} returns {name} {value} for sample {ids[bad]}{about}: scale the data, or bound what it computes")
 
 
-def check_expert(key: str, expert: Expert, rows: Rows, eps: Tensor | None, trains: bool) -> tuple[Tensor, list[Any]]:
+def check_expert(
+    key: str, expert: Expert, rows: Rows, eps: Tensor | None, trains: bool, reads_features: bool = False
+) -> tuple[Tensor, list[Any]]:
     """Check an expert.
 
     Args:
@@ -126,6 +128,7 @@ def check_expert(key: str, expert: Expert, rows: Rows, eps: Tensor | None, train
         rows: a few.
         eps: noise for them.
         trains: whether it is to learn.
+        reads_features: whether the family learns by what the expert returns beside its loss.
 
     Returns:
         its losses (n,), and the likelihoods that it uses with the field that each is of.
@@ -157,7 +160,9 @@ def check_expert(key: str, expert: Expert, rows: Rows, eps: Tensor | None, train
     for name in ("log_px_R", "kl_R"):
         _check_finite(who, name, getattr(terms, name), rows.values["id"])
     if trains:
-        check_learns(key, who, "loss_R", expert, [terms.loss_R, *terms.features.values()], "gate")
+        # Elsewhere nothing reads features: what only they depend on would not learn.
+        outputs = [terms.loss_R, *(terms.features.values() if reads_features else ())]
+        check_learns(key, who, "loss_R", expert, outputs, "gate")
     return terms.loss_R.detach(), list(dict.fromkeys(used))
 
 

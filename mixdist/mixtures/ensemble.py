@@ -64,6 +64,7 @@ class Ensemble(Mixture):
 
     Attributes:
         shares_are: what ``shares`` returns, in words.
+        reads_features: whether experts learn by their ``features`` too.
 
     Raises:
         ValueError: a number of experts that does not fit the list; a stack with options that are for a loop.
@@ -72,6 +73,7 @@ class Ensemble(Mixture):
     bank: ExpertBank
     twin: Expert | None
     shares_are: ClassVar[str]
+    reads_features: ClassVar[bool] = False
 
     def __init__(
         self,

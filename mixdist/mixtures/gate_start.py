@@ -5,7 +5,7 @@ Shape letters: n rows of this rank, N rows of all, M numbers of a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from mixdist.mixtures.mixture import Stage
 from mixdist.noise import Moment, Purpose, permutation, weights_seed
 from mixdist.parallel.agreement import agreed
 from mixdist.parallel.collectives import OverBatch
+from mixdist.terms import Batch
 
 CHUNK = 500
 """Rows that a rank reads at once. Chunks are the same on every layout, so each row's numbers are, to the last bit."""
@@ -79,9 +80,8 @@ def start_gate(context: Context, over_batch: OverBatch, gate: Gate, dataset: Sam
     agreed(lambda: _started(gate, seen_NM, seed) if mesh.rank == 0 else None, mesh.world)
     _share(gate, over_batch)
     for _ in range(gate.em_steps):
-        own = [gate.statistics(rows) for rows in _rows(context, gate, dataset, torch.arange(size))]
-        empty = gate.statistics(_take(context, gate, dataset, torch.arange(0)))
-        gate.maximise(over_batch.sum(torch.stack([empty, *own]).sum(0)))
+        own = agreed(lambda: _over(context, gate, dataset, torch.arange(size), gate.statistics), mesh.world)
+        gate.maximise(over_batch.sum(torch.stack(own).sum(0)))
     _share(gate, over_batch)
 
 
@@ -96,13 +96,16 @@ def _started(gate: Gate, seen_NM: Tensor, seed: int) -> None:
         )
 
 
-def _rows(context: Context, gate: Gate, dataset: Samples, positions: Tensor) -> list[dict[str, Tensor]]:
-    """Return this rank's chunks of rows."""
+def _over(
+    context: Context, gate: Gate, dataset: Samples, positions: Tensor, call: Callable[[Batch], Tensor]
+) -> list[Tensor]:
+    """Return what a method makes of no rows, and of each of this rank's chunks."""
     mesh = context.mesh
-    return [_take(context, gate, dataset, chunk) for chunk in positions.split(CHUNK)[mesh.rank :: mesh.world_size]]
+    chunks = [positions[:0], *positions.split(CHUNK)[mesh.rank :: mesh.world_size]]
+    return [call(_take(context, gate, dataset, chunk)) for chunk in chunks]
 
 
-def _take(context: Context, gate: Gate, dataset: Samples, positions: Tensor) -> dict[str, Tensor]:
+def _take(context: Context, gate: Gate, dataset: Samples, positions: Tensor) -> Batch:
     stored = dataset.take(positions, fields=gate.fields)
     on_device = {name: column.to(context.mesh.device) for name, column in stored.items()}
     return context.values(on_device, gate.fields)
@@ -111,8 +114,8 @@ def _take(context: Context, gate: Gate, dataset: Samples, positions: Tensor) -> 
 def _gather(context: Context, over_batch: OverBatch, gate: Gate, dataset: Samples, positions: Tensor) -> Tensor:
     """Return what a gate has seen of rows, (N, M), in their order, on every rank."""
     world = context.mesh.world_size
-    own = [gate.seen(rows) for rows in _rows(context, gate, dataset, positions)]
-    seen_nM = torch.cat([gate.seen(_take(context, gate, dataset, positions[:0])), *own])
+    # Agreed: a rank that cannot read its rows must not leave the others waiting for it.
+    seen_nM = torch.cat(agreed(lambda: _over(context, gate, dataset, positions, gate.seen), context.mesh.world))
     places = [torch.cat([torch.arange(0), *torch.arange(len(positions)).split(CHUNK)[r::world]]) for r in range(world)]
     gathered = over_batch.gather(seen_nM, [len(part) for part in places])
     return gathered[torch.cat(places).argsort().to(gathered.device)]

@@ -77,7 +77,7 @@ def inspect_experts(
         key, noise = mixture.key_of(e), mixture.noise(at)
         some = _rows(mixture, mixture.values(rows, expert.fields))
         eps = None if expert.noise_shape is None else noise(rows["id"], [e], expert.noise_shape)[0]
-        losses, used = check_expert(key, expert, some, eps, trains)
+        losses, used = check_expert(key, expert, some, eps, trains, mixture.reads_features)
         _check_ranges(f"{key}: {type(expert).__name__}.forward", used, mixture, batch)
         if stage is None:
             check_abilities(key, expert, some, mixture.spec, partial(_drawn, noise, rows["id"], e))

@@ -92,7 +92,7 @@ class MVAE(Ensemble):
         4
     """
 
-    shares_are = "mean weights"
+    shares_are, reads_features = "mean weights", True
 
     def __init__(
         self,
@@ -151,6 +151,9 @@ class MVAE(Ensemble):
             if stage.trains != "both":
                 raise ValueError(f"{name}.trains ({stage.trains}) is not for MVAE, which has no gate: set it to both")
 
+    def key_of(self, e: int) -> str:
+        return "mixture.component"
+
     # One step
 
     def backward(
@@ -204,8 +207,12 @@ class MVAE(Ensemble):
         log_b_BE = self.draw_weights(batch.rows["id"], latents.a_BE, at)
         summed_BH = self.dispatch.combine_sum(terms.features["feature_RH"], log_b_BE.exp(), route)
         log_px_B = self.decoder.log_prob(self.values(batch.rows, (self.field,))[self.field], summed_BH)
-        prior_B = dirichlet_kl(latents.a_BE, self.prior) if self.num_experts > 1 else torch.zeros_like(log_px_B)
-        return log_b_BE, self.kl_each * latents.kl_BE.sum(-1) + prior_B - log_px_B, log_px_B
+        loss_B = self.kl_each * latents.kl_BE.sum(-1) + self.prior_kl(latents.a_BE) - log_px_B
+        return log_b_BE, loss_B, log_px_B
+
+    def prior_kl(self, a_BE: Tensor) -> Tensor:
+        """Return KL(Dir(a) || Dir(b, ..., b)), (B,) nats; 0 for one component, whose weight is always 1."""
+        return dirichlet_kl(a_BE, self.prior) if self.num_experts > 1 else torch.zeros_like(a_BE[:, 0])
 
     def draw_weights(self, ids_B: Tensor, a_BE: Tensor, at: Moment) -> Tensor:
         """Return log b of rows, (B, E): Dirichlet draws under masks, keyed by row and component."""

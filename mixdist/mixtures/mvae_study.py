@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from mixdist.data import RankBatch, Samples
-from mixdist.mixtures.dirichlet import dirichlet_kl
 from mixdist.mixtures.study import KEYS, Evaluation, Request, Study, linearised
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ class MVAEStudy(Study):
         latents = mixture.latents(terms, route)
         _, loss_B, log_px_B = mixture.rows_of(batch, route, terms, latents, at)
         kl_B = latents.kl_BE.sum(-1)
-        prior_B = dirichlet_kl(latents.a_BE, mixture.prior) if mixture.num_experts > 1 else torch.zeros_like(kl_B)
+        prior_B = mixture.prior_kl(latents.a_BE)
         weight_BE = mixture.mean_weights(latents.a_BE)
         x = mixture.values(batch.rows, (mixture.field,))[mixture.field]
         made = mixture.decoder.decode(mixture.summed_at_means(route, weight_BE))
