@@ -14,6 +14,7 @@ from mixdist.config.config import Config
 from mixdist.config.sameness import check_attributes, check_rows, check_weights
 from mixdist.data import Samples, Splits
 from mixdist.data.sources.splits import load_splits
+from mixdist.engines.engine import takes_stacks
 from mixdist.messages import describe_failure, last_own_line
 from mixdist.mixtures import Context, Mixture
 from mixdist.parallel.agreement import Agreed, agreed, gather_json
@@ -108,7 +109,8 @@ def build(config: Config, mesh: Mesh, tests: bool = True) -> Session:
     session = _session(config, agreed(make, mesh.world), mesh, tests)
     check_weights(config.mixture, mesh)
     check_attributes(config.mixture, mesh)
-    config.mixture.tune(session.train, config.train)
+    if takes_stacks(config.engine):
+        config.mixture.tune(session.train, config.train)
     return session
 
 

@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,9 @@ class Engine(ABC):
         optimizer: makes an optimiser for parameters; one that works element by element.
         schedule: makes a learning-rate schedule, stepped after every step; or None.
         clip_norm: largest norm of the whole gradient; or None.
+
+    Raises:
+        ValueError: experts run as a stack, and ``stacks`` is false.
     """
 
     stacks: bool = True
@@ -75,6 +79,11 @@ class Engine(ABC):
         schedule: ScheduleFactory | None = None,
         clip_norm: float | None = None,
     ) -> None:
+        if parts.stack and not self.stacks:
+            raise ValueError(
+                f"mixture.execution (stacked) cannot be used with the engine {type(self).__name__}, which needs each "
+                f"expert's own parameters: set it to loop"
+            )
         self.parts, self.mesh, self.wire, self.clip_norm = parts, mesh, wire, clip_norm
         listed = [(owned, trainable(owned.module)) for owned in parts.owned()]
         self.trained = [(owned, parameters) for owned, parameters in listed if parameters]
@@ -132,6 +141,12 @@ class Engine(ABC):
 
 
 EngineFactory = Callable[[Parts, Mesh, Wire, OptimizerFactory, ScheduleFactory | None, float | None], Engine]
+
+
+def takes_stacks(factory: EngineFactory | None) -> bool:
+    """Return whether engines that a factory makes can run a stack, as far as its class is known."""
+    made = [factory.func, *factory.args] if isinstance(factory, partial) else [factory]
+    return all(getattr(one, "stacks", True) for one in made)
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

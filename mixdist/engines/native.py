@@ -22,7 +22,7 @@ from mixdist.engines.engine import (
     square,
     start_totals,
 )
-from mixdist.engines.offload import Offloaded
+from mixdist.engines.offload import Offloaded, check_steps_on_cpu
 from mixdist.engines.state import Slot, fast_forward, kind, read_optimizer, write_optimizer
 from mixdist.parallel.agreement import gather_json
 from mixdist.parallel.mesh import Mesh
@@ -76,11 +76,8 @@ class Native(Engine):
             module.name: optimizer([self._stepped[t] for t in tensors if t in self._stepped] or [nn.Parameter(EMPTY)])
             for module, tensors in self._tensors()
         }
-        if self.offloaded and any(o.defaults.get("capturable") for o in self.optimizers.values()):
-            raise ValueError(
-                "engine.offload (optimizer) has optimizers step in CPU memory, where one with capturable cannot: leave "
-                "capturable or offload out"
-            )
+        if self.offloaded:
+            check_steps_on_cpu(*self.optimizers.values())
         self.schedules = [schedule(o) for o in self.optimizers.values()] if schedule else []
         self._slices = [
             (stacked, slices)

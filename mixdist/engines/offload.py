@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 class Offloaded:
@@ -39,6 +40,19 @@ class Offloaded:
         """Bring values back."""
         for tensor, copy in self.copies.items():
             tensor.copy_(copy, non_blocking=True)
+
+
+def check_steps_on_cpu(*optimizers: Optimizer) -> None:
+    """Check that optimisers can step in CPU memory.
+
+    Raises:
+        ValueError: one cannot.
+    """
+    if any(optimizer.defaults.get("capturable") for optimizer in optimizers):
+        raise ValueError(
+            "engine.offload (optimizer) has optimizers step in CPU memory, where one with capturable cannot: leave "
+            "capturable or offload out"
+        )
 
 
 def _copy(tensor: Tensor) -> nn.Parameter:

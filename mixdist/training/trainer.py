@@ -177,17 +177,11 @@ class Trainer:
         self._upcoming: RankBatch | None = None
         parts = self.mixture.parts
         try:
-            engine = self.make_engine(parts, self.mesh, self.wire, phase.optimizer, phase.schedule, phase.clip_norm)
+            return self.make_engine(parts, self.mesh, self.wire, phase.optimizer, phase.schedule, phase.clip_norm)
         except TypeError as error:  # an abstract class, or another constructor
             raise ValueError(
                 f"engine cannot be made ({error}): see mixdist.engines.Engine for what it takes"
             ) from error
-        if self.mixture.parts.stack and not engine.stacks:
-            raise ValueError(
-                f"mixture.execution (stacked) cannot be used with the engine {type(engine).__name__}, which needs each "
-                f"expert's own parameters: set it to loop"
-            )
-        return engine
 
     def _free(self, key: str, phase: Phase) -> None:
         """Let what a phase trains learn, and nothing else."""
