@@ -35,6 +35,7 @@ class Field:
         scale: multiplies the stored number.
         offset: is added after scaling.
         num_classes: the number of classes of a label; None for real numbers.
+        words: what the classes of a text's tokens stand for, or empty.
 
     Examples:
         >>> import torch
@@ -51,6 +52,7 @@ class Field:
     scale: float = 1.0
     offset: float = 0.0
     num_classes: int | None = None
+    words: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def num_values(self) -> int:

@@ -244,13 +244,17 @@ def order_of(dataset: Samples) -> dict[str, Any]:
 
 def describe_spec(spec: Spec) -> dict[str, Any]:
     """Return a spec as JSON."""
-    return {name: {**vars(f), "shape": list(f.shape), "dtype": _type_name(f.dtype)} for name, f in spec.items()}
+    told = {name: {**vars(f), "shape": list(f.shape), "dtype": _type_name(f.dtype)} for name, f in spec.items()}
+    for f in told.values():
+        f.update({"words": list(words)} if (words := f.pop("words")) else {})
+    return told
 
 
 def read_spec(described: dict[str, Any]) -> dict[str, Field]:
     """Undo ``describe_spec``."""
     stored = {_type_name(d): d for d in (*STORED_INTEGERS, *STORED_REALS)}
-    return {n: Field(**{**f, "shape": tuple(f["shape"]), "dtype": stored[f["dtype"]]}) for n, f in described.items()}
+    made = {n: {**f, "shape": tuple(f["shape"]), "dtype": stored[f["dtype"]]} for n, f in described.items()}
+    return {n: Field(**{**f, "words": tuple(f.get("words", ()))}) for n, f in made.items()}
 
 
 def _type_name(dtype: torch.dtype) -> str:

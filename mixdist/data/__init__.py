@@ -13,32 +13,45 @@ if TYPE_CHECKING:
     from mixdist.data.dataset import Dataset, Samples, Source, Splits
     from mixdist.data.loader import Loader, RankBatch, share
     from mixdist.data.order import Epoch
+    from mixdist.data.paired import Paired
     from mixdist.data.sources.affine import AffineTargets
     from mixdist.data.sources.bananas import Bananas
+    from mixdist.data.sources.captions import Captions
     from mixdist.data.sources.digits import Digits
     from mixdist.data.sources.memory import Cifar10, Idx, Memory
+    from mixdist.data.sources.mnist_svhn import MnistSvhn
+    from mixdist.data.sources.pairs import Pairs
     from mixdist.data.sources.shards import Shards
     from mixdist.data.sources.spiral import Spiral
     from mixdist.data.sources.synthetic import Blobs, Parabolas
+    from mixdist.data.sources.textures import Textures
+    from mixdist.data.sources.views import Views
 
 _HOMES = {
     "augment": ("Augment",),
     "dataset": ("Dataset", "Samples", "Source", "Splits"),
     "loader": ("Loader", "RankBatch", "share"),
     "order": ("Epoch",),
+    "paired": ("Paired",),
     "sources.affine": ("AffineTargets",),
     "sources.bananas": ("Bananas",),
+    "sources.captions": ("Captions",),
     "sources.digits": ("Digits",),
     "sources.memory": ("Cifar10", "Idx", "Memory"),
+    "sources.mnist_svhn": ("MnistSvhn",),
+    "sources.pairs": ("Pairs",),
     "sources.shards": ("Shards",),
     "sources.spiral": ("Spiral",),
     "sources.synthetic": ("Blobs", "Parabolas"),
+    "sources.textures": ("Textures",),
+    "sources.views": ("Views",),
 }
 __all__ = [
     "AffineTargets",
     "Augment",
     "Bananas",
     "Blobs",
+    "Captions",
     "Cifar10",
     "Dataset",
     "Digits",
@@ -46,6 +59,9 @@ __all__ = [
     "Idx",
     "Loader",
     "Memory",
+    "MnistSvhn",
+    "Paired",
+    "Pairs",
     "Parabolas",
     "RankBatch",
     "Samples",
@@ -53,6 +69,8 @@ __all__ = [
     "Source",
     "Spiral",
     "Splits",
+    "Textures",
+    "Views",
     "share",
 ]
 
