@@ -53,6 +53,8 @@ class Purpose(IntEnum):
     MIXING = 18  # Dirichlet weights of components
     MASK = 19  # which components are kept
     DECODER = 20  # initial weights of a shared decoder
+    PRIVATE = 21  # eps of the private latents of a modality
+    SUBSET = 22  # which modalities are in a row's random subsets
 
 
 class Kind(IntEnum):

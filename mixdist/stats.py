@@ -161,6 +161,20 @@ def normal_kl(mean: Tensor, log_var: Tensor) -> Tensor:
     return 0.5 * (mean.square() + torch.expm1(log_var) - log_var)
 
 
+def laplace_kl(loc: Tensor, scale: Tensor) -> Tensor:
+    """Return KL(Laplace(m, b) || Laplace(0, 1)) = |m| + b exp(-|m| / b) - 1 - log b, nats.
+
+    Args:
+        loc: m.
+        scale: b; broadcasts with ``loc``.
+
+    Examples:
+        >>> laplace_kl(torch.tensor([0.0, 1.0]), torch.tensor(1.0))  # 0, 1 / e
+        tensor([0.0000, 0.3679])
+    """
+    return loc.abs() + scale * torch.exp(-loc.abs() / scale) - 1.0 - scale.log()
+
+
 def entropy(log_p: Tensor, dim: int) -> Tensor:
     """Return H(p) = -sum p log p over ``dim``, which is dropped, with 0 log 0 = 0; nats.
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from mixdist.data import Dataset, Loader
 from mixdist.engines import Engine, EngineFactory, Native
 from mixdist.evaluation.evaluate import evaluate
-from mixdist.experts import VAE, Centroid, Classifier, Component, Compute, Expert, Regressor, Silent
+from mixdist.experts import VAE, Centroid, Classifier, Component, Compute, Expert, Modality, Regressor, Silent
 from mixdist.gates import DMVAE, GMM, Consistent, Gate, LabelOracle, Softmax, Uniform, VaDE
 from mixdist.mixtures import (
     DHSIC,
     MMD,
+    MMVAE,
     MVAE,
     W2,
     Context,
@@ -29,9 +30,12 @@ from mixdist.mixtures import (
     MakeExpert,
     Masks,
     Mixture,
+    MoPoE,
     MutualPosterior,
+    PoEMVAE,
     Soft,
 )
+from mixdist.mixtures.multimodal import Multimodal
 from mixdist.mixtures.objectives import (
     Balance,
     GateLoss,
@@ -42,7 +46,7 @@ from mixdist.mixtures.objectives import (
     WeightedLoss,
 )
 from mixdist.mixtures.routing import TopK
-from mixdist.nets import MLP, Conv
+from mixdist.nets import MLP, Conv, Text
 from mixdist.noise import Draw, Moment, Purpose
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement
@@ -133,6 +137,42 @@ def data() -> Dataset:
         "label": Field((), torch.uint8, num_classes=3),
     }
     return Dataset({"id": ids, "x": x, "y": y, "label": label}, spec, "label")
+
+
+@functools.cache
+def views(num: int, absent: bool) -> Dataset:
+    """45 rows of up to five views: an image, real numbers, a text with padding, an image, a label; some are absent."""
+    draw, ids = Draw(SEED, Purpose.DATA, step=1), torch.arange(NUM_ROWS) + 1000
+
+    def numbers(shape: tuple[int, ...], most: int, dtype: torch.dtype, key: int) -> Tensor:
+        return (draw.uniform(ids, [key], shape)[0] * most).floor().to(dtype)
+
+    spec = {
+        "x0": Field((1, 4, 4), torch.uint8, 1 / 255),
+        "x1": Field((2,), torch.float32),
+        "x2": Field((5,), torch.int16, num_classes=6),
+        "x3": Field((3, 2, 3), torch.uint8, 1 / 255),
+        "x4": Field((), torch.uint8, num_classes=3),
+    }
+    rows = {
+        "x0": numbers((1, 4, 4), 256, torch.uint8, 0),
+        "x1": draw.normal(ids, [1], (2,), torch.float32)[0],
+        "x2": numbers((5,), 6, torch.int16, 2),
+        "x3": numbers((3, 2, 3), 256, torch.uint8, 3),
+        "x4": numbers((), 3, torch.uint8, 4),
+    }
+    kept = list(spec)[:num]
+    rows, spec = {"id": ids, **{name: rows[name] for name in kept}}, {name: spec[name] for name in kept}
+    if absent:
+        present = numbers((num,), 2, torch.uint8, 5)
+        present[present.sum(1) == 0] = 1
+        rows, spec = {**rows, "present": present}, {**spec, "present": Field((num,), torch.uint8)}
+    return Dataset(rows, spec)
+
+
+def rows_of(case: Case) -> Dataset:
+    """What a case trains on; of several modalities, the balance says whether some are absent."""
+    return views(case.num_experts, case.balance == "absent") if case.family in MULTIMODAL else data()
 
 
 def make_expert(case: Case, spec: Spec) -> Expert:
@@ -254,10 +294,35 @@ def make_mvae(case: Case) -> MVAE:
     )
 
 
+MULTIMODAL = {"mmvae": MMVAE, "poe": PoEMVAE, "mopoe": MoPoE}
+
+
+def make_multimodal(case: Case) -> Multimodal:
+    """Several modalities: the gate names gradient and bound, the expert q, the objective private latents."""
+    private = 2 if case.objective == "private" else 0
+    own: list[dict[str, Any]] = [
+        {"network": MLP([6], "tanh"), "scale": "learned"},
+        {"network": MLP([5], "tanh"), "likelihood": "gaussian", "mean": "identity"},
+        {"network": Text(3, [4]), "likelihood": "categorical", "padding": 0},
+        {"network": Conv([3]), "likelihood": "bernoulli"},
+        {"network": MLP([4], "tanh"), "likelihood": "categorical"},
+    ]
+    experts = [functools.partial(Modality, field=f"x{m}", private=private, **own[m]) for m in range(case.num_experts)]
+    if case.family == "mopoe":
+        return MoPoE(experts, latent=3, samples=2, learn_prior=True)
+    if case.family == "poe":
+        return PoEMVAE(experts, latent=3, samples=2, subsets=2, beta=0.7)
+    gradient, _, bound = case.gate.partition("-")
+    how: dict[str, Any] = {"posterior": case.expert, "gradient": gradient, "objective": bound}
+    return MMVAE(experts, latent=3, samples=3, learn_prior=case.num_experts != 3, **how)
+
+
 def make_mixture(case: Case, mesh: Mesh, wire: Wire) -> Mixture:
-    spec, dtype = data().spec, getattr(torch, case.dtype)
-    if case.family == "two-stage":
-        mixture: Mixture = TwoStage(case.num_experts)
+    spec, dtype = rows_of(case).spec, getattr(torch, case.dtype)
+    if case.family in MULTIMODAL:
+        mixture: Mixture = make_multimodal(case)
+    elif case.family == "two-stage":
+        mixture = TwoStage(case.num_experts)
     elif case.family == "mvae":
         mixture = make_mvae(case)
     else:
@@ -302,7 +367,7 @@ def run(case: Case) -> dict[str, Any]:
     for owned in mixture.parts.owned():
         owned.module.requires_grad_(case.trains in ("both", "gate" if owned.expert is None else "experts"))
     engine = make_engine(case, mixture, mesh, wire)
-    loader = Loader(data(), case.batch_size, SEED, 0, mesh.rank, mesh.world_size)
+    loader = Loader(rows_of(case), case.batch_size, SEED, 0, mesh.rank, mesh.world_size)
     report: dict[str, Any] = {"speaks": {}, "copies": {}, "steps": [], "bytes": [], "margin": 1.0}
     upcoming = loader.batch(0, 0)
     for step in range(case.steps):
@@ -311,7 +376,7 @@ def run(case: Case) -> dict[str, Any]:
         wire.meter.reset()
         shard, upcoming = upcoming, loader.batch(*divmod(step + 1, loader.num_batches))
         engine.zero_grad()
-        objective = WeightedLoss() if case.family == "mvae" else make_objective(case)
+        objective = WeightedLoss() if case.family in ("mvae", *MULTIMODAL) else make_objective(case)
         objective.anneal(step)
         ahead = upcoming if case.prefetch else None
         outcome = mixture.backward(shard, objective, Moment(SEED, 0, step), case.accumulate, ahead)
@@ -323,8 +388,8 @@ def run(case: Case) -> dict[str, Any]:
     keep(report, mixture, mesh, "weight", lambda p: p)
     if isinstance(mixture, Soft):
         judge(report, case, mixture)
-    if isinstance(mixture, MVAE):
-        report["figures"] = evaluate(mixture, data(), case.batch_size, SEED).figures
+    if isinstance(mixture, (MVAE, Multimodal)):
+        report["figures"] = evaluate(mixture, rows_of(case), case.batch_size, SEED, num_samples=30).figures
     return report
 
 

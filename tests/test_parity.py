@@ -43,7 +43,8 @@ def possible(row: dict[str, Any]) -> bool:
     no_stack = stacked and (row.get("expert") in ("conv", "unlike") or row.get("memory") in ("pieces", "recompute"))
     no_prefetch = row.get("prefetch") and row.get("routing", "dense") != "dense"
     nothing_learns = row.get("trains") == "gate" and row.get("gate") in ("oracle", "uniform")
-    return not (ahead_of_what or no_stack or no_prefetch or nothing_learns)
+    too_few = row.get("layout", (1, 1))[1] > row.get("num_experts", 4)
+    return not (too_few or ahead_of_what or no_stack or no_prefetch or nothing_learns)
 
 
 def pairs_of(options: dict[str, Sequence[Any]]) -> set[frozenset[tuple[str, Any]]]:
@@ -121,19 +122,49 @@ MVAES = {
 """Of mixtures with one decoder; the gate names the masks, the balance the penalty."""
 
 
-def one_decoder() -> list[Any]:
+MULTIMODAL = {
+    "layout": LAYOUTS[1:],
+    "family": ("mmvae", "poe", "mopoe"),
+    "num_experts": (2, 3, 5),
+    "accumulate": (1, 3),
+    "gate": tuple(f"{gradient}-{bound}" for gradient in ("iwae", "stl", "dreg") for bound in ("looser", "tighter")),
+    "expert": ("laplace", "normal"),
+    "balance": ("whole", "absent"),
+    "objective": ("shared", "private"),
+    "batch_size": (16, 13, 3),
+}
+"""Of several modalities: the gate names gradient and bound, the expert the posterior."""
+
+
+def selected(options: dict[str, Sequence[Any]], **fixed: Any) -> list[Any]:
     """The covering cases; those that hold every value of every option run by default."""
-    cases, seen, marked = [case_of(family="mvae", **row) for row in covering(MVAES)], set[tuple[str, Any]](), []
+    cases, seen, marked = [case_of(**fixed, **row) for row in covering(options)], set[tuple[str, Any]](), []
     for case in cases:
-        values = {(n, getattr(case, n)) for n in MVAES if n != "layout"} | {("layout", (case.ranks, case.ep_size))}
+        values = {(n, getattr(case, n)) for n in options if n != "layout"} | {("layout", (case.ranks, case.ep_size))}
         marked.append(pytest.param(case, marks=[] if values - seen else pytest.mark.slow, id=str(case)))
         seen |= values
     return marked
 
 
-@pytest.mark.parametrize("case", one_decoder())
+@pytest.mark.parametrize("case", selected(MVAES, family="mvae"))
 def test_mixtures_with_one_decoder_are_the_same_run(pool: Callable[[int], Pool], case: Case) -> None:
     check(pool, case)
+
+
+@pytest.mark.parametrize("case", selected(MULTIMODAL))
+def test_mixtures_of_modalities_are_the_same_run(pool: Callable[[int], Pool], case: Case) -> None:
+    check(pool, case)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("layout", [(1, 1), (2, 2), (3, 3), (4, 2), (2, 1)], ids=str)
+def test_the_product_of_modalities_is_the_same_run(pool: Callable[[int], Pool], layout: tuple[int, int]) -> None:
+    names = ("num_experts", "gate", "expert", "balance", "objective")
+    for values in product(*(MULTIMODAL[name] for name in names)):
+        options = dict(zip(names, values, strict=True))
+        if possible({"layout": layout, **options}):
+            check(pool, case_of(layout, family="mmvae", steps=3, **options))
 
 
 # Each layout with both numbers of experts; each number of experts with every batch size.

@@ -5,6 +5,7 @@ from mixdist.experts.centroid import Centroid
 from mixdist.experts.classifier import Classifier
 from mixdist.experts.component import Component
 from mixdist.experts.expert import Expert
+from mixdist.experts.modality import Modality
 from mixdist.experts.regressor import Regressor
 from mixdist.experts.silent import Silent
 from mixdist.experts.timing import time_executions
@@ -19,6 +20,7 @@ __all__ = [
     "Execution",
     "Expert",
     "ExpertBank",
+    "Modality",
     "Noise",
     "Regressor",
     "Silent",

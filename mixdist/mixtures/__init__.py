@@ -7,7 +7,9 @@ from mixdist.mixtures.facts import Facts
 from mixdist.mixtures.figures import ExpertEvaluation
 from mixdist.mixtures.masks import Masks
 from mixdist.mixtures.mixture import Mixture, Stage
+from mixdist.mixtures.mmvae import MMVAE
 from mixdist.mixtures.model import Model
+from mixdist.mixtures.multimodal import MakeModality
 from mixdist.mixtures.mvae import MVAE
 from mixdist.mixtures.objectives import (
     Balance,
@@ -20,6 +22,7 @@ from mixdist.mixtures.objectives import (
     WeightedLoss,
 )
 from mixdist.mixtures.penalties import DHSIC, MMD, W2, MutualPosterior, Penalty
+from mixdist.mixtures.poe import MoPoE, PoEMVAE
 from mixdist.mixtures.routing import RoutingPlan, TopK
 from mixdist.mixtures.soft import Soft
 from mixdist.mixtures.study import Evaluation, Request, Study
@@ -27,6 +30,7 @@ from mixdist.mixtures.study import Evaluation, Request, Study
 __all__ = [
     "DHSIC",
     "MMD",
+    "MMVAE",
     "MVAE",
     "W2",
     "Balance",
@@ -39,12 +43,15 @@ __all__ = [
     "Information",
     "KLBalance",
     "MakeExpert",
+    "MakeModality",
     "Masks",
     "Mixture",
+    "MoPoE",
     "Model",
     "MutualPosterior",
     "Objective",
     "Penalty",
+    "PoEMVAE",
     "Request",
     "RoutingPlan",
     "Scores",

@@ -3,5 +3,6 @@
 from mixdist.nets.conv import Conv, NormName
 from mixdist.nets.mlp import MLP, ActivationName, flat
 from mixdist.nets.network import Network
+from mixdist.nets.text import Text
 
-__all__ = ["MLP", "ActivationName", "Conv", "Network", "NormName", "flat"]
+__all__ = ["MLP", "ActivationName", "Conv", "Network", "NormName", "Text", "flat"]

@@ -1,0 +1,135 @@
+"""What is known of rows with several modalities, and the posteriors that their latents are drawn from.
+
+Shape letters: R rows, M modalities, K proposals, N those that an expert scores, L shared latent, P private latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixdist.data import Samples
+from mixdist.experts import Expert, Modality
+from mixdist.mixtures.facts import Facts
+from mixdist.parallel.route import Route
+from mixdist.terms import Batch, Spec
+
+PRESENT = "present"
+"""The field (M,), uint8 of 0 and 1, that says which modalities a row has; without it, all."""
+
+
+class Seen(NamedTuple):
+    """What every rank of an EP group knows of rows.
+
+    Args:
+        ids_R: ids.
+        present_RM: which modalities a row has.
+        loc_RML: locations of q(z|x_m).
+        scale_RML: scales.
+    """
+
+    ids_R: Tensor
+    present_RM: Tensor
+    loc_RML: Tensor
+    scale_RML: Tensor
+
+    def of(self, rows: slice) -> Seen:
+        """Return the same of some rows."""
+        return Seen(*(field[rows] for field in self))
+
+
+class Here(NamedTuple):
+    """What this rank's experts alone know of the rows that arrive.
+
+    Args:
+        rows: their fields as numbers.
+        private: location and scale of each expert's private posterior, (R, P).
+        route: of the rows.
+    """
+
+    rows: Batch
+    private: dict[int, tuple[Tensor, Tensor]]
+    route: Route
+
+    @property
+    def own(self) -> slice:
+        """This rank's rows among those that arrive."""
+        first = sum(self.route.counts[: self.route.me])
+        return slice(first, first + self.route.num_own)
+
+
+class Proposals(NamedTuple):
+    """The posteriors that latents of a row are drawn from.
+
+    Args:
+        members_RKM: the modalities of each, none where the row does not have them.
+        loc_RKL: locations.
+        scale_RKL: scales.
+        keys: their numbers in the draws' keys, K.
+        slots_MN: the proposals that each expert scores.
+    """
+
+    members_RKM: Tensor
+    loc_RKL: Tensor
+    scale_RKL: Tensor
+    keys: list[int]
+    slots_MN: Tensor
+
+    @property
+    def valid_RK(self) -> Tensor:
+        """Whether a row has the proposal."""
+        return self.members_RKM.any(-1)
+
+    def of(self, rows: slice) -> Proposals:
+        """Return those of some rows."""
+        return self._replace(
+            members_RKM=self.members_RKM[rows], loc_RKL=self.loc_RKL[rows], scale_RKL=self.scale_RKL[rows]
+        )
+
+
+def check_is_modality(key: str, expert: Expert) -> None:
+    """Check the class of an expert.
+
+    Raises:
+        ValueError: it is no modality.
+    """
+    if not isinstance(expert, Modality):
+        raise ValueError(f"{key}: {type(expert).__name__} is no modality: subclass mixdist.experts.Modality")
+
+
+def check_own_fields(facts: Sequence[Facts], spec: Spec) -> None:
+    """Check that every modality has one expert.
+
+    Raises:
+        ValueError: two have the same field.
+    """
+    owners: dict[str, int] = {}
+    for e, one in enumerate(facts):
+        name = one.fields[0]
+        if name in owners:
+            raise ValueError(
+                f"mixture.expert[{e}] models the field {name!r}, and so does mixture.expert[{owners[name]}]: give each "
+                f"modality one expert, of {', '.join(spec)}"
+            )
+        owners[name] = e
+
+
+def check_present(dataset: Samples) -> None:
+    """Check that each row in memory has a modality.
+
+    Raises:
+        ValueError: one has none.
+    """
+    if PRESENT not in dataset.spec or not dataset.in_memory:
+        return
+    rows = dataset.take(torch.arange(len(dataset)), fields=(PRESENT,))
+    none = (rows[PRESENT] == 0).all(1)
+    if bool(none.any()):
+        sample = int(rows["id"][none][0])
+        raise ValueError(
+            f"sample {sample} has none of its modalities, as {PRESENT!r} says ({int(none.sum())} such rows of "
+            f"{len(dataset)}): leave such rows out"
+        )
