@@ -7,7 +7,6 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -30,15 +29,15 @@ from tests.contest import (
     skewed,
     tensors,
 )
+from tests.covering import Row, combined, covering, marked, wanted
 from tests.parity import mesh_of
 from tests.pool import Pool
-from tests.test_parity import covering
 
 TOLERANCE = 1e-10  # of means over ranks
 STEP = 1e-12  # of a step's loss and gradients, from the same weights
 DECIDED = ("step", "phase", "round", "epoch", "counts", "changed", "objective_rose", "starved", "starved_rule")
 
-# Every pair of these is covered by some case that runs by default.
+# Every pair of these is covered by some case; every value by one that runs by default.
 OPTIONS: dict[str, Sequence[Any]] = {
     "layout": ((2, 2), (3, 3), (4, 4), (4, 2), (2, 1)),
     "score": ("fresh", "kept", "elbo", "normalised", "likelihood", "oracle", "random", "fixed"),
@@ -118,10 +117,10 @@ def check(pool: Callable[[int], Pool], case: Contest) -> None:
         assert value <= (STEP if name in steps else TOLERANCE if name.startswith("record") else 0.0), (name, value)
 
 
-COVERING = [case_of(**row) for row in covering(OPTIONS)]
+COVERING = covering(OPTIONS)
 
 
-@pytest.mark.parametrize("case", COVERING, ids=str)
+@pytest.mark.parametrize("case", marked(COVERING, case_of))
 def test_every_layout_is_the_same_competition(pool: Callable[[int], Pool], case: Contest) -> None:
     check(pool, case)
 
@@ -141,20 +140,18 @@ def test_a_step_that_differs_is_seen(pool: Callable[[int], Pool]) -> None:
 
 
 def test_the_covering_cases_cover_every_pair() -> None:
-    rows = [{"layout": (c.ranks, c.ep_size), **{n: getattr(c, n) for n in OPTIONS if n != "layout"}} for c in COVERING]
-    pairs = {frozenset(pair) for row in rows for pair in combinations(row.items(), 2)}
-    values = (((a, x), (b, y)) for a, b in combinations(OPTIONS, 2) for x, y in product(OPTIONS[a], OPTIONS[b]))
-    assert {frozenset(pair) for pair in values} <= pairs
+    assert wanted(OPTIONS) <= set().union(*(combined(row, 2) for row in COVERING))
+
+
+TRIPLES = {name: OPTIONS[name] for name in ("layout", "num_experts", "start", "starved", "delivery", "placement")}
+TRIPLES["score"] = ("fresh", "kept", "elbo", "oracle")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("layout", OPTIONS["layout"], ids=str)
-def test_the_full_product_is_the_same_competition(pool: Callable[[int], Pool], layout: tuple[int, int]) -> None:
-    # Two rounds: what the first decides acts in the second. Deliveries and placements last: they have one reference.
-    names = ("num_experts", "start", "starved", "score", "delivery", "placement")
-    for values in product(*(OPTIONS[name] for name in names)):
-        check(pool, case_of(layout, rounds=2, epochs=1, **dict(zip(names, values, strict=True))))
+@pytest.mark.parametrize("row", covering(TRIPLES, strength=3), ids=str)
+def test_every_three_options_together_are_the_same_competition(pool: Callable[[int], Pool], row: Row) -> None:
+    # Two rounds: what the first decides acts in the second.
+    check(pool, case_of(rounds=2, epochs=1, **row))
 
 
 # What acts in the cases above really acts.

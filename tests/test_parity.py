@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations, cycle, product
+from itertools import cycle, product
 from typing import Any
 
 import pytest
 
+from tests.covering import combined, covering, marked, wanted
 from tests.parity import MODELS, Case, differences, merge, run
 from tests.pool import Pool
 
 LAYOUTS = ((1, 1), (2, 2), (3, 3), (4, 4), (4, 2), (2, 1), (4, 1))
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
-# Every pair of these is covered by some case that runs by default.
+# Every pair of these is covered by some case; every value by one that runs by default.
 OPTIONS: dict[str, Sequence[Any]] = {
     "layout": LAYOUTS,
     "num_experts": (4, 5),
@@ -47,28 +48,6 @@ def possible(row: dict[str, Any]) -> bool:
     return not (too_few or ahead_of_what or no_stack or no_prefetch or nothing_learns)
 
 
-def pairs_of(options: dict[str, Sequence[Any]]) -> set[frozenset[tuple[str, Any]]]:
-    values = (((a, x), (b, y)) for a, b in combinations(options, 2) for x, y in product(options[a], options[b]))
-    return {frozenset(pair) for pair in values if possible(dict(pair))}
-
-
-def covering(options: dict[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """Choose rows of the product, greedily, until every possible pair of values of two options is in one of them."""
-    pairs = pairs_of(options)
-    while pairs:
-        row = dict(sorted(min(pairs, key=lambda pair: sorted(map(repr, pair)))))
-        for name in options:
-            if name not in row:
-                values = [v for v in options[name] if possible({**row, name: v})]
-                row[name] = max(values, key=lambda v, n=name: len(pairs & _pairs({**row, n: v})))  # type: ignore[misc]
-        pairs -= _pairs(row)
-        yield row
-
-
-def _pairs(row: dict[str, Any]) -> set[frozenset[tuple[str, Any]]]:
-    return {frozenset(pair) for pair in combinations(row.items(), 2)}
-
-
 def case_of(layout: tuple[int, int], **options: Any) -> Case:
     return Case(ranks=layout[0], ep_size=layout[1], **options)
 
@@ -93,19 +72,17 @@ def check(pool: Callable[[int], Pool], case: Case) -> None:
             assert (sent > 0) == (case.ep_size > 1)
 
 
-COVERING = [case_of(**row) for row in covering(OPTIONS)]
+COVERING = covering(OPTIONS, possible)
 
 
-@pytest.mark.parametrize("case", COVERING, ids=str)
+@pytest.mark.parametrize("case", marked(COVERING, case_of))
 def test_every_layout_is_the_same_run(pool: Callable[[int], Pool], case: Case) -> None:
     check(pool, case)
 
 
 def test_the_covering_cases_cover_every_pair() -> None:
-    rows = [{"layout": (c.ranks, c.ep_size), **{n: getattr(c, n) for n in OPTIONS if n != "layout"}} for c in COVERING]
-    covered = set().union(*map(_pairs, rows))
-    assert all(map(possible, rows))
-    assert pairs_of(OPTIONS) <= covered
+    assert all(map(possible, COVERING))
+    assert wanted(OPTIONS, possible) <= set().union(*(combined(row, 2) for row in COVERING))
 
 
 MVAES = {
@@ -136,22 +113,12 @@ MULTIMODAL = {
 """Of several modalities: the gate names gradient and bound, the expert the posterior."""
 
 
-def selected(options: dict[str, Sequence[Any]], **fixed: Any) -> list[Any]:
-    """The covering cases; those that hold every value of every option run by default."""
-    cases, seen, marked = [case_of(**fixed, **row) for row in covering(options)], set[tuple[str, Any]](), []
-    for case in cases:
-        values = {(n, getattr(case, n)) for n in options if n != "layout"} | {("layout", (case.ranks, case.ep_size))}
-        marked.append(pytest.param(case, marks=[] if values - seen else pytest.mark.slow, id=str(case)))
-        seen |= values
-    return marked
-
-
-@pytest.mark.parametrize("case", selected(MVAES, family="mvae"))
+@pytest.mark.parametrize("case", marked(covering(MVAES, possible), functools.partial(case_of, family="mvae")))
 def test_mixtures_with_one_decoder_are_the_same_run(pool: Callable[[int], Pool], case: Case) -> None:
     check(pool, case)
 
 
-@pytest.mark.parametrize("case", selected(MULTIMODAL))
+@pytest.mark.parametrize("case", marked(covering(MULTIMODAL, possible), case_of))
 def test_mixtures_of_modalities_are_the_same_run(pool: Callable[[int], Pool], case: Case) -> None:
     check(pool, case)
 
@@ -210,12 +177,19 @@ def test_a_wrong_gradient_is_seen(pool: Callable[[int], Pool]) -> None:
     assert max(v for k, v in differences(got, {**other, "steps": got["steps"]}).items() if "gradient" in k) > 1e-3
 
 
+TRIPLES: dict[str, Sequence[Any]] = {
+    "layout": LAYOUTS,
+    "num_experts": (4, 5),
+    "execution": ("loop", "stacked"),
+    "accumulate": (1, 3),
+    "objective": ("weighted", "mixture"),
+    "balance": ("variance", "kl"),
+    "gate": ("softmax", "starved"),
+    "batch_size": (16, 13),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_the_full_product_is_the_same_run(pool: Callable[[int], Pool], layout: tuple[int, int]) -> None:
-    names = ("num_experts", "execution", "accumulate", "objective", "balance", "gate", "batch_size")
-    two = [(4, 5), ("loop", "stacked"), (1, 3), ("weighted", "mixture"), ("variance", "kl")]
-    two += [("softmax", "starved"), (16, 13)]
-    for values in product(*two):
-        check(pool, case_of(layout, **dict(zip(names, values, strict=True))))
+@pytest.mark.parametrize("case", [case_of(**row) for row in covering(TRIPLES, strength=3)], ids=str)
+def test_every_three_options_together_are_the_same_run(pool: Callable[[int], Pool], case: Case) -> None:
+    check(pool, case)
