@@ -147,6 +147,7 @@ def test_scaling_sweeps_writes_rows_and_draws(tmp_path: Path, monkeypatch: pytes
     assert [row["efficiency"] for row in written] == [float(r["efficiency"]) for r in rows[2:]]
 
 
+@pytest.mark.slow
 def test_scaling_of_rounds_sends_each_row_to_its_owner_once_an_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -213,6 +213,7 @@ def test_a_run_goes_on_bit_for_bit(total: int, whole: Path) -> None:
     assert_same(run, whole)
 
 
+@pytest.mark.slow
 def test_kept_discriminators_go_on_bit_for_bit(folder: Path) -> None:
     config = copy.deepcopy(CONFIG)
     config["mixture"]["init_args"]["score"]["init_args"] |= {"fresh": False, "batches": 3}

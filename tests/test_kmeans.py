@@ -65,7 +65,7 @@ def points() -> np.ndarray:
     return digits.spec["x"].values(digits.rows["x"], torch.float64).flatten(1).numpy()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_rounds_are_the_iterations_of_lloyd(ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

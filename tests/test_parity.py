@@ -141,7 +141,11 @@ TWO_STAGES = [
 ]
 
 
-@pytest.mark.parametrize("case", TWO_STAGES, ids=str)
+# By default each layout once, with numbers of experts in turn.
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[] if n % 4 in (0, 3) else pytest.mark.slow, id=str(c)) for n, c in enumerate(TWO_STAGES)],
+)
 def test_two_stages_are_the_same_run(pool: Callable[[int], Pool], case: Case) -> None:
     check(pool, case)
 

@@ -106,7 +106,7 @@ def test_watching_changes_nothing_that_is_trained(folder: Path) -> None:
     assert {"valid_loss", "valid_elbo", "valid_accuracy"} <= watched(run)[0].keys()
 
 
-@pytest.mark.parametrize("start", ["all", pytest.param("split", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("start", ["split", pytest.param("all", marks=pytest.mark.slow)])
 def test_watching_changes_no_round_of_a_competition(start: str, folder: Path) -> None:
     hard = changed(HARD, dtype="float64", valid=0.2, rounds=4, start=start, pretrain=[{"epochs": 1, "batch_size": 30}])
     plain = trained(folder, hard, "plain")
@@ -203,6 +203,7 @@ def test_two_ranks_decide_as_one_process(watching: tuple[Path, list[float]], fol
     assert [record["valid_loss"] for record in mine] == pytest.approx([r["valid_loss"] for r in theirs], rel=1e-8)
 
 
+@pytest.mark.slow
 def test_a_competition_ends_early_on_any_layout_and_goes_on(folder: Path) -> None:
     hard = changed(HARD, dtype="float64", valid=0.2, rounds=9, starved="reseed", starved_below=0.5)
     hard = changed(hard, train__optimizer={"class_path": "torch.optim.Adam", "init_args": {"lr": 0.3}})

@@ -214,7 +214,8 @@ def test_evaluate_and_figures_of_a_run_on_shards() -> None:
     assert Path("r/images/experts.png").exists()
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_goes_on_while_its_server_dies_and_comes_back(tmp_path: Path, ranks: int) -> None:
     (tmp_path / "control").mkdir()
     server = RangeServer(tmp_path / "shards", tmp_path / "control")
@@ -310,7 +311,7 @@ def lives(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("victim", ["trainer", "decoder"])
+@pytest.mark.parametrize("victim", ["trainer", pytest.param("decoder", marks=pytest.mark.slow)])
 def test_no_process_is_left_when_one_is_killed(victim: str) -> None:
     words = ["train", "--config", config_of(SOFT, {"workers": 2}), "--train.epochs", "10000", "--out", "r"]
     with Started(["mixdist", *words], Path.cwd(), {}) as started:

@@ -61,7 +61,7 @@ def assert_same(run: Path, whole: Path, tolerance: float) -> None:
         assert (x - y).abs().max() <= tolerance * y.abs().max(), name
 
 
-@pytest.mark.parametrize(("gate", "alone"), [("VaDE", True), ("DMVAE", False)])
+@pytest.mark.parametrize(("gate", "alone"), [pytest.param("VaDE", True, marks=pytest.mark.slow), ("DMVAE", False)])
 def test_a_run_of_stages_is_the_same_on_any_layout_and_goes_on_in_each(
     gate: str, alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
