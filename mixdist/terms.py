@@ -193,6 +193,7 @@ class Parts:
         experts: this rank's experts by global number.
         stack: if experts run as one stack, the tensors that their parameters are slices of, by the parameter's name;
             the leading axis is that of ``experts``.
+        micro_batch: rows that an expert runs at once, so that its replicas may run it unequally often; None for all.
 
     Raises:
         ValueError: a shared module's name that cannot name a file of a checkpoint.
@@ -201,6 +202,7 @@ class Parts:
     shared: dict[str, nn.Module]
     experts: dict[int, nn.Module] = field(default_factory=dict)
     stack: dict[str, Tensor] = field(default_factory=dict)
+    micro_batch: int | None = None
 
     def __post_init__(self) -> None:
         for name in self.shared:

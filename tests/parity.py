@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixdist.data import Dataset, Loader
-from mixdist.engines import Engine, EngineFactory, Native
+from mixdist.engines import FSDP, Engine, EngineFactory, Native
 from mixdist.evaluation.evaluate import evaluate
 from mixdist.experts import VAE, Centroid, Classifier, Component, Compute, Expert, Modality, Regressor, Silent
 from mixdist.gates import DMVAE, GMM, Consistent, Gate, LabelOracle, Softmax, Uniform, VaDE
@@ -236,6 +236,7 @@ def make_routing(case: Case) -> TopK | None:
 
 
 COMPUTE = {"whole": Compute(), "pieces": Compute(micro_batch=2), "recompute": Compute(micro_batch=3, recompute=True)}
+COMPUTE["again"] = Compute(recompute=True)
 
 
 def make_objective(case: Case) -> Objective:
@@ -345,6 +346,9 @@ ENGINES: dict[str, EngineFactory] = {
     "native": Native,
     "sharded": functools.partial(Native, shard="optimizer"),
     "offloaded": functools.partial(Native, offload="optimizer"),
+    "fsdp": functools.partial(FSDP, unit_bytes=1),
+    "fsdp-whole": FSDP,
+    "fsdp-offloaded": functools.partial(FSDP, offload="optimizer", unit_bytes=100),
     "sharded-offloaded": functools.partial(Native, shard="optimizer", offload="optimizer"),
 }
 
@@ -384,7 +388,8 @@ def run(case: Case) -> dict[str, Any]:
         report["steps"].append(figures(totals.outcome, totals.grad_norm))
         report["bytes"].append((totals.meter["wire_bytes"], totals.meter["wire_bytes_min"]))
         if step == 0:
-            keep(report, mixture, mesh, "gradient", lambda p: p.grad if p.requires_grad else torch.zeros_like(p))
+            keep(report, mixture, mesh, "gradient", gradient)
+    engine.ready()
     keep(report, mixture, mesh, "weight", lambda p: p)
     if isinstance(mixture, Soft):
         judge(report, case, mixture)
@@ -397,6 +402,14 @@ def figures(outcome: Any, grad_norm: float) -> dict[str, Tensor]:
     # Parts are one tensor: near balance the balance term is a small difference of large numbers.
     parts = {"parts": torch.stack(list(outcome.parts.values()))}
     return {"loss": outcome.loss, **outcome.sums, **parts, "grad_norm": torch.tensor(grad_norm, dtype=torch.float64)}
+
+
+def gradient(parameter: Tensor) -> Tensor | None:
+    """Return a parameter's gradient; one that is cut over ranks comes together, which every rank calls for."""
+    grad = parameter.grad
+    if not parameter.requires_grad or (grad is None and hasattr(parameter, "full_tensor")):
+        return torch.zeros(parameter.shape, dtype=parameter.dtype)
+    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad  # type: ignore[union-attr, no-any-return]
 
 
 def keep(report: dict[str, Any], mixture: Mixture, mesh: Mesh, kind: str, get: Any) -> None:

@@ -128,8 +128,11 @@ class Native(Engine):
 
     def gather(self) -> None:
         for owned, _ in self.trained if self.shard else ():
-            group = (self.shared if owned.expert is None else self.own).group
-            self._gathered[owned.name] = bring(self._own_state(owned), group, self.wire)
+            self._gathered[owned.name] = self._bring(owned, self._own_state(owned))
+
+    def _bring(self, owned: Owned, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Bring a module's state together on the rank that writes it."""
+        return bring(state, (self.shared if owned.expert is None else self.own).group, self.wire)
 
     def optimizer_state(self, owned: Owned) -> dict[str, Tensor]:
         """Return the optimiser's state of a module; where it is sharded, as it was when ``gather`` was called."""
@@ -153,10 +156,14 @@ class Native(Engine):
         mesh, wire = self.mesh, self.wire
         if not self.shard:
             return Copies(shared, mesh.world, wire), Copies(own, mesh.replica_group, wire)
-        shards = Shards(own, mesh.replica_group, wire)
+        shards = self._owners(own)
         # Ranks with small experts, or none to step, take more of what is shared.
         load_P = gather_json(sum(t.numel() * t.element_size() for t in shards.owned), mesh.world)
         return Shards(shared, mesh.world, wire, load_P), shards
+
+    def _owners(self, own: list[Tensor]) -> Copies:
+        """Return who steps what of this rank's experts, each once over the replicas."""
+        return Shards(own, self.mesh.replica_group, self.wire)
 
     def _own_state(self, owned: Owned) -> dict[str, Tensor]:
         """Return what this rank has of a module's optimiser state."""

@@ -139,7 +139,8 @@ class MVAE(Ensemble):
     @property
     def parts(self) -> Parts:
         learned = {"masks": self.masks} if any(True for _ in self.masks.parameters()) else {}
-        return Parts({"decoder": self.decoder, **learned}, dict(self.bank.owned()), self.bank.stack)
+        shared = {"decoder": self.decoder, **learned}
+        return Parts(shared, dict(self.bank.owned()), self.bank.stack, self.compute.micro_batch)
 
     def check(self, stages: Mapping[str, Stage]) -> None:
         for name, stage in stages.items():

@@ -150,7 +150,7 @@ class Soft(Ensemble):
     @property
     def parts(self) -> Parts:
         """The gate is shared; the experts are this rank's own."""
-        return Parts({"gate": self.gate}, dict(self.bank.owned()), self.bank.stack)
+        return Parts({"gate": self.gate}, dict(self.bank.owned()), self.bank.stack, self.compute.micro_batch)
 
     def backward(
         self, batch: RankBatch, objective: Objective, at: Moment, num_parts: int = 1, upcoming: RankBatch | None = None

@@ -1,4 +1,4 @@
-"""The minimum bytes of a step, from counts of rows and experts alone: pure functions.
+"""Bytes as pure functions: the minimum of a step, from counts of rows and experts alone, and what a rank holds.
 
 The minimum for rows is each row once to each other member of the EP group that has an expert for it, with the fields
 that the experts there read and the row's id; for a field of a (row, expert) it is the numbers that go to another member
@@ -9,6 +9,7 @@ Shape letters: P members of an EP group; lists with that suffix have an entry a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -98,3 +99,37 @@ def soft_step(
     """Return the bytes that a member sends in a step of a dense soft mixture: rows, losses, and their gradients."""
     sent = rows([counts_P[me]] * len(counts_P), row_bytes_P, me)
     return sent + combine(counts_P, experts_P, me).num_bytes(itemsize, differentiated=True)
+
+
+def part_rows(num_rows: int, members: int, me: int) -> int:
+    """Return how many rows of a tensor a member holds, as ``torch.chunk`` cuts it: the last may hold fewer, or none.
+
+    Examples:
+        >>> [part_rows(5, 4, p) for p in range(4)]
+        [2, 2, 1, 0]
+    """
+    each = -(-num_rows // members)
+    return max(0, min(each, num_rows - me * each))
+
+
+def part_numbers(shapes: Iterable[Sequence[int]], members: int, me: int) -> int:
+    """Return how many numbers of a module's parameters a member holds that are cut by rows.
+
+    A parameter without rows is whole, and no part of the sum.
+    """
+    return sum(part_rows(shape[0], members, me) * math.prod(shape[1:]) for shape in shapes if shape)
+
+
+def cut_step(shapes: Iterable[Sequence[int]], members: int, itemsize: int, passes: int = 1) -> int:
+    """Return the bytes that each member sends in a step for parameters that are cut by rows.
+
+    In each pass values come together twice, before the forward and before the backward pass, and gradients go where
+    they are summed once; every part has as many rows as the largest.
+
+    Args:
+        shapes: of the parameters.
+        members: of the group.
+        itemsize: bytes of a number.
+        passes: how often the module runs in a step.
+    """
+    return 3 * passes * (members - 1) * part_numbers(shapes, members, 0) * itemsize

@@ -18,6 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+# torch 2.13 renames both, and warns of the former names.
+_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 @dataclass
@@ -107,6 +110,18 @@ class Wire:
             return dist.all_to_all_single(output, flat, list(received), list(sent), group=group, async_op=True)
 
         return self._run(start, output, flat, group)
+
+    def all_gather_into(self, output: Tensor, flat: Tensor, group: Group) -> Pending:
+        """Start to bring every member's ``flat``, all of one size, into ``output`` in the order of members."""
+        assert group is not None
+        self.meter.sync_bytes += (dist.get_world_size(group) - 1) * flat.numel() * flat.element_size()
+        return self._run(lambda: _gather_single(output, flat, group=group, async_op=True), output, flat, group)
+
+    def reduce_scatter(self, output: Tensor, flat: Tensor, group: Group) -> Pending:
+        """Start to sum the members' ``flat``, and to bring the part of a member's number into its ``output``."""
+        assert group is not None
+        self.meter.sync_bytes += (flat.numel() - output.numel()) * flat.element_size()
+        return self._run(lambda: _reduce_single(output, flat, group=group, async_op=True), output, flat, group)
 
     def all_reduce(self, tensor: Tensor, group: Group) -> Tensor:
         """Sum ``tensor`` in place over the group; does nothing for a group of None (one process)."""
