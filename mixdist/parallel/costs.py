@@ -133,3 +133,22 @@ def cut_step(shapes: Iterable[Sequence[int]], members: int, itemsize: int, passe
         passes: how often the module runs in a step.
     """
     return 3 * passes * (members - 1) * part_numbers(shapes, members, 0) * itemsize
+
+
+def modalities_step(
+    counts_P: Sequence[int],
+    experts_P: Sequence[int],
+    row_bytes_P: Sequence[int],
+    me: int,
+    itemsize: int,
+    latent: int,
+    scores: int,
+) -> int:
+    """Return the bytes that a member sends in a step of a mixture of modalities.
+
+    They are rows, each with the fields of the experts there; location and scale of each posterior of ``latent``
+    dimensions to all members, and ``scores`` numbers of each (row, expert) back; and the gradients of both.
+    """
+    sent = rows([counts_P[me]] * len(counts_P), row_bytes_P, me)
+    shown = exchange(counts_P, experts_P, me, 2 * latent).num_bytes(itemsize, differentiated=True)
+    return sent + shown + combine(counts_P, experts_P, me, scores).num_bytes(itemsize, differentiated=True)
