@@ -11,6 +11,7 @@ from mixdist.config.parsing import read_config
 from mixdist.experts import Expert
 from mixdist.gates import Gate
 from mixdist.mixtures import Ensemble, Soft
+from mixdist.mixtures.multimodal import Multimodal
 from mixdist.terms import Field
 from tests.launch import ROOT
 
@@ -25,10 +26,12 @@ SHAPES = {
     "parabolas": (1,),
     "spiral": (2,),
 }
+MODALITIES = {"mmvae_digits": {f"x{m}": Field((3, 8, 8), torch.uint8, scale=1 / 255) for m in range(3)}}
+"""Fields of the configs of several modalities."""
 REAL, LABEL = Field((1,), torch.float32), Field((), torch.uint8, num_classes=10)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem not in MODALITIES], ids=lambda path: path.stem)
 def test_a_config_is_read_and_its_networks_fit_its_data(path: Path) -> None:
     config = read_config(path)
     (name,) = (name for name in SHAPES if name in path.stem)
@@ -45,6 +48,18 @@ def test_a_config_is_read_and_its_networks_fit_its_data(path: Path) -> None:
         if isinstance(mixture, Soft):
             gate = mixture.make_gate(spec, mixture.num_experts)
             assert gate(rows, eps_for(gate)).log_resp_BE.shape == (2, mixture.num_experts)
+
+
+@pytest.mark.parametrize("name", MODALITIES)
+def test_the_experts_of_a_config_fit_their_modalities(name: str) -> None:
+    mixture, spec = read_config(ROOT / "configs" / f"{name}.yaml").mixture, MODALITIES[name]
+    assert isinstance(mixture, Multimodal)
+    with torch.device("meta"):
+        for make in mixture.make_experts:
+            expert = make(spec)
+            fields = {n: spec[n] for n in expert.fields}
+            rows = {n: f.values(torch.zeros(2, *f.shape, dtype=f.dtype), torch.float32) for n, f in fields.items()}
+            assert expert(rows, eps_for(expert)).loss_R.shape == (2,)
 
 
 def eps_for(module: Expert | Gate) -> torch.Tensor | None:

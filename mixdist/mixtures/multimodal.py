@@ -318,7 +318,10 @@ class Multimodal(Ensemble):
         return MultimodalModel(self)
 
     def protocol(self, num_samples: int) -> dict[str, Any]:
-        return MultimodalStudy.protocol(num_samples)
+        kinds = {facts.log_px_is for facts in self.facts}
+        likelihood = kinds.pop() if len(kinds) == 1 else "unknown"
+        of = {"likelihood": likelihood, "likelihood_of": ", ".join(self.names)}
+        return MultimodalStudy.protocol(num_samples) | of
 
     @property
     def drawn_field(self) -> str | None:
