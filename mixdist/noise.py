@@ -4,7 +4,7 @@ The generator is Philox 4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel rand
 a bijection of a 128-bit counter under a 64-bit key, without state. A row's numbers are therefore the same on any rank,
 in any batch and beside any other rows.
 
-Shape letters: R rows, E experts, N numbers of a row in blocks of four.
+Shape letters: R rows, E experts, T pairs of a row and an expert, N numbers of a row in blocks of four.
 """
 
 from __future__ import annotations
@@ -79,23 +79,22 @@ EVALUATION_PHASE = 2**31  # figures
 ASSIGNMENT_PHASE = 2**31 + 1  # scores that assign rows in an evaluation
 
 
-def philox(counter: Words, key: tuple[Tensor | int, Tensor | int]) -> Words:
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor | int], key: tuple[Tensor | int, Tensor | int]) -> Words:
     """Return four pseudo-random words for each counter by Philox 4x32-10.
 
     Args:
-        counter: four int64 tensors of uint32 words that broadcast together.
+        counter: four int64 tensors of uint32 words that broadcast together; the last may be an int.
         key: two uint32 words, int64 tensors that broadcast with the counter, or ints.
 
     Returns:
         Four int64 tensors of the common shape with words from 0 to 2**32 - 1.
     """
     # The rounds mix all words, so every word gets the common shape without being expanded first.
-    if counter[0].is_cuda:
-        return _rounds(counter, cast(tuple[Tensor, Tensor], key))
+    if counter[0].device.type != "cpu":
+        return _rounds(cast(Words, counter), cast(tuple[Tensor, Tensor], key))
     # NumPy does the same 120 small operations in 0.5 to 0.7 of torch's time on a CPU. Its scalars would warn that they
     # wrap, hence at least one axis.
-    c0, c1, c2, c3 = (np.atleast_1d(c.numpy()) for c in counter)
-    k0, k1 = (np.atleast_1d(k.numpy()) if isinstance(k, Tensor) else k for k in key)
+    c0, c1, c2, c3, k0, k1 = (np.atleast_1d(w.numpy()) if isinstance(w, Tensor) else w for w in (*counter, *key))
     w0, w1, w2, w3 = (torch.from_numpy(word) for word in _rounds((c0, c1, c2, c3), (k0, k1)))
     return w0, w1, w2, w3
 
@@ -187,29 +186,31 @@ class Draw:
         shape: tuple[int, ...],
         dtype: torch.dtype = torch.float32,
         steps_R: Tensor | None = None,
+        of_T: Tensor | None = None,
     ) -> Tensor:
         """Return standard normal numbers by Box and Muller: sqrt(-2 log u) cos(2 pi v) and sqrt(-2 log u) sin(2 pi v).
 
         They are computed in float64 and rounded to ``dtype`` last: runs of different precision see the same noise.
 
         Args:
-            ids_R: int64 sample ids.
+            ids_R: int64 sample ids; or (E, R), those of each expert's own rows; or (T,), those of pairs.
             experts: global expert numbers.
             shape: of what one expert draws for one row.
             dtype: of the result.
             steps_R: int64, a step for each row, in place of the draw's own: the rows of many steps at once.
+            of_T: int64, for pairs of a row and an expert: where in ``experts`` each pair's expert is.
 
         Returns:
-            A tensor (E, R, *shape) on the device of the ids.
+            A tensor (E, R, *shape), or (T, *shape) of pairs, on the device of the ids.
 
         Raises:
             ValueError: if the seed is not from 0 to 2**64 - 1.
         """
-        words = self._words(Kind.NORMAL, ids_R, experts, shape, steps_R)
+        words = self._words(Kind.NORMAL, ids_R, experts, shape, steps_R, of_T)
         radius = _unit(torch.stack(words[0::2], -1)).log_().mul_(-2.0).sqrt_()
         angle = _unit(torch.stack(words[1::2], -1)).mul_(2.0 * math.pi)
         numbers = torch.stack((angle.cos().mul_(radius), angle.sin_().mul_(radius)), -1)
-        return _rows(numbers.flatten(2), shape, dtype)
+        return _rows(numbers.flatten(-3), shape, dtype)
 
     def uniform(
         self, ids_R: Tensor, experts: Sequence[int], shape: tuple[int, ...], dtype: torch.dtype = torch.float32
@@ -220,19 +221,40 @@ class Draw:
         """
         numbers = _unit(torch.stack(self._words(Kind.UNIFORM, ids_R, experts, shape), -1))
         limits = torch.finfo(dtype)
-        return _rows(numbers.flatten(2), shape, dtype).clamp_(limits.tiny, 1.0 - limits.eps / 2)
+        return _rows(numbers.flatten(-2), shape, dtype).clamp_(limits.tiny, 1.0 - limits.eps / 2)
 
     def _words(
-        self, kind: Kind, ids_R: Tensor, experts: Sequence[int], shape: tuple[int, ...], steps_R: Tensor | None = None
+        self,
+        kind: Kind,
+        ids: Tensor,
+        experts: Sequence[int],
+        shape: tuple[int, ...],
+        steps_R: Tensor | None = None,
+        of_T: Tensor | None = None,
     ) -> Words:
-        """Return Philox words, each (E, R, blocks)."""
-        assert (ids_R.dtype, ids_R.ndim) == (torch.int64, 1), f"ids are {ids_R.dtype} {tuple(ids_R.shape)}"
-        device = ids_R.device
-        keys = [derive(self.seed, self.purpose, self.phase, expert, kind) for expert in experts]
-        key = torch.tensor(keys, dtype=torch.int64, device=device).reshape(-1, 2, 1, 1)
-        block = torch.arange(-(-math.prod(shape) // 4), device=device)
-        step = torch.tensor(self.step & _MASK, device=device) if steps_R is None else (steps_R & _MASK)[:, None]
-        return philox((block, (ids_R & _MASK)[:, None], _high(ids_R)[:, None], step), (key[:, 0], key[:, 1]))
+        """Return Philox words, each (E, R, blocks), or (T, blocks)."""
+        assert ids.dtype == torch.int64, f"ids are {ids.dtype}"
+        assert ids.ndim == 1 or (ids.ndim == 2 and of_T is None), f"ids are {tuple(ids.shape)}"
+        keys_E2 = _keys(self.seed, self.purpose, self.phase, tuple(experts), kind, ids.device)
+        k0, k1 = (keys_E2[:, None] if of_T is None else keys_E2[of_T])[..., None].unbind(-2)
+        block = _blocks(-(-math.prod(shape) // 4), ids.device)
+        step = self.step & _MASK if steps_R is None else (steps_R & _MASK)[:, None]
+        return philox((block, (ids & _MASK)[..., None], _high(ids)[..., None], step), (k0, k1))
+
+
+@lru_cache(maxsize=256)
+def _keys(
+    seed: int, purpose: Purpose, phase: int, experts: tuple[int, ...], kind: Kind, device: torch.device
+) -> Tensor:
+    """Return the keys of experts' streams, int64 (E, 2): what goes to a device goes there once, not in every step."""
+    keys = [derive(seed, purpose, phase, expert, kind) for expert in experts]
+    return torch.tensor(keys, dtype=torch.int64, device=device).reshape(-1, 2)
+
+
+@lru_cache(maxsize=256)
+def _blocks(count: int, device: torch.device) -> Tensor:
+    """Return the numbers of a row's blocks, int64 (count,)."""
+    return torch.arange(count, device=device)
 
 
 @dataclass(frozen=True)
@@ -291,7 +313,7 @@ def hashes(
 ) -> Tensor:
     """Return a keyed 64-bit hash of each id, int64 (N,); arguments and errors as for ``permutation``."""
     key = derive(seed, purpose, phase, expert, Kind.HASH)
-    zero, epoch_word = torch.tensor(0), torch.tensor(epoch & _MASK)
+    zero, epoch_word = torch.tensor(0), epoch & _MASK
     found = torch.empty(len(ids_N), dtype=torch.int64)
     # In pieces, because the temporary words of a hundred million ids would not fit beside them.
     for start in range(0, len(ids_N), _CHUNK):
@@ -311,5 +333,5 @@ def _unit(words: Tensor) -> Tensor:
 
 
 def _rows(numbers: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return the first numbers of each row in the row's shape: (E, R, N) to (E, R, *shape)."""
-    return numbers[:, :, : math.prod(shape)].reshape(*numbers.shape[:2], *shape).to(dtype).contiguous()
+    """Return the first numbers of each row in the row's shape: (..., N) to (..., *shape)."""
+    return numbers[..., : math.prod(shape)].reshape(*numbers.shape[:-1], *shape).to(dtype).contiguous()

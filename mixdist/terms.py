@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -216,3 +217,33 @@ class Parts:
         """Return all modules, shared ones first, experts in ascending order."""
         experts = [Owned(f"expert {e}", module, e) for e, module in self.experts.items()]
         return [Owned(name, module) for name, module in self.shared.items()] + experts
+
+
+def places(mask: Tensor, count: int) -> Tensor:
+    """Return where a mask is True, as indices of the flat mask in ascending order, (count,).
+
+    A device need not be asked how many there are: ``nonzero`` would wait for it.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.terms import places
+        >>> places(torch.tensor([[True, False], [False, True]]), 2)
+        tensor([0, 3])
+    """
+    flat = mask.flatten()
+    if mask.device.type == "cpu":
+        return flat.nonzero()[:, 0]
+    return flat.to(torch.uint8).sort(descending=True, stable=True).indices[:count]
+
+
+@lru_cache(maxsize=256)
+def constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor of a device, to which they are sent once: a copy in every step would cost its time.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.terms import constant
+        >>> constant((1.0, 2.0), torch.float32, torch.device("cpu"))
+        tensor([1., 2.])
+    """
+    return torch.tensor(numbers, dtype=dtype, device=device)

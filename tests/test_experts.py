@@ -231,7 +231,14 @@ def make_bank(case: int, execution: Any, ids: Sequence[int] = (2, 5, 7), **compu
 
 def given(bank: ExpertBank, eps: Tensor) -> Noise:
     """Hand out given noise (E, R, *): row r has the id r."""
-    return lambda ids, experts, *_: torch.stack([eps[bank.ids.index(e)][ids] for e in experts])
+
+    def noise(ids: Tensor, experts: Sequence[int], shape: tuple[int, ...], of_T: Tensor | None = None) -> Tensor:
+        places = [bank.ids.index(e) for e in experts]
+        if of_T is not None:
+            return eps[places][of_T, ids]
+        return torch.stack([eps[i][own] for i, own in zip(places, ids.expand(len(places), -1), strict=True)])
+
+    return noise
 
 
 def mixed(fields: Sequence[Tensor | None]) -> Tensor:

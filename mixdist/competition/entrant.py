@@ -112,12 +112,11 @@ class Entrant:
         together = max(1, NUMBERS_AT_ONCE // math.prod(shape) // max([1, *map(len, batches)]))
         for first in range(0, len(batches), together):
             some = batches[first : first + together]
-            sizes = torch.tensor([len(places) for places in some], device=ids_N.device)
-            steps = torch.arange(step + first, step + first + len(some), device=ids_N.device)
-            steps_R, ids_R = steps.repeat_interleave(sizes), ids_N[torch.cat(list(some))]
-            eps = draw.normal(ids_R, [self.number], shape, self.context.dtype, steps_R)
+            steps = [torch.full_like(places, step + first + i) for i, places in enumerate(some)]
+            ids_R = ids_N[torch.cat(list(some))]
+            eps = draw.normal(ids_R, [self.number], shape, self.context.dtype, torch.cat(steps))
             for part in eps.split([len(places) for places in some], dim=1):
-                yield Drawn(part.clone())  # memory of its own, aligned as any other
+                yield partial(_given, part.clone())  # memory of its own, aligned as any other
 
     def meet(self, round: int) -> None:
         """Get a discriminator for a round: a new one, or the one of the round before."""
@@ -211,19 +210,9 @@ class Entrant:
             self.discriminator_engine.go_to(steps[2])
 
 
-class Drawn:
-    """Noise of a batch that was drawn before, handed out in order where a micro-batch asks for its own.
-
-    Args:
-        eps_1R: of one expert and all rows.
-    """
-
-    def __init__(self, eps_1R: Tensor) -> None:
-        self.eps_1R, self.given = eps_1R, 0
-
-    def __call__(self, ids: Tensor, experts: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-        first, self.given = self.given, self.given + len(ids)
-        return self.eps_1R[:, first : self.given]
+def _given(eps_1R: Tensor, ids: Tensor, experts: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Return noise that was drawn before, of one expert and all its rows."""
+    return eps_1R
 
 
 def under(prefix: str, found: dict[str, Tensor]) -> dict[str, Tensor]:

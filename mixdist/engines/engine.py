@@ -154,10 +154,10 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def square(grads: list[Tensor]) -> Tensor:
-    """Return the squared norm of gradients together, float64."""
+def square(grads: list[Tensor], device: torch.device) -> Tensor:
+    """Return the squared norm of gradients together, float64, on their device."""
     if not grads:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack(torch._foreach_norm(grads)).double().square().sum()
 
 
@@ -185,12 +185,14 @@ def start_totals(
     pending = wire.start_all_reduce(torch.cat([f.reshape(-1).double() for f in fields]), mesh.world)
 
     def finish(shared: Tensor | None) -> tuple[Totals, Tensor]:
-        summed = pending.wait().cpu().split([f.numel() for f in fields])
-        squares, bytes_, loss, *rest = (s.view(f.shape) for s, f in zip(summed, fields, strict=True))
+        summed, sizes = pending.wait(), [f.numel() for f in fields]
+        told = summed if shared is None else torch.cat([summed, shared.reshape(1)])
+        *known, last = told.cpu().split([*sizes, len(told) - sum(sizes)])  # the one read of a step
+        squares, bytes_, loss, *rest = (s.view(f.shape) for s, f in zip(known, fields, strict=True))
         values = iter(rest)
         parts, sums, faults = ({name: next(values) for name in group} for group in groups)
         meters = {name: int(b) for name, b in zip(counts, bytes_.tolist(), strict=True)}
-        squares = squares if shared is None else torch.cat([squares, shared.cpu().reshape(1)])
+        squares = torch.cat([squares, last])
         return Totals(Outcome(loss, parts, sums, faults), squares.sum().sqrt().item(), meters), squares
 
     return finish

@@ -217,13 +217,13 @@ class Native(Engine):
             # Both reductions over all ranks are under way together; the shared norm is taken where sums arrive.
             finish = start_totals(self.mesh, self.wire, outcome, self._squares())
             reduced()
-            return finish(square(gradients(shared)))
+            return finish(square(gradients(shared), self.mesh.device))
         for stacked, slices in self._slices:
             if stacked.grad is None:  # it went to its owner
                 for parameter in slices:
                     parameter.grad = None
         reduced()
-        squares = torch.cat([self._squares(), square(gradients(shared)).to(self.mesh.device).reshape(1)])
+        squares = torch.cat([self._squares(), square(gradients(shared), self.mesh.device).reshape(1)])
         coming = self.shared.spread_bytes + self.own.spread_bytes
         return start_totals(self.mesh, self.wire, outcome, squares, coming)(None)
 
@@ -233,5 +233,5 @@ class Native(Engine):
         for owned, parameters in self.trained:
             # What is owned is here alone.
             if owned.expert is not None and (self.shard or self.mesh.speaks_for(owned.expert)):
-                squares_E[owned.expert] = square(gradients(parameters))
+                squares_E[owned.expert] = square(gradients(parameters), self.mesh.device)
         return squares_E

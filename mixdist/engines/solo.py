@@ -77,18 +77,18 @@ class Solo:
             grads = [part.view_as(g) for part, g in zip(parts, grads, strict=True)]
         for parameter, grad in zip(self.parameters, grads, strict=True):
             parameter.grad = grad
-        norms = torch._foreach_norm(grads)
-        loss_now, *finite = torch.stack([loss[0], *norms]).tolist()
+        told = torch.stack([loss[0], *torch._foreach_norm(grads)])
+        if self.clip_norm is not None:
+            told = torch.cat([told.double(), told[1:].double().norm().reshape(1)])
+        loss_now, *finite = told.tolist()  # the one read of a step
         if not all(map(math.isfinite, (loss_now, *finite))):
             what = "gradient" if math.isfinite(loss_now) else "loss"
             raise NotFinite(
                 f"the {what} of {self.name} is not finite in its step {self.steps + 1}: no parameter of it was "
                 f"changed; lower the learning rate, set clip_norm, or look at its rows"
             )
-        if self.clip_norm is not None:
-            norm = torch.stack(norms).double().norm().item()
-            if norm > self.clip_norm:
-                torch._foreach_mul_(grads, self.clip_norm / norm)
+        if self.clip_norm is not None and finite[-1] > self.clip_norm:
+            torch._foreach_mul_(grads, self.clip_norm / finite[-1])
         self.optimizer.step()
         self.steps += 1
         return float(loss_now)

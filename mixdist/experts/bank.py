@@ -16,11 +16,14 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from mixdist.experts.expert import Expert
-from mixdist.terms import Batch, ExpertTerms
+from mixdist.experts.seen import Seen
+from mixdist.terms import Batch, ExpertTerms, places
 
 Execution = Literal["loop", "stacked"]
-Noise = Callable[[Tensor, Sequence[int], tuple[int, ...]], Tensor]
-"""Returns noise (experts, rows, *shape) for sample ids, global expert numbers, and the shape of a row's noise."""
+Noise = Callable[..., Tensor]
+"""Returns noise (experts, rows, *shape) for sample ids (rows,) or (experts, rows), global expert numbers, and the shape
+of a row's noise; or (pairs, *shape) for pairs, given their ids and, as ``of_T``, the place of each one's expert in the
+numbers. A pass asks once for each shape, for all that its experts see."""
 
 
 @dataclass(frozen=True)
@@ -151,74 +154,105 @@ class ExpertBank(nn.Module):
         call = torch.compile(expert, dynamic=True) if self.compute.compile else expert
         return lambda rows, eps: self._cast(lambda: call(rows, eps), rows)
 
-    def forward(self, rows: Batch, noise: Noise | None = None, mask_RE: Tensor | None = None) -> ExpertTerms:
+    def forward(
+        self,
+        rows: Batch,
+        noise: Noise | None = None,
+        mask_RE: Tensor | None = None,
+        counts_E: Sequence[int] | None = None,
+    ) -> ExpertTerms:
         """Return every expert's terms for its rows.
 
         Args:
             rows: R rows of real numbers.
             noise: draws for them, or None.
             mask_RE: True where the expert sees the row; None where every expert sees every row.
+            counts_E: how many rows each expert sees, if known: the device need not be asked.
 
         Returns:
             terms with fields (R, E, ...), zero where the expert does not see the row. A field that some of these
             experts lack is NaN in their columns.
         """
+        seen = None if mask_RE is None else Seen.of(mask_RE, counts_E)
         if self.execution == "stacked":
-            return self._run_stack(rows, noise, mask_RE)
-        columns = []
+            return self._run_stack(rows, noise, seen)
+        columns, drawn = [], self._draw(rows, noise, seen)
         for i, e in enumerate(self.ids):
-            terms = [self._recomputed(e, taken, eps) for _, taken, eps in self._pieces(i, e, rows, noise, mask_RE)]
-            column = _map(lambda *fields: torch.cat(fields), *terms)
-            columns.append(_map(lambda field, i=i: _place(field, i, mask_RE), column))
+            terms = [self._recomputed(e, taken, eps) for _, taken, eps in self._pieces(i, e, rows, drawn, seen)]
+            column = _map(lambda *fields: torch.cat(fields), *terms) if len(terms) > 1 else terms[0]
+            columns.append(_map(lambda field, i=i: _place(field, i, seen), column))
         return _map(lambda *fields: torch.stack(fields, dim=1), *columns)
 
-    def backward(self, rows: Batch, noise: Noise | None, mask_RE: Tensor | None, grads: Callable[[], Tensor]) -> Tensor:
+    def backward(
+        self,
+        rows: Batch,
+        noise: Noise | None,
+        mask_RE: Tensor | None,
+        grads: Callable[[], Tensor],
+        counts_E: Sequence[int] | None = None,
+    ) -> Tensor:
         """Run the experts and add the gradient of sum(grads * losses) to their parameters' ``grad``; return the losses.
 
         The gradients (R, E) may be on their way until the first losses are there. A micro-batch's activations are gone
         before the next begins.
         """
+        seen = None if mask_RE is None else Seen.of(mask_RE, counts_E)
         if self.execution == "stacked":
-            losses_RE = self._run_stack(rows, noise, mask_RE).loss_R
+            losses_RE = self._run_stack(rows, noise, seen).loss_R
             assert losses_RE is not None
             _differentiate(losses_RE, grads())
             return losses_RE.detach()
         grads_RE: Tensor | None = None
         kept: list[tuple[Tensor | slice, int, Tensor]] = []
+        drawn = self._draw(rows, noise, seen)
         for i, e in enumerate(self.ids):
-            for places, taken, eps in self._pieces(i, e, rows, noise, mask_RE):
+            for piece, taken, eps in self._pieces(i, e, rows, drawn, seen):
                 losses = self._calls[e](taken, eps).loss_R
                 assert losses is not None
                 grads_RE = grads() if grads_RE is None else grads_RE
-                _differentiate(losses, grads_RE[places, i])
-                kept.append((places, i, losses.detach()))
+                _differentiate(losses, grads_RE[piece, i])
+                kept.append((piece, i, losses.detach()))
         assert grads_RE is not None
         if grads_RE.shape[1] == 1 and isinstance(kept[0][0], slice) and len(kept) == 1:
             return kept[0][2][:, None]  # one expert that trains by itself: a small one's time goes by its calls
         losses_RE = torch.zeros_like(grads_RE)
-        for places, i, losses in kept:
-            losses_RE[places, i] = losses
+        for piece, i, losses in kept:
+            losses_RE[piece, i] = losses
         return losses_RE
 
+    def _draw(self, rows: Batch, noise: Noise | None, seen: Seen | None) -> dict[int, Tensor]:
+        """Return the noise of each expert that takes some, by its place: its rows', in one draw for each shape."""
+        takers: dict[tuple[int, ...], list[int]] = {}
+        for i, expert in enumerate(self.owned().values()):
+            if noise is not None and expert.noise_shape is not None:
+                takers.setdefault(expert.noise_shape, []).append(i)
+        drawn: dict[int, Tensor] = {}
+        for shape, some in takers.items():
+            assert noise is not None
+            if seen is None:
+                eps = noise(rows["id"], [self.ids[i] for i in some], shape).unbind()
+            else:
+                row_T, of_T = seen.pairs_of(some)
+                eps = noise(rows["id"][row_T], self.ids, shape, of_T).split([seen.counts[i] for i in some])
+            drawn |= dict(zip(some, eps, strict=True))
+        return drawn
+
     def _pieces(
-        self, i: int, e: int, rows: Batch, noise: Noise | None, mask_RE: Tensor | None
+        self, i: int, e: int, rows: Batch, drawn: dict[int, Tensor], seen: Seen | None
     ) -> Iterator[tuple[Tensor | slice, Batch, Tensor | None]]:
         """Cut an expert's rows into micro-batches, at least one: their places, the rows, their noise."""
         num_rows, expert = len(rows["id"]), cast(Expert, self.experts[str(e)])
         own = {name: rows[name] for name in ("id", *expert.fields)}
-        places_M = None if mask_RE is None else mask_RE[:, i].nonzero()[:, 0]
-        count = num_rows if places_M is None else len(places_M)
+        count = num_rows if seen is None else seen.counts[i]
         size = self.compute.micro_batch or max(count, 1)
         for start in range(0, max(count, 1), size):
-            piece: Tensor | slice = slice(start, min(start + size, count))
-            if places_M is not None:
-                piece = places_M[piece]
+            within = slice(start, min(start + size, count))
+            piece = within if seen is None else seen.rows[i][within]
             taken = own if count == num_rows and size >= count else {n: column[piece] for n, column in own.items()}
             if self.compute.channels_last:
                 last = torch.channels_last
                 taken = {n: x.contiguous(memory_format=last) if x.dim() == 4 else x for n, x in taken.items()}
-            shape = expert.noise_shape
-            yield piece, taken, None if noise is None or shape is None else noise(taken["id"], [e], shape)[0]
+            yield piece, taken, drawn[i][within] if i in drawn else None
 
     def _recomputed(self, e: int, rows: Batch, eps: Tensor | None) -> ExpertTerms:
         if self.compute.recompute and torch.is_grad_enabled():
@@ -226,26 +260,25 @@ class ExpertBank(nn.Module):
             return checkpoint(self._calls[e], rows, eps, use_reentrant=False, preserve_rng_state=False)
         return self._calls[e](rows, eps)
 
-    def _run_stack(self, rows: Batch, noise: Noise | None, mask_RE: Tensor | None) -> ExpertTerms:
+    def _run_stack(self, rows: Batch, noise: Noise | None, seen: Seen | None) -> ExpertTerms:
         for name, stacked in self.stack.items():
             stacked.requires_grad_(self._first.get_parameter(name).requires_grad)
         shape = self._first.noise_shape
-        if mask_RE is None:
+        if seen is None:
             eps = None if noise is None or shape is None else noise(rows["id"], self.ids, shape)
             return _map(lambda field: field.transpose(0, 1), self._call_stack(rows, eps))
         # Every expert gets as many rows as the busiest, real ones: what it says of those that fill up is not read.
-        num_rows, counts_E = mask_RE.shape[0], mask_RE.sum(0)
-        order_EM = mask_RE.T.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : int(counts_E.max())]
+        num_rows, most = len(rows["id"]), max(seen.counts)
+        order_EM = seen.mask_RE.T.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
         taken = {name: column[order_EM] for name, column in rows.items()}
-        eps = None
-        if noise is not None and shape is not None:
-            eps = torch.stack([noise(ids_M, [e], shape)[0] for ids_M, e in zip(taken["id"], self.ids, strict=True)])
-        seen_EM = torch.arange(order_EM.shape[1], device=order_EM.device) < counts_E[:, None]
+        eps = None if noise is None or shape is None else noise(taken["id"], self.ids, shape)
+        row_T, expert_T = seen.pairs_of(range(len(self.ids)))
+        seen_EM = torch.arange(most, device=order_EM.device) < seen.mask_RE.sum(0)[:, None]
+        place_T = places(seen_EM, sum(seen.counts))
 
         def place(field: Tensor) -> Tensor:
             full = field.new_zeros(num_rows, len(self.ids), *field.shape[2:])
-            experts_EM = torch.arange(len(self.ids), device=order_EM.device)[:, None].expand_as(order_EM)
-            return full.index_put((order_EM[seen_EM], experts_EM[seen_EM]), field[seen_EM])
+            return full.index_put((row_T, expert_T), field.flatten(0, 1)[place_T])
 
         return _map(place, self._call_stack(taken, eps))
 
@@ -264,12 +297,12 @@ def _differentiate(losses: Tensor, grads: Tensor) -> None:
         losses.backward(grads)
 
 
-def _place(field: Tensor, i: int, mask_RE: Tensor | None) -> Tensor:
+def _place(field: Tensor, i: int, seen: Seen | None) -> Tensor:
     """Put an expert's field (M, ...) to its rows: (R, ...)."""
-    if mask_RE is None:
+    if seen is None:
         return field
-    full = field.new_zeros(mask_RE.shape[0], *field.shape[1:])
-    return full.index_put((mask_RE[:, i].nonzero()[:, 0],), field)
+    full = field.new_zeros(len(seen.mask_RE), *field.shape[1:])
+    return full.index_put((seen.rows[i],), field)
 
 
 def _map(change: Callable[..., Tensor], *terms: ExpertTerms) -> ExpertTerms:

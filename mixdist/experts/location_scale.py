@@ -99,7 +99,7 @@ class Laplace(LocationScale):
         return -eps.sign() * (torch.special.log_ndtr(-eps.abs()) + math.log(2.0))
 
     def log_prob(self, z: Tensor, loc: Tensor | float, scale: Tensor) -> Tensor:
-        return laplace_log_prob(z, torch.as_tensor(loc, dtype=z.dtype, device=z.device), scale.log())
+        return laplace_log_prob(z, loc if isinstance(loc, Tensor) else z.new_full((), loc), scale.log())
 
     def slope(self, z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         return (loc - z).sign() / scale

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mixdist.gates.gate import Gate
 from mixdist.stats import ramp
-from mixdist.terms import Batch, Gating, Spec
+from mixdist.terms import Batch, Gating, Spec, constant
 
 NUM_VIEW = 6
 """Standard normal numbers that determine a view: shift and scale in x and y, rotation, shear."""
@@ -133,7 +133,7 @@ class Consistent(Gate):
         across = torch.stack([cos, shear * cos - sin], -1) * size
         down = torch.stack([sin, shear * sin + cos], -1) * size
         # affine_grid measures both axes from -1 to 1, so the pixels of an image that is not square are not square.
-        half = x.new_tensor([width / 2, height / 2])
+        half = constant((width / 2, height / 2), x.dtype, x.device)
         turn = torch.stack([across / half[0], down / half[1]], 1) * half
         grid = F.affine_grid(torch.cat([turn, (shift / half)[..., None]], -1), list(x.shape), align_corners=False)
         return F.grid_sample(x, grid, padding_mode=self.padding, align_corners=False)

@@ -5,6 +5,7 @@ Shape letters: B rows on this rank, E components.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -64,6 +65,13 @@ def log_weights(a_BE: Tensor, uniform_BEU: Tensor) -> Tensor:
     return torch.log_softmax(log_gamma_BE, dim=-1)
 
 
+@lru_cache
+def _prior(prior: float, num: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Return b and K log Gamma(b) - log Gamma(K b) as that type has them: numbers, which no device need be sent."""
+    b = torch.tensor(prior, dtype=dtype)
+    return b.item(), (num * torch.lgamma(b) - torch.lgamma(num * b)).item()
+
+
 def dirichlet_kl(a_BE: Tensor, prior: float) -> Tensor:
     """Return KL(Dir(a) || Dir(b, ..., b)), (B,) nats (seed document 002, equation 28).
 
@@ -74,7 +82,6 @@ def dirichlet_kl(a_BE: Tensor, prior: float) -> Tensor:
         tensor([0.])
     """
     total_B, num = a_BE.sum(-1), a_BE.shape[-1]
-    b = torch.as_tensor(prior, dtype=a_BE.dtype, device=a_BE.device)
-    constant = num * torch.lgamma(b) - torch.lgamma(num * b)
+    b, constant = _prior(prior, num, a_BE.dtype)
     slope = ((a_BE - b) * (torch.digamma(a_BE) - torch.digamma(total_B)[..., None])).sum(-1)
     return torch.lgamma(total_B) - torch.lgamma(a_BE).sum(-1) + constant + slope

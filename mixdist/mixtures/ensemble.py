@@ -269,11 +269,12 @@ class Ensemble(Mixture):
     def noise(self, at: Moment) -> Noise:
         """Return the draws of the experts' posteriors at a moment."""
         draw = at.draw(Purpose.POSTERIOR)
-        return lambda ids, experts, shape: draw.normal(ids, experts, shape, self.dtype)
+        return lambda ids, experts, shape, of_T=None: draw.normal(ids, experts, shape, self.dtype, of_T=of_T)
 
     def expert_terms(self, route: Route, at: Moment) -> ExpertTerms:
         """Run this rank's experts on the rows that arrive: fields (R, e, ...)."""
-        return self.bank(self.values(route.rows(), self.bank.fields), self.noise(at), route.mask_Re)
+        rows = self.values(route.rows(), self.bank.fields)
+        return self.bank(rows, self.noise(at), route.mask_Re, route.seen_e)
 
     @torch.no_grad()
     def score(self, batch: RankBatch, route: Route, at: Moment) -> Scores:

@@ -71,6 +71,8 @@ class Masks(nn.Module):
             raise ValueError(f"mixture.masks.temperature ({temperature}) must be above 0: give 0.1 as the text does")
         self.kind, self.temperature, self.kl, self.entropy = kind, temperature, kl, entropy
         self.num_components = num_components
+        self.ones_E: Tensor
+        self.register_buffer("ones_E", torch.ones(num_components), persistent=False)  # says which device this is on
         if kind != "none":
             num = 1 if rates == "shared" else num_components
             logit_P = torch.full((num,), math.log(rate / (1.0 - rate)))
@@ -83,7 +85,7 @@ class Masks(nn.Module):
     def rates(self) -> Tensor:
         """Return p of each component, (E,); zeros without masks."""
         if self.kind == "none":
-            return torch.zeros(self.num_components)
+            return torch.zeros_like(self.ones_E)
         return torch.sigmoid(self.logit_P).expand(self.num_components)
 
     def log_masks(self, uniform_BE: Tensor) -> Tensor:
@@ -103,7 +105,7 @@ class Masks(nn.Module):
     def cost(self) -> Tensor:
         """Return what the rates cost, nats: a term of the whole batch."""
         if self.kind == "none":
-            return torch.zeros(())
+            return self.ones_E.new_zeros(())
         if self.kind == "gumbel":
             p = torch.sigmoid(self.logit_P)
             return -self.entropy * (torch.special.entr(p) + torch.special.entr(1.0 - p)).sum()
@@ -116,7 +118,7 @@ class Masks(nn.Module):
 
     def mean(self) -> Tensor:
         """Return the mean of each component's mask, (E,): 1 - p of gumbel masks as T goes to 0, else 1."""
-        return 1.0 - self.rates() if self.kind == "gumbel" else torch.ones(self.num_components)
+        return 1.0 - self.rates() if self.kind == "gumbel" else self.ones_E
 
     def kept(self) -> Tensor:
         """Return the probability that each component is kept, P(m >= KEPT), (E,): its sum is the selected K.
@@ -124,7 +126,7 @@ class Masks(nn.Module):
         Gaussian: Phi((1 - 0.8) / sqrt t); gumbel: sigmoid(logit(1 - p) + T log 9).
         """
         if self.kind == "none":
-            return torch.ones(self.num_components)
+            return self.ones_E
         if self.kind == "gumbel":
             least = KEPT[self.kind]
             found = torch.sigmoid(-self.logit_P - self.temperature * math.log(least / (1.0 - least)))

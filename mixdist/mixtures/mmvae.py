@@ -88,7 +88,7 @@ class MMVAE(Multimodal):
         every = torch.arange(self.num_experts, device=seen.ids_R.device)
         members = torch.diag_embed(seen.present_RM)
         slots = every.expand(self.num_experts, -1)
-        return Proposals(members, seen.loc_RML, seen.scale_RML, every.tolist(), slots)
+        return Proposals(members, seen.loc_RML, seen.scale_RML, list(range(self.num_experts)), slots)
 
     @property
     def joint(self) -> list[int]:

@@ -31,7 +31,7 @@ from mixdist.mixtures.proposals import (
     Here,
     Proposals,
     Seen,
-    check_modality,
+    check_is_modality,
     check_own_fields,
     check_present,
 )
@@ -39,7 +39,7 @@ from mixdist.mixtures.study import Evaluation, Request, Study
 from mixdist.noise import Moment, Purpose
 from mixdist.parallel.agreement import agreed
 from mixdist.parallel.route import Route
-from mixdist.terms import Gating, Outcome, Parts, Spec
+from mixdist.terms import Gating, Outcome, Parts, Spec, constant
 
 MakeModality = Callable[[Spec, int, PosteriorName], Modality]
 
@@ -88,7 +88,7 @@ class Multimodal(Ensemble):
                 f"{field.shape}: give one expert for each of its places"
             )
         for e, expert in self.bank.owned().items():
-            check_modality(self.key_of(e), expert, self.latent, self.posterior)
+            check_is_modality(self.key_of(e), expert)
         self.prior = context.make(lambda: Prior(self.posterior, self.latent, self.learn_prior), Purpose.DECODER)
 
     @property
@@ -231,7 +231,7 @@ class Multimodal(Ensemble):
             posterior.register_hook(lambda grad: grad * weights.value_BNS[..., None])
         if self.detaches:
             loc, scale = loc.detach(), scale.detach()
-        log_ratio = expert.private_ratio(posterior, loc, scale)
+        log_ratio = expert.prior.log_prob(posterior) - self.kind.log_prob(posterior, loc, scale).sum(-1)
         own = proposals.members_RKM[:, proposals.slots_MN[e], e][..., None]
         drawn = torch.where(own[..., None], posterior, expert.draw_private(eps))
         return drawn, torch.where(own, log_ratio, 0.0)
@@ -252,7 +252,7 @@ class Multimodal(Ensemble):
         score = self.scores(seen, here, proposals, z, at, factor_R)
         mine = seen.of(here.own)
         loss = self.differentiate(mine, proposals.of(here.own), z[here.own], score, total)
-        weight_M = score.new_tensor(self.weights())
+        weight_M = constant(tuple(self.weights()), score.dtype, score.device)
         log_px = (score.detach().mean((2, 3)) / weight_M).double().sum(0)
         none = (~mine.present_RM.any(1)).sum().double()
         return loss.double(), log_px, mine.present_RM.double().sum(0), none

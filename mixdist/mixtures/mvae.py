@@ -219,8 +219,10 @@ class MVAE(Ensemble):
         """Return log b of rows, (B, E): Dirichlet draws under masks, keyed by row and component."""
         experts = range(self.num_experts)
         uniform_EBU = at.draw(Purpose.MIXING).uniform(ids_B, experts, (NUM_UNIFORM,), self.dtype)
-        uniform_EB = at.draw(Purpose.MASK).uniform(ids_B, experts, (), self.dtype)
         log_w_BE = log_weights(a_BE, uniform_EBU.transpose(0, 1))
+        if self.masks.kind == "none":
+            return torch.log_softmax(log_w_BE, dim=-1)
+        uniform_EB = at.draw(Purpose.MASK).uniform(ids_B, experts, (), self.dtype)
         return torch.log_softmax(log_w_BE + self.masks.log_masks(uniform_EB.T), dim=-1)
 
     def mean_weights(self, a_BE: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ the means and log variances of q(z|x), which every rank is given in full.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -87,10 +88,10 @@ class DHSIC(Penalty):
             scale = 2.0 * math.exp(math.lgamma((size + 1) / 2) - math.lgamma(size / 2))
             return torch.exp(-squared_ENN / (2.0 * scale**2))
         num = squared_ENN.shape[-1]
-        places = torch.ones(num, num, dtype=torch.bool, device=z_ENL.device).triu(1)
-        if not places.any():
+        if num < 2:
             return torch.ones_like(squared_ENN)
-        median_E = squared_ENN.detach()[:, places].median(-1).values.clamp(min=1e-12)
+        first, second = torch.triu_indices(num, num, 1, device=z_ENL.device)
+        median_E = squared_ENN.detach()[:, first, second].median(-1).values.clamp(min=1e-12)
         return torch.exp(-squared_ENN / (2.0 * median_E[:, None, None]))
 
 
@@ -115,7 +116,7 @@ class MMD(Penalty):
     def __call__(self, z_NEL: Tensor, mean_NEL: Tensor, log_var_NEL: Tensor) -> Tensor:
         z_ENL = z_NEL.transpose(0, 1)
         num, size = z_ENL.shape[1:]
-        prior_NL = sobol_normal(num, size).to(z_ENL)
+        prior_NL = _prior_points(num, size, z_ENL.dtype, z_ENL.device)
         own_ENN, cross_ENN = self._kernel(z_ENL, z_ENL), self._kernel(z_ENL, prior_NL.expand_as(z_ENL))
         prior_NN = self._kernel(prior_NL, prior_NL)
         pairs = max(num * (num - 1), 1)
@@ -188,8 +189,8 @@ class MutualPosterior(Penalty):
         other_mean, other_log_var = mean_ENL[:, None], log_var_ENL[:, None]
         ratio = ((first - other_mean).square() + second.exp()) * torch.exp(-other_log_var)
         divergence_ENN = 0.5 * (other_log_var - second + ratio - 1.0).sum(-1)
-        different = ~torch.eye(num, dtype=torch.bool, device=z_NEL.device)
-        pairs_EP = divergence_ENN[:, different]
+        # Without the diagonal: what is left of the rows, one after another, begins after it and ends before the next.
+        pairs_EP = divergence_ENN.flatten(1)[:, 1:].unflatten(1, (num - 1, num + 1))[:, :, :-1].flatten(1)
         diverse = -self.eta * F.logsigmoid(pairs_EP / self.eta).mean()
         return diverse + self.gamma * (pairs_EP.var(-1, correction=0) + 1e-12).sqrt().mean()
 
@@ -198,3 +199,9 @@ def sobol_normal(num: int, size: int) -> Tensor:
     """Return evenly spread standard normal points, (num, size) float64: the same for every call."""
     points = torch.quasirandom.SobolEngine(min(size, 21201), scramble=False).draw(num + 1, dtype=torch.float64)[1:]
     return torch.special.ndtri(points.clamp(1e-9, 1.0 - 1e-9))
+
+
+@lru_cache(maxsize=8)
+def _prior_points(num: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return ``sobol_normal`` on a device, made and sent there once."""
+    return sobol_normal(num, size).to(device, dtype)

@@ -171,12 +171,12 @@ class MoPoE(_Products):
             )
 
     def propose(self, seen: Seen, at: Moment, held_out: bool = False) -> Proposals:
-        subsets = all_subsets(self.num_experts).to(seen.ids_R.device)
+        subsets = all_subsets(self.num_experts, seen.ids_R.device)
         whole = (seen.present_RM[:, None] | ~subsets).all(-1, keepdim=True)
         members = subsets & whole
         loc, scale = product(seen.loc_RML, seen.scale_RML, members, None)
         every = torch.arange(len(subsets), device=seen.ids_R.device)
-        return Proposals(members, loc, scale, every.tolist(), every.expand(self.num_experts, -1))
+        return Proposals(members, loc, scale, list(range(len(subsets))), every.expand(self.num_experts, -1))
 
     @property
     def joint(self) -> list[int]:

@@ -31,7 +31,7 @@ from mixdist.mixtures.step_record import outcome_of, record_of
 from mixdist.mixtures.study import Evaluation
 from mixdist.noise import Moment, Purpose, permutation
 from mixdist.parallel.route import Route
-from mixdist.terms import Batch, Gating, Outcome, Parts, Spec
+from mixdist.terms import Batch, Gating, Outcome, Parts, Spec, places
 
 SHARES_FROM = 1 << 16
 """Training rows that shares are a mean over; where there are more, so many of them, chosen by the seed."""
@@ -232,9 +232,8 @@ class Soft(Ensemble):
 
     def _sparse_routes(self, batches: list[RankBatch], plan: RoutingPlan) -> Iterator[Route]:
         routed = plan.routed_BE.split([part.size for part in batches])
-        counts = self.dispatch.arrivals(routed)
-        for part, part_routed, part_counts in zip(batches, routed, counts, strict=True):
-            yield self.dispatch.send_some(part.rows, self.fields_P, part_routed, part_counts)
+        for part, part_routed, told in zip(batches, routed, self.dispatch.arrivals(routed), strict=True):
+            yield self.dispatch.send_some(part.rows, self.fields_P, part_routed, told)
 
     def _plan(self, routing: TopK, log_resp_BE: Tensor, batch: RankBatch) -> RoutingPlan:
         """Decide over the global batch which experts see this rank's rows."""
@@ -245,14 +244,17 @@ class Soft(Ensemble):
             demand_WKE = self.dispatch.over_batch.gather(demand_WKE, [1] * len(batch.counts))
         return lay_out(log_resp_BE, choices_BK, admitted(choices_BK, demand_WKE, self.context.mesh.rank, capacity))
 
-    def _rows_loss(self, objective: Objective, log_resp_BE: Tensor, routed_BE: Any, losses_BE: Tensor) -> Tensor:
+    def _rows_loss(
+        self, objective: Objective, route: Route, log_resp_BE: Tensor, routed_BE: Tensor | None, losses_BE: Tensor
+    ) -> Tensor:
         """Sum the objective's rows; of a row that no expert saw, the gate's part only."""
-        if self.routing is None:
+        if self.routing is None or routed_BE is None or route.arrivals is None:
             return objective.rows(log_resp_BE, losses_BE).sum()
-        seen = routed_BE.any(1)
-        log_weights_BE = self.routing.log_weights(log_resp_BE, routed_BE)
-        rows_B = objective.expert_rows(log_weights_BE[seen], losses_BE[seen])
-        return rows_B.sum() + objective.gate_rows(log_resp_BE).sum()
+        log_weights_BE, num_seen = self.routing.log_weights(log_resp_BE, routed_BE), route.arrivals.seen
+        if num_seen < len(routed_BE):
+            seen = places(routed_BE.any(1), num_seen)
+            log_weights_BE, losses_BE = log_weights_BE[seen], losses_BE[seen]
+        return objective.expert_rows(log_weights_BE, losses_BE).sum() + objective.gate_rows(log_resp_BE).sum()
 
     def _backward_part(
         self, route: Route, log_resp_BE: Tensor, routed_BE: Tensor | None, objective: Objective, at: Moment, total: int
@@ -264,7 +266,7 @@ class Soft(Ensemble):
             losses_R = self.expert_terms(route, at).loss_R
             assert losses_R is not None
             losses_BE = self.dispatch.combine(losses_R, route)
-        loss = self._rows_loss(objective, log_resp_BE, routed_BE, losses_BE) / total
+        loss = self._rows_loss(objective, route, log_resp_BE, routed_BE, losses_BE) / total
         if loss.requires_grad:
             loss.backward()
         return losses_BE.detach(), loss.detach()
@@ -278,7 +280,7 @@ class Soft(Ensemble):
         rows = route.rows()  # before weights are spread: it is the rows that tell which weights are wanted
         grads = self.dispatch.start_spread(log_weights_BE.exp() / total, route)
         values = self.values(rows, self.bank.fields)
-        losses_Re = self.bank.backward(values, self.noise(at), route.mask_Re, grads)
+        losses_Re = self.bank.backward(values, self.noise(at), route.mask_Re, grads, route.seen_e)
         return self.dispatch.combine(losses_Re, route)
 
     def _backward_gate(self, gating: Gating, leaves: list[Tensor], total: int) -> dict[str, Tensor]:

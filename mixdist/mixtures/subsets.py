@@ -5,6 +5,8 @@ Shape letters: R rows, K subsets, M modalities, L latent.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,11 @@ LEAST_SCALE, LARGEST_SCALE = 6.8e-3, 148.0
 """Scales in a product lie between these, exp(-5) and exp(5)."""
 
 
-def all_subsets(num: int) -> Tensor:
+@lru_cache(maxsize=32)
+def all_subsets(num: int, device: torch.device = torch.device("cpu")) -> Tensor:  # noqa: B008 (immutable)
     """Return every subset of the modalities but the empty one, those of one first, in order: (2^M - 1, M) bool.
+
+    They are made, and sent to a device, once.
 
     Examples:
         >>> from mixdist.mixtures.subsets import all_subsets
@@ -21,7 +26,7 @@ def all_subsets(num: int) -> Tensor:
         [[True, False], [False, True], [True, True]]
     """
     codes = sorted(range(1, 1 << num), key=lambda code: (code.bit_count(), [not code >> m & 1 for m in range(num)]))
-    return torch.tensor([[bool(code >> m & 1) for m in range(num)] for code in codes])
+    return torch.tensor([[bool(code >> m & 1) for m in range(num)] for code in codes], device=device)
 
 
 def random_subset(uniform_RM: Tensor, present_RM: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mixdist.parallel import costs
 from mixdist.parallel.collectives import OverBatch, Shapes, flatten, move, unflatten
 from mixdist.parallel.mesh import Mesh
-from mixdist.parallel.route import Pairs, Route, pack, pack_mask
+from mixdist.parallel.route import Arrivals, Pairs, Route, pack, pack_mask
 from mixdist.parallel.wire import Pending, Wire
 from mixdist.terms import Batch, Spec
 
@@ -57,23 +57,26 @@ class Dispatch:
         pending, me = self._start(parts, counts_P, specs_P), self.mesh.member
         return Route(counts_P, specs_P[me], parts[me], pending, me, self._here, len(rows["id"]))
 
-    def send_some(self, rows: Batch, fields: Fields, routed_BE: Tensor, counts: Sequence[int]) -> Route:
+    def send_some(self, rows: Batch, fields: Fields, routed_BE: Tensor, arrivals: Arrivals) -> Route:
         """Start sending each row once to each member of the EP group that has an expert for it.
 
         Args:
             rows: B stored rows with "id".
             fields: the fields that experts read: the same for all members of the EP group, or a list a member.
             routed_BE: True where the expert sees the row.
-            counts: rows that arrive here from each member, as ``arrivals`` returns.
+            arrivals: how many rows and pairs go and come, as ``arrivals`` returns.
         """
         specs_P, parts, me = self._specs(fields), [], self.mesh.member
         packed = {tuple(spec): pack(rows, spec) for spec in specs_P}
-        sent = [Pairs.of(routed_BE, experts) for experts in self.experts]
+        sent = [
+            Pairs.of(routed_BE, experts, num_rows, sum(arrivals.sent_pairs[experts.start : experts.stop]))
+            for experts, num_rows in zip(self.experts, arrivals.sent_rows, strict=True)
+        ]
         for pairs, experts, spec in zip(sent, self.experts, specs_P, strict=True):
             mask = routed_BE[pairs.rows, experts.start : experts.stop]
             parts.append(torch.cat([packed[tuple(spec)][pairs.rows], pack_mask(mask)], dim=1))
-        pending = self._start(parts, counts, specs_P)
-        return Route(counts, specs_P[me], parts[me], pending, me, self._here, len(rows["id"]), sent)
+        pending = self._start(parts, arrivals.rows, specs_P)
+        return Route(arrivals.rows, specs_P[me], parts[me], pending, me, self._here, len(rows["id"]), sent, arrivals)
 
     def _specs(self, fields: Fields) -> list[Spec]:
         """Return the fields that go to each member of the EP group."""
@@ -81,14 +84,24 @@ class Dispatch:
         assert len(lists) == len(self.experts)
         return [{str(name): self.spec[str(name)] for name in names} for names in lists]
 
-    def arrivals(self, routed: Sequence[Tensor]) -> list[list[int]]:
-        """Tell, for each of some plans (B, E), how many rows each member of the EP group will send here.
+    def arrivals(self, routed: Sequence[Tensor]) -> list[Arrivals]:
+        """Tell, for each of some plans (B, E), how many rows and pairs every member of the EP group sends to every one.
 
-        A statistic of the batch that every rank must know before it can receive; counted as sync.
+        A statistic of the batch that every rank must know before it can receive; counted as sync. It is all that the
+        host asks a device for on the way of these rows.
         """
-        sent = [[int(r[:, e.start : e.stop].any(1).sum()) for e in self.experts] for r in routed]
-        table_WMP = self.over_batch.gather(torch.tensor([sent], device=self.mesh.device), [1] * self.mesh.world_size)
-        return table_WMP[self.members, :, self.mesh.member].T.tolist()
+        sent = [
+            torch.cat([torch.stack([r[:, e.start : e.stop].any(1).sum() for e in self.experts]), r.sum(0), _seen(r)])
+            for r in routed
+        ]
+        told_WMC = self.over_batch.gather(torch.stack(sent)[None], [1] * self.mesh.world_size).tolist()
+        me, size, here = self.mesh.member, len(self.experts), self.experts[self.mesh.member]
+        found = []
+        for part, own in enumerate(told_WMC[self.mesh.rank]):
+            theirs = [told_WMC[rank][part] for rank in self.members]
+            pairs = [one[size + here.start : size + here.stop] for one in theirs]
+            found.append(Arrivals([one[me] for one in theirs], pairs, own[:size], own[size:-1], own[-1]))
+        return found
 
     def _start(self, parts: Sequence[Tensor], counts: Sequence[int], specs_P: Sequence[Spec]) -> Pending | None:
         """Start moving packed rows: parts[p] to member p, counts[p] rows from it."""
@@ -150,7 +163,7 @@ class Dispatch:
             self._count(field, costs.spread(route.counts, self.num_experts, route.me, width.numel()))
             return list(field.split(self.num_experts, dim=1)), [(n, self._here, *width) for n in route.counts]
         parts = [field[pairs.row_T, pairs.expert_T] for pairs in route.sent]
-        shapes = [(int(mask.sum()), *width) for mask in route.masks()]
+        shapes = [(n, *width) for n in route.num_pairs]
         self._count_pairs(field, parts, shapes)
         return parts, shapes
 
@@ -158,7 +171,7 @@ class Dispatch:
         if route.mask_Re is None:
             return torch.cat(arrived)
         result = field.new_zeros(route.num_rows, self._here, *field.shape[2:])
-        return result.index_put(route.mask_Re.nonzero(as_tuple=True), torch.cat(arrived))
+        return result.index_put(route.here, torch.cat(arrived))
 
     def exchange(self, field: Tensor, route: Route) -> Tensor:
         """Show every expert's field (R, e, ...) to every rank of the EP group: (R, E, ...); dense routing only."""
@@ -197,3 +210,8 @@ class Dispatch:
     def _count_pairs(self, field: Tensor, parts: Sequence[Tensor], shapes: Shapes) -> None:
         sent, received = [len(part) for part in parts], [shape[0] for shape in shapes]
         self._count(field, costs.pairs(sent, received, self.mesh.member, field.shape[2:].numel()))
+
+
+def _seen(routed_BE: Tensor) -> Tensor:
+    """Return how many rows any expert sees, (1,)."""
+    return routed_BE.any(1).sum(0, keepdim=True)

@@ -15,7 +15,25 @@ from torch import Tensor
 
 from mixdist.parallel.costs import ID_BYTES
 from mixdist.parallel.wire import Pending
-from mixdist.terms import Batch, Spec
+from mixdist.terms import Batch, Spec, places
+
+
+class Arrivals(NamedTuple):
+    """How many rows and pairs a sparse route moves, known on the host before anything is sent.
+
+    Args:
+        rows: that arrive here from each member of the EP group, (P,).
+        pairs: of these rows and each expert here, from each member, (P, e).
+        sent_rows: that this rank sends to each member, (P,).
+        sent_pairs: of these rows and each expert of all, (E,).
+        seen: rows of this rank that any expert sees.
+    """
+
+    rows: list[int]
+    pairs: list[list[int]]
+    sent_rows: list[int]
+    sent_pairs: list[int]
+    seen: int
 
 
 class Pairs(NamedTuple):
@@ -32,11 +50,11 @@ class Pairs(NamedTuple):
     expert_T: Tensor
 
     @staticmethod
-    def of(routed_BE: Tensor, experts: range) -> Pairs:
-        """Return the rows that at least one of a member's experts sees."""
+    def of(routed_BE: Tensor, experts: range, num_rows: int, num_pairs: int) -> Pairs:
+        """Return the rows that at least one of a member's experts sees, given how many they and their pairs are."""
         here_Be = routed_BE[:, experts.start : experts.stop]
-        row_T, expert_T = here_Be.nonzero(as_tuple=True)
-        return Pairs(here_Be.any(1).nonzero()[:, 0], row_T, expert_T + experts.start)
+        row_T, expert_T = pairs_of(here_Be, num_pairs)
+        return Pairs(places(here_Be.any(1), num_rows), row_T, expert_T + experts.start)
 
 
 @dataclass
@@ -52,6 +70,7 @@ class Route:
         num_experts: e.
         num_own: B.
         sent: the rows sent to each member; None when every expert sees every row.
+        arrivals: how many they are; None likewise.
     """
 
     counts: Sequence[int]
@@ -62,7 +81,9 @@ class Route:
     num_experts: int
     num_own: int
     sent: list[Pairs] | None = None
+    arrivals: Arrivals | None = None
     _mask_Re: Tensor | None = None
+    _pairs: tuple[Tensor, Tensor] | None = None
 
     @property
     def mask_Re(self) -> Tensor | None:
@@ -94,14 +115,34 @@ class Route:
         """Split a field (R, ...) into each member's rows."""
         return list(field.split(list(self.counts)))
 
+    @property
+    def seen_e(self) -> list[int] | None:
+        """How many rows each expert here sees; None where every expert sees every row."""
+        return None if self.arrivals is None else [sum(column) for column in zip(*self.arrivals.pairs, strict=True)]
+
+    @property
+    def num_pairs(self) -> list[int]:
+        """How many pairs each member sends here."""
+        assert self.arrivals is not None
+        return [sum(pairs_e) for pairs_e in self.arrivals.pairs]
+
+    @property
+    def here(self) -> tuple[Tensor, Tensor]:
+        """Row and expert here of each pair, those of each member together, once the rows have arrived: (T,) each."""
+        if self._pairs is None:
+            assert self.mask_Re is not None
+            self._pairs = pairs_of(self.mask_Re, sum(self.num_pairs))
+        return self._pairs
+
     def pairs(self, field: Tensor) -> list[Tensor]:
         """Return the pairs (T, ...) of a field (R, e, ...), for each member."""
-        return [part[mask] for part, mask in zip(self.by_member(field), self.masks(), strict=True)]
+        return list(field[self.here].split(self.num_pairs))
 
-    def masks(self) -> list[Tensor]:
-        """Split ``mask_Re`` into each member's rows; only where rows go to some experts."""
-        assert self.mask_Re is not None
-        return self.by_member(self.mask_Re)
+
+def pairs_of(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return row and column where a mask of rows is True, (count,) each."""
+    flat, width = places(mask, count), max(mask.shape[1], 1)
+    return flat // width, flat % width
 
 
 def pack(rows: Batch, spec: Spec) -> Tensor:
