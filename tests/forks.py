@@ -52,6 +52,12 @@ class Forker:
 _forkers: list[Forker] = []
 
 
+def warm(*modules: str) -> None:
+    """Import modules in the process that forks: what it forks from now on has them."""
+    for name in modules:
+        _forker().ask(warm=name)
+
+
 def _forker() -> Forker:
     if not _forkers or _forkers[-1].process.poll() is not None:
         _forkers.append(Forker())

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixdist.data import Dataset, Loader
-from mixdist.engines import FSDP, Engine, EngineFactory, Native
+from mixdist.engines import FSDP, DeepSpeed, Engine, EngineFactory, Native
 from mixdist.evaluation.evaluate import evaluate
 from mixdist.experts import VAE, Centroid, Classifier, Component, Compute, Expert, Modality, Regressor, Silent
 from mixdist.gates import DMVAE, GMM, Consistent, Gate, LabelOracle, Softmax, Uniform, VaDE
@@ -350,6 +350,12 @@ ENGINES: dict[str, EngineFactory] = {
     "fsdp-whole": FSDP,
     "fsdp-offloaded": functools.partial(FSDP, offload="optimizer", unit_bytes=100),
     "sharded-offloaded": functools.partial(Native, shard="optimizer", offload="optimizer"),
+    **{f"zero{stage}": functools.partial(DeepSpeed, zero=stage) for stage in (0, 1, 2)},
+    "zero1-offloaded": functools.partial(DeepSpeed, zero=1, offload="optimizer", round_robin_gradients=True),
+    "zero2-offloaded": functools.partial(DeepSpeed, zero=2, offload="optimizer"),
+    "zero2-buckets": functools.partial(
+        DeepSpeed, zero=2, overlap_comm=True, reduce_bucket_size=100, use_multi_rank_bucket_allreduce=False
+    ),
 }
 
 
@@ -383,7 +389,8 @@ def run(case: Case) -> dict[str, Any]:
         objective = WeightedLoss() if case.family in ("mvae", *MULTIMODAL) else make_objective(case)
         objective.anneal(step)
         ahead = upcoming if case.prefetch else None
-        outcome = mixture.backward(shard, objective, Moment(SEED, 0, step), case.accumulate, ahead)
+        with engine.accumulating():
+            outcome = mixture.backward(shard, objective, Moment(SEED, 0, step), case.accumulate, ahead)
         totals = engine.step(outcome, step)
         report["steps"].append(figures(totals.outcome, totals.grad_norm))
         report["bytes"].append((totals.meter["wire_bytes"], totals.meter["wire_bytes_min"]))

@@ -193,7 +193,10 @@ def serve(channel: socket.socket) -> Callable[[], int]:
         if not message:
             return lambda: 0
         asked = json.loads(message)
-        if "wait" in asked:
+        if "warm" in asked:
+            importlib.import_module(asked["warm"])
+            answer = 0
+        elif "wait" in asked:
             answer = os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1])
         elif (answer := os.fork()) == 0:
             channel.close()

@@ -74,6 +74,7 @@ def test_no_experts_cannot_be_placed() -> None:
 
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "CROSS_RANK": "1"}
 SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2", "SLURM_NTASKS_PER_NODE": "3"}
 
 
@@ -86,6 +87,8 @@ SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2", 
         # torchrun started by srun: the inner launcher made this process.
         (TORCHRUN | SRUN, Launch(5, 8, 1, 4)),
         ({"RANK": "2", "WORLD_SIZE": "4"}, Launch(2, 4, 2, 3)),
+        (DEEPSPEED, Launch(5, 8, 1, 4)),
+        (DEEPSPEED | TORCHRUN, Launch(5, 8, 1, 4)),
         ({"WORLD_SIZE": "4"}, Launch(0, 1, 0)),
         # A batch script outside srun, or one task: nothing was started together.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "6", "SLURM_LOCALID": "0"}, Launch(0, 1, 0)),
@@ -96,7 +99,7 @@ def test_launch_is_read_from_the_environment(
     env: dict[str, str], expected: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert Launch.read(env) == expected
-    for name in TORCHRUN | SRUN:
+    for name in TORCHRUN | SRUN | DEEPSPEED:
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)

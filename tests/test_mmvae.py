@@ -537,6 +537,14 @@ def test_rows_and_experts_must_fit_what_is_present(
     refused("train", "--config", config, names=names)
 
 
+def test_a_modality_has_the_latent_of_its_mixture() -> None:
+    def own(spec: Any, latent: int, posterior: Any) -> Modality:
+        return Modality(spec, 7, posterior, "x0")
+
+    with pytest.raises(ValueError, match=r"latent 7 .* mixture.latent \(20\)"):
+        made(MMVAE([own]), views(2, False))
+
+
 def test_a_row_without_any_modality_is_a_fault_of_the_step() -> None:
     """Where rows are not in memory, it is found when it comes by."""
     data = views(2, True).first(4)
@@ -545,3 +553,5 @@ def test_a_row_without_any_modality_is_a_fault_of_the_step() -> None:
     outcome = made(make_multimodal(case), data).backward(RankBatch(rows, (4,)), WeightedLoss(), Moment(0))
     assert [count.item() for count in outcome.faults.values()] == [1]
     assert outcome.loss.isfinite()
+    with pytest.raises(ValueError, match="sample 1001 has none"):
+        evaluate(made(make_multimodal(case), data), Dataset(rows, data.spec), 4, 0)

@@ -187,21 +187,21 @@ def test_values_written_between_steps_are_stepped_from(shard: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*ended, strict=True))
 
 
-def travel(case: Case, root: str, steps: int) -> None:
-    """Go on from the newest checkpoint, if there is one, for some steps, and save."""
+def travel(case: Case, root: str, steps: int) -> list[float]:
+    """Go on from the newest checkpoint, if there is one, for some steps, and save; return their losses."""
     mesh = mesh_of(case.num_experts, case.ranks, case.ep_size)
     mixture = make_mixture(case, mesh, Wire(mesh.device))
     adam = functools.partial(torch.optim.Adam, lr=0.01, amsgrad=True)
     schedule = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=30)
     phase = Phase(epochs=9, batch_size=16, objective=make_objective(case), optimizer=adam, schedule=schedule)
-    trainer = Trainer(mixture, data(), [phase], ENGINES[case.engine])
+    trainer = Trainer(mixture, data(), [phase], ENGINES[case.engine], log_every=1)
     store = CheckpointStore(Path(root), mesh, keep=9)
     if saved := store.found():
         trainer.load(saved[0], read_state(saved[0]))
-    for _ in range(steps):
-        trainer.advance()
+    records = [trainer.advance().record for _ in range(steps)]
     store.save(trainer.total, trainer.save())
     trainer.end()
+    return [record["loss"] for record in records if record]
 
 
 def tensors(root: Path) -> dict[str, Tensor]:

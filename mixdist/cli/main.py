@@ -44,6 +44,8 @@ mixdist COMMAND --help lists the options of a command. A first run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code: 0, or 2 for an error that a user can fix, printed in one line."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0].startswith("--local_rank="):
+        del argv[0]  # of the deepspeed launcher, which says it in the environment, too
     keep_large_blocks()
     quiet_torch()
     follow_launcher()

@@ -106,7 +106,10 @@ class Modality(Expert):
         """Return location and scale of q(z|x), each (R, L + P)."""
         x = self.numbers(rows)
         loc, raw = self.encoder(x).to(x.dtype).chunk(2, dim=-1)
-        return loc, torch.cat([self.kind.scale(part) for part in raw.split([self.latent, self.private], -1)], dim=-1)
+        # A copy: what engines hang on an expert's results they lose on views.
+        return loc.clone(), torch.cat(
+            [self.kind.scale(part) for part in raw.split([self.latent, self.private], -1)], dim=-1
+        )
 
     def log_prob(self, rows: Batch, z: Tensor) -> Tensor:
         """Return log p(x|z), nats: of one latent of each row (R, L + P) to (R,), or of N (R, N, L + P) to (R, N)."""
@@ -126,6 +129,10 @@ class Modality(Expert):
     def draw_private(self, eps: Tensor) -> Tensor:
         """Return private latents from their prior, given standard normal numbers (..., P)."""
         return self.prior.draw(eps)
+
+    def private_ratio(self, w: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        """Return log p(w) - log q(w) of private latents (..., P), nats, q of this location and scale."""
+        return self.prior.log_prob(w) - self.kind.log_prob(w, loc, scale).sum(-1)
 
     def _kl(self, loc: Tensor, scale: Tensor) -> Tensor:
         shared = self.kind.kl(loc[..., : self.latent], scale[..., : self.latent], 1.0)

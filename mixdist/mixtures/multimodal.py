@@ -31,7 +31,7 @@ from mixdist.mixtures.proposals import (
     Here,
     Proposals,
     Seen,
-    check_is_modality,
+    check_modality,
     check_own_fields,
     check_present,
 )
@@ -88,7 +88,7 @@ class Multimodal(Ensemble):
                 f"{field.shape}: give one expert for each of its places"
             )
         for e, expert in self.bank.owned().items():
-            check_is_modality(self.key_of(e), expert)
+            check_modality(self.key_of(e), expert, self.latent, self.posterior)
         self.prior = context.make(lambda: Prior(self.posterior, self.latent, self.learn_prior), Purpose.DECODER)
 
     @property
@@ -231,7 +231,7 @@ class Multimodal(Ensemble):
             posterior.register_hook(lambda grad: grad * weights.value_BNS[..., None])
         if self.detaches:
             loc, scale = loc.detach(), scale.detach()
-        log_ratio = expert.prior.log_prob(posterior) - self.kind.log_prob(posterior, loc, scale).sum(-1)
+        log_ratio = expert.private_ratio(posterior, loc, scale)
         own = proposals.members_RKM[:, proposals.slots_MN[e], e][..., None]
         drawn = torch.where(own[..., None], posterior, expert.draw_private(eps))
         return drawn, torch.where(own, log_ratio, 0.0)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mixdist.data import Samples
 from mixdist.experts import Expert, Modality
+from mixdist.experts.location_scale import KINDS, PosteriorName
 from mixdist.mixtures.facts import Facts
 from mixdist.parallel.route import Route
 from mixdist.terms import Batch, Spec
@@ -90,14 +91,20 @@ class Proposals(NamedTuple):
         )
 
 
-def check_is_modality(key: str, expert: Expert) -> None:
-    """Check the class of an expert.
+def check_modality(key: str, expert: Expert, latent: int, posterior: PosteriorName) -> None:
+    """Check the class of an expert, and that it has the mixture's latent.
 
     Raises:
-        ValueError: it is no modality.
+        ValueError: it is no modality, or has another latent.
     """
+    kind = type(expert).__name__
     if not isinstance(expert, Modality):
-        raise ValueError(f"{key}: {type(expert).__name__} is no modality: subclass mixdist.experts.Modality")
+        raise ValueError(f"{key}: {kind} is no modality: subclass mixdist.experts.Modality")
+    if expert.latent != latent or expert.kind is not KINDS[posterior]:
+        raise ValueError(
+            f"{key}: {kind} has latent {expert.latent} and a {type(expert.kind).__name__} posterior, expected "
+            f"mixture.latent ({latent}) and mixture.posterior ({posterior}): leave both out of its init_args"
+        )
 
 
 def check_own_fields(facts: Sequence[Facts], spec: Spec) -> None:

@@ -152,3 +152,31 @@ def modalities_step(
     sent = rows([counts_P[me]] * len(counts_P), row_bytes_P, me)
     shown = exchange(counts_P, experts_P, me, 2 * latent).num_bytes(itemsize, differentiated=True)
     return sent + shown + combine(counts_P, experts_P, me, scores).num_bytes(itemsize, differentiated=True)
+
+
+def reduction(num_bytes: int, ranks: int) -> int:
+    """Return the bytes that a rank sends where ``ranks`` sum a tensor for all of them: as a ring does."""
+    return 2 * (ranks - 1) * num_bytes // ranks
+
+
+def partition(numbers: int, ranks: int) -> int:
+    """Return how many numbers of a group's parameters each of its ranks steps under ZeRO 1 and 2: an even count.
+
+    Examples:
+        >>> partition(11, 2), partition(11, 1)
+        (6, 12)
+    """
+    return 2 * -(-numbers // (2 * ranks))
+
+
+def zero_bytes(groups: Iterable[tuple[int, int]], zero: int, states: int) -> int:
+    """Return the bytes of DeepSpeed's optimiser on a rank, in float32: states and, from ZeRO 1 on, master weights.
+
+    Args:
+        groups: numbers in the parameters that a group of ranks holds, and how many ranks it has.
+        zero: the stage.
+        states: numbers that the optimiser keeps of each parameter's number: 2 for Adam.
+    """
+    if not zero:
+        return 4 * states * sum(numbers for numbers, _ in groups)
+    return 4 * (states + 1) * sum(partition(numbers, ranks) for numbers, ranks in groups)

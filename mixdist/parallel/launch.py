@@ -31,7 +31,8 @@ class Launch:
                 f"RANK ({env['RANK']}) is set and WORLD_SIZE is not: set it to the number of ranks, or unset RANK"
             )
         if "RANK" in env:
-            names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+            local_size = "LOCAL_SIZE" if "LOCAL_WORLD_SIZE" not in env else "LOCAL_WORLD_SIZE"
+            names = "RANK", "WORLD_SIZE", "LOCAL_RANK", local_size
         elif _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:  # unset in a batch script outside srun
             names = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"
         else:
@@ -85,11 +86,11 @@ def quiet_torch() -> None:
 
 
 def follow_launcher() -> None:
-    """End this process when the torchrun that started it ends; torchrun gives each process a session of its own.
+    """End this process when the torchrun or the deepspeed launcher that started it ends.
 
-    Does nothing without torchrun, where a parent may end first.
+    torchrun gives each process a session of its own. Does nothing without them, where a parent may end first.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys():
         end_with_parent()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -202,6 +203,16 @@ class Mesh:
         groups = [dist.new_group(ranks, timeout=self.timeout) for ranks in partition]
         return next(g for ranks, g in zip(partition, groups, strict=True) if self.rank in ranks)
 
+    @cached_property
+    def alone(self) -> dist.ProcessGroup:
+        """A group of this rank by itself, for libraries that take no None; in one process it is the group of all."""
+        if self.world is not None:
+            group: dist.ProcessGroup = dist.new_group([self.rank], self.timeout, use_local_synchronization=True)
+            return group
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+
     @property
     def experts(self) -> range:
         """Return the global numbers of the experts on this rank."""
@@ -220,5 +231,5 @@ class Mesh:
         """Destroy the process groups."""
         if self.heartbeat is not None:
             self.heartbeat.stop()
-        if self.world is not None and dist.is_initialized():
+        if (self.world is not None or "alone" in vars(self)) and dist.is_initialized():
             dist.destroy_process_group()

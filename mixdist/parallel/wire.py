@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixdist.parallel.costs import reduction
+
 Group = dist.ProcessGroup | None
 # torch 2.13 renames both, and warns of the former names.
 _gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -132,8 +134,7 @@ class Wire:
         if group is None:
             return Pending(tensor, tensor, None)
         assert tensor.is_contiguous()
-        size = dist.get_world_size(group)
-        self.meter.sync_bytes += 2 * (size - 1) * tensor.numel() * tensor.element_size() // size
+        self.meter.sync_bytes += reduction(tensor.numel() * tensor.element_size(), dist.get_world_size(group))
         return self._run(lambda: dist.all_reduce(tensor, group=group, async_op=True), tensor, tensor, group)
 
     def _run(self, start: Callable[[], Any], output: Tensor, held: Tensor, group: Group) -> Pending:
