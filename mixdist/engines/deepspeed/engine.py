@@ -188,7 +188,7 @@ class DeepSpeed(Engine):
         for owned, parameters in self.trained:
             if self.steps.sharded or self.mesh.speaks_for(owned.expert):
                 place = self.num_experts if owned.expert is None else owned.expert
-                squares[place] += square([gradients[p] for p in parameters if p in gradients])
+                squares[place] += square([gradients[p] for p in parameters if p in gradients], squares.device)
         return squares
 
     def learning_rate(self) -> float:
