@@ -55,6 +55,7 @@ class Purpose(IntEnum):
     DECODER = 20  # initial weights of a shared decoder
     PRIVATE = 21  # eps of the private latents of a modality
     SUBSET = 22  # which modalities are in a row's random subsets
+    JUDGE = 23  # classifiers that judge what is generated: weights, order of rows
 
 
 class Kind(IntEnum):

@@ -26,7 +26,27 @@ SHAPES = {
     "parabolas": (1,),
     "spiral": (2,),
 }
-MODALITIES = {"mmvae_digits": {f"x{m}": Field((3, 8, 8), torch.uint8, scale=1 / 255) for m in range(3)}}
+DIGITS, GREY, COLOUR = (Field(shape, torch.uint8, scale=1 / 255) for shape in ((3, 8, 8), (1, 8, 8), (3, 28, 28)))
+MODALITIES = {
+    "mmvae_digits": {f"x{m}": DIGITS for m in range(3)},
+    **{
+        f"{kind}_poly{name}": {f"x{m}": field for m in range(5)}
+        for name, field, kinds in (
+            ("digits", GREY, ("mmvae", "mmvae_private", "mopoe", "poe")),
+            ("mnist", COLOUR, ("mmvae", "mopoe", "poe")),
+        )
+        for kind in kinds
+    },
+    "mmvae_views": {"pix": Field((1, 16, 15), torch.uint8, scale=1 / 6), "fac": Field((216,), torch.float32)},
+    "mmvae_mnist_svhn": {
+        "mnist": Field((1, 28, 28), torch.uint8, scale=1 / 255),
+        "svhn": Field((3, 32, 32), torch.uint8, scale=1 / 255),
+    },
+    "mmvae_captions": {
+        "image": Field((3, 64, 64), torch.uint8, scale=1 / 255),
+        "text": Field((32,), torch.int16, num_classes=1590),
+    },
+}
 """Fields of the configs of several modalities."""
 REAL, LABEL = Field((1,), torch.float32), Field((), torch.uint8, num_classes=10)
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mixdist.mixtures.pictures import Panel
-from mixdist.report.grids import CELL, experts_picture, mixture_picture, sample_picture, to_uint8
+from mixdist.report.grids import CELL, captioned_picture, experts_picture, mixture_picture, sample_picture, to_uint8
 from mixdist.report.plots import (
     attributes_picture,
     contingency_picture,
@@ -92,6 +92,9 @@ DRAWS: dict[str, Callable[[Path], None]] = {
     "scatter": lambda path: scatter_picture(path, ROWS, EXPERTS, [ROWS[:n] for n in range(12)]),
     "labels": lambda path: counts_of(path, np.eye(12, dtype=np.int64)),
     "mixture": lambda path: mixture_picture(path, images(7)),
+    "captions": lambda path: captioned_picture(
+        path, [images(2, colour=True)] * 2, [["a bird", "red " * 99]] * 2, ["a", "b"]
+    ),
 }
 LITTLE: dict[str, Callable[[Path], None]] = {
     "no images": lambda path: experts_picture(path, [panel(0, 0, 0, 0)]),

@@ -24,9 +24,9 @@ from mixdist.data.order import shuffled_blocks
 from mixdist.data.sources.splits import choose_splits, load_splits
 from mixdist.evaluation.density import kernel_density
 from mixdist.evaluation.evaluate import evaluate
-from mixdist.experts import VAE
+from mixdist.experts import VAE, Modality
 from mixdist.gates import Consistent, Softmax
-from mixdist.mixtures import Context, Mixture, Soft, WeightedLoss
+from mixdist.mixtures import MMVAE, Context, Mixture, MoPoE, PoEMVAE, Soft, WeightedLoss
 from mixdist.mixtures.context import Context as Maker
 from mixdist.mixtures.ensemble import Ensemble
 from mixdist.mixtures.routing import TopK
@@ -154,6 +154,26 @@ def test_a_soft_mixture_draws_no_block_twice(routing: TopK | None) -> None:
             trainer.advance()
         trainer.end()
         evaluated(mixture, pictures=True)
+
+
+@pytest.mark.parametrize(
+    "kind", [partial(MMVAE, samples=3), partial(PoEMVAE, subsets=2), MoPoE], ids=["moe", "poe", "all"]
+)
+def test_a_mixture_of_modalities_draws_no_block_twice(kind: Callable[..., Any]) -> None:
+    """Each family in training, and in figures with what is generated for them."""
+    with recorded():
+        mesh = mesh_of(2, 1, 1)
+        own: dict[str, Any] = {"private": 2, "network": MLP([4]), "likelihood": "categorical"}
+        mixture = kind(
+            [partial(Modality, field="x", private=1, network=MLP([4])), partial(Modality, field="label", **own)]
+        )
+        mixture.setup(Context(SEED, torch.float32, SPEC, mesh, Wire(mesh.device)))
+        mixture.tune(TRAIN, phase(45))
+        trainer = Trainer(mixture, TRAIN, [phase(10), phase(7, accumulate=2)])
+        while not trainer.finished:
+            trainer.advance()
+        trainer.end()
+        evaluate(mixture, TEST, 8, SEED, 25, TRAIN)
 
 
 def discriminators(**how: Any) -> Callable[[], Score]:

@@ -19,7 +19,7 @@ from mixdist.noise import Purpose, permutation
 from mixdist.terms import Batch, Field, Spec
 
 PRESENT = "present"
-"""The field that says which modalities a row has, uint8 (M,), 1 for those that are there."""
+"""The field (M,), uint8 of 0 and 1, that says which modalities a row has; without it, all."""
 
 
 @dataclass(frozen=True, eq=False)

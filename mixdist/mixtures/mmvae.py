@@ -85,8 +85,10 @@ class MMVAE(Multimodal):
         self.pathwise, self.detaches = gradient == "dreg", gradient != "iwae"
 
     def propose(self, seen: Seen, at: Moment, held_out: bool = False) -> Proposals:
+        every = torch.arange(self.num_experts, device=seen.ids_R.device)
         members = torch.diag_embed(seen.present_RM)
-        return Proposals(members, seen.loc_RML, seen.scale_RML, list(range(self.num_experts)))
+        slots = every.expand(self.num_experts, -1)
+        return Proposals(members, seen.loc_RML, seen.scale_RML, list(range(self.num_experts)), slots)
 
     @property
     def joint(self) -> list[int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mixdist.data import RankBatch, Samples
 from mixdist.mixtures.bounds import log_densities, log_mixture
+from mixdist.mixtures.coherence import Coherence
 from mixdist.mixtures.proposals import Here, Proposals, Seen, check_present
 from mixdist.mixtures.study import KEYS, Evaluation, Request, Study
 from mixdist.noise import EVALUATION_PHASE, Moment, Purpose
@@ -50,19 +51,23 @@ class MultimodalStudy(Study):
     def __init__(self, mixture: Multimodal, dataset: Samples, request: Request) -> None:
         super().__init__(mixture.measure, dataset, request)
         self.mixture = mixture
+        self.coherence: Coherence | None = None
 
     @staticmethod
     def protocol(num_samples: int) -> dict[str, Any]:
         """Return how the figures are taken."""
         told = (
             "z from each proposal q(z|A), A a set of modalities; log p = log-mean-exp of weights, p(x_m|z) as it is; "
-            f"eps keyed by (seed, purpose {Purpose.IMPORTANCE:d}, phase {EVALUATION_PHASE}, step c, sample id, "
+            f"eps keyed by (seed, purpose {Purpose.IMPORTANCE:d}, phase {EVALUATION_PHASE}, step c from 1, sample id, "
             f"proposal), {AT_ONCE} samples of all proposals a step"
         )
         return {"num_samples": num_samples, "sampled": told}
 
     def start(self) -> None:
         agreed(lambda: check_present(self.dataset), self.mixture.context.mesh.world)
+        train = self.request.shares_from
+        if self.request.num_samples and train is not None and train.label is not None:
+            self.coherence = Coherence(self.mixture, train, self.request.at)
 
     @torch.no_grad()
     def add(self, batch: RankBatch) -> None:
@@ -75,12 +80,17 @@ class MultimodalStudy(Study):
         self.keep(loss=loss_B.double())
         if self.request.num_samples:
             self._likelihoods(seen, here, self.request.num_samples)
+        if self.coherence is not None:
+            assert self.dataset.label is not None
+            self.keep(**self.coherence.columns(seen, here, batch.rows[self.dataset.label]))
+            for name, total in self.coherence.sums().items():
+                self.sum(name, total)
 
     def _likelihoods(self, seen: Seen, here: Here, num_samples: int) -> None:
         mixture, found, done = self.mixture, _Sums(), 0
         proposals = mixture.propose(seen, self.request.at, held_out=True)
         present = seen.present_RM[here.own]
-        size, step = max(1, AT_ONCE // len(proposals.keys)), 0
+        size, step = max(1, AT_ONCE // len(proposals.keys)), 1  # the loss has drawn private latents of step 0
         while done < num_samples:
             count = min(size, num_samples - done)
             at = Moment(self.request.at.seed, self.request.at.phase, step)
@@ -142,7 +152,7 @@ class MultimodalStudy(Study):
             rows = ~np.isnan(column) if name not in KEYS else None
             if rows is not None and rows.any():
                 found = found.plus(name, column, rows)
-        return found
+        return found if self.coherence is None else self.coherence.added(found, sums)
 
 
 class _Sums:

@@ -50,6 +50,15 @@ class Rows(NamedTuple):
     titles: list[str]
 
 
+class Captioned(NamedTuple):
+    """Rows of images (n, channels, height, width) with a title each, and a sentence under each image."""
+
+    name: str
+    images: list[np.ndarray]
+    texts: list[list[str]]
+    titles: list[str]
+
+
 class Plane(NamedTuple):
     """Points in the plane, (N, 2), by the expert of each, and each expert's samples; ``word`` is what an expert is."""
 
@@ -103,4 +112,4 @@ class Latents(NamedTuple):
     groups: list[tuple[str, np.ndarray, list[str]]]
 
 
-Picture = Latents | Panels | Mosaic | Rows | Plane | Curves | Contingency | Attributes
+Picture = Latents | Panels | Mosaic | Rows | Captioned | Plane | Curves | Contingency | Attributes

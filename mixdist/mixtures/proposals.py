@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from mixdist.data import Samples
+from mixdist.data.paired import PRESENT
 from mixdist.experts import Expert, Modality
 from mixdist.experts.location_scale import KINDS, PosteriorName
 from mixdist.mixtures.facts import Facts
 from mixdist.parallel.route import Route
 from mixdist.terms import Batch, Spec
-
-PRESENT = "present"
-"""The field (M,), uint8 of 0 and 1, that says which modalities a row has; without it, all."""
 
 
 class Seen(NamedTuple):
@@ -70,23 +68,19 @@ class Proposals(NamedTuple):
         loc_RKL: locations.
         scale_RKL: scales.
         keys: their numbers in the draws' keys, K.
-        slots_MN: the proposals that each expert scores; None for all.
+        slots_MN: the proposals that each expert scores.
     """
 
     members_RKM: Tensor
     loc_RKL: Tensor
     scale_RKL: Tensor
     keys: list[int]
-    slots_MN: Tensor | None = None
+    slots_MN: Tensor
 
     @property
     def valid_RK(self) -> Tensor:
         """Whether a row has the proposal."""
         return self.members_RKM.any(-1)
-
-    def slots(self, e: int) -> Tensor | slice:
-        """Return an index of the proposals that an expert scores."""
-        return slice(None) if self.slots_MN is None else self.slots_MN[e]
 
     def of(self, rows: slice) -> Proposals:
         """Return those of some rows."""

@@ -45,9 +45,10 @@ def from_experts(mixture: Ensemble, show: Callable[[int, Expert], dict[str, Tens
     """Return what ``show`` makes of every expert in evaluation mode, by "e/name"; every rank calls it and gets all."""
     own: dict[str, np.ndarray] = {}
     for e, expert in mixture.bank.owned().items() if mixture.context.mesh.leads else ():
+        training = expert.training
         shown = show(e, expert.eval())
         own |= {f"{e}/{name}": np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in shown.items()}
-        expert.train()
+        expert.train(training)
     parts = [load(data) for data in gather_bytes(save(own), mixture.context.mesh.world)]
     return {name: array for part in parts for name, array in part.items()}
 

@@ -17,6 +17,7 @@ DRAWN_BY: dict[type[pictures.Picture], Callable[..., None]] = {
     pictures.Panels: grids.experts_picture,
     pictures.Mosaic: grids.mixture_picture,
     pictures.Rows: grids.sample_picture,
+    pictures.Captioned: grids.captioned_picture,
     pictures.Plane: plots.scatter_picture,
     pictures.Curves: plots.curves_picture,
     pictures.Contingency: plots.contingency_picture,

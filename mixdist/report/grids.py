@@ -6,6 +6,7 @@ Images are (n, C, H, W) with values from 0 to 1. Shape letters: n images, H heig
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ CELL, GAP, ROW_GAP, BLOCK_GAP, MARGIN, BAR = 64, 4, 10, 32, 28, 6
 # Room for the two lines of a title, and for a letter of a heading.
 MIN_HEIGHT, LETTER = 48, 13
 LINE_IMAGES = 16
+# Of sentences under images: the least width of a column, the lines and their height, the width of a letter, in pixels.
+TEXT_WIDTH, TEXT_LINES, TEXT_LINE, TEXT_LETTER, TEXT_SIZE = 128, 6, 13, 6, 6.0
 DPI = 128  # a power of two: whole pixels stay whole in inches
 TITLE: dict[str, Any] = {"color": INK, "fontsize": 11, "fontweight": "bold"}
 
@@ -57,6 +60,27 @@ def experts_picture(path: Path, panels: Sequence[Panel]) -> None:
 def sample_picture(path: Path, images: Sequence[np.ndarray], titles: Sequence[str]) -> None:
     """Write a grid of each expert's images (n, C, H, W), any n, 16 to a line."""
     _write_rows(path, [[block] for block in images], titles, [""], range(len(images)))
+
+
+def captioned_picture(
+    path: Path, images: Sequence[np.ndarray], texts: Sequence[Sequence[str]], titles: Sequence[str]
+) -> None:
+    """Write rows of images (n, C, H, W), each with a title, and under each image its sentence."""
+    shown = [_enlarged(block) for block in images]
+    cell = np.max([block.shape[1:3] for block in shown], axis=0)
+    width = max(int(cell[1]), TEXT_WIDTH) + GAP * 4
+    height = int(cell[0]) + TEXT_LINES * TEXT_LINE + BLOCK_GAP
+    canvas = np.full((len(shown) * height, max(map(len, shown)) * width, 3), 255, dtype=np.uint8)
+    drawn: list[Text] = []
+    for row, (block, told, title) in enumerate(zip(shown, texts, titles, strict=True)):
+        drawn.append((-14, row * height + float(cell[0]) / 2, title, TITLE | {"ha": "right", "va": "center_baseline"}))
+        for column, (image, sentence) in enumerate(zip(block, told, strict=True)):
+            y, x = row * height, column * width
+            canvas[y : y + image.shape[0], x : x + image.shape[1]] = image
+            lines = textwrap.wrap(sentence, width // TEXT_LETTER, max_lines=TEXT_LINES, placeholder=" ...")
+            below = {"va": "top", "color": INK, "fontsize": TEXT_SIZE}
+            drawn.append((x, y + image.shape[0] + GAP, "\n".join(lines), below))
+    _write(path, canvas, drawn)
 
 
 def mixture_picture(path: Path, images: np.ndarray) -> None:

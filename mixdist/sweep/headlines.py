@@ -14,6 +14,12 @@ SHOWN = (
     "accuracy",
     "nmi",
     "ari",
+    "coherence_given_1",
+    "coherence_given_2",
+    "coherence_given_3",
+    "coherence_given_4",
+    "coherence_joint",
+    "log_joint",
 )
 
 
