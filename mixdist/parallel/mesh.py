@@ -169,6 +169,10 @@ class Mesh:
 
     def _start(self, store: dist.Store) -> None:
         """Make the group of all ranks."""
+        self._init_group(store)
+        self.heartbeat = Heartbeat(store, self.rank, self.world_size)
+
+    def _init_group(self, store: dist.Store) -> None:
         cuda = self.device.type == "cuda"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -178,7 +182,6 @@ class Mesh:
             world_size=self.world_size,
             device_id=self.device if cuda else None,
         )
-        self.heartbeat = Heartbeat(store, self.rank, self.world_size)
 
     def _make_groups(self) -> None:
         self.world = dist.group.WORLD
@@ -209,7 +212,7 @@ class Mesh:
         if self.world is not None:
             group: dist.ProcessGroup = dist.new_group([self.rank], self.timeout, use_local_synchronization=True)
             return group
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        self._init_group(dist.HashStore())
         assert dist.group.WORLD is not None
         return dist.group.WORLD
 

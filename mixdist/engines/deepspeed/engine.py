@@ -219,6 +219,7 @@ class DeepSpeed(Engine):
     def close(self) -> None:
         self._gathered = {}
         self._engine.destroy()
+        self.steps.close()
         for parameter, before in self._marks:  # what DeepSpeed hangs on parameters holds all of it
             vars(parameter).clear()
             vars(parameter).update(before)

@@ -56,7 +56,8 @@ class Partitions:
         self.zero.optimizer = self.optimizer
         self.pieces = {p: piece for group in range(len(flat)) for p, piece in self._pieces(group)}
         counts = [(sum(p.numel() for p in held), ranks) for held, ranks in parts]
-        self.reduced_bytes = sum(costs.reduction(4 * numbers, ranks) for numbers, ranks in counts)
+        ways = 2 if self.zero.use_multi_rank_bucket_allreduce else 1  # there and back, or there alone
+        self.reduced_bytes = sum(costs.reduction(4 * numbers, ranks) * ways // 2 for numbers, ranks in counts)
         self.spread_bytes = sum(4 * (ranks - 1) * costs.partition(numbers, ranks) for numbers, ranks in counts)
 
     def _pieces(self, group: int) -> list[tuple[nn.Parameter, Piece]]:
@@ -76,6 +77,8 @@ class Partitions:
         """Sum gradients at whoever steps them; elsewhere they are gone."""
         with self.engine.coalesce_grad_reduction():
             pass  # gradients are there: what it does at its end
+        if self.zero.cpu_offload:
+            self.zero._wait_for_offload_copies()  # gradients are read before it steps
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """Return what this rank has of each parameter's summed gradient."""
@@ -102,6 +105,12 @@ class Partitions:
         zero.micro_step_id = -1
         if zero.cpu_offload:
             zero.reset_cpu_buffers()
+
+    def close(self) -> None:
+        """Let go of what is here: the library refers to itself, and would keep it until Python looks for such."""
+        self.optimizer.state.clear()
+        self.zero.single_partition_of_fp32_groups.clear()
+        self.pieces.clear()
 
     def state(self, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Return what this rank has of the states of named parameters: "<start> <parameter>.<key>" to numbers."""

@@ -45,6 +45,10 @@ class Whole:
     def drop(self) -> None:
         """Forget reduced gradients."""
 
+    def close(self) -> None:
+        """Let go of what is here: the library refers to itself, and would keep it until Python looks for such."""
+        self.optimizer.state.clear()
+
     def state(self, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Return what this rank has of the states of named parameters."""
         return read_optimizer(self.optimizer, [Slot(*item) for item in named.items()])
