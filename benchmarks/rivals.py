@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from mixdist.data import Dataset, Loader, RankBatch
-from mixdist.engines import Native
+from mixdist.engines import EngineFactory, Native
 from mixdist.experts import VAE, Compute, Expert
 from mixdist.gates import Gate, Softmax
 from mixdist.mixtures import Context, KLBalance, Soft, TopK, WeightedLoss
@@ -24,7 +24,7 @@ from mixdist.nets import Conv
 from mixdist.noise import Moment, Purpose, weights_seed
 from mixdist.parallel.mesh import Mesh
 from mixdist.parallel.wire import Wire
-from mixdist.terms import Field, Spec
+from mixdist.terms import Field, Outcome, Spec
 
 SEED = 7
 SIZES: dict[str, dict[str, Any]] = {
@@ -201,6 +201,8 @@ class ExpertParallel(Rival):
         micro_batch: rows that an expert runs at once.
         routing: which experts see a row; None for all.
         wire: the collectives.
+        engine: makes the engine.
+        gate: makes the gate.
     """
 
     def __init__(
@@ -213,19 +215,31 @@ class ExpertParallel(Rival):
         micro_batch: int | None = None,
         routing: TopK | None = None,
         wire: Wire | None = None,
+        engine: EngineFactory = Native,
+        gate: Callable[[Spec, int], Gate] = make_gate,
     ) -> None:
         super().__init__(problem, dataset, mesh.rank, mesh.world_size, mesh.device)
         self.mesh, self.wire = mesh, wire or Wire(mesh.device)
         how: dict[str, Any] = {"routing": routing, "one_way": one_way, "prefetch": prefetch, "execution": "loop"}
         compute = Compute(micro_batch)
-        self.mixture = Soft(make_gate, problem.make_expert, problem.num_experts, **how, compute=compute)
+        self.mixture = Soft(gate, problem.make_expert, problem.num_experts, **how, compute=compute)
         self.mixture.setup(Context(SEED, torch.float32, dataset.spec, mesh, self.wire))
-        self.engine = Native(self.mixture.parts, mesh, self.wire, adam)
+        self.mixture.twin = None  # an expert made once more, for checks that are not made here
+        self.engine = engine(self.mixture.parts, mesh, self.wire, adam, None, None)
         self.objective = problem.objective()
         self.upcoming: RankBatch | None = None
+        self.meter: dict[str, int] = {}
         self.done = 0
 
     def step(self, timed: bool = False) -> None:
+        totals = self.engine.step(self.backward(timed), self.done)
+        self.meter = totals.meter
+        if self.first_loss is None:
+            self.first_loss = totals.outcome.loss.item()
+        self.done += 1
+
+    def backward(self, timed: bool = False) -> Outcome:
+        """Do all of a step but the engine's part: what dispatch, gate and experts do."""
         self.wire.meter.reset(timed)
         for owned in self.mixture.parts.owned():
             getattr(owned.module, "anneal", lambda step: None)(self.done)
@@ -234,11 +248,7 @@ class ExpertParallel(Rival):
         self.upcoming = self.take() if self.mixture.prefetch else None
         self.engine.zero_grad()
         with self.engine.accumulating():
-            outcome = self.mixture.backward(shard, self.objective, Moment(SEED, 0, self.done), 1, self.upcoming)
-        totals = self.engine.step(outcome, self.done)
-        if self.first_loss is None:
-            self.first_loss = totals.outcome.loss.item()
-        self.done += 1
+            return self.mixture.backward(shard, self.objective, Moment(SEED, 0, self.done), 1, self.upcoming)
 
     def bytes_held(self) -> dict[str, int]:
         experts = (p for module in self.mixture.parts.experts.values() for p in module.parameters())

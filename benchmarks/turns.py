@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -123,6 +124,20 @@ def figures(values: Sequence[float]) -> Figures:
 def ratio(a: Sequence[float], b: Sequence[float]) -> Figures:
     """Median and spread of the ratios a / b of neighbouring turns: what slows the machine down hits both."""
     return figures([x / y for x, y in zip(a, b, strict=True)])
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> Figures:
+    """Median, with its confidence interval: the order statistics that cover it at ``level``, whatever the distribution.
+
+    P(x_(i) <= median <= x_(n+1-i)) = 1 - 2 P(Binomial(n, 1/2) < i); below 6 values least and most cover less than 0.95.
+    """
+    ordered, n = sorted(values), len(values)
+    outside, first = 0.0, 0
+    while first < (n - 1) // 2 and 1 - 2 * (outside + math.comb(n, first) / 2**n) >= level:
+        outside += math.comb(n, first) / 2**n
+        first += 1
+    first = max(first - 1, 0)
+    return {"median": statistics.median(ordered), "low": ordered[first], "high": ordered[n - 1 - first]}
 
 
 def ms(of: Figures) -> str:

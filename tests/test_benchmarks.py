@@ -88,6 +88,58 @@ def test_a_dispatch_sends_a_fraction_of_the_token_style(pool: Callable[[int], Po
     assert skew == "0" or told["top-1"]["token_dropped"] > 0.1
 
 
+QUICK = ["--size", "tiny", "--image", "16", "--batch", "16", "--turns", "1", "--steps", "1", "--warm-up", "0"]
+
+
+def test_engines_hold_and_send_what_they_should(pool: Callable[[int], Pool]) -> None:
+    words = [*QUICK, "--experts", "1", "--engines", "plain", "sharded", "fsdp"]
+    told = pool(2).run(f"{__name__}:measure", "engines", words, 2)[0]
+    assert set(told) == {"engines"}  # an expert that both ranks have: no way to others
+    plain, sharded, fsdp = told["engines"].values()
+    assert plain["to_plain"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert plain["held"]["parameters"] == plain["held"]["gradients"] == sharded["held"]["parameters"]
+    assert fsdp["held"]["parameters"] < 0.85 * plain["held"]["parameters"]  # more than half is the gate's, and whole
+    for one in (sharded, fsdp):
+        assert one["held"]["gradients"] < 0.8 * plain["held"]["gradients"]
+        assert one["held"]["states"] < 0.8 * plain["held"]["states"]
+        assert one["first_loss"] == pytest.approx(plain["first_loss"], rel=1e-5)
+    assert fsdp["sent"]["sync"] > plain["sent"]["sync"]
+
+
+def check_ways(told: dict[str, Any]) -> None:
+    """Three moves of float32 rows of 768 numbers: 8 rows on each of two ranks, half of the experts remote."""
+    for routing, copies in (("dense", 2), ("top-1", 1)):
+        for name, one in told[routing].items():
+            if name == "mixdist":
+                assert one["dropped"] == 0
+            else:
+                assert one["bytes"] == 3 * 8 * copies / 2 * 768 * 4
+                assert one["bytes_of_first_over"] <= 0.2
+
+
+def test_rows_reach_experts_in_a_fifth_of_a_token_layer_s_bytes(pool: Callable[[int], Pool]) -> None:
+    words = [*QUICK, "--experts", "2", "--engines", "--ways", "mixdist", "token"]
+    check_ways(pool(2).run(f"{__name__}:measure", "engines", words, 2)[0]["ways"])
+
+
+@pytest.mark.slow
+def test_deepspeed_s_stages_and_layer(pool: Callable[[int], Pool]) -> None:
+    pytest.importorskip("deepspeed")
+    words = [*QUICK, "--experts", "2", "--engines", "plain", "zero 1"]
+    told = pool(2).run(f"{__name__}:measure", "engines", words, 2)[0]
+    check_ways(told["ways"])
+    plain, zero = told["engines"].values()
+    assert zero["first_loss"] == pytest.approx(plain["first_loss"], rel=1e-5)
+
+
+def test_the_interval_of_a_median_is_that_of_order_statistics() -> None:
+    """0.961 of 9 values between the second and the eighth, 0.959 of 20 between the sixth and the fifteenth."""
+    interval = load("turns").interval
+    assert interval(range(1, 10)) == {"median": 5, "low": 2, "high": 8}
+    assert interval(range(1, 21)) == {"median": 10.5, "low": 6, "high": 15}
+    assert interval([3, 1, 2]) == {"median": 2, "low": 1, "high": 3}
+
+
 def test_a_round_by_mixdist_and_by_hand_learns_alike_and_sends_each_row_once(pool: Callable[[int], Pool]) -> None:
     words = ["--turns", "1", "--warm-up", "0", "--experts", "4", "--rows", "403", "--epochs", "2", "--batch", "20"]
     told = pool(2).run(f"{__name__}:measure", "hard", [*words, "--judge-batches", "2"], 2)[0]

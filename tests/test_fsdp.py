@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from mixdist.data import Loader
 from mixdist.engines import FSDP, Native, NotFinite
-from mixdist.engines.units import units
+from mixdist.engines.sharding import units
 from mixdist.noise import Moment
+from mixdist.parallel.agreement import Agreed
 from mixdist.parallel.costs import cut_step, part_numbers, part_rows
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement
@@ -61,6 +62,12 @@ SLOW = [
     case_of(
         (4, 2), engine="fsdp", family="mvae", gate="gaussian-each", balance="dhsic", objective="mean", accumulate=2
     ),
+]
+MODALITIES: dict[str, Any] = {"expert": "normal", "balance": "absent", "objective": "private", "engine": "fsdp"}
+SLOW += [
+    case_of((2, 1), family="mmvae", num_experts=2, gate="dreg-looser", accumulate=3, **MODALITIES),
+    case_of((4, 2), family="mopoe", num_experts=3, gate="stl-tighter", batch_size=3, **MODALITIES),
+    case_of((4, 1), family="poe", num_experts=2, gate="iwae-looser", **MODALITIES),
 ]
 
 
@@ -232,6 +239,37 @@ def test_methods_beside_forward_bring_values_together(pool: Callable[[int], Pool
     cut, plain = (pool(2).run("tests.test_fsdp:by_methods", kind) for kind in ("fsdp", "native"))
     for a, b in zip([p for rank in cut for p in rank], [p for rank in plain for p in rank], strict=True):
         assert (a - b).abs().max() <= 1e-12
+
+
+def from_outside(how: str, unit_bytes: int) -> str:
+    """Run a part of an expert, or read a parameter, by itself; return what is said."""
+    mesh = mesh_of(1, 2, 1)
+    expert, x = Twofold(), torch.ones(2, 3)
+    engine = FSDP(Parts({}, {0: expert}), mesh, Wire(mesh.device), torch.optim.Adam, unit_bytes=unit_bytes)
+    engine.zero_grad()
+    try:
+        with engine.accumulating():
+            if how == "part":
+                (expert.outer(expert.inner(x)).sum() + expert.score({"x": x}, torch.ones(2, 5)).sum()).backward()
+            else:
+                (expert.shift + x).sum().backward()
+        engine.step(Outcome(torch.zeros(()), {}), 0)
+    except Agreed as error:
+        return str(error)
+    finally:
+        engine.close()
+    return ""
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 1000])
+def test_parts_run_by_themselves_and_parameters_read_elsewhere_are_refused(
+    pool: Callable[[int], Pool], unit_bytes: int
+) -> None:
+    assert pool(2).run("tests.test_fsdp:from_outside", "part", unit_bytes) == ["", ""]
+    for said in pool(2).run("tests.test_fsdp:from_outside", "parameter", unit_bytes):
+        assert "FSDP" in said
+        assert "shard: optimizer" in said
+        assert "\n" not in said
 
 
 def broken(case: Case, bad_rank: int) -> tuple[str, bool]:

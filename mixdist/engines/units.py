@@ -8,21 +8,18 @@ Shape letters: P members of a group.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
-from inspect import isfunction
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from mixdist.engines.copies import Copies, Shards, bring
+from mixdist.engines.sharding import shard
 from mixdist.parallel.costs import part_rows
-from mixdist.parallel.wire import Group, Wire
+from mixdist.parallel.wire import Wire
 from mixdist.terms import Owned
 
 
@@ -197,141 +194,3 @@ def check(experts: Sequence[Owned]) -> None:
                     f"the engine FSDP cuts parameters that are contiguous, and {name} of {owned.name} is not: set "
                     f"mixture.compute.channels_last to false"
                 )
-
-
-def units(module: nn.Module, unit_bytes: int) -> Iterator[nn.Module]:
-    """Yield what is brought together by itself: large elements of ``nn.Sequential``, which always calls them.
-
-    An element that is an ``nn.Sequential`` itself is looked into; one that shares a parameter with another is none.
-
-    Args:
-        module: an expert.
-        unit_bytes: what counts as large, bytes of parameters.
-    """
-    uses = Counter(p for _, p in module.named_parameters(remove_duplicate=False))
-    found: set[nn.Module] = set()
-    inside: set[nn.Module] = set()
-    for container in module.modules():
-        if container in inside or not isinstance(container, nn.Sequential):
-            continue
-        for element in container:
-            own = list(element.parameters())
-            if isinstance(element, nn.Sequential) or element in found or any(uses[p] > 1 for p in own):
-                continue
-            if own and sum(p.numel() * p.element_size() for p in own) >= unit_bytes:
-                found.add(element)
-                inside.update(element.modules())
-                yield element
-
-
-def shard(module: nn.Module, unit_bytes: int, mesh: Any, group: Group, wire: Wire) -> Callable[[], None]:
-    """Apply ``fully_shard`` to an expert and its units; return what makes the modules again what they were.
-
-    A gradient is the sum over members, never their mean. Values are freed after a forward pass and brought together
-    once more for the backward pass. What is true of ``forward`` is true of every public method that is given tensors.
-    """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    undo, names = remember(module), methods(module)
-    whole = {p for p in module.parameters() if not p.dim()}
-    for unit in [*units(module, unit_bytes), module]:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-        unit.set_custom_all_gather(Gather(group, wire))  # type: ignore[operator]
-        unit.set_custom_reduce_scatter(Reduce(group, wire))  # type: ignore[operator]
-        unit.set_gradient_divide_factor(1.0)  # type: ignore[operator]
-        unit.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
-    inside = Inside(module)
-    for name in names:
-        method = getattr(module, name)
-        register_fsdp_forward_method(module, name)
-        setattr(module, name, inside.guard(method, getattr(module, name)))
-    return undo
-
-
-def methods(module: nn.Module) -> list[str]:
-    """Name the public methods that a module's own classes have beside ``forward``."""
-    kind = type(module)
-    own = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    named = dict.fromkeys(name for one in own for name in vars(one) if not hasattr(nn.Module, name))
-    return [name for name in named if not name.startswith("_") and isfunction(getattr(kind, name))]
-
-
-class Inside:
-    """Whether an expert runs: what it calls of itself meanwhile brings nothing together once more.
-
-    Args:
-        module: the expert.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.depth = 0
-        module.register_forward_pre_hook(lambda *_: self._go(1), prepend=True)
-        module.register_forward_hook(lambda *_: self._go(-1), always_call=True)
-
-    def _go(self, step: int) -> None:
-        self.depth += step
-
-    def guard(self, method: Callable[..., Any], gathering: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a method that brings values together where it is called from outside, with tensors."""
-
-        @wraps(method)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            if self.depth or not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
-                return method(*args, **kwargs)
-            self._go(1)
-            try:
-                return gathering(*args, **kwargs)
-            finally:
-                self._go(-1)
-
-        return guarded
-
-
-def remember(module: nn.Module) -> Callable[[], None]:
-    """Return what takes from modules all that ``fully_shard`` puts into them: it has no way back itself."""
-    from torch.distributed._composable_state import _module_state_mapping
-
-    before = [(m, type(m), set(vars(m)), dict(m._parameters), _hooks(m)) for m in module.modules()]
-
-    def undo() -> None:
-        for m, kind, names, parameters, hooks in before:
-            m.__class__ = kind
-            _module_state_mapping.pop(m, None)
-            for name in set(vars(m)) - names:
-                del vars(m)[name]
-            m._parameters.update(parameters)
-            for name, entries in _hooks(m).items():
-                for key in entries - hooks[name]:
-                    del vars(m)[name][key]
-
-    return undo
-
-
-def _hooks(module: nn.Module) -> Mapping[str, set[Any]]:
-    return {name: set(value) for name, value in vars(module).items() if "hooks" in name and isinstance(value, dict)}
-
-
-class _Counted:
-    """A collective of FSDP2 on our wire: counted, timed, and with our error where a rank is lost."""
-
-    def __init__(self, group: Group, wire: Wire) -> None:
-        self.group, self.wire = group, wire
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-
-class Gather(_Counted):
-    """Every member's part to every member."""
-
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Group, async_op: bool = False) -> None:
-        self.wire.all_gather_into(output_tensor, input_tensor, self.group).wait()
-
-
-class Reduce(_Counted):
-    """The sum of each part to its member."""
-
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: Group, op: Any, async_op: bool = False
-    ) -> None:
-        self.wire.reduce_scatter(output_tensor, input_tensor, self.group).wait()
