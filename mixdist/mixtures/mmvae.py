@@ -85,10 +85,8 @@ class MMVAE(Multimodal):
         self.pathwise, self.detaches = gradient == "dreg", gradient != "iwae"
 
     def propose(self, seen: Seen, at: Moment, held_out: bool = False) -> Proposals:
-        every = torch.arange(self.num_experts, device=seen.ids_R.device)
         members = torch.diag_embed(seen.present_RM)
-        slots = every.expand(self.num_experts, -1)
-        return Proposals(members, seen.loc_RML, seen.scale_RML, list(range(self.num_experts)), slots)
+        return Proposals(members, seen.loc_RML, seen.scale_RML, list(range(self.num_experts)))
 
     @property
     def joint(self) -> list[int]:

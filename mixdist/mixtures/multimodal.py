@@ -7,7 +7,7 @@ row's latent, N those that an expert scores, S samples, L shared latent, P priva
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -17,15 +17,14 @@ from torch import Tensor
 from mixdist.data import RankBatch, Samples
 from mixdist.experts import Modality
 from mixdist.experts.location_scale import KINDS, PosteriorName, Prior
-from mixdist.gates import Gate
 from mixdist.mixtures.bounds import Weights
 from mixdist.mixtures.context import Context
-from mixdist.mixtures.ensemble import Ensemble
+from mixdist.mixtures.gateless import Gateless
 from mixdist.mixtures.mixture import Stage
 from mixdist.mixtures.multimodal_shown import MultimodalModel, multimodal_pictures
 from mixdist.mixtures.multimodal_study import MultimodalStudy
 from mixdist.mixtures.multimodal_views import captioned, latents_in_the_plane
-from mixdist.mixtures.objectives import Objective, WeightedLoss
+from mixdist.mixtures.objectives import Objective
 from mixdist.mixtures.pictures import Picture
 from mixdist.mixtures.proposals import (
     PRESENT,
@@ -39,13 +38,12 @@ from mixdist.mixtures.proposals import (
 from mixdist.mixtures.study import Evaluation, Request, Study
 from mixdist.noise import Moment, Purpose
 from mixdist.parallel.agreement import agreed
-from mixdist.parallel.route import Route
-from mixdist.terms import Gating, Outcome, Parts, Spec, constant
+from mixdist.terms import Outcome, Parts, Spec, constant
 
 MakeModality = Callable[[Spec, int, PosteriorName], Modality]
 
 
-class Multimodal(Ensemble):
+class Multimodal(Gateless):
     """Base of mixtures with an expert for each modality: who proposes a row's latent, and what is minimised, is theirs.
 
     Args:
@@ -100,17 +98,6 @@ class Multimodal(Ensemble):
     @property
     def parts(self) -> Parts:
         return Parts({"prior": self.prior} if self.learn_prior else {}, dict(self.bank.owned()))
-
-    def check(self, stages: Mapping[str, Stage]) -> None:
-        kind = type(self).__name__
-        for name, stage in stages.items():
-            if type(stage.objective) is not WeightedLoss or stage.objective.balance is not None:
-                told = type(stage.objective).__name__
-                raise ValueError(
-                    f"{name}.objective ({told}) is not for {kind}, whose options say what it minimises: drop it"
-                )
-            if stage.trains != "both":
-                raise ValueError(f"{name}.trains ({stage.trains}) is not for {kind}, which has no gate: set it to both")
 
     def tune(self, dataset: Samples, stage: Stage) -> None:
         """Check the experts together, and where rows are in memory that each has a modality; every rank calls it."""
@@ -202,8 +189,7 @@ class Multimodal(Ensemble):
         """
         own, scale_M = [], self.weights()
         for e, expert in self.modalities.items():
-            slots, weights = proposals.slots_MN[e], Weights()
-            z = z_RKSL[:, slots]
+            z, weights = z_RKSL[:, proposals.slots(e)], Weights()
             if factor_R is not None:
                 z = self.lift(seen, z, weights)
             w, log_ratio = self._private(e, here, seen.ids_R, proposals, z.shape[1:3], at, weights)
@@ -233,7 +219,7 @@ class Multimodal(Ensemble):
         if self.detaches:
             loc, scale = loc.detach(), scale.detach()
         log_ratio = expert.private_ratio(posterior, loc, scale)
-        own = proposals.members_RKM[:, proposals.slots_MN[e], e][..., None]
+        own = proposals.members_RKM[:, proposals.slots(e), e][..., None]
         drawn = torch.where(own[..., None], posterior, expert.draw_private(eps))
         return drawn, torch.where(own, log_ratio, 0.0)
 
@@ -293,6 +279,10 @@ class Multimodal(Ensemble):
             return loc
         return loc + scale * self.kind.standard(draw.normal(seen.ids_R, [0], (self.latent,), self.dtype)[0])
 
+    def alone(self, seen: Seen, at: Moment) -> Tensor:
+        """Return the location of q(z|x_m) of each modality alone, (R, M, L); of what a row lacks it means nothing."""
+        return self.propose(seen, at, held_out=True).loc_RKL[:, self.single]
+
     def decode(self, e: int, z_RL: Tensor, ids_R: Tensor, at: Moment) -> Tensor:
         """Return means of p(x_e|z, w), (R, *shape of x_e), of an expert here, w from its private prior."""
         expert = self.modalities[e]
@@ -303,9 +293,6 @@ class Multimodal(Ensemble):
         """Return the mean of log p(x_m|z) and of the term of private latents over rows with m, and the rows' part."""
         log_px, present = outcome.sums["log_px"], outcome.sums["present"]
         return {"log_px": (log_px / present.clamp(min=1)).tolist(), "present": (present / num_rows).tolist()}
-
-    def diagnose(self, batch: RankBatch) -> dict[str, Any]:
-        return {}
 
     # Results
 
@@ -324,25 +311,6 @@ class Multimodal(Ensemble):
         likelihood = kinds.pop() if len(kinds) == 1 else "unknown"
         of = {"likelihood": likelihood, "likelihood_of": ", ".join(self.names)}
         return MultimodalStudy.protocol(num_samples) | of
-
-    @property
-    def drawn_field(self) -> str | None:
-        return None
-
-    # There is no gate, and what follows is only asked of mixtures of densities.
-
-    def choose(self, batch: RankBatch, route: Route, at: Moment) -> Gating:
-        raise AssertionError(f"{type(self).__name__} has no gate")
-
-    @property
-    def decides_by(self) -> tuple[str, ...]:
-        return ()
-
-    def shares(self, dataset: Samples, batch_size: int, at: Moment) -> Tensor:
-        raise AssertionError(f"{type(self).__name__} has no shares")
-
-    def gate_in_process(self) -> Gate:
-        raise AssertionError(f"{type(self).__name__} has no gate")
 
 
 def _made(make: MakeModality, latent: int, posterior: PosteriorName, spec: Spec) -> Modality:

@@ -47,7 +47,8 @@ def multimodal_pictures(mixture: Multimodal, dataset: Samples, seed: int) -> lis
     rows = {name: column.to(device) for name, column in stored.items()}
     seen, here = mixture.see(RankBatch(rows, (len(rows["id"]),) * ranks))  # every rank shows the same rows
     seen = seen.of(here.own)
-    z_0 = seen.loc_RML[0, int(seen.present_RM[0].to(torch.uint8).argmax())]
+    loc_RML = mixture.alone(seen, at)
+    z_0 = loc_RML[0, int(seen.present_RM[0].to(torch.uint8).argmax())]
     walks = _traversals(mixture, z_0)
     ids = torch.arange(NUM_SHOWN, device=device)
     prior = mixture.prior.draw(at.draw(Purpose.PRIOR).normal(ids, [0], (mixture.latent,), mixture.dtype)[0])
@@ -55,9 +56,9 @@ def multimodal_pictures(mixture: Multimodal, dataset: Samples, seed: int) -> lis
     def show(e: int, expert: Modality) -> dict[str, Tensor]:
         if e not in images:
             return {}
-        named = {f"from {n}": mixture.decode(e, z, seen.ids_R, at) for n, z in enumerate(seen.loc_RML.unbind(1))}
+        named = {f"from {n}": mixture.decode(e, z, seen.ids_R, at) for n, z in enumerate(loc_RML.unbind(1))}
         loc, _ = here.private[e]
-        named[f"from {e}"] = expert.decode(torch.cat([seen.loc_RML[:, e], loc[here.own]], dim=1))
+        named[f"from {e}"] = expert.decode(torch.cat([loc_RML[:, e], loc[here.own]], dim=1))
         named["joint"] = mixture.decode(e, prior, ids, at)
         walked = mixture.decode(e, walks.flatten(0, 1), torch.zeros_like(ids[:1]).expand(walks.shape[:2].numel()), at)
         return {name: made.float() for name, made in (named | {"walk": walked}).items()}
@@ -135,8 +136,8 @@ class MultimodalModel(Rowed):
             f"modality {modality!r} is not one of the model's: give one of {', '.join(self.names)}, or its number"
         )
 
-    def _seen(self, named: Batch, given: Sequence[str | int] | None) -> Seen:
-        """Encode what is given; modalities that are not have no part in what is inferred."""
+    def _seen(self, named: Batch, given: Sequence[str | int] | None) -> tuple[Seen, dict[int, Tensor]]:
+        """Encode what is given, and return the locations of its private latents; the others have no part."""
         numbers = [m for m, name in enumerate(self.names) if name in named] if given is None else []
         numbers += [self._number(one) for one in given or ()]
         missing = [self.names[m] for m in numbers if self.names[m] not in named]
@@ -145,21 +146,21 @@ class MultimodalModel(Rowed):
             raise ValueError(f"rows have the fields {sorted(named)}, expected {wanted}: give rows as a dict of fields")
         mixture, size = self.mixture, (len(named["id"]), len(self.names))
         loc = torch.zeros(*size, mixture.latent, dtype=self.dtype)
-        scale, present = torch.ones_like(loc), torch.zeros(size, dtype=torch.bool)
+        scale, present, private = torch.ones_like(loc), torch.zeros(size, dtype=torch.bool), {}
         for m in numbers:
             of_loc, of_scale = mixture.modalities[m].encode(named)
             loc[:, m], scale[:, m] = of_loc[:, : mixture.latent], of_scale[:, : mixture.latent]
-            present[:, m] = True
+            present[:, m], private[m] = True, of_loc[:, mixture.latent :]
         if PRESENT in named:
             present = present & named[PRESENT].bool()
-        return Seen(named["id"], present, loc, scale)
+        return Seen(named["id"], present, loc, scale), private
 
     @torch.no_grad()
     def encode(self, rows: Batch) -> dict[str, Tensor]:
         """Return the location of q(z|x_m) for each modality given, by its field, (N, L)."""
-        named = self.rows(rows)
-        seen = self._seen(named, None)
-        return {name: seen.loc_RML[:, m] for m, name in enumerate(self.names) if name in named}
+        seen, private = self._seen(self.rows(rows), None)
+        loc = self.mixture.alone(seen, Moment(0, EVALUATION_PHASE))
+        return {self.names[m]: loc[:, m] for m in private}
 
     @torch.no_grad()
     def infer(
@@ -169,7 +170,7 @@ class MultimodalModel(Rowed):
 
         Of a mixture of posteriors each row takes one, keyed by its id or place; z is its location, or ``drawn``.
         """
-        return self.mixture.infer(self._seen(self.rows(rows), given), Moment(seed, EVALUATION_PHASE), drawn)
+        return self.mixture.infer(self._seen(self.rows(rows), given)[0], Moment(seed, EVALUATION_PHASE), drawn)
 
     @torch.no_grad()
     def decode(self, z: Tensor, modality: str | int, seed: int = 0) -> Tensor:
@@ -192,9 +193,15 @@ class MultimodalModel(Rowed):
 
     @torch.no_grad()
     def reconstruct(self, rows: Batch, given: Sequence[str | int] | None = None) -> dict[str, Tensor]:
-        """Return all modalities made from those given, by field."""
-        z = self.infer(rows, given)
-        return {name: self.decode(z, name) for name in self.names}
+        """Return all modalities made from those given, by field; what is given keeps its private latents."""
+        seen, private = self._seen(self.rows(rows), given)
+        z, made = self.mixture.infer(seen, Moment(0, EVALUATION_PHASE), drawn=False), {}
+        for m, name in enumerate(self.names):
+            if m in private:
+                made[name] = self.mixture.modalities[m].decode(torch.cat([z, private[m]], dim=1))
+            else:
+                made[name] = self.decode(z, name)
+        return made
 
     @torch.no_grad()
     def generate(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:

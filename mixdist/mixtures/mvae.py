@@ -7,7 +7,7 @@ this rank, L latent, H features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,15 +15,15 @@ from torch import Tensor
 
 from mixdist.data import RankBatch, Samples
 from mixdist.experts import Component, Compute
-from mixdist.gates import Gate
 from mixdist.mixtures.context import Context
 from mixdist.mixtures.dirichlet import NUM_UNIFORM, dirichlet_kl, log_weights
-from mixdist.mixtures.ensemble import Ensemble, Execution, MakeExpert
+from mixdist.mixtures.ensemble import Execution, MakeExpert
+from mixdist.mixtures.gateless import Gateless
 from mixdist.mixtures.masks import Masks
-from mixdist.mixtures.mixture import Mixture, Stage
+from mixdist.mixtures.mixture import Mixture
 from mixdist.mixtures.mvae_shown import MVAEModel, mvae_pictures
 from mixdist.mixtures.mvae_study import MVAEStudy
-from mixdist.mixtures.objectives import Objective, WeightedLoss
+from mixdist.mixtures.objectives import Objective
 from mixdist.mixtures.penalties import Penalty
 from mixdist.mixtures.pictures import Picture
 from mixdist.mixtures.study import Evaluation, Request, Study
@@ -33,7 +33,7 @@ from mixdist.nets.mlp import flat
 from mixdist.nets.network import Network
 from mixdist.noise import Moment, Purpose
 from mixdist.parallel.route import Route
-from mixdist.terms import ExpertTerms, Gating, Outcome, Parts
+from mixdist.terms import ExpertTerms, Outcome, Parts
 
 
 class Latents(NamedTuple):
@@ -54,7 +54,7 @@ class Latents(NamedTuple):
     log_var_BEL: Tensor
 
 
-class MVAE(Ensemble):
+class MVAE(Gateless):
     """MVAE of seed document 002: x from sum_i b_i s_i(z_i), w ~ Dir(a(x)), b the weights under dropout masks.
 
     Loss of a batch of N rows (equations 9, 10, 15, 18, 24), nats:
@@ -141,16 +141,6 @@ class MVAE(Ensemble):
         learned = {"masks": self.masks} if any(True for _ in self.masks.parameters()) else {}
         shared = {"decoder": self.decoder, **learned}
         return Parts(shared, dict(self.bank.owned()), self.bank.stack, self.compute.micro_batch)
-
-    def check(self, stages: Mapping[str, Stage]) -> None:
-        for name, stage in stages.items():
-            if type(stage.objective) is not WeightedLoss or stage.objective.balance is not None:
-                kind = type(stage.objective).__name__
-                raise ValueError(
-                    f"{name}.objective ({kind}) is not for MVAE, whose options say what it minimises: drop it"
-                )
-            if stage.trains != "both":
-                raise ValueError(f"{name}.trains ({stage.trains}) is not for MVAE, which has no gate: set it to both")
 
     def key_of(self, e: int) -> str:
         return "mixture.component"
@@ -268,9 +258,6 @@ class MVAE(Ensemble):
         rates, kept = self.masks.rates().detach(), self.masks.kept().detach()
         return told | {"drop_rate": rates.tolist(), "selected_components": float(kept.sum())}
 
-    def diagnose(self, batch: RankBatch) -> dict[str, Any]:
-        return {}
-
     # Results
 
     def study(self, dataset: Samples, request: Request) -> Study:
@@ -284,25 +271,6 @@ class MVAE(Ensemble):
 
     def protocol(self, num_samples: int) -> dict[str, Any]:
         return {"likelihood": self.decoder.likelihood.is_a, "likelihood_of": self.field}
-
-    @property
-    def drawn_field(self) -> str | None:
-        return None
-
-    # There is no gate, and what follows is only asked of mixtures of densities.
-
-    def choose(self, batch: RankBatch, route: Route, at: Moment) -> Gating:
-        raise AssertionError("MVAE has no gate")
-
-    @property
-    def decides_by(self) -> tuple[str, ...]:
-        return ()
-
-    def shares(self, dataset: Samples, batch_size: int, at: Moment) -> Tensor:
-        raise AssertionError("MVAE has no shares")
-
-    def gate_in_process(self) -> Gate:
-        raise AssertionError("MVAE has no gate")
 
 
 WIDE = ("z_RL", "mean_RL", "log_var_RL")

@@ -31,7 +31,9 @@ class _Products(Multimodal):
     def losses(self, proposals: Proposals, z: Tensor, score_BMNS: Tensor, present_BM: Tensor) -> Tensor:
         weight_BK = self.weigh(proposals)
         kl_BK = self.prior.kl(proposals.loc_RKL, proposals.scale_RKL).sum(-1)
-        used_BMN = self.decoded(proposals, present_BM) * weight_BK[:, proposals.slots_MN]
+        slots = proposals.slots_MN
+        weight_BMN = weight_BK[:, None] if slots is None else weight_BK[:, slots]
+        used_BMN = self.decoded(proposals, present_BM) * weight_BMN
         return self.beta * (weight_BK * kl_BK).sum(1) - (used_BMN * score_BMNS.mean(-1)).sum((1, 2))
 
     @abstractmethod
@@ -101,11 +103,10 @@ class PoEMVAE(_Products):
             uniform = at.draw(Purpose.SUBSET).uniform(seen.ids_R, range(subsets), (num,), torch.float64)
             members.append(torch.stack([random_subset(one, present) for one in uniform], dim=1))
         members_RKM = torch.cat(members, dim=1)
-        num_all = members_RKM.shape[1]
-        slots = torch.arange(num_all, device=device).expand(num, -1)
+        slots = None
         if self.unimodal and not held_out:  # an expert scores of single ones its own alone
-            own = torch.arange(num, device=device)[:, None]
-            slots = torch.cat([slots[:, :1], 1 + own, slots[:, 1 + num :]], dim=1)
+            every = torch.arange(members_RKM.shape[1], device=device).expand(num, -1)
+            slots = torch.cat([every[:, :1], 1 + every[0, :num, None], every[:, 1 + num :]], dim=1)
         keys = [num, *(range(num) if self.unimodal or held_out else ()), *range(num + 1, num + 1 + subsets)]
         loc, scale = product(seen.loc_RML, seen.scale_RML, members_RKM, self.prior.scale())
         return Proposals(members_RKM, loc, scale, keys, slots)
@@ -122,6 +123,8 @@ class PoEMVAE(_Products):
         return proposals.valid_RK.to(self.dtype)
 
     def decoded(self, proposals: Proposals, present_BM: Tensor) -> Tensor:
+        if proposals.slots_MN is None:
+            return proposals.members_RKM.transpose(1, 2)
         every = torch.arange(self.num_experts, device=present_BM.device)[:, None]
         return proposals.members_RKM[:, proposals.slots_MN, every]
 
@@ -175,8 +178,7 @@ class MoPoE(_Products):
         whole = (seen.present_RM[:, None] | ~subsets).all(-1, keepdim=True)
         members = subsets & whole
         loc, scale = product(seen.loc_RML, seen.scale_RML, members, None)
-        every = torch.arange(len(subsets), device=seen.ids_R.device)
-        return Proposals(members, loc, scale, list(range(len(subsets))), every.expand(self.num_experts, -1))
+        return Proposals(members, loc, scale, list(range(len(subsets))))
 
     @property
     def joint(self) -> list[int]:

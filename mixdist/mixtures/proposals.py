@@ -68,19 +68,23 @@ class Proposals(NamedTuple):
         loc_RKL: locations.
         scale_RKL: scales.
         keys: their numbers in the draws' keys, K.
-        slots_MN: the proposals that each expert scores.
+        slots_MN: the proposals that each expert scores; None for all.
     """
 
     members_RKM: Tensor
     loc_RKL: Tensor
     scale_RKL: Tensor
     keys: list[int]
-    slots_MN: Tensor
+    slots_MN: Tensor | None = None
 
     @property
     def valid_RK(self) -> Tensor:
         """Whether a row has the proposal."""
         return self.members_RKM.any(-1)
+
+    def slots(self, e: int) -> Tensor | slice:
+        """Return an index of the proposals that an expert scores."""
+        return slice(None) if self.slots_MN is None else self.slots_MN[e]
 
     def of(self, rows: slice) -> Proposals:
         """Return those of some rows."""
