@@ -38,6 +38,10 @@ MODALITIES = {
         for kind in kinds
     },
     "mmvae_views": {"pix": Field((1, 16, 15), torch.uint8, scale=1 / 6), "fac": Field((216,), torch.float32)},
+    "mmvae_four_views": {
+        "pix": Field((1, 16, 15), torch.uint8, scale=1 / 6),
+        **{name: Field((size,), torch.float32) for name, size in (("fac", 216), ("fou", 76), ("zer", 47))},
+    },
     "mmvae_mnist_svhn": {
         "mnist": Field((1, 28, 28), torch.uint8, scale=1 / 255),
         "svhn": Field((3, 32, 32), torch.uint8, scale=1 / 255),

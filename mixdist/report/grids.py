@@ -22,7 +22,7 @@ CELL, GAP, ROW_GAP, BLOCK_GAP, MARGIN, BAR = 64, 4, 10, 32, 28, 6
 MIN_HEIGHT, LETTER = 48, 13
 LINE_IMAGES = 16
 # Of sentences under images: the least width of a column, the lines and their height, the width of a letter, in pixels.
-TEXT_WIDTH, TEXT_LINES, TEXT_LINE, TEXT_LETTER, TEXT_SIZE = 128, 6, 13, 6, 6.0
+TEXT_WIDTH, TEXT_LINES, TEXT_LINE, TEXT_LETTER, TEXT_SIZE = 128, 6, 13, 8, 6.0
 DPI = 128  # a power of two: whole pixels stay whole in inches
 TITLE: dict[str, Any] = {"color": INK, "fontsize": 11, "fontweight": "bold"}
 
