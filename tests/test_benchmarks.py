@@ -187,6 +187,7 @@ def sweep(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> list[di
     return rows
 
 
+@pytest.mark.slow
 def test_scaling_sweeps_writes_rows_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = sweep(tmp_path, monkeypatch, *["--plot", "s.png", "--out", "s.json", "--routing", "top2"])
     assert [r["batch"] for r in rows] == ["16", "16", "32", "16"]

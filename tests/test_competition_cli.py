@@ -272,6 +272,7 @@ def test_a_first_split_is_no_mixture_yet(start: str, folder: Path) -> None:
 SGD: dict[str, Any] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}}
 
 
+@pytest.mark.slow
 def test_pretraining_may_have_another_optimiser_and_a_changed_one_is_told(folder: Path) -> None:
     config = changed(HARD, pretrain=[{"epochs": 1}], train={"epochs": 1, "batch_size": 30, "optimizer": SGD})
     for words in (["--config", write_config(Path("c.yaml"), config), "--out", "run"], ["--resume", "run"]):

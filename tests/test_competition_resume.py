@@ -223,6 +223,7 @@ def test_kept_discriminators_go_on_bit_for_bit(folder: Path) -> None:
     assert_same(run, folder / "kept")
 
 
+@pytest.mark.slow
 def test_reseeded_experts_go_on_bit_for_bit(folder: Path) -> None:
     config = config_of(folder, starved="reseed", starved_below=0.9, start="split")
     assert here("train", "--config", config, "--out", "reseed").code == 0

@@ -60,7 +60,7 @@ def test_the_log_density_of_rows_is_by_hand_the_same(modes: Modes) -> None:
     np.testing.assert_allclose(source.log_density(float32), train.log_density_N, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("separation", [10.0, 80.0])
+@pytest.mark.parametrize("separation", [10.0, pytest.param(80.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("modes", MODES)
 def test_the_mean_log_density_is_minus_the_entropy(modes: Modes, separation: float) -> None:
     source = Bananas(modes, rows=36000, test_rows=9000, separation=separation, seed=1)

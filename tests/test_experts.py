@@ -404,6 +404,7 @@ def test_the_weighted_mean_of_predictions_is_the_mixture_of_the_likelihood_objec
     close(SoftMinLoss().rows(q.log(), losses), -p[torch.arange(7), rows["label"]].log())
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_likelihood_of_its_weighted_mean(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = Path(__file__).parents[1] / "configs" / "digits_moe_supervised.yaml"
     run = tmp_path / "run"

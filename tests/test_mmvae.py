@@ -503,7 +503,7 @@ def test_a_run_resumes_on_three_ranks_and_is_loaded(tmp_path: Path, monkeypatch:
         model.infer(x0, ["x1"])
 
 
-@pytest.mark.parametrize("family", ["PoEMVAE", "MoPoE"])
+@pytest.mark.parametrize("family", ["PoEMVAE", pytest.param("MoPoE", marks=pytest.mark.slow)])
 def test_products_train_and_are_evaluated(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ended = here("train", "--config", config_of(tmp_path, family), "--out", "run")

@@ -184,7 +184,7 @@ MEANINGLESS: list[tuple[Any, dict[str, Any], str]] = [
     (SOFT, {"gate.class_path": "mixdist.gates.SoftMax"}, "gate mixdist.gates.SoftMax mixdist.gates.Softmax"),
     (SOFT, {"gate.class_path": "mixdist.gate.Softmax"}, "gate mixdist.gate.Softmax mixdist.gates.Softmax"),
     (SOFT, {"expert": "Vae"}, "expert Vae mixdist.experts.VAE"),
-    (SOFT, {"data": "nowhere.Mnist"}, "data nowhere.Mnist mixdist.data.Digits"),
+    (SOFT, {"data": "nowhere.Digit"}, "data nowhere.Digit mixdist.data.Digits"),
     (SOFT, {"train.optimizer.class_path": "torch.optim.Adan"}, "train.optimizer torch.optim.Adan torch.optim.Adam"),
     (SOFT, {"gate": of("broken_import.Mine")}, "gate broken_import.Mine nix_of_that_name"),
     (SOFT, {"gate": of("broken_syntax.Mine")}, "broken_syntax.py 1"),

@@ -149,7 +149,11 @@ def assert_goes_on(config: str, stop: int, last: int) -> Path:
     return run
 
 
-@pytest.mark.parametrize("stop", [2, 3, 5], ids=["in the first phase", "between the phases", "in the second"])
+@pytest.mark.parametrize(
+    "stop",
+    [2, 3, pytest.param(5, marks=pytest.mark.slow)],
+    ids=["in the first phase", "between the phases", "in the second"],
+)
 def test_phases_go_on_bit_for_bit(stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     schedule = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 2, "gamma": 0.5}}

@@ -281,6 +281,7 @@ def test_a_figure_that_a_competition_has_not_is_told_before_its_first_round(fold
         refused("train", "--config", write_config(folder / "c.yaml", config), names=f"select.monitor ({named}) loss")
 
 
+@pytest.mark.slow
 def test_another_figure_is_another_run(folder: Path) -> None:
     run = trained(folder, changed(SOFT, **WATCH, train__epochs=1), "run")
     for key, value, was in (("monitor", "elbo", "loss"), ("num_samples", "2", "None")):

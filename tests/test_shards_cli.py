@@ -142,7 +142,7 @@ def same(one: str, other: str) -> None:
             assert abs(a["loss"] - b["loss"]) <= 1e-10 * abs(b["loss"])
 
 
-@pytest.mark.parametrize("kind", [SOFT, HARD], ids=["soft", "hard"])
+@pytest.mark.parametrize("kind", [SOFT, pytest.param(HARD, marks=pytest.mark.slow)], ids=["soft", "hard"])
 def test_a_run_on_shards_is_that_of_the_rows_in_memory(kind: dict[str, Any]) -> None:
     run(config_of(kind, None), "memory")
     same(run(config_of(kind, {"order": "full"}), "shards"), "memory")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +62,31 @@ def assert_same(run: Path, whole: Path, tolerance: float) -> None:
         assert (x - y).abs().max() <= tolerance * y.abs().max(), name
 
 
-@pytest.mark.parametrize(("gate", "alone"), [pytest.param("VaDE", True, marks=pytest.mark.slow), ("DMVAE", False)])
+KILLS = ((2, 2), (4, 1), (6, 2), (8, 1))
+"""After which step, and the ranks that go on: inside of stages, at the start of the joint one, and after it."""
+
+
+@pytest.mark.parametrize(
+    ("gate", "alone", "kills"),
+    [
+        ("DMVAE", False, KILLS[2:3]),
+        pytest.param("DMVAE", False, KILLS, marks=pytest.mark.slow),
+        pytest.param("VaDE", True, KILLS, marks=pytest.mark.slow),
+    ],
+    ids=["DMVAE over experts, one kill", "DMVAE over experts", "VaDE alone"],
+)
 def test_a_run_of_stages_is_the_same_on_any_layout_and_goes_on_in_each(
-    gate: str, alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gate: str, alone: bool, kills: Sequence[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config, whole = config_of(tmp_path, gate, alone), tmp_path / "whole"
     ended = here("train", "--config", config, "--out", "whole")
     assert ended.code == 0, ended.err
-    # Two layouts from the start; then kills inside of stages, at the start of the joint one, and after it.
+    # Two layouts from the start.
     ended = together("train", "--config", config, "--out", "four", "--mesh.ep_size", "2", ranks=4, folder=tmp_path)
     assert ended.code == 0, ended.err
     assert_same(tmp_path / "four", whole, 1e-10)
-    for stop, ranks in ((2, 2), (4, 1), (6, 2), (8, 1)):
+    for stop, ranks in kills:
         run = Path(shutil.copytree(whole, tmp_path / f"again-{stop}"))
         for path in run.glob("checkpoints/step-*"):
             if int(path.name.removeprefix("step-")) > stop:
