@@ -318,8 +318,13 @@ def test_a_config_names_it_and_so_does_a_resume(folder: Path) -> None:
         ({"zero": 2}, {"dtype": "float64"}, "dtype float64 float32 mixdist.engines.Native"),
         ({}, {"execution": "stacked"}, "mixture.execution stacked DeepSpeed loop"),
         ({"allgather_bucket_size": 5}, {}, "engine allgather_bucket_size"),
+        (
+            {"zero": 2},
+            {"train__optimizer": {"class_path": "torch.optim.Adafactor"}},
+            "train.optimizer (Adafactor) engine.zero (2)",
+        ),
     ],
-    ids=["zero", "dtype", "execution", "unknown"],
+    ids=["zero", "dtype", "execution", "unknown", "optimiser of shapes"],
 )
 def test_what_it_cannot_do_is_one_line(
     folder: Path, engine: dict[str, Any], changes: dict[str, Any], names: str

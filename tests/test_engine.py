@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mixdist.engines import Native, NotFinite
+from mixdist.engines.state import check_elementwise
 from mixdist.experts import VAE, Expert, ExpertBank
 from mixdist.nets import MLP
 from mixdist.noise import Moment
@@ -289,3 +290,22 @@ def test_an_engine_that_cannot_run_a_stack_says_so() -> None:
             continue
         with pytest.raises(ValueError, match=r"execution \(stacked\).* Plain.*loop"):
             Trainer(mixture, data(), [phase], Plain)
+
+
+@pytest.mark.parametrize("execution", ["loop", "stacked"])
+def test_a_stack_refuses_an_optimiser_that_looks_at_shapes(execution: Any) -> None:
+    """It would step all experts by the norm of all: another run than experts one by one, and on another layout."""
+    mixture = make_mixture(Case(execution=execution), MESH4, Wire(MESH4.device))
+    phase = Phase(epochs=1, batch_size=16, objective=make_objective(Case()), optimizer=torch.optim.Adafactor)
+    if execution == "loop":
+        assert Trainer(mixture, data(), [phase], Native).engine.kind() == "Adafactor"
+        return
+    with pytest.raises(ValueError, match=r"train\.optimizer \(Adafactor\).* stack .*mixture\.execution to loop"):
+        Trainer(mixture, data(), [phase], Native)
+
+
+@pytest.mark.parametrize(
+    "name", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adagrad", "RMSprop", "Rprop", "ASGD", "Adamax"]
+)
+def test_optimisers_that_work_element_by_element_are_known(name: str) -> None:
+    check_elementwise(getattr(torch.optim, name), "a stack", "nothing")

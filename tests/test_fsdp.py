@@ -363,8 +363,12 @@ def test_a_competition_refuses_it_in_one_line(folder: Path) -> None:
         ({"compute": {"channels_last": True}, "expert__init_args__network": None}, "channels_last FSDP expert"),
         ({"execution": "stacked"}, "execution (stacked) FSDP loop"),
         ({"engine": {"class_path": "mixdist.engines.FSDP", "init_args": {"unit_bytes": 0}}}, "engine.unit_bytes (0)"),
+        (
+            {"train__optimizer": {"class_path": "torch.optim.Adafactor"}},
+            "train.optimizer (Adafactor) FSDP mixdist.engines.Native",
+        ),
     ],
-    ids=["pieces", "channels last", "stacked", "no bytes"],
+    ids=["pieces", "channels last", "stacked", "no bytes", "optimiser of shapes"],
 )
 def test_what_it_cannot_do_is_one_line(folder: Path, changes: dict[str, Any], names: str) -> None:
     conv = {"class_path": "mixdist.nets.Conv", "init_args": {"channels": [4, 5]}}

@@ -11,7 +11,7 @@ from torch import Tensor
 from mixdist.engines.copies import Copies
 from mixdist.engines.engine import OptimizerFactory, ScheduleFactory
 from mixdist.engines.native import Native
-from mixdist.engines.state import Slot
+from mixdist.engines.state import Slot, check_elementwise
 from mixdist.engines.units import Units
 from mixdist.messages import one_line
 from mixdist.parallel.agreement import Agreed
@@ -60,6 +60,8 @@ class FSDP(Native):
     ) -> None:
         if unit_bytes < 1:
             raise ValueError(f"engine.unit_bytes ({unit_bytes}) must be at least 1: give bytes of parameters")
+        if mesh.replica_group is not None:
+            check_elementwise(optimizer, "the engine FSDP", "take mixdist.engines.Native with mixture.execution loop")
         self.unit_bytes, self.units, self._made = unit_bytes, None, False
         super().__init__(parts, mesh, wire, optimizer, schedule, clip_norm, "optimizer", offload)
         self._made = True

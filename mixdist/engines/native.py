@@ -23,7 +23,7 @@ from mixdist.engines.engine import (
     start_totals,
 )
 from mixdist.engines.offload import Offloaded, check_steps_on_cpu
-from mixdist.engines.state import Slot, fast_forward, kind, read_optimizer, write_optimizer
+from mixdist.engines.state import Slot, check_elementwise, fast_forward, kind, read_optimizer, write_optimizer
 from mixdist.parallel.agreement import gather_json
 from mixdist.parallel.mesh import Mesh
 from mixdist.parallel.wire import Wire
@@ -48,7 +48,7 @@ class Native(Engine):
         offload: optimizer: optimiser states are in CPU memory, where the optimiser steps.
 
     Raises:
-        ValueError: shard or offload is something else, or the optimiser cannot step in CPU memory.
+        ValueError: shard or offload is something else, or the optimiser cannot step in CPU memory, or not a stack.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class Native(Engine):
         for name, value in (("shard", shard), ("offload", offload)):
             if value not in ("none", "optimizer"):
                 raise ValueError(f"engine.{name} ({value}) must be none or optimizer")
+        if parts.stack and any(owned.expert is not None for owned, _ in self.trained):
+            check_elementwise(optimizer, "a stack of experts", "set mixture.execution to loop")
         self.shard = shard == "optimizer"
         self.shared, self.own = self._copies()
         owned = [*self.shared.owned, *self.own.owned]

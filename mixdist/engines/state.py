@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -61,3 +62,40 @@ def fast_forward(schedule: LRScheduler, steps: int) -> None:
         warnings.simplefilter("ignore", UserWarning)
         for _ in range(steps):
             schedule.step()
+
+
+def check_elementwise(make: Callable[[list[Tensor]], Optimizer], why: str, remedy: str) -> None:
+    """Check by two steps that an optimiser steps a matrix as it steps its rows one by one.
+
+    Args:
+        make: makes an optimiser for parameters.
+        why: what needs that.
+        remedy: what to do besides taking another optimiser.
+
+    Raises:
+        ValueError: it does not.
+
+    Examples:
+        >>> check_elementwise(torch.optim.Adam, "FSDP", "take Native")
+        >>> try:
+        ...     check_elementwise(torch.optim.Adafactor, "FSDP", "take Native")
+        ... except ValueError as error:
+        ...     print(str(error)[:61])
+        train.optimizer (Adafactor) does not work element by element,
+    """
+    start = torch.tensor([[1.0, 2.0], [3.0, -5.0]], dtype=torch.float64)
+    gradient = torch.tensor([[0.5, -2.0], [-1.0, 4.0]], dtype=torch.float64)
+    whole, rows = nn.Parameter(start.clone()), [nn.Parameter(row.clone()) for row in start]
+    optimizers = make([whole]), make(list(rows))
+    with suppress(AssertionError):  # capturable optimisers want CUDA
+        for _ in range(2):
+            whole.grad = gradient * whole.detach()
+            for row, part in zip(rows, gradient, strict=True):
+                row.grad = part * row.detach()
+            for optimizer in optimizers:
+                optimizer.step()
+    if not torch.allclose(whole, torch.stack(rows), rtol=1e-9, atol=1e-12, equal_nan=True):
+        raise ValueError(
+            f"train.optimizer ({type(optimizers[0]).__name__}) does not work element by element, as {why} needs: "
+            f"{remedy}, or choose one that does, such as torch.optim.Adam"
+        )

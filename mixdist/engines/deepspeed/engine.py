@@ -25,7 +25,7 @@ from mixdist.engines.engine import (
     start_totals,
 )
 from mixdist.engines.offload import check_steps_on_cpu
-from mixdist.engines.state import fast_forward, kind
+from mixdist.engines.state import check_elementwise, fast_forward, kind
 from mixdist.parallel.agreement import agreed, gather_json
 from mixdist.parallel.mesh import Mesh
 from mixdist.parallel.wire import Wire, together
@@ -88,6 +88,8 @@ class DeepSpeed(Engine):
 
         def ready() -> Any:
             self._check(offload, reduce_bucket_size, pin_memory)
+            if zero:
+                check_elementwise(optimizer, f"engine.zero ({zero})", "set engine.zero to 0")
             if self.offload:
                 check_steps_on_cpu(optimizer([nn.Parameter(torch.zeros(1))]))
             return load(mesh)
