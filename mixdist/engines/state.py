@@ -85,8 +85,9 @@ def check_elementwise(make: Callable[[list[Tensor]], Optimizer], why: str, remed
     """
     start = torch.tensor([[1.0, 2.0], [3.0, -5.0]], dtype=torch.float64)
     gradient = torch.tensor([[0.5, -2.0], [-1.0, 4.0]], dtype=torch.float64)
-    whole, rows = nn.Parameter(start.clone()), [nn.Parameter(row.clone()) for row in start]
-    optimizers = make([whole]), make(list(rows))
+    whole = nn.Parameter(start.clone())
+    rows: list[Tensor] = [nn.Parameter(row.clone()) for row in start]
+    optimizers = make([whole]), make(rows)
     with suppress(AssertionError):  # capturable optimisers want CUDA
         for _ in range(2):
             whole.grad = gradient * whole.detach()
