@@ -20,6 +20,7 @@ from mixdist.experts import Modality
 from mixdist.experts.location_scale import KINDS
 from mixdist.mixtures import MMVAE, Context, MoPoE, PoEMVAE, WeightedLoss
 from mixdist.mixtures.multimodal import Multimodal
+from mixdist.mixtures.proposals import check_present
 from mixdist.mixtures.subsets import product
 from mixdist.nets import MLP
 from mixdist.noise import Moment, Purpose
@@ -612,6 +613,13 @@ def test_a_modality_has_the_latent_of_its_mixture() -> None:
 
     with pytest.raises(ValueError, match=r"latent 7 .* mixture.latent \(20\)"):
         made(MMVAE([own]), views(2, False))
+
+
+def test_present_holds_0_and_1_alone() -> None:
+    data = views(2, True).first(2)
+    rows = {**data.rows, "present": torch.tensor([[1, 1], [0, 2]], dtype=torch.uint8)}
+    with pytest.raises(ValueError, match=rf"'present' of sample {data.ids[1]} holds 2, expected 1"):
+        check_present(Dataset(rows, data.spec))
 
 
 def test_a_row_without_any_modality_is_a_fault_of_the_step() -> None:

@@ -275,6 +275,19 @@ def test_rows_without_a_partner_are_kept_where_modalities_may_be_absent() -> Non
     assert rows["right"].tolist() == [0.0, 0.0, 1.5, 2.0]
 
 
+def test_a_label_that_one_split_lacks_is_left_out_of_all() -> None:
+    class Short(Keyed):
+        """Its test rows lack one key."""
+
+        def load(self) -> Splits[Dataset]:
+            train, test, _ = super().load()
+            return Splits(train, test.first(2))
+
+    train, test, _ = Pairs({"left": Short([1, 2, 3], label=True), "right": Keyed([1, 2, 3])}, absent=True).load()
+    assert (train.label, test.label) == (None, None)
+    assert set(train.spec) == set(test.spec) == set(every(train)) - {"id"} == {"left", "right", "present"}
+
+
 def test_pairs_read_shards(tmp_path: Path) -> None:
     truth = sources.idx(tmp_path / "plain")
     prepared("idx", tmp_path / "plain", tmp_path / "shards")

@@ -127,14 +127,21 @@ def check_own_fields(facts: Sequence[Facts], spec: Spec) -> None:
 
 
 def check_present(dataset: Samples) -> None:
-    """Check that each row in memory has a modality.
+    """Check that each row in memory has a modality, and that "present" holds 0 and 1 alone.
 
     Raises:
-        ValueError: one has none.
+        ValueError: one has none, or another number.
     """
     if PRESENT not in dataset.spec or not dataset.in_memory:
         return
     rows = dataset.take(torch.arange(len(dataset)), fields=(PRESENT,))
+    other = ((rows[PRESENT] != 0) & (rows[PRESENT] != 1)).nonzero()
+    if len(other):
+        row, m = other[0].tolist()
+        raise ValueError(
+            f"field {PRESENT!r} of sample {int(rows['id'][row])} holds {rows[PRESENT][row, m].item():g}, expected 1 "
+            f"for a modality that the row has and 0 for one that it has not: mend this row"
+        )
     none = (rows[PRESENT] == 0).all(1)
     if bool(none.any()):
         sample = int(rows["id"][none][0])

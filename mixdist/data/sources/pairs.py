@@ -5,6 +5,7 @@ Shape letters: N rows, M sources.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ class Pairs(Source):
 
     A row is made of the rows of all sources that have one key. Keys are whole numbers, each once in a split of a
     source. The rows' ids are the keys; they are in the order of the first source. The label, where the first source has
-    one, is its own, and validation rows are where all sources have some.
+    one and every row of all splits has something of that source, is its own, and validation rows are where all sources
+    have some.
 
     Args:
         sources: by the name of the field that its rows become, two or more; in memory or in shards.
@@ -64,6 +66,8 @@ class Pairs(Source):
                 f"Pairs: key {self.key} {int(values[counts > 1][0])} is in two of the splits {', '.join(kinds)}: a key "
                 f"names one row of all together"
             )
+        if len({one.label for one in splits}) > 1:  # a class of training rows alone would judge nothing
+            splits = [_unlabelled(one) for one in splits]
         return Splits(*splits)
 
     def _paired(self, kind: str, part_of: dict[str, Samples]) -> Paired:
@@ -121,6 +125,13 @@ class Pairs(Source):
                     )
         first_N = next(iter(keys.values()))
         return torch.cat([first_N, every[~torch.isin(every, first_N)]])
+
+
+def _unlabelled(part: Paired) -> Paired:
+    """Return a split without its label."""
+    columns = {name: column for name, column in part.columns.items() if name != part.label}
+    spec = {name: field for name, field in part.column_spec.items() if name != part.label}
+    return replace(part, columns=columns, column_spec=spec, label=None, class_names=())
 
 
 def _places(key_N: Tensor, wanted_N: Tensor) -> Tensor:
