@@ -49,7 +49,7 @@ class Purpose(IntEnum):
     SPLIT = 14  # which rows are set apart: phase 0 for testing, phase 1 for validation
     MOSAIC = 15  # the places of a mixture's samples in a picture
     DEQUANTISE = 16  # where in its level a value lies
-    START = 17  # a gate's start from training rows: which, and its seed
+    START = 17  # a start of a gate or of experts from training rows: which, and its seed
     MIXING = 18  # Dirichlet weights of components
     MASK = 19  # which components are kept
     DECODER = 20  # initial weights of a shared decoder

@@ -30,6 +30,21 @@ def normal_sum_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor | float) -> T
     return -0.5 * _exp(-2.0 * log_scale) * squares - x.shape[-1] * (log_scale + 0.5 * math.log(2.0 * math.pi))
 
 
+def normal_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor | float) -> Tensor:
+    """Return log N(x; m, s^2) = -(x - m)^2 / (2 s^2) - log s - log(2 pi) / 2, nats.
+
+    Args:
+        x: points.
+        mean: m; broadcasts with ``x``.
+        log_scale: log s; broadcasts with ``x``.
+
+    Examples:
+        >>> normal_log_prob(torch.tensor([0.0, 1.0]), torch.tensor(0.0), 0.0).exp()
+        tensor([0.3989, 0.2420])
+    """
+    return -0.5 * ((x - mean) * _exp(-log_scale)).square() - log_scale - 0.5 * math.log(2.0 * math.pi)
+
+
 def laplace_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor | float) -> Tensor:
     """Return log Laplace(x; m, b) = -|x - m| / b - log b - log 2, nats.
 

@@ -32,6 +32,7 @@ from mixdist.mixtures import (
     Mixture,
     MoPoE,
     MutualPosterior,
+    PCAStart,
     PoEMVAE,
     Soft,
 )
@@ -46,7 +47,7 @@ from mixdist.mixtures.objectives import (
     WeightedLoss,
 )
 from mixdist.mixtures.routing import TopK
-from mixdist.nets import MLP, Conv, Text
+from mixdist.nets import MLP, Conv, LinearPaths, Text
 from mixdist.noise import Draw, Moment, Purpose
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement
@@ -179,13 +180,15 @@ def make_expert(case: Case, spec: Spec) -> Expert:
     if case.expert == "silent":
         return Silent(spec)
     if case.expert == "conv":
-        return VAE(spec, 3, Conv([2, 3], True, "group"), likelihood="logistic", kl_warmup=10)
+        return VAE(spec, 3, Conv([2, 3], True, "group"), "logistic", "channel", kl_warmup=10)
     if case.expert == "classifier":
         return Classifier(spec, MLP([7], "tanh"), target="label")
     if case.expert == "regressor":
         return Regressor(spec, MLP([7], "tanh"), "gaussian", "learned")
     if case.expert == "laplace":
-        return VAE(spec, 3, MLP([8], "elu"), "laplace", 0.3, "identity", beta=0.7)
+        return VAE(spec, 3, MLP([8], "elu"), "laplace", "pixel", "identity", beta=0.7)
+    if case.expert == "linear":
+        return VAE(spec, 2, LinearPaths(MLP([8], "tanh")), "gaussian", "decoder", "identity", floor=0.05)
     if case.expert == "gaussian":
         return VAE(spec, 3, MLP([8], "tanh"), "gaussian", "learned", kl_warmup=10, free_bits=0.05)
     return VAE(spec, 3, MLP([8], "sigmoid"), "bernoulli")
@@ -336,8 +339,10 @@ def make_mixture(case: Case, mesh: Mesh, wire: Wire) -> Mixture:
             case.prefetch,
             case.execution,  # type: ignore[arg-type]
             COMPUTE[case.memory],
+            PCAStart(clusters="own") if case.expert == "linear" else None,
         )
     mixture.setup(Context(SEED, dtype, spec, mesh, wire))
+    mixture.start_experts(rows_of(case))
     return mixture
 
 

@@ -31,7 +31,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "memory": ("whole", "pieces", "recompute"),
     "trains": ("both", "gate", "experts"),
     "gate": ("softmax", "conv", "annealed", "consistent", "starved", "noisy", "tied", "oracle", "uniform"),
-    "expert": ("bernoulli", "gaussian", "laplace", "conv", "regressor", "classifier", "unlike"),
+    "expert": ("bernoulli", "gaussian", "laplace", "linear", "conv", "regressor", "classifier", "unlike"),
     "batch_size": (16, 13, 3),
     "optimizer": ("adam", "clipped-sgd", "scheduled-adamw"),
 }

@@ -8,36 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
 from mixdist.baselines.model import Baseline, Candidate, Choice, Grid, choose
 from mixdist.baselines.rows import Rows, require_memory
-
-FEW = 1000
-"""Up to this side a symmetric matrix is decomposed by LAPACK, and above it where many eigenvectors are wanted."""
-
-SINGULAR = 1e-12
-"""Of the mean variance: noise below this part of it is taken for none."""
-
-
-class Spectrum(NamedTuple):
-    """The largest principal components of rows.
-
-    Args:
-        mean_D: of the rows.
-        variance_M: eigenvalues of the covariance (divisor N), the largest first.
-        directions_DM: its eigenvectors.
-        total: its trace.
-        num_rows: N.
-    """
-
-    mean_D: np.ndarray
-    variance_M: np.ndarray
-    directions_DM: np.ndarray
-    total: float
-    num_rows: int
+from mixdist.principal import Spectrum, of_products, of_rows
 
 
 @dataclass(frozen=True)
@@ -80,8 +56,8 @@ class PPCA(Baseline):
         """
         size, added = len(spectrum.mean_D), 0.0 if level is None else level**2 / 12
         variance_M = spectrum.variance_M[:num_components]
-        noise = (spectrum.total - float(variance_M.sum())) / (size - num_components)
-        if noise + added <= SINGULAR * spectrum.total / size:
+        noise = spectrum.noise(num_components)
+        if noise + added <= spectrum.least_noise:
             raise ValueError(
                 f"--components ({num_components}) leaves no noise: the {spectrum.num_rows} training rows lie in a "
                 f"space of {num_components} dimensions or fewer: "
@@ -133,8 +109,7 @@ def fit_ppca(train: Rows, valid: Rows | None, grid: Grid, level: float | None = 
 def spectrum(rows: Rows, num_components: int) -> Spectrum:
     """Return the largest principal components of rows, exactly, from two passes over them.
 
-    The matrix that is decomposed is the covariance (D, D) or, for fewer rows than numbers in a row, that of scalar
-    products (N, N), whose eigenvectors v give those of the covariance as X^T v.
+    All rows are held in memory only where they are fewer than the numbers in one.
     """
     mean_D = sum(x_BD.sum(0) for _, x_BD in rows.batches()) / len(rows)
     assert isinstance(mean_D, np.ndarray)
@@ -151,31 +126,7 @@ def spectrum(rows: Rows, num_components: int) -> Spectrum:
         for _, x_BD in rows.batches():
             centred_BD = x_BD - mean_D
             matrix += centred_BD.T @ centred_BD
-        total = float(np.trace(matrix)) / num_rows
-        variance_M, directions_DM = largest(matrix, num_components)
-        return Spectrum(mean_D, np.maximum(variance_M / num_rows, 0.0), directions_DM, total, num_rows)
+        return of_products(matrix, mean_D, num_rows, num_components)
     centred_ND = rows.matrix(2.0 + 2.0 * num_rows / size, "ppca")
     centred_ND -= mean_D
-    _, v_NM = largest(centred_ND @ centred_ND.T, num_components)
-    directions_DM, _ = np.linalg.qr(centred_ND.T @ v_NM)
-    variance_M = np.square(centred_ND @ directions_DM).mean(0)
-    return Spectrum(mean_D, variance_M, directions_DM, float(np.square(centred_ND).sum()) / num_rows, num_rows)
-
-
-def largest(matrix: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the largest eigenvalues of a symmetric matrix, the largest first, and their eigenvectors in columns.
-
-    By LAPACK, or for few of many by Lanczos' method to machine precision.
-    """
-    from scipy.linalg import eigh
-    from scipy.sparse.linalg import eigsh
-
-    side = len(matrix)
-    if side <= FEW or num > side // 8:
-        values, vectors = eigh(matrix, subset_by_index=[side - num, side - 1])
-    else:
-        start = np.random.default_rng(0).standard_normal(side)
-        values, vectors = eigsh(matrix, num, which="LA", v0=start, ncv=min(side, 2 * num + 20), tol=0.0)
-        order = np.argsort(values)
-        values, vectors = values[order], vectors[:, order]
-    return values[::-1], vectors[:, ::-1]
+    return of_rows(centred_ND, mean_D, num_components)

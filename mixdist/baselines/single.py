@@ -81,7 +81,7 @@ def alone(
         raise ValueError("no phase of the config trains its experts: set train.trains to both or experts")
     own = config["mixture"]["init_args"]
     mixture = {"gate": {"class_path": "mixdist.gates.Uniform"}, "expert": expert, "num_experts": 1}
-    mixture |= {"compute": own["compute"]} if own.get("compute") else {}
+    mixture |= {name: own[name] for name in ("compute", "expert_start") if own.get(name)}
     return {
         **config,
         "mixture": {"class_path": "mixdist.mixtures.Soft", "init_args": mixture},

@@ -66,6 +66,8 @@ def run_training(
             session = build(config, mesh, tests=then is not None)
             with closing(session):
                 # Before the run has a directory: what does not fit leaves nothing behind.
+                if not resumed:
+                    session.mixture.start_experts(session.train)
                 program = agreed(lambda: build_program(config, session, fresh=not resumed), mesh.world)
                 if not resumed:
                     program.begin()

@@ -10,7 +10,7 @@ from mixdist.competition.rounds import Rounds
 from mixdist.competition.rules import Rules
 from mixdist.data import RankBatch
 from mixdist.experts import Compute
-from mixdist.mixtures import MakeExpert, Objective, Stage, WeightedLoss
+from mixdist.mixtures import ExpertStart, MakeExpert, Objective, Stage, WeightedLoss
 from mixdist.noise import Moment
 from mixdist.terms import Outcome
 
@@ -25,6 +25,7 @@ class Competition(HardMixture):
         expert: class of mixdist.experts, or your own Expert, for all of them; or a list with one for each expert.
         num_experts: how many experts; with a list, its length.
         compute: how an expert runs its rows.
+        expert_start: how experts begin, from training rows; unset, as drawn. Those that are reseeded are drawn.
         **rules: see :class:`mixdist.competition.rules.Rules`.
 
     Raises:
@@ -45,9 +46,11 @@ class Competition(HardMixture):
         expert: MakeExpert | list[MakeExpert],
         num_experts: int | None = None,
         compute: Compute = Compute(),  # noqa: B008 (frozen)
+        expert_start: ExpertStart | None = None,
         **rules: Any,
     ) -> None:
         super().__init__(expert, num_experts, compute, Rules(**rules))
+        self.expert_start = expert_start
 
     def describe(self, stages: Sequence[Stage]) -> dict[str, Any]:
         """Return what a run goes on with: the number of experts, rules that are part of the run, epochs of a round."""

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from mixdist.principal import LinearGaussian
 from mixdist.terms import Batch, ExpertTerms, Posterior
 
 
@@ -60,6 +61,24 @@ class Expert(nn.Module):
 
     def anneal(self, step: int) -> None:
         """Set the values of schedules, such as KL warm-up, for training step ``step`` of the phase (from 0)."""
+
+    def check_linear(self) -> int:
+        """Return the latent dimensions of an expert that can begin as a linear Gaussian model.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        raise ValueError(f"{type(self).__name__} cannot begin as a linear model: take mixdist.experts.VAE")
+
+    def begin_linear(self, model: LinearGaussian, each: bool) -> None:
+        """Set the parameters so that p(x), and q(z|x), are those of a linear Gaussian model.
+
+        Args:
+            model: with as many numbers and dimensions as the expert.
+            each: noise for each number by itself, :meth:`mixdist.principal.LinearGaussian.value_noise`;
+                else s^2 for all.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no begin_linear")
 
     def reconstruct(self, rows: Batch) -> Tensor:
         """Return the reconstruction of each row, without noise: (R, *shape of x)."""

@@ -6,15 +6,16 @@ Shape letters: R rows, E experts (leading, only in a stack), D features, L laten
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mixdist.experts.expert import Expert
-from mixdist.nets.likelihood import Likelihood, LikelihoodName, MeanName, check_levels
+from mixdist.nets.likelihood import Likelihood, LikelihoodName, MeanName, ScaleName, check_levels
+from mixdist.nets.linear import Paths
 from mixdist.nets.mlp import MLP, flat
 from mixdist.nets.network import Network
+from mixdist.principal import LinearGaussian
 from mixdist.stats import normal_kl, ramp
 from mixdist.terms import Batch, ExpertTerms, Posterior, Spec, real_field
 
@@ -37,17 +38,21 @@ class VAE(Expert):
         network: of encoder and decoder; unset, an MLP with one hidden layer of 128.
         likelihood: gaussian and laplace, densities; bernoulli, a mass over 0 and 1 (of grey values a cross-entropy);
             logistic, a mass over stored levels: :class:`mixdist.nets.likelihood.Likelihood`.
-        scale: standard deviation (gaussian), Laplace or logistic scale, or "learned"; without effect on bernoulli.
+        scale: standard deviation (gaussian), Laplace or logistic scale: a number; learned, one for all; channel or
+            pixel, learned for each channel, or for each number of a row; or decoder, which gives one for each number
+            from z. Without effect on bernoulli.
         mean: sigmoid when x lies in [0, 1], identity otherwise; without effect on bernoulli.
         beta: weight of the KL (Higgins et al. 2017).
         kl_warmup: training steps over which the KL's weight rises linearly from 0; 0 for none.
         free_bits: least KL charged for each latent dimension of each row, nats (Kingma et al. 2016, without the mean
             over the batch, so that rows stay independent).
         field: which field it models.
+        floor: the least scale: :class:`mixdist.nets.likelihood.Likelihood`; unset, 0.001 for channel, pixel and
+            decoder, none for learned.
 
     Raises:
         ValueError: a field that is missing, holds classes or does not suit the network; no latent dimension; a negative
-            weight; a scale that is not positive; logistic on numbers that are not stored as levels on [0, 1].
+            weight; a scale or floor that is not positive; logistic on numbers that are not stored as levels on [0, 1].
 
     Examples:
         >>> import torch
@@ -67,12 +72,13 @@ class VAE(Expert):
         latent: int = 10,
         network: Network | None = None,
         likelihood: LikelihoodName = "bernoulli",
-        scale: float | Literal["learned"] = "learned",
+        scale: float | ScaleName = "learned",
         mean: MeanName = "sigmoid",
         beta: float = 1.0,
         kl_warmup: int = 0,
         free_bits: float = 0.0,
         field: str = "x",
+        floor: float | None = None,
     ) -> None:
         super().__init__()
         described = real_field(spec, field, "VAE")
@@ -85,15 +91,52 @@ class VAE(Expert):
         self.field, self.fields, self.noise_shape = field, (field,), (latent,)
         self.shape, self.stackable = described.shape, network.stackable
         self.beta, self.kl_warmup, self.free_bits = beta, kl_warmup, free_bits
-        self.encoder, self.decoder = network.encoder(self.shape, 2 * latent), network.decoder(latent, self.shape)
         num_levels = check_levels(described, field, "VAE") if likelihood == "logistic" else None
-        self.likelihood = Likelihood(likelihood, scale, mean, num_levels)
+        made = Likelihood(likelihood, scale, mean, num_levels, floor, self.shape)
+        self.encoder = network.encoder(self.shape, 2 * latent)
+        self.decoder, self.likelihood = network.decoder(latent, self.shape, made.num_maps), made
         self.log_px_is, self.levels = self.likelihood.is_a, self.likelihood.levels
         self.kl_weight: Tensor
         self.register_buffer("kl_weight", torch.tensor(1.0), persistent=False)
 
     def anneal(self, step: int) -> None:
         self.kl_weight.fill_(ramp(step, self.kl_warmup))
+
+    def check_linear(self) -> int:
+        likelihood, noise_shape = self.likelihood, self.noise_shape
+        assert noise_shape is not None
+        if not (isinstance(self.encoder, Paths) and isinstance(self.decoder, Paths)):
+            raise ValueError("VAE's network has no linear paths: take mixdist.nets.LinearPaths around it")
+        if (likelihood.name, likelihood.mean_name) != ("gaussian", "identity"):
+            raise ValueError(
+                f"VAE's likelihood ({likelihood.name}) with mean {likelihood.mean_name} is no linear model: take "
+                f"gaussian with mean identity"
+            )
+        if not isinstance(likelihood.scale, str):
+            raise ValueError(
+                f"VAE's scale ({likelihood.scale}) is fixed, and the linear model has its own: set it to learned, "
+                f"channel, pixel or decoder"
+            )
+        return noise_shape[0]
+
+    @torch.no_grad()
+    def begin_linear(self, model: LinearGaussian, each: bool) -> None:
+        self.check_linear()
+        assert isinstance(self.encoder, Paths)
+        assert isinstance(self.decoder, Paths)
+        inward, outward, floor = self.encoder.linear, self.decoder.linear, self.likelihood.floor or 0.0
+        weight_DM, bias_M, log_var_M = model.encoder()
+        inward.weight.copy_(torch.cat([weight_DM, torch.zeros_like(weight_DM)], dim=1))
+        inward.bias.copy_(torch.cat([bias_M, log_var_M]))
+        scale_D = model.noise.sqrt().expand(len(model.mean_D))
+        if each:  # a number that does not vary at all begins where its scale can still fall
+            scale_D = model.value_noise().sqrt().clamp(min=2 * floor)
+        raw_D = self.likelihood.set_scales(scale_D)
+        weight_MD, bias_D = model.decoder()
+        if self.likelihood.num_maps == 2:
+            weight_MD, bias_D = torch.cat([weight_MD, torch.zeros_like(weight_MD)], dim=1), torch.cat([bias_D, raw_D])
+        outward.weight.copy_(weight_MD)
+        outward.bias.copy_(bias_D)
 
     def encode(self, rows: Batch) -> tuple[Tensor, Tensor]:
         """Return mean and log variance of q(z|x), each (R, L)."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixdist.gates.gaussians import cluster_kl, fit_diagonal, weighted_clusters
 from mixdist.gates.latent import LatentGate
-from mixdist.nets.likelihood import LikelihoodName, MeanName
+from mixdist.nets.likelihood import LikelihoodName, MeanName, ScaleName
 from mixdist.nets.mlp import flat
 from mixdist.nets.network import Network
 from mixdist.stats import entropy
@@ -52,6 +52,7 @@ class DMVAE(LatentGate):
         start_rows: rows of that start.
         temperature: t.
         relaxed: the loss of the seed document; false, the bound.
+        floor: the least scale of the likelihood.
 
     Raises:
         ValueError: a field that does not suit; a number that is not above 0.
@@ -76,7 +77,7 @@ class DMVAE(LatentGate):
         network: Network | None = None,
         classifier: Network | None = None,
         likelihood: LikelihoodName = "bernoulli",
-        scale: float | Literal["learned"] = "learned",
+        scale: float | ScaleName = "learned",
         mean: MeanName = "sigmoid",
         field: str = "x",
         spread: float = 1.0,
@@ -84,8 +85,9 @@ class DMVAE(LatentGate):
         start_rows: int = 20_000,
         temperature: float = 0.2,
         relaxed: bool = True,
+        floor: float | None = None,
     ) -> None:
-        super().__init__(spec, num_experts, latent, network, likelihood, scale, mean, field, spread, start_rows)
+        super().__init__(spec, num_experts, latent, network, likelihood, scale, mean, field, spread, start_rows, floor)
         if not 0 < temperature < math.inf:
             raise ValueError(f"DMVAE's temperature ({temperature}) must be a number above 0: give 0.2 as the text does")
         self.begins, self.temperature, self.relaxed = start, temperature, relaxed

@@ -6,14 +6,13 @@ Shape letters: B rows on this rank, K clusters (as many as experts), L latent, S
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from mixdist.gates.gate import Gate
 from mixdist.gates.gaussians import Clusters, log_joint
-from mixdist.nets.likelihood import Likelihood, LikelihoodName, MeanName, check_levels
+from mixdist.nets.likelihood import Likelihood, LikelihoodName, MeanName, ScaleName, check_levels
 from mixdist.nets.mlp import MLP, flat
 from mixdist.nets.network import Network
 from mixdist.terms import Batch, Spec, real_field
@@ -36,11 +35,12 @@ class LatentGate(Gate):
         latent: L.
         network: of encoder and decoder; unset, an MLP with 500, 500 and 2000 hidden units.
         likelihood: p(x|z), as of :class:`mixdist.experts.VAE`.
-        scale: of the likelihood, or "learned".
+        scale: of the likelihood, a number, learned, channel, pixel or decoder.
         mean: sigmoid when x lies in [0, 1], identity otherwise.
         field: which field it models.
         spread: standard deviation of the first m_k, drawn from a normal distribution.
         start_rows: training rows that a start is made from; of more, so many, chosen by the seed.
+        floor: the least scale of the likelihood, as of the VAE.
 
     Raises:
         ValueError: a field that does not suit; a number that is not above 0.
@@ -53,11 +53,12 @@ class LatentGate(Gate):
         latent: int,
         network: Network | None,
         likelihood: LikelihoodName,
-        scale: float | Literal["learned"],
+        scale: float | ScaleName,
         mean: MeanName,
         field: str,
         spread: float,
         start_rows: int,
+        floor: float | None = None,
     ) -> None:
         super().__init__()
         kind = type(self).__name__
@@ -69,10 +70,10 @@ class LatentGate(Gate):
         self.field, self.fields, self.shape = field, (field,), described.shape
         self.latent = self.num_drawn = latent
         self.num_clusters, self.start_rows, self.stage = num_experts, start_rows, self.stages[-1]
-        self.encoder = self.network.encoder(self.shape, 2 * latent)
-        self.decoder = self.network.decoder(latent, self.shape)
         num_levels = check_levels(described, field, kind) if likelihood == "logistic" else None
-        self.likelihood = Likelihood(likelihood, scale, mean, num_levels)
+        made = Likelihood(likelihood, scale, mean, num_levels, floor, self.shape)
+        self.encoder = self.network.encoder(self.shape, 2 * latent)
+        self.decoder, self.likelihood = self.network.decoder(latent, self.shape, made.num_maps), made
         self.log_px_is = self.likelihood.is_a
         self.log_var_offset_L = nn.Parameter(torch.zeros(latent))
         self.log_var_gain_L = nn.Parameter(torch.ones(latent))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixdist.gates.gaussians import Clusters, cluster_kl, fit_diagonal, log_joint
 from mixdist.gates.latent import LatentGate
-from mixdist.nets.likelihood import LikelihoodName, MeanName
+from mixdist.nets.likelihood import LikelihoodName, MeanName, ScaleName
 from mixdist.nets.network import Network
 from mixdist.stats import entropy
 from mixdist.terms import Batch, Gating, Spec
@@ -46,6 +46,7 @@ class VaDE(LatentGate):
         start: how the prior begins its first joint phase: mixture, by EM on the means of q(z|x); none, as it is.
         start_rows: rows of that start.
         test_samples: draws of z for the responsibilities of a row outside training; 0 for its mean.
+        floor: the least scale of the likelihood.
 
     Raises:
         ValueError: a field that does not suit; a number that is not above 0.
@@ -69,15 +70,16 @@ class VaDE(LatentGate):
         latent: int = 10,
         network: Network | None = None,
         likelihood: LikelihoodName = "bernoulli",
-        scale: float | Literal["learned"] = "learned",
+        scale: float | ScaleName = "learned",
         mean: MeanName = "sigmoid",
         field: str = "x",
         spread: float = 1.0,
         start: Literal["none", "mixture"] = "none",
         start_rows: int = 20_000,
         test_samples: int = 0,
+        floor: float | None = None,
     ) -> None:
-        super().__init__(spec, num_experts, latent, network, likelihood, scale, mean, field, spread, start_rows)
+        super().__init__(spec, num_experts, latent, network, likelihood, scale, mean, field, spread, start_rows, floor)
         if test_samples < 0:
             raise ValueError(f"VaDE's test_samples ({test_samples}) must be 0 or more: give 0 for the mean of z")
         self.begins, self.test_samples = start, test_samples

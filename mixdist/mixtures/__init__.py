@@ -3,6 +3,7 @@
 from mixdist.mixtures.context import Context
 from mixdist.mixtures.declared import check_fields
 from mixdist.mixtures.ensemble import Ensemble, MakeExpert, Scores
+from mixdist.mixtures.expert_start import ExpertStart, PCAStart
 from mixdist.mixtures.facts import Facts
 from mixdist.mixtures.figures import ExpertEvaluation
 from mixdist.mixtures.masks import Masks
@@ -38,6 +39,7 @@ __all__ = [
     "Ensemble",
     "Evaluation",
     "ExpertEvaluation",
+    "ExpertStart",
     "Facts",
     "GateLoss",
     "Information",
@@ -50,6 +52,7 @@ __all__ = [
     "Model",
     "MutualPosterior",
     "Objective",
+    "PCAStart",
     "Penalty",
     "PoEMVAE",
     "Request",

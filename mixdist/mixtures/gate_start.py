@@ -78,11 +78,12 @@ def start_gate(context: Context, over_batch: OverBatch, gate: Gate, dataset: Sam
     seen_NM = _gather(context, over_batch, gate, dataset, positions)
     seed = weights_seed(at.seed, Purpose.START, 1, at.phase)
     agreed(lambda: _started(gate, seen_NM, seed) if mesh.rank == 0 else None, mesh.world)
-    _share(gate, over_batch)
+    # Closed forms may round otherwise on another processor.
+    over_batch.copy_first([*gate.parameters(), *gate.buffers()])
     for _ in range(gate.em_steps):
         own = agreed(lambda: _over(context, gate, dataset, torch.arange(size), gate.statistics), mesh.world)
         gate.maximise(over_batch.sum(torch.stack(own).sum(0)))
-    _share(gate, over_batch)
+    over_batch.copy_first([*gate.parameters(), *gate.buffers()])
 
 
 def _started(gate: Gate, seen_NM: Tensor, seed: int) -> None:
@@ -119,14 +120,3 @@ def _gather(context: Context, over_batch: OverBatch, gate: Gate, dataset: Sample
     places = [torch.cat([torch.arange(0), *torch.arange(len(positions)).split(CHUNK)[r::world]]) for r in range(world)]
     gathered = over_batch.gather(seen_nM, [len(part) for part in places])
     return gathered[torch.cat(places).argsort().to(gathered.device)]
-
-
-def _share(gate: Gate, over_batch: OverBatch) -> None:
-    """Give all ranks the parameters and buffers of rank 0: closed forms may round otherwise on another processor."""
-    mesh = over_batch.mesh
-    tensors = [*gate.parameters(), *gate.buffers()]
-    flat = torch.cat([one.detach().reshape(-1).double() for one in tensors])
-    counts = [len(flat), *[0] * (mesh.world_size - 1)]
-    shared = over_batch.gather(flat[: counts[mesh.rank]], counts)
-    for one, part in zip(tensors, shared.split([one.numel() for one in tensors]), strict=True):
-        one.copy_(part.view_as(one))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mixdist.data import RankBatch, Samples
 from mixdist.mixtures.context import Context
+from mixdist.mixtures.expert_start import ExpertStart
 from mixdist.mixtures.objectives import Objective
 from mixdist.mixtures.pictures import Picture
 from mixdist.mixtures.study import Evaluation, Request, Study
@@ -60,6 +61,7 @@ class Mixture(ABC):
     context: Context
     dispatch: Dispatch
     prefetch: bool = False
+    expert_start: ExpertStart | None = None
     program: ClassVar[Callable[..., Any] | None] = None
 
     # Modules
@@ -125,6 +127,17 @@ class Mixture(ABC):
 
         A function of weights, data and seed alone, the same on every layout: a run that resumes there calls it again.
         """
+
+    def start_experts(self, dataset: Samples) -> None:
+        """Set the experts' first weights from training rows, before a new run's engines are made; every rank calls it.
+
+        A function of data and seed alone, the same on every layout.
+
+        Raises:
+            Agreed: they cannot start so.
+        """
+        if self.expert_start is not None:
+            self.expert_start.start(self.context, self.dispatch.over_batch, self.parts.experts, dataset)
 
     def optimizers(self) -> dict[str, Callable[[Iterable[Tensor]], Any]]:
         """Return what makes the family's own optimisers, by the key that has an ``optimizer``; tried at the start."""

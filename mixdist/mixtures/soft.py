@@ -18,6 +18,7 @@ from mixdist.gates import Gate
 from mixdist.mixtures.context import Context
 from mixdist.mixtures.declared import made_gate
 from mixdist.mixtures.ensemble import Ensemble, Execution, MakeExpert
+from mixdist.mixtures.expert_start import ExpertStart
 from mixdist.mixtures.figures import ExpertEvaluation
 from mixdist.mixtures.gate_shown import gate_pictures
 from mixdist.mixtures.gate_start import check_stages, start_gate
@@ -59,6 +60,7 @@ class Soft(Ensemble):
         execution: how a rank runs its experts: one after another (loop), as one batched product (stacked), or the
             faster of the two here (auto: timed once; the run's config.yaml keeps which it took).
         compute: how an expert runs its rows.
+        expert_start: how experts begin, from training rows; unset, as drawn.
 
     Raises:
         ValueError: options that cannot be combined.
@@ -83,9 +85,11 @@ class Soft(Ensemble):
         prefetch: bool = False,
         execution: Execution = "auto",
         compute: Compute = Compute(),  # noqa: B008 (frozen)
+        expert_start: ExpertStart | None = None,
     ) -> None:
         super().__init__(expert, num_experts, execution, compute)
         self.make_gate, self.routing, self.one_way, self.prefetch = gate, routing, one_way, prefetch
+        self.expert_start = expert_start
         self._ahead: tuple[RankBatch, Route] | None = None
         if routing is not None and routing.k > self.num_experts:
             raise ValueError(
@@ -124,9 +128,8 @@ class Soft(Ensemble):
         self.gate.model.enter(stage.stage)
 
     def start(self, dataset: Samples, stage: Stage, at: Moment) -> None:
-        gate = self.gate.model
-        if gate.starts_at(stage.stage):
-            start_gate(self.context, self.dispatch.over_batch, gate, dataset, at)
+        if self.gate.model.starts_at(stage.stage):
+            start_gate(self.context, self.dispatch.over_batch, self.gate.model, dataset, at)
 
     def inspect(self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None = None) -> Outputs:
         """Check experts, gate and objective."""

@@ -6,7 +6,8 @@ Shape letters: R rows, E experts (leading, only in a stack), D features.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from mixdist.stats import (
     laplace_quantile,
     logistic_log_prob,
     logistic_quantile,
+    normal_log_prob,
     normal_quantile,
     normal_sum_log_prob,
 )
@@ -24,7 +26,10 @@ from mixdist.terms import Field
 
 LikelihoodName = Literal["gaussian", "laplace", "bernoulli", "logistic"]
 MeanName = Literal["sigmoid", "identity"]
+ScaleName = Literal["learned", "channel", "pixel", "decoder"]
 _FIRST_SCALE = {"gaussian": 1.0, "laplace": 1.0, "logistic": 0.1}
+LEAST_SCALE = 1e-3
+"""The floor of scales that are many, in units of x, where none is given: some values of a row may hardly vary."""
 
 
 class Likelihood(nn.Module):
@@ -32,9 +37,14 @@ class Likelihood(nn.Module):
 
     The log-probability is summed over all features of a row (pixels and colours of an image).
 
-    Gaussian, Laplace and logistic have the location ``mean(output)`` and one scale for all features: fixed, or learned
-    as a parameter of the expert (``scale="learned"``, from 1; from 0.1 for logistic). Bernoulli reads the output as
-    logits and accepts x in [0, 1].
+    Gaussian, Laplace and logistic have the location ``mean(output)`` and a scale: a fixed number; or learned from 1
+    (from 0.1 for logistic), one for all features (``learned``), one for each channel of an image (``channel``), or one
+    for each number of a row, so for each pixel and colour (``pixel``); or given by the decoder for each number of a row
+    (``decoder``), whose output is then all locations and after them all log scales, which start about the same values.
+    Bernoulli reads the output as logits and accepts x in [0, 1].
+
+    With a floor a scale is floor + exp(r) of a real r. The sum is smooth: r has a gradient however near the scale is
+    to its floor, where a clamp would have none, so a scale can always grow again.
 
     Gaussian and Laplace are densities: their log has no upper limit, and changes by D log s where x is divided by s.
     Logistic is a probability mass over the levels k / (num_levels - 1), and Bernoulli over 0 and 1: never above 0
@@ -45,16 +55,21 @@ class Likelihood(nn.Module):
 
     Args:
         name: gaussian, laplace, bernoulli, or logistic: :func:`mixdist.stats.logistic_log_prob`.
-        scale: the standard deviation (gaussian) or the scale (laplace, logistic), in units of x; or "learned".
+        scale: the standard deviation (gaussian) or the scale (laplace, logistic), in units of x; or learned, channel,
+            pixel or decoder.
         mean: sigmoid for data in [0, 1], identity for any real data; without effect on bernoulli.
         num_levels: of the logistic; by default 256.
+        floor: the least scale, in units of x; unset, 0.001 for channel, pixel and decoder, none for learned.
+        shape: of a row, for channel and pixel.
 
     Attributes:
         is_a: density or mass.
         levels: of a mass, how many; None for a density.
+        num_maps: how many numbers of a network's output are of one number of x: 2 with scale decoder, else 1.
 
     Raises:
-        ValueError: a scale that is not positive.
+        ValueError: a scale or a floor that is not positive, or a floor of a scale that is fixed; channel for rows that
+            are no images.
 
     Examples:
         >>> import torch
@@ -68,20 +83,35 @@ class Likelihood(nn.Module):
     """
 
     def __init__(
-        self, name: LikelihoodName, scale: float | Literal["learned"], mean: MeanName, num_levels: int | None = None
+        self,
+        name: LikelihoodName,
+        scale: float | ScaleName,
+        mean: MeanName,
+        num_levels: int | None = None,
+        floor: float | None = None,
+        shape: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        if scale != "learned" and not 0 < scale < math.inf:
-            raise ValueError(f"scale ({scale}) must be a positive number or 'learned'")
+        fixed = not isinstance(scale, str)
+        if not isinstance(scale, str) and not 0 < scale < math.inf:
+            raise ValueError(f"scale ({scale}) must be a positive number, or one of {', '.join(get_args(ScaleName))}")
+        if floor is not None and (fixed or not 0 < floor < math.inf):
+            remedy = "leave it out" if fixed else "give a positive number, such as 0.001"
+            raise ValueError(f"floor ({floor}) does not suit scale ({scale}): {remedy}")
         self.name, self.mean_name, self.num_levels = name, mean, num_levels or 256
         self.is_a: Literal["density", "mass"] = "mass" if name in ("bernoulli", "logistic") else "density"
         self.levels = {"bernoulli": 2, "logistic": self.num_levels}.get(name)
+        self.scale, self.num_maps, self.width = scale, 1, math.prod(shape)
+        self.floor = LEAST_SCALE if floor is None and scale in ("channel", "pixel", "decoder") else floor
         if name == "bernoulli":
             return
-        # (1, 1) broadcasts over (R, D), and (E, 1, 1) over (E, R, D) when experts are stacked.
-        learned = scale == "learned"
-        log_scale = math.log(_FIRST_SCALE[name] if scale == "learned" else scale)
-        self.log_scale = nn.Parameter(torch.full((1, 1), log_scale)) if learned else log_scale
+        self.log_scale: float | Tensor = math.log(_FIRST_SCALE[name] if isinstance(scale, str) else scale)
+        if scale == "decoder":
+            self.num_maps = 2
+        elif not fixed:
+            # (1, n) broadcasts over (R, D), and (E, 1, n) over (E, R, D) when experts are stacked.
+            count = _num_channels(shape) if scale == "channel" else self.width if scale == "pixel" else 1
+            self.log_scale = nn.Parameter(torch.full((1, count), self.log_scale))
 
     @property
     def limits(self) -> tuple[float, float] | None:
@@ -90,18 +120,54 @@ class Likelihood(nn.Module):
         return (0.0, 1.0) if bounded else None
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
-        """Return log p(x|output), nats: x (R, D), output (R, D) or (E, R, D); result (R,) or (E, R)."""
+        """Return log p(x|output), nats, (R,) or (E, R), for x (R, D) and output (R, D) or (E, R, D).
+
+        With scale decoder the output has 2 D numbers a row.
+        """
         if self.name == "bernoulli":
             return bernoulli_log_prob(x, output).sum(-1)
+        mean, log_scale = self.mean(output), self.log_scales(output)
         if self.name == "logistic":
-            return logistic_log_prob(x, self.mean(output), self.log_scale, self.num_levels).sum(-1)
-        mean = self.mean(output)
-        if self.name == "gaussian":
-            return normal_sum_log_prob(x, mean, self.log_scale)
-        return laplace_log_prob(x, mean, self.log_scale).sum(-1)
+            return logistic_log_prob(x, mean, log_scale, self.num_levels).sum(-1)
+        if self.name == "laplace":
+            return laplace_log_prob(x, mean, log_scale).sum(-1)
+        several = isinstance(log_scale, Tensor) and log_scale.shape[-1] > 1
+        return normal_log_prob(x, mean, log_scale).sum(-1) if several else normal_sum_log_prob(x, mean, log_scale)
+
+    def log_scales(self, output: Tensor) -> Tensor | float:
+        """Return the log of the scales, which broadcasts with ``mean(output)``; not of Bernoulli."""
+        raw = self.log_scale
+        if self.scale == "decoder":
+            raw = output.chunk(2, dim=-1)[1] + raw
+        if not isinstance(raw, Tensor):
+            return raw
+        if self.floor is not None:
+            raw = torch.logaddexp(raw, raw.new_tensor(math.log(self.floor)))
+        return raw.repeat_interleave(self.width // raw.shape[-1], dim=-1) if self.scale == "channel" else raw
+
+    def set_scales(self, scale_D: Tensor) -> Tensor:
+        """Begin the scales at given ones, (D,); where one is of several numbers, at the root of their mean square.
+
+        Returns:
+            what the second half of the decoder's output must be for them, (D,), where the decoder gives scales.
+
+        Raises:
+            ValueError: one is not above the floor.
+        """
+        learned = self.log_scale if isinstance(self.log_scale, nn.Parameter) else None
+        count, floor = self.width if learned is None else learned.shape[-1], self.floor or 0.0
+        scale_n = scale_D.square().reshape(count, -1).mean(1).sqrt()
+        if not float(scale_n.min()) > floor:
+            raise ValueError(f"floor ({floor:g}) must be below the first scale ({float(scale_n.min()):.6g}): lower it")
+        raw_n = (scale_n - floor).log()
+        if learned is not None:
+            learned.data.copy_(raw_n[None])
+        return raw_n - math.log(_FIRST_SCALE[self.name])
 
     def mean(self, output: Tensor) -> Tensor:
-        """Return E[x | output], of the output's shape; the location for logistic, which clipping moves."""
+        """Return E[x | output], (..., D); the location for logistic, which clipping moves."""
+        if self.num_maps == 2:
+            output = output.chunk(2, dim=-1)[0]
         if self.name == "bernoulli" or self.mean_name == "sigmoid":
             return torch.sigmoid(output)
         return output
@@ -110,16 +176,25 @@ class Likelihood(nn.Module):
         """Return x ~ p(x | output) by the inverse of its distribution function, (R, D): 0 or 1 for Bernoulli.
 
         Args:
-            output: (R, D).
+            output: (R, D), or (R, 2 D) with scale decoder.
             uniform: independent numbers, uniform on (0, 1), (R, D).
         """
         mean = self.mean(output)
         if self.name == "bernoulli":
             return (uniform < mean).to(mean.dtype)
+        log_scale = self.log_scales(output)
         if self.name == "logistic":
-            return logistic_quantile(uniform, mean, self.log_scale, self.num_levels)
+            return logistic_quantile(uniform, mean, log_scale, self.num_levels)
         quantile = normal_quantile if self.name == "gaussian" else laplace_quantile
-        return quantile(uniform, mean, self.log_scale)
+        return quantile(uniform, mean, log_scale)
+
+
+def _num_channels(shape: Sequence[int]) -> int:
+    if len(shape) != 3:
+        raise ValueError(
+            f"scale (channel) needs images (channels, height, width), but rows have shape {tuple(shape)}: take pixel"
+        )
+    return shape[0]
 
 
 def check_levels(field: Field, name: str, asked_by: str) -> int:

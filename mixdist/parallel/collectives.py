@@ -74,6 +74,14 @@ class OverBatch:
         shapes = [(n, *x.shape[1:]) for n in counts]
         return torch.cat(move([x] * len(counts), self.mesh.rank, shapes, self.wire.all_gather, self.mesh.world))
 
+    def copy_first(self, tensors: Sequence[Tensor]) -> None:
+        """Give all ranks the values that tensors, real numbers of the same shapes on every rank, have on rank 0."""
+        flat = torch.cat([one.detach().reshape(-1).double() for one in tensors])
+        counts = [len(flat), *[0] * (self.mesh.world_size - 1)]
+        first = self.gather(flat[: counts[self.mesh.rank]], counts)
+        for one, part in zip(tensors, first.split([one.numel() for one in tensors]), strict=True):
+            one.detach().copy_(part.view_as(one))
+
     def share(self, total: Tensor) -> Tensor:
         """Return this rank's part of a term that every rank computes in full."""
         return total / self.mesh.world_size
