@@ -13,7 +13,7 @@ import numpy as np
 
 from mixdist.baselines.model import Baseline, Candidate, Choice, Grid, choose
 from mixdist.baselines.rows import Rows, require_memory
-from mixdist.principal import Spectrum, of_products, of_rows
+from mixdist.nets.principal import Spectrum, of_products, of_rows
 
 
 @dataclass(frozen=True)

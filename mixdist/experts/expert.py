@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from mixdist.principal import LinearGaussian
+from mixdist.nets.principal import LinearGaussian
 from mixdist.terms import Batch, ExpertTerms, Posterior
 
 
@@ -75,7 +75,7 @@ class Expert(nn.Module):
 
         Args:
             model: with as many numbers and dimensions as the expert.
-            each: noise for each number by itself, :meth:`mixdist.principal.LinearGaussian.value_noise`;
+            each: noise for each number by itself, :meth:`mixdist.nets.principal.LinearGaussian.value_noise`;
                 else s^2 for all.
         """
         raise NotImplementedError(f"{type(self).__name__} has no begin_linear")

@@ -15,7 +15,7 @@ from mixdist.nets.likelihood import Likelihood, LikelihoodName, MeanName, ScaleN
 from mixdist.nets.linear import Paths
 from mixdist.nets.mlp import MLP, flat
 from mixdist.nets.network import Network
-from mixdist.principal import LinearGaussian
+from mixdist.nets.principal import LinearGaussian
 from mixdist.stats import normal_kl, ramp
 from mixdist.terms import Batch, ExpertTerms, Posterior, Spec, real_field
 

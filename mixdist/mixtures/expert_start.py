@@ -18,10 +18,10 @@ from torch import nn
 from mixdist.data import Samples
 from mixdist.experts import Expert
 from mixdist.mixtures.context import Context
+from mixdist.nets.principal import LinearGaussian, Spectrum, of_rows
 from mixdist.noise import Purpose, permutation, weights_seed
 from mixdist.parallel.agreement import agreed, gather_json
 from mixdist.parallel.collectives import OverBatch
-from mixdist.principal import LinearGaussian, Spectrum, of_rows
 
 CHUNK = 500
 """Rows that are read at once."""
@@ -58,8 +58,8 @@ class PCAStart(ExpertStart):
     """VAEs with linear paths begin as probabilistic PCA (Tipping and Bishop 1999) of the rows, or of a cluster of them.
 
     With :class:`mixdist.nets.LinearPaths`, a gaussian likelihood and mean identity, decoder mu + W z, q(z|x) and scale
-    are those of :class:`mixdist.principal.LinearGaussian`, whose posterior a VAE can express: with ``scales: one`` the
-    ELBO at step 0 is PPCA's exact density. PCA is exact, in float64 and one thread; the signs of its axes are fixed.
+    are those of :class:`mixdist.nets.principal.LinearGaussian`, whose posterior a VAE can express: with ``scales: one``
+    the ELBO at step 0 is PPCA's exact density. PCA is exact, in float64 and one thread; its axes have fixed signs.
 
     Rank 0 reads the rows and holds them in float64: 8 N D bytes, and as many again for clusters.
 
@@ -68,7 +68,7 @@ class PCAStart(ExpertStart):
         clusters: one, all experts begin alike, from all rows; own, each begins from a cluster of its own, by keyed
             k-means on the first 32 principal coordinates of the rows.
         scales: one, all scales begin at PPCA's s; each, a scale begins at what W leaves of the variance of its numbers
-            (:meth:`mixdist.principal.LinearGaussian.value_noise`): the mean ELBO of the rows is then at least PPCA's.
+            (:meth:`mixdist.nets.principal.LinearGaussian.value_noise`): the rows' mean ELBO is then at least PPCA's.
 
     Raises:
         ValueError: fewer than 2 rows.

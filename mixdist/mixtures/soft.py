@@ -54,8 +54,7 @@ class Soft(Ensemble):
         expert: class of mixdist.experts, or your own Expert, for all of them; or a list with one for each expert.
         num_experts: how many experts; with a list, its length.
         routing: top-k; unset, every expert sees every row.
-        one_way: send the gradients of the losses ahead with the rows, so that an expert differentiates at once; needs
-            an objective that is linear in the experts' losses.
+        one_way: send the gradients of the losses ahead with the rows; needs an objective linear in the experts' losses.
         prefetch: send the next step's rows while this step's experts run; needs dense routing.
         execution: how a rank runs its experts: one after another (loop), as one batched product (stacked), or the
             faster of the two here (auto: timed once; the run's config.yaml keeps which it took).
@@ -117,8 +116,7 @@ class Soft(Ensemble):
 
     def check_stages(self, stages: Mapping[str, Stage], num_rows: int) -> None:
         mute = next((type(one).__name__ for one in self.bank.owned().values() if not one.has_loss), None)
-        learn = any(p.requires_grad for p in self.bank.parameters())
-        check_stages(self.gate.model, stages, num_rows, mute, learn)
+        check_stages(self.gate.model, stages, num_rows, mute, any(p.requires_grad for p in self.bank.parameters()))
 
     def describe(self, stages: Sequence[Stage]) -> dict[str, Any]:
         named = [stage.stage for stage in stages]
