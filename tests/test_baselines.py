@@ -14,8 +14,8 @@ import torch
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
-import mixdist.baselines.ppca
 import mixdist.baselines.rows
+import mixdist.nets.principal
 from mixdist.baselines.clusters import GaussianMixture, KMeans, fit_gmm, fit_kmeans
 from mixdist.baselines.model import Candidate, choose_settings, evaluate_baseline
 from mixdist.baselines.ppca import PPCA, fit_ppca
@@ -72,7 +72,7 @@ def gaussian(num: int, size: int) -> np.ndarray:
 )
 def test_ppca_is_the_gaussian_of_its_formula(monkeypatch: pytest.MonkeyPatch, num: int, size: int, few: int) -> None:
     """More rows than numbers and fewer, by LAPACK and by Lanczos: W W^T + s^2 I from the covariance's eigenvectors."""
-    monkeypatch.setattr(mixdist.baselines.ppca, "FEW", few)
+    monkeypatch.setattr(mixdist.nets.principal, "FEW", few)
     monkeypatch.setattr(mixdist.baselines.rows, "AT_ONCE", 64)
     x, num_components = gaussian(num, size), min(3, size - 1)
     if not num_components:

@@ -34,7 +34,17 @@ STARTS = 10
 
 
 class ExpertStart(ABC):
-    """Base of starts: subclass it, and set the parameters of experts in ``start``."""
+    """Base of starts: subclass it, and set the parameters of experts in ``start``.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.mixtures import ExpertStart
+        >>> class Zero(ExpertStart):
+        ...     def start(self, context, over_batch, experts, dataset):
+        ...         for expert in experts.values():
+        ...             for parameter in expert.parameters():
+        ...                 torch.nn.init.zeros_(parameter)
+    """
 
     @abstractmethod
     def start(
