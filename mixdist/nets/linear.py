@@ -64,7 +64,7 @@ class Paths(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y, linear = self.net(x), self.linear(x)
         if linear.dim() == 3:
-            # Of one row, both biases of a stack would get one tensor as their gradient, and be clipped twice.
+            # Of one row, both biases of a stack would get one tensor as their gradient: added to and clipped twice.
             linear = linear * 1.0
         return y + linear
 
