@@ -86,7 +86,9 @@ class Forked:
     def wait(self, timeout: float | None = None) -> int:
         """Wait for its end; return its exit code, or minus the signal that killed it."""
         if self.returncode is None:
-            if not select.select([self._end], [], [], timeout)[0]:
+            ended = select.poll()  # select.select refuses descriptors above 1023
+            ended.register(self._end, select.POLLIN)
+            if not ended.poll(None if timeout is None else 1000 * timeout):
                 assert timeout is not None
                 raise subprocess.TimeoutExpired(str(self.pid), timeout)
             os.close(self._end)
