@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import pickle
 import subprocess
 import tempfile
 import time
@@ -36,9 +37,10 @@ def serve_rank(rank: int, world_size: int, rendezvous: str, pipe: Connection) ->
     pipe.send((True, "ready"))
     while (work := pipe.recv()) is not None:
         try:
-            pipe.send((True, call(*work)))
+            answer = pickle.dumps((True, call(*work)))  # Connection.send would keep a descriptor open for each tensor
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            answer = pickle.dumps((False, traceback.format_exc()))
+        pipe.send_bytes(answer)
     dist.destroy_process_group()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,18 @@ def test_a_fork_has_its_own_folder_and_environment_and_files(tmp_path: Path) -> 
     assert all("seen" in ended.err for ended in told)
     assert "OWN" not in os.environ
     assert Path.cwd() != tmp_path
+
+
+def test_a_fork_is_waited_for_however_many_files_are_open(tmp_path: Path) -> None:
+    """select.select would refuse descriptors above 1,023."""
+    with ExitStack() as stack:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2000)), hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1100):
+            stack.enter_context(open(os.devnull))
+        with Forks(["by-hand"], tmp_path, {}) as fork:
+            assert fork.end().code == 1
 
 
 def test_a_fork_can_be_waited_for_and_killed(tmp_path: Path) -> None:

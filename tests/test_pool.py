@@ -29,6 +29,10 @@ def summed() -> tuple[float, int]:
     return one.item(), os.getpid()
 
 
+def ones(count: int) -> list[torch.Tensor]:
+    return [torch.ones(2) for _ in range(count)]
+
+
 def killed(rank: int) -> float:
     if dist.get_rank() == rank:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -80,3 +84,12 @@ def test_an_interrupt_leaves_no_answer_behind(pool: Pool) -> None:
         pool.run(f"{__name__}:hanging", 0)
     signal.signal(signal.SIGUSR1, known)
     assert [total for total, _ in pool.run(f"{__name__}:summed")] == [2.0, 2.0]
+
+
+def test_tensors_answered_hold_no_descriptors(pool: Pool) -> None:
+    """A cache of results is kept for the whole session, and the limit of open files may be 1,024."""
+    pool.run(f"{__name__}:ones", 1)
+    before = len(os.listdir("/proc/self/fd"))
+    answers = pool.run(f"{__name__}:ones", 50)
+    assert len(os.listdir("/proc/self/fd")) <= before
+    assert all(torch.equal(one, torch.ones(2)) for answer in answers for one in answer)
