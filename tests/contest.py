@@ -40,7 +40,7 @@ from mixdist.nets import MLP, Conv
 from mixdist.parallel.mesh import Mesh
 from mixdist.parallel.wire import Wire
 from mixdist.training.phases import Phase
-from tests.parity import SEED, Case, data, make_expert, mesh_of
+from tests.parity import ENGINES, SEED, Case, data, make_expert, mesh_of
 
 COUNTS = {4: (28, 14, 3, 0), 5: (20, 13, 9, 3, 0)}
 """Samples of each expert in the table that a contest may start from: one has few, one has none."""
@@ -48,7 +48,7 @@ COUNTS = {4: (28, 14, 3, 0), 5: (20, 13, 9, 3, 0)}
 
 @dataclass(frozen=True)
 class Contest:
-    """What is compared. Layout, delivery, placement and pieces must not matter; all else names a problem."""
+    """What is compared. Layout, delivery, placement, pieces and engine must not matter; all else names a problem."""
 
     ranks: int = 1
     ep_size: int = 1
@@ -66,10 +66,12 @@ class Contest:
     micro_batch: int | None = None
     rounds: int = 3
     epochs: int = 2
+    engine: str = "native"
 
     def reference(self) -> Contest:
         """The same problem in one process, by the plainest way."""
-        return replace(self, ranks=1, ep_size=1, delivery="read", placement="fixed", piece_bytes=1 << 28)
+        plain: dict[str, Any] = {"delivery": "read", "placement": "fixed", "piece_bytes": 1 << 28, "engine": "native"}
+        return replace(self, ranks=1, ep_size=1, **plain)
 
     def __str__(self) -> str:
         return "-".join(str(v) for v in vars(self).values())
@@ -145,7 +147,7 @@ def make_mixture(case: Contest, mesh: Mesh, wire: Wire) -> Competition:
 def make_rounds(case: Contest, mesh: Mesh, wire: Wire) -> Rounds:
     """Some epochs of pretraining, then rounds of as many."""
     phases = [make_phase(case, case.epochs), make_phase(case, case.epochs)]
-    rounds = Rounds(make_mixture(case, mesh, wire), data(), phases, fresh=False)
+    rounds = Rounds(make_mixture(case, mesh, wire), data(), phases, ENGINES[case.engine], fresh=False)
     if case.start == "table":
         rounds.table = skewed(case.num_experts)
     return rounds
@@ -164,7 +166,8 @@ def records_of(rounds: Rounds) -> Iterator[dict[str, Any]]:
 class Step(NamedTuple):
     """What a step of an engine began with, summed over replicas: its loss and its gradients, clipped, as one array.
 
-    Thousands of tensors would each take a file descriptor on their way from a rank.
+    Thousands of tensors would each take a file descriptor on their way from a rank. A gradient that is not here, but
+    with its owner, is NaN.
     """
 
     loss: float
@@ -176,13 +179,13 @@ Steps = dict[str, list[tuple[int, Step]]]
 
 
 @contextmanager
-def watched(look: Callable[[Solo, list[Tensor]], None], tell: Callable[[Solo, float], float]) -> Iterator[None]:
+def watched(look: Callable[[Solo], None], tell: Callable[[Solo, float], float]) -> Iterator[None]:
     """Show every step's gradients to ``look`` before they are used; ``tell`` gets and returns the step's loss."""
     plain = Solo.step
 
     def step(self: Solo, loss: Tensor) -> float:
         def before(*_: Any) -> None:
-            look(self, [p.grad for p in self.parameters if p.grad is not None])
+            look(self)
 
         hook = self.optimizer.register_step_pre_hook(before)
         try:
@@ -200,7 +203,8 @@ def kept(steps: Steps, when: Callable[[], int]) -> Iterator[None]:
     """Keep every step."""
     grads: list[np.ndarray] = []
 
-    def look(engine: Solo, found: list[Tensor]) -> None:
+    def look(engine: Solo) -> None:
+        found = [torch.full_like(p, math.nan) if p.grad is None else p.grad for p in engine.parameters]
         grads.append(torch.cat([grad.reshape(-1) for grad in found]).numpy())
 
     def tell(engine: Solo, loss: float) -> float:
@@ -223,7 +227,8 @@ def following(steps: Steps, differences: dict[str, float]) -> Iterator[None]:
     def note(name: str, difference: float, size: float) -> None:
         differences[name] = max(differences.get(name, 0.0), difference / (size or 1.0))
 
-    def look(engine: Solo, found: list[Tensor]) -> None:
+    def look(engine: Solo) -> None:
+        found = [p.grad for p in engine.parameters if p.grad is not None]
         theirs = torch.from_numpy(left[engine.name][-1].grads)
         mine = torch.cat([grad.reshape(-1) for grad in found])
         note(f"{engine.name} gradient", (mine - theirs).abs().max().item(), theirs.abs().max().item())
@@ -256,7 +261,7 @@ def run(case: Contest) -> dict[str, Any]:
         return report_of(case, mesh, made)
     with kept(steps, lambda: made.total):
         report = report_of(case, mesh, made)
-    return report | ({"steps": dict(steps)} if mesh.leads else {})
+    return report | {"steps": dict(steps), "replica": mesh.replica}
 
 
 def report_of(case: Contest, mesh: Mesh, made: Rounds) -> dict[str, Any]:
@@ -288,12 +293,26 @@ def report_of(case: Contest, mesh: Mesh, made: Rounds) -> dict[str, Any]:
     }
 
 
+def joined(of_replicas: list[list[tuple[int, Step]]]) -> list[tuple[int, Step]]:
+    """Put together, step by step, the gradients that replicas own."""
+    in_order = [sorted(steps, key=lambda step: step[0]) for steps in of_replicas]
+    found = []
+    for (when, step), *others in zip(*in_order, strict=True):
+        grads = step.grads
+        for _, other in others:
+            grads = np.where(np.isnan(grads), other.grads, grads)
+        found.append((when, step._replace(grads=grads)))
+    return found
+
+
 def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Join what ranks report: every expert once, every copy held against it, bit for bit."""
-    merged = reports[0] | {"experts": {}, "steps": {}}
+    merged = reports[0] | {"experts": {}}
+    taken: dict[str, dict[int, list[tuple[int, Step]]]] = defaultdict(lambda: defaultdict(list))
     for report in reports:
         for name, steps in report.get("steps", {}).items():  # an expert may have moved from one to another
-            merged["steps"][name] = sorted([*merged["steps"].get(name, []), *steps], key=lambda step: step[0])
+            taken[name][report["replica"]] += steps
+    merged["steps"] = {name: joined(list(of_replicas.values())) for name, of_replicas in taken.items()}
     for rank, report in enumerate(reports):
         for name, tensor in report["experts"].items():
             other = merged["experts"].setdefault(name, tensor)

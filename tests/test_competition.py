@@ -53,6 +53,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "block": (16, 7, 100),
     "micro_batch": (None, 4),
     "rounds": (2, 3),
+    "engine": ("native", "sharded", "offloaded", "sharded-offloaded"),
 }
 
 

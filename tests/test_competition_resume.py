@@ -21,6 +21,9 @@ from tests.launch import begin, here, mlp, together, write_config
 # Two epochs of pretraining, the first scoring, then rounds of two epochs and a scoring.
 LAST = 2 + 1 + 3 * 3
 INSIDE = 7  # after the first epoch of the second round
+NATIVE = ["--engine", "mixdist.engines.Native", "--engine.shard", "optimizer", "--engine.offload", "optimizer"]
+SHARDED = ["--mesh.ep_size", "1", *NATIVE]
+WHOLE = ["--mesh.ep_size", "null", "--engine.shard", "none", "--engine.offload", "none"]
 OF_A_RUN = ("homes", "peak_memory_bytes", "wire_bytes", "wire_bytes_min", "sync_bytes")
 
 OWN = '''
@@ -162,19 +165,23 @@ def whole(folder: Path) -> Path:
     return folder / "whole"
 
 
-@pytest.fixture(scope="module")
-def killed(folder: Path) -> Path:
-    """A run of two ranks that was killed inside a round."""
-    latest = folder / "killed" / "checkpoints" / "latest"
+def kill(folder: Path, name: str, *more: str) -> Path:
+    """Begin a run of two ranks and kill it inside a round."""
+    latest = folder / name / "checkpoints" / "latest"
     stall = str(latest.with_name(f"step-{INSIDE:09d}"))
-    words = ["train", "--config", config_of(folder), "--out", "killed"]
+    words = ["train", "--config", config_of(folder), "--out", name, *more]
     with begin(*words, ranks=2, folder=folder, STALL_AFTER=stall) as run:
         run.until(lambda: latest.exists() and latest.read_text() == f"step-{INSIDE:09d}\n")
         run.kill()
-    assert [r["step"] for r in read_metrics(folder / "killed")] == [1, 2, 3, 6]
-    position = state(folder / "killed", INSIDE)["position"]
+    assert [r["step"] for r in read_metrics(folder / name)] == [1, 2, 3, 6]
+    position = state(folder / name, INSIDE)["position"]
     assert position == {"phase": 1, "round": 2, "epoch": 1, "total": INSIDE, "stopped": False}
-    return folder / "killed"
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def killed(folder: Path) -> Path:
+    return kill(folder, "killed")
 
 
 def test_one_process_takes_over_inside_a_round(killed: Path, whole: Path) -> None:
@@ -192,6 +199,7 @@ def test_one_process_takes_over_inside_a_round(killed: Path, whole: Path) -> Non
         pytest.param(3, ["--mixture.delivery", "wire", "--mixture.placement", "fixed"], marks=pytest.mark.slow),
         pytest.param(2, [], marks=pytest.mark.slow),
         pytest.param(4, ["--mesh.ep_size", "2"], marks=pytest.mark.slow),
+        pytest.param(3, SHARDED, marks=pytest.mark.slow, id="sharded"),
     ],
 )
 def test_other_layouts_take_over_inside_a_round(
@@ -200,6 +208,13 @@ def test_other_layouts_take_over_inside_a_round(
     run = Path(shutil.copytree(killed, killed.with_name(f"again-{ranks}")))
     ended = together("train", "--resume", run.name, *words, ranks=ranks, folder=folder)
     assert ended.code == 0, ended.err
+    assert_close(run, whole)
+
+
+@pytest.mark.slow
+def test_states_with_owners_are_killed_and_whole_ones_take_over(whole: Path, folder: Path) -> None:
+    run = kill(folder, "owned", *SHARDED)
+    assert here("train", "--resume", run.name, *WHOLE).code == 0
     assert_close(run, whole)
 
 

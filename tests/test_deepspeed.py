@@ -355,7 +355,14 @@ def test_options_are_checked_without_a_config(options: dict[str, Any], told: str
 
 def test_a_competition_refuses_it_in_one_line(folder: Path) -> None:
     config = write_config(folder / "c.yaml", changed(HARD, engine=ENGINE))
-    refused("train", "--config", config, "--out", "run", names="engine competition leave out")
+    refused(
+        "train",
+        "--config",
+        config,
+        "--out",
+        "run",
+        names="engine (DeepSpeed) competition mixdist.engines.Native leave out",
+    )
 
 
 @pytest.mark.parametrize("version", [None, (0, 19, 7)])

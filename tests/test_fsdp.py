@@ -353,7 +353,9 @@ def test_a_run_is_killed_goes_on_and_leaves_the_engine(folder: Path) -> None:
 
 def test_a_competition_refuses_it_in_one_line(folder: Path) -> None:
     config = write_config(folder / "c.yaml", changed(HARD, engine=ENGINE))
-    refused("train", "--config", config, "--out", "run", names="engine competition leave out")
+    refused(
+        "train", "--config", config, "--out", "run", names="engine (FSDP) competition mixdist.engines.Native leave out"
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mixdist.engines import Native, NotFinite
-from mixdist.engines.copies import balanced
 from mixdist.noise import Moment
+from mixdist.parallel.costs import balanced
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement
 from mixdist.parallel.wire import Wire
@@ -24,7 +24,7 @@ from mixdist.training.checkpoint import CheckpointStore, read_state
 from mixdist.training.phases import Phase
 from mixdist.training.trainer import Trainer
 from tests.covering import every_value
-from tests.launch import HARD, changed, here, refused, together, write_config
+from tests.launch import changed, here, refused, together, write_config
 from tests.parity import (
     ENGINES,
     SEED,
@@ -272,11 +272,6 @@ def test_bad_options_are_one_line(folder: Path, option: str, value: str) -> None
     config = write_config(folder / "c.yaml", changed(engine=engine))
     said = refused("train", "--config", config, "--out", "run", names=f"engine {option}")
     assert option == "shards" or ("none" in said and "optimizer" in said)
-
-
-def test_a_competition_refuses_it_in_one_line(folder: Path) -> None:
-    config = write_config(folder / "c.yaml", changed(HARD, engine=ENGINE))
-    refused("train", "--config", config, "--out", "run", names="engine competition leave out")
 
 
 def test_options_are_checked_without_a_config() -> None:

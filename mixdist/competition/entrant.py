@@ -17,6 +17,7 @@ from mixdist.competition.discriminators import Discriminator, discriminator_loss
 from mixdist.competition.mixture import HardMixture
 from mixdist.data.loader import share
 from mixdist.engines import Solo
+from mixdist.engines.solo import SoloFactory
 from mixdist.experts import Expert, ExpertBank, Noise
 from mixdist.mixtures.schedules import anneal
 from mixdist.noise import DISCRIMINATOR_PHASE, RESTART_PHASE, Moment, Purpose
@@ -36,12 +37,20 @@ class Entrant:
         phase: how it trains.
         expert: made before; None for a new one.
         round: whose initial weights a new one gets; 0 before the first, else its draws are those of a restart.
+        make: makes its engine and its discriminator's.
     """
 
     def __init__(
-        self, number: int, mixture: HardMixture, phase: Phase, expert: Expert | None = None, round: int = 0
+        self,
+        number: int,
+        mixture: HardMixture,
+        phase: Phase,
+        expert: Expert | None = None,
+        round: int = 0,
+        make: SoloFactory = Solo,
     ) -> None:
         self.number, self.round, self.mixture, self.context = number, round, mixture, mixture.context
+        self.make = make
         self.expert = expert or mixture.make_expert(number, round)
         self.bank = ExpertBank({number: self.expert}, "loop", mixture.compute)
         self.discriminator: Discriminator | None = None
@@ -56,9 +65,8 @@ class Entrant:
     def enter(self, phase: Phase) -> None:
         """Begin a phase: a new optimiser, steps from 0."""
         group, wire = self.context.mesh.replica_group, self.context.wire
-        self.engine = Solo(
-            f"expert {self.number}", self.expert, group, wire, phase.optimizer, phase.schedule, phase.clip_norm
-        )
+        name, told = f"expert {self.number}", (phase.optimizer, phase.schedule, phase.clip_norm)
+        self.engine = self.make(name, self.expert, group, wire, *told, turn=self.number)
 
     def train(self, rows: Batch, batches: Iterable[tuple[Tensor, int]], phase: int) -> None:
         """Train on batches of an epoch, which goes on until ``end_epoch``.
@@ -126,8 +134,10 @@ class Entrant:
         if self.discriminator is None or discriminating.fresh:
             self.discriminator = self.mixture.make_discriminator(self.number, round if discriminating.fresh else 0)
             group, wire = self.context.mesh.replica_group, self.context.wire
-            name, make = f"discriminator {self.number}", discriminating.optimizer
-            self.discriminator_engine = Solo(name, self.discriminator, group, wire, make)
+            name, optimizer = f"discriminator {self.number}", discriminating.optimizer
+            self.discriminator_engine = self.make(
+                name, self.discriminator, group, wire, optimizer, turn=self.number + 1
+            )
 
     def challenge(self, rows: Batch, batches: Iterable[tuple[Tensor, int]], round: int) -> None:
         """Train the discriminator on batches of a round, each against as many of the expert's samples.
@@ -170,7 +180,10 @@ class Entrant:
         return expert.draw(eps, at.draw(Purpose.OBSERVATION).uniform(ids, [self.number], shape, context.dtype)[0])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all that goes with it to another rank."""
+        """Return all that goes with it to another rank; of states that have owners, those that are here.
+
+        Each replica moves by itself: where it goes, it has the same states, of the same replica.
+        """
         found: dict[str, Tensor] = {"steps": torch.tensor(self.steps)}
         for kind, engine in self.engines.items():
             found |= {f"{kind}/model/{name}": tensor for name, tensor in engine.module.state_dict().items()}

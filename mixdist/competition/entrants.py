@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixdist.competition.entrant import Entrant, under
 from mixdist.competition.mixture import HardMixture
 from mixdist.competition.placement import load_balanced
 from mixdist.engines import NotFinite, Solo
+from mixdist.engines.solo import SoloFactory
 from mixdist.parallel.agreement import Agreed, gather_json
 from mixdist.parallel.collectives import move
 from mixdist.terms import Owned
@@ -27,19 +28,32 @@ MOVES_A_SECOND = 1e8
 """Bytes of experts taken to move in a second: what a placement must save to be worth it."""
 
 
+class Whole(NamedTuple):
+    """The optimisers' states of modules by their names, for a save."""
+
+    found: dict[str, dict[str, Tensor]]
+
+    def optimizer_state(self, owned: Owned) -> dict[str, Tensor]:
+        """Return the optimiser's state of a module."""
+        return self.found[owned.name]
+
+
 class Entrants(dict[int, Entrant]):
     """Entrants by their experts' numbers, ascending.
 
     Args:
         mixture: has the experts.
         phase: how they train.
+        make: makes their engines.
 
     Attributes:
         homes: each member's experts.
     """
 
-    def __init__(self, mixture: HardMixture, phase: Phase) -> None:
-        super().__init__({e: Entrant(e, mixture, phase, expert) for e, expert in mixture.bank.owned().items()})
+    def __init__(self, mixture: HardMixture, phase: Phase, make: SoloFactory = Solo) -> None:
+        experts = mixture.bank.owned()
+        super().__init__({e: Entrant(e, mixture, phase, expert, make=make) for e, expert in experts.items()})
+        self.make = make
         self.mixture, self.mesh, self.wire = mixture, mixture.context.mesh, mixture.context.wire
         self.homes = self.first_homes()
         self.bad: str | None = None
@@ -52,6 +66,10 @@ class Entrants(dict[int, Entrant]):
         """Begin a phase."""
         for entrant in self.values():
             entrant.enter(phase)
+
+    def made_anew(self, e: int, phase: Phase, round: int) -> Entrant:
+        """Return an entrant with the weights that an expert is given for a round."""
+        return Entrant(e, self.mixture, phase, round=round, make=self.make)
 
     def attempt(self, act: Callable[[], None]) -> None:
         """Train something; keep an error until all ranks can agree on it."""
@@ -83,7 +101,9 @@ class Entrants(dict[int, Entrant]):
         now, then = (max(sum(load_E[e] for e in experts) for experts in homes) for homes in (self.homes, balanced))
         stays = {e for old, new in zip(self.homes, balanced, strict=True) for e in set(old) & set(new)}
         leaving = sum(t.nbytes for e, entrant in self.items() if e not in stays for t in entrant.tensors().values())
-        moved = sum(gather_json(leaving, self.mesh.ep_group))  # replicas have the same to move, so all decide alike
+        leaving_W, placement = gather_json(leaving, self.mesh.world), self.mesh.placement
+        # Replicas differ in the states that they own: all wait for the one with most, so that they decide alike.
+        moved = max(sum(leaving_W[r] for r in placement.ep_ranks(i)) for i in range(placement.num_replicas))
         if now - then > moved / MOVES_A_SECOND:
             self.move(balanced, phase, round)
 
@@ -108,7 +128,7 @@ class Entrants(dict[int, Entrant]):
         for part in arrived:
             found = load(part.cpu().numpy().tobytes()) if len(part) else {}
             for e in {int(name.partition("/")[0]) for name in found}:
-                here[e] = Entrant(e, self.mixture, phase)
+                here[e] = Entrant(e, self.mixture, phase, make=self.make)
                 here[e].take(under(f"{e}/", found), round)
         self.clear()
         self.update(sorted(here.items()))
@@ -147,14 +167,31 @@ class Entrants(dict[int, Entrant]):
         """Name the optimiser as far as its state depends on it."""
         return next((entrant.engine.kind() for entrant in self.values()), "none")
 
-    def optimizer_state(self, owned: Owned) -> dict[str, Tensor]:
-        """Return the optimiser's state of a module of some entrant."""
-        return self._engine(owned).state()
+    def states(self) -> Whole:
+        """Return the states of all optimisers, those that have owners on the ranks that write; every rank calls it."""
+        return Whole({owned.name: self._engine(owned).whole_state() for owned in self.owned()})
 
     def load_optimizer_state(self, owned: Owned, state: dict[str, Tensor]) -> None:
-        """Put back what ``optimizer_state`` returned."""
+        """Put back what a save held of the optimiser's state of a module of some entrant."""
         self._engine(owned).load_state(state)
 
     def _engine(self, owned: Owned) -> Solo:
         assert owned.expert is not None
         return self[owned.expert].engines[owned.name.split()[0]]
+
+
+def try_engines(make: SoloFactory, mixture: HardMixture, phases: Sequence[Phase]) -> None:
+    """Make an engine with each optimiser of a run: one that cannot be made fails before anything is trained.
+
+    Args:
+        make: makes engines.
+        mixture: may have an optimiser for discriminators.
+        phases: have those of experts.
+
+    Raises:
+        ValueError: an engine cannot be made.
+    """
+    context = mixture.context
+    number = nn.ParameterList([torch.zeros(1, device=context.mesh.device)])
+    for optimizer in [*(phase.optimizer for phase in phases), *mixture.optimizers().values()]:
+        make("engine", number, None, context.wire, optimizer)

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from mixdist.competition.contracts import inspect_entrants
 from mixdist.competition.delivery import OwnReader, WireReader, pieces_of_epoch
-from mixdist.competition.entrant import Entrant
-from mixdist.competition.entrants import Entrants
+from mixdist.competition.entrants import Entrants, try_engines
 from mixdist.competition.history import History, in_words, objectives, table_files
 from mixdist.competition.mixture import HardMixture
 from mixdist.competition.reassign import Scoring, Verdict
 from mixdist.competition.table import Assignment, reseeded, starved
 from mixdist.data import Epoch, Samples
 from mixdist.engines import EngineFactory
+from mixdist.engines.solo import solo_of
 from mixdist.noise import TRIAL_PHASE, Moment
 from mixdist.training.checkpoint import Saved
 from mixdist.training.loop import Advance
@@ -60,12 +60,13 @@ class Rounds:
         mixture: what competes, with the rules.
         dataset: training samples.
         phases: of pretraining; the last one says how experts train in a round.
-        engine: must be left out: each expert has an engine of its own.
+        engine: whose ``solo`` makes an engine for each expert and discriminator; None for Native.
         log_every: not used: there is a record for each epoch of pretraining and each scoring.
         fresh: the run begins: a first table is read where the rules start from one; otherwise a checkpoint has it.
 
     Raises:
-        ValueError: fewer samples than experts, a schedule that is too short, a table that does not fit.
+        ValueError: fewer samples than experts, a schedule that is too short, a table that does not fit, an engine that
+            cannot train experts by themselves.
     """
 
     def __init__(
@@ -86,11 +87,7 @@ class Rounds:
         self.mesh, self.wire, self.seed = mixture.context.mesh, mixture.context.wire, mixture.context.seed
         self.history, rules = History(self.mesh, self.wire), self.rules
         self.num_experts, self.data = mixture.num_experts, dataset.fingerprint
-        if engine is not None:
-            raise ValueError(
-                "engine is given, but in a competition each expert trains by itself with an engine of its own: leave "
-                "engine out"
-            )
+        make = solo_of(engine)
         if self.num_experts > len(dataset):
             raise ValueError(
                 f"mixture.num_experts ({self.num_experts}) must be at most the number of training samples "
@@ -109,7 +106,8 @@ class Rounds:
         self.reader = WireReader(dataset, self.mesh, self.wire) if wire else OwnReader(dataset, self.mesh)
         self.scoring = Scoring(mixture, self.reader, dataset, rules.block, self.fields, rules.starved == "reseed")
         self.position, self._inspected = RoundPosition(round=int(rules.start != "all")), (-1, -1)
-        self.entrants = Entrants(mixture, self.phase)
+        try_engines(make, mixture, self.phases)
+        self.entrants = Entrants(mixture, self.phase, make)
         self.log_z_E = mixture.log_z_E
         self.objective: float | None = None
         self.changed: float | None = None
@@ -273,7 +271,7 @@ class Rounds:
         """Give starved experts new weights; return the table that gives them the samples modelled worst."""
         assert verdict.best_N is not None
         for e in set(starved_experts) & set(self.entrants):
-            kept, fresh = self.entrants[e], Entrant(e, self.mixture, self.phase, round=self.position.round + 1)
+            kept, fresh = self.entrants[e], self.entrants.made_anew(e, self.phase, self.position.round + 1)
             fresh.engine.go_to(0, kept.engine.epochs)
             fresh.discriminator, fresh.discriminator_engine = kept.discriminator, kept.discriminator_engine
             self.entrants[e] = fresh
@@ -324,7 +322,7 @@ class Rounds:
             "order": self.scoring.order_digest(self.position.round),
         }
         files = {} if self.table is None else {TABLE: self.table.to_bytes()}
-        return Saved(state, self.entrants.owned(), self.entrants, files)
+        return Saved(state, self.entrants.owned(), self.entrants.states(), files)
 
     def load(self, path: Path, state: dict[str, Any]) -> None:
         """Take modules, optimisers, table and position from a checkpoint, whatever layout wrote it.

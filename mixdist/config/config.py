@@ -61,6 +61,7 @@ class Config:
         seed: names every random draw: the same seed, the same run.
         dtype: of parameters and real numbers.
         engine: class of mixdist.engines, or your own Engine: reduces gradients, clips and steps; unset, Native.
+            A competition takes Native alone.
         pretrain: phases before the main one.
         train: the main phase.
         mesh: where experts live.

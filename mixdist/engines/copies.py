@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixdist.parallel.agreement import gather_json
+from mixdist.parallel.costs import balanced
 from mixdist.parallel.wire import Group, Wire
 
 
@@ -61,12 +62,15 @@ class Shards(Copies):
         group: None for this rank alone.
         wire: the counted collectives.
         load_P: bytes that each member owns already.
+        turn: the member that comes first of those that own equally much.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], group: Group, wire: Wire, load_P: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor], group: Group, wire: Wire, load_P: Sequence[int] = (), turn: int = 0
+    ) -> None:
         super().__init__(tensors, group, wire)
         self.me, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        owners_T = balanced([t.numel() * t.element_size() for t in tensors], load_P or [0] * size)
+        owners_T = balanced([t.numel() * t.element_size() for t in tensors], load_P or [0] * size, turn)
         pairs = list(zip(owners_T, tensors, strict=True))
         self.of_P = [[t for owner, t in pairs if owner == p] for p in range(size)]
         self.numel_P = [sum(t.numel() for t in part) for part in self.of_P]
@@ -118,26 +122,6 @@ class Shards(Copies):
         """Return the numbers of tensors as one; a member may have none."""
         empty = self.tensors[0].new_empty(0)
         return torch.cat([empty, *(t.reshape(-1) for t in tensors)])
-
-
-def balanced(bytes_T: Sequence[int], load_P: Sequence[int]) -> list[int]:
-    """Choose an owner for each tensor, largest first, where least is so far; equal members by number.
-
-    Args:
-        bytes_T: of each tensor.
-        load_P: what each member has before.
-
-    Examples:
-        >>> balanced([10, 40, 20, 10], [0, 0])
-        [1, 0, 1, 1]
-        >>> balanced([8, 8], [8, 0])
-        [1, 0]
-    """
-    owners_T, load_P = [0] * len(bytes_T), list(load_P)
-    for t in sorted(range(len(bytes_T)), key=lambda t: (-bytes_T[t], t)):
-        owners_T[t] = min(range(len(load_P)), key=lambda p: (load_P[p], p))
-        load_P[owners_T[t]] += bytes_T[t]
-    return owners_T
 
 
 def bring(state: dict[str, Tensor], group: Group, wire: Wire) -> dict[str, Tensor]:

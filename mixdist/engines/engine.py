@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from mixdist.messages import SharedError
 from mixdist.parallel.mesh import Mesh
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Outcome, Owned, Parts
+
+if TYPE_CHECKING:
+    from mixdist.engines.solo import SoloFactory
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
@@ -88,6 +91,21 @@ class Engine(ABC):
         listed = [(owned, trainable(owned.module)) for owned in parts.owned()]
         self.trained = [(owned, parameters) for owned, parameters in listed if parameters]
         self.num_experts = mesh.placement.num_experts
+
+    @classmethod
+    def solo(cls, **options: Any) -> SoloFactory:
+        """Return what makes the engine of a module that trains by itself, as experts of a competition do.
+
+        Args:
+            **options: those of the constructor after the first six.
+
+        Raises:
+            ValueError: this kind of engine has none, or an option is wrong.
+        """
+        raise ValueError(
+            f"engine ({cls.__name__}) trains all modules of a mixture in one step, and in a competition each expert "
+            f"trains by itself: take mixdist.engines.Native, whose shard and offload work there, or leave engine out"
+        )
 
     @abstractmethod
     def zero_grad(self) -> None:

@@ -6,7 +6,8 @@ Shape letters: E all experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from mixdist.engines.engine import (
     start_totals,
 )
 from mixdist.engines.offload import Offloaded, check_steps_on_cpu
+from mixdist.engines.solo import Solo, SoloFactory
 from mixdist.engines.state import Slot, check_elementwise, fast_forward, kind, read_optimizer, write_optimizer
 from mixdist.parallel.agreement import gather_json
 from mixdist.parallel.mesh import Mesh
@@ -63,9 +65,7 @@ class Native(Engine):
         offload: Literal["none", "optimizer"] = "none",
     ) -> None:
         super().__init__(parts, mesh, wire, optimizer, schedule, clip_norm)
-        for name, value in (("shard", shard), ("offload", offload)):
-            if value not in ("none", "optimizer"):
-                raise ValueError(f"engine.{name} ({value}) must be none or optimizer")
+        check_options(shard=shard, offload=offload)
         if parts.stack and any(owned.expert is not None for owned, _ in self.trained):
             check_elementwise(optimizer, "a stack of experts", "set mixture.execution to loop")
         self.shard = shard == "optimizer"
@@ -88,6 +88,14 @@ class Native(Engine):
         ]
         self._gathered: dict[str, dict[str, Tensor]] = {}
         self.zero_grad()
+
+    @classmethod
+    def solo(cls, **options: Any) -> SoloFactory:
+        """Return what makes the engine of a module that trains by itself: its states have owners, or are offloaded."""
+        if cls is not Native:  # what else a subclass does would be passed over
+            return super().solo(**options)
+        check_options(**options)
+        return partial(Solo, **{name: value == "optimizer" for name, value in options.items()})
 
     def zero_grad(self) -> None:
         """Clear every gradient: the next backward pass puts its own there, without a pass over memory to add them."""
@@ -237,3 +245,14 @@ class Native(Engine):
             if owned.expert is not None and (self.shard or self.mesh.speaks_for(owned.expert)):
                 squares_E[owned.expert] = square(gradients(parameters), self.mesh.device)
         return squares_E
+
+
+def check_options(shard: str = "none", offload: str = "none") -> None:
+    """Check what is sharded and offloaded.
+
+    Raises:
+        ValueError: it is something else than none or optimizer.
+    """
+    for name, value in (("shard", shard), ("offload", offload)):
+        if value not in ("none", "optimizer"):
+            raise ValueError(f"engine.{name} ({value}) must be none or optimizer")

@@ -159,6 +159,62 @@ def reduction(num_bytes: int, ranks: int) -> int:
     return 2 * (ranks - 1) * num_bytes // ranks
 
 
+def balanced(bytes_T: Sequence[int], load_P: Sequence[int], turn: int = 0) -> list[int]:
+    """Choose an owner for each tensor, largest first, where least is so far; equal members by turns.
+
+    Args:
+        bytes_T: of each tensor.
+        load_P: what each member has before.
+        turn: the member that comes first of equal ones, modulo their number; those after it follow.
+
+    Examples:
+        >>> balanced([10, 40, 20, 10], [0, 0])
+        [1, 0, 1, 1]
+        >>> balanced([8, 8], [8, 0]), balanced([8, 4], [0, 0], turn=1)
+        ([1, 0], [1, 0])
+    """
+    owners_T, load_P = [0] * len(bytes_T), list(load_P)
+    for t in sorted(range(len(bytes_T)), key=lambda t: (-bytes_T[t], t)):
+        owners_T[t] = min(range(len(load_P)), key=lambda p: (load_P[p], (p - turn) % len(load_P)))
+        load_P[owners_T[t]] += bytes_T[t]
+    return owners_T
+
+
+def owned_bytes(bytes_T: Sequence[int], load_P: Sequence[int], turn: int = 0) -> list[int]:
+    """Return the bytes of parameters that each member steps where each parameter has one owner, (P,).
+
+    The optimiser's states there are as many times that as it keeps numbers of each number: 2 for Adam. Under
+    ``shard: optimizer`` experts come first, each over its replicas, then what is shared over all ranks, with the bytes
+    that each rank owns of experts as ``load_P``. In a competition each expert and each discriminator goes by itself.
+
+    Args:
+        bytes_T: of each parameter.
+        load_P: what each member owns before; zeros if nothing.
+        turn: as for :func:`balanced`; in a competition the expert's number.
+
+    Examples:
+        >>> owned_bytes([400, 40, 300, 30], [0, 0])
+        [400, 370]
+    """
+    owners_T = balanced(bytes_T, load_P, turn)
+    return [sum(n for n, owner in zip(bytes_T, owners_T, strict=True) if owner == p) for p in range(len(load_P))]
+
+
+def owned_step(bytes_T: Sequence[int], members: int, me: int, turn: int = 0) -> int:
+    """Return the bytes that a member sends in a step of a module that trains by itself, its parameters with owners.
+
+    Gradients go to their owners, the loss and the squared norm are summed in float64, new values go to all others.
+
+    Args:
+        bytes_T: of each parameter.
+        members: of the group.
+        me: this member.
+        turn: as for :func:`owned_bytes`.
+    """
+    own = owned_bytes(bytes_T, [0] * members, turn)[me]
+    return sum(bytes_T) - own + (members - 1) * own + reduction(2 * 8, members)
+
+
 def partition(numbers: int, ranks: int) -> int:
     """Return how many numbers of a group's parameters each of its ranks steps under ZeRO 1 and 2: an even count.
 

@@ -41,14 +41,18 @@ from mixdist.training.manifest import (
 STATE, LATEST = "state.json", "latest"
 
 
-class Stateful(Protocol):
-    """What has the optimisers of modules."""
+class States(Protocol):
+    """What has the states of modules' optimisers."""
 
     def optimizer_state(self, owned: Owned) -> dict[str, Tensor]:
         """Return the optimiser's state of a module: "<parameter>.<key>" to tensor."""
 
+
+class Optimizers(Protocol):
+    """What has the optimisers of modules."""
+
     def load_optimizer_state(self, owned: Owned, state: dict[str, Tensor]) -> None:
-        """Put back what ``optimizer_state`` returned."""
+        """Put back what ``States.optimizer_state`` returned."""
 
 
 class Saved(NamedTuple):
@@ -63,7 +67,7 @@ class Saved(NamedTuple):
 
     state: dict[str, Any]
     owned: Sequence[Owned]
-    engine: Stateful
+    engine: States
     files: Mapping[str, bytes] = {}
 
 
@@ -249,7 +253,7 @@ def _doomed(path: Path) -> Path:
     return path.with_name(path.name + ".doomed")
 
 
-def _tensors(owned: Owned, engine: Stateful) -> dict[str, Tensor]:
+def _tensors(owned: Owned, engine: States) -> dict[str, Tensor]:
     model = {f"model.{k}": v for k, v in owned.module.state_dict().items()}
     optimizer = {f"optimizer.{k}": v for k, v in engine.optimizer_state(owned).items()}
     # A stack's parameters are views of one storage; safetensors wants each tensor by itself.
@@ -275,7 +279,7 @@ def load_mixture(path: Path, mixture: Mixture) -> None:
         load_module(path, owned)
 
 
-def load_module(path: Path, owned: Owned, engine: Stateful | None = None) -> None:
+def load_module(path: Path, owned: Owned, engine: Optimizers | None = None) -> None:
     """Put a module's weights and, given an engine, its optimiser's state in place.
 
     Raises:
