@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mixdist.engines import Native, NotFinite
 from mixdist.noise import Moment
-from mixdist.parallel.costs import balanced
+from mixdist.parallel.agreement import gather_json
+from mixdist.parallel.costs import balanced, owned_bytes
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement
 from mixdist.parallel.wire import Wire
@@ -103,10 +104,16 @@ def measure(case: Case) -> tuple[int, int, list[str]]:
         outcome = mixture.backward(loader.batch(0, step), make_objective(case), Moment(SEED, 0, step))
         totals = engine.step(outcome, step)
     states = [t for o in engine.optimizers.values() for state in o.state.values() for t in state.values() if t.ndim]
+    held = sum(t.numel() * t.element_size() for t in states)
+    if case.engine != "native":
+        own_T, shared_T = ([t.numel() * t.element_size() for t in c.tensors] for c in (engine.own, engine.shared))
+        own = owned_bytes(own_T, [0] * mesh.placement.num_replicas)[mesh.replica]
+        shared = owned_bytes(shared_T, gather_json(own, mesh.world))[mesh.rank]
+        assert held == 2 * (own + shared), "what Adam holds is what the formula says"
     kept = [
         f"{o.name} {n}" for o in mixture.parts.owned() for n, p in o.module.named_parameters() if p.grad is not None
     ]
-    return sum(t.numel() * t.element_size() for t in states), totals.meter["sync_bytes"], kept
+    return held, totals.meter["sync_bytes"], kept
 
 
 @pytest.mark.parametrize("execution", ["loop", "stacked"])
