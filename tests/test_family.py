@@ -30,6 +30,7 @@ CONFIG: dict[str, Any] = {
     "train": {"epochs": 1, "batch_size": 120, "clip_norm": 5.0},
     "checkpoint": {"every": 1, "keep": 100},
     "log_every": 1,
+    "pictures": True,
 }
 
 

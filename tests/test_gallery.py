@@ -25,7 +25,7 @@ def pictures(run: Path) -> dict[str, bytes]:
 
 def test_a_hard_run_on_images_shows_rounds_labels_and_the_mixture_on_any_layout(folder: Path) -> None:
     expert = SMALL["mixture"]["init_args"]["expert"]
-    config = changed(HARD, data=SMALL["data"], log_every=1, expert=expert, num_experts=4)
+    config = changed(HARD, data=SMALL["data"], log_every=1, expert=expert, num_experts=4, pictures=True)
     assert here("train", "--config", write_config(folder / "c.yaml", config), "--out", "run").code == 0
     one = pictures(folder / "run")
     assert list(one) == ["experts.png", "labels.png", "mixture.png", "rounds.png", "training.png"]
@@ -40,12 +40,18 @@ def test_a_hard_run_on_images_shows_rounds_labels_and_the_mixture_on_any_layout(
 
 
 def test_a_soft_run_has_no_rounds(folder: Path) -> None:
-    assert here("train", "--config", write_config(folder / "c.yaml", changed()), "--out", "run").code == 0
+    assert here("train", "--config", write_config(folder / "c.yaml", changed(pictures=True)), "--out", "run").code == 0
     assert list(pictures(folder / "run")) == ["experts.png", "labels.png", "mixture.png", "training.png"]
 
 
+def test_a_run_is_not_drawn_where_it_should_not_be(folder: Path) -> None:
+    ended = here("train", "--config", write_config(folder / "c.yaml", changed(pictures=False)), "--out", "run")
+    assert (ended.code, "picture" in ended.out) == (0, False), ended
+    assert not (folder / "run" / "images").exists()
+
+
 def test_a_run_in_the_plane_shows_its_rounds_and_no_images(folder: Path) -> None:
-    assert here("train", "--config", write_config(folder / "c.yaml", HARD), "--out", "run").code == 0
+    assert here("train", "--config", write_config(folder / "c.yaml", changed(HARD, pictures=True)), "--out", "run").code == 0
     assert list(pictures(folder / "run")) == ["experts.png", "labels.png", "rounds.png", "training.png"]
 
 
@@ -94,7 +100,7 @@ def test_a_run_on_colour_images_with_attributes(folder: Path, monkeypatch: pytes
     expert = {"latent": 4, "network": network, "likelihood": "logistic"}
     data, gate = {"class_path": "my_faces.Faces"}, {"class_path": "my_faces.ByColour"}
     vae = {"class_path": "mixdist.experts.VAE", "init_args": expert}
-    config = changed(data=data, num_experts=2, gate=gate, expert=vae, train__batch_size=10)
+    config = changed(data=data, num_experts=2, gate=gate, expert=vae, train__batch_size=10, pictures=True)
     ended = here("train", "--config", write_config(folder / "c.yaml", config), "--out", "run")
     assert (ended.code, ended.err) == (0, ""), ended
     header, _, *lines = ended.out.splitlines()

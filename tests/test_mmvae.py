@@ -480,12 +480,12 @@ def test_a_run_resumes_on_three_ranks_and_is_loaded(tmp_path: Path, monkeypatch:
     from mixdist.data import Digits, Textures
 
     monkeypatch.chdir(tmp_path)
-    ended = here("train", "--config", config_of(tmp_path), "--out", "whole")
+    ended = here("train", "--config", config_of(tmp_path), "--out", "whole", "--pictures", "true")
     assert ended.code == 0, ended.err
     assert {path.stem for path in Path("whole/images").iterdir()} >= {"joint", "reconstructions", "traversals"}
     shutil.copytree("whole", "again")
     shutil.rmtree("again/checkpoints/step-000000003")
-    ended = together("train", "--resume", "again", ranks=3, folder=tmp_path)
+    ended = together("train", "--resume", "again", "--pictures", "false", ranks=3, folder=tmp_path)
     assert ended.code == 0, ended.err
     np.testing.assert_allclose(losses("again"), losses("whole"), rtol=1e-10)
     model = mixdist.load("whole")

@@ -328,7 +328,7 @@ def test_what_a_gate_that_is_a_model_shows(tmp_path: Path, monkeypatch: pytest.M
     gate = {"class_path": "mixdist.gates.DMVAE", "init_args": {"latent": 3, "network": mlp(8), "relaxed": False}}
     silent, alone = {"class_path": "mixdist.experts.Silent"}, {"class_path": "mixdist.mixtures.GateLoss"}
     config = write_config(tmp_path / "config.yaml", changed(gate=gate, expert=silent, train__objective=alone))
-    ended = here("train", "--config", config, "--out", "run")
+    ended = here("train", "--config", config, "--out", "run", "--pictures", "true")
     assert ended.code == 0, ended.err
     assert {path.name for path in Path("run/images").iterdir()} >= {"gate.png", "latent.png", "labels.png"}
     assert "gate.png" in ended.out

@@ -215,11 +215,11 @@ def test_a_run_resumes_on_two_ranks_and_is_loaded(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     penalty = {"class_path": "mixdist.mixtures.DHSIC", "init_args": {"weight": 5.0}}
     config = config_of(tmp_path, masks=masks(rates="each"), penalty=penalty, num_experts=4)
-    ended = here("train", "--config", config, "--out", "whole")
+    ended = here("train", "--config", config, "--out", "whole", "--pictures", "true")
     assert ended.code == 0, ended.err
     shutil.copytree("whole", "again")
     shutil.rmtree("again/checkpoints/step-000000003")
-    ended = together("train", "--resume", "again", ranks=2, folder=tmp_path)
+    ended = together("train", "--resume", "again", "--pictures", "false", ranks=2, folder=tmp_path)
     assert ended.code == 0, ended.err
     np.testing.assert_allclose(losses("again"), losses("whole"), rtol=1e-10)
     assert Path("whole/images/components.png").exists()

@@ -254,7 +254,7 @@ def _conclude(config: Config, session: Session, loop: Loop, run: Path) -> None:
         return
     rows = session.split(session.watched)
     evaluation = evaluate(mixture, rows, config.test_batch_size, config.seed, shares_from=session.train)
-    picture = draw(mixture, rows, evaluation, run, config.seed)
+    picture = draw(mixture, rows, evaluation, run, config.seed) if config.pictures else None
     if session.mesh.rank == 0:
         chosen = [f"   {name}: {value} ({why})" for name, (value, why) in mixture.choices().items() if why]
         shown = f"   picture: {picture}" if picture else ""

@@ -70,6 +70,7 @@ class Config:
         log_every: steps between lines of metrics.jsonl; a competition has one for each epoch of pretraining and each
             round, whatever is said here.
         test_batch_size: rows of the global batch in evaluation.
+        pictures: whether a run that ends is drawn, into its directory's images/.
     """
 
     data: Source
@@ -85,6 +86,7 @@ class Config:
     select: Select = field(default_factory=Select)
     log_every: int = 10
     test_batch_size: int = 1000
+    pictures: bool = True
 
 
 def check(config: Config) -> None:
