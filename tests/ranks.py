@@ -24,14 +24,15 @@ from typing import Any, NamedTuple
 
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as main sets it before torch is imported
 
-import torch
 
-import mixdist.cli.evaluate
-import mixdist.cli.train  # what takes seconds to import is here before the fork
+import mixdist.cli.evaluate  # what takes seconds to import is here before the fork
 from mixdist.cli.main import main
+from mixdist.cli.train import train_parser
+from mixdist.config.options import parse
+from mixdist.config.parsing import make_config
 from mixdist.parallel.launch import end_with_parent
 from tests.forks import Forked, environment
-from tests.launch import HANG_S, Ended
+from tests.launch import HANG_S, HARD, SMALL, Ended, write_config
 from tests.pool import serve_rank
 
 
@@ -220,10 +221,16 @@ def _become(asked: Mapping[str, Any], descriptors: Sequence[int]) -> int:
 
 
 def warm() -> None:
-    """Import what ranks would: each would take its seconds for it."""
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # the first optimiser imports for most of a second
-    for name in ("matplotlib.pyplot", "sklearn.datasets", "sklearn.metrics"):
+    """Do what ranks would do first: each would take its seconds for imports, and for what the parser keeps of classes.
+
+    A config is made with its optimisers, since the first optimiser imports for most of a second.
+    """
+    for name in ("matplotlib.pyplot", "sklearn.datasets", "sklearn.metrics", "torch.utils.tensorboard"):
         importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as folder:
+        for config in (SMALL, HARD):
+            parser = train_parser()
+            make_config(parser, parse(parser, ["--config", write_config(Path(folder, "config.yaml"), config)]))
 
 
 if __name__ == "__main__":

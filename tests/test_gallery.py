@@ -51,7 +51,10 @@ def test_a_run_is_not_drawn_where_it_should_not_be(folder: Path) -> None:
 
 
 def test_a_run_in_the_plane_shows_its_rounds_and_no_images(folder: Path) -> None:
-    assert here("train", "--config", write_config(folder / "c.yaml", changed(HARD, pictures=True)), "--out", "run").code == 0
+    assert (
+        here("train", "--config", write_config(folder / "c.yaml", changed(HARD, pictures=True)), "--out", "run").code
+        == 0
+    )
     assert list(pictures(folder / "run")) == ["experts.png", "labels.png", "rounds.png", "training.png"]
 
 

@@ -197,6 +197,7 @@ def test_more_epochs_may_be_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert here("train", "--config", config, "--out", "short").code == 0
     assert here("train", "--resume", "short", "--train.epochs", "2").code == 0
     assert records(tmp_path / "short") == records(tmp_path / "long")
-    assert here("train", "--resume", "short").code == 0  # at its end already: evaluates and ends
+    # At its end already: it is evaluated and drawn.
+    assert here("train", "--resume", "short", "--pictures", "true").code == 0
     assert records(tmp_path / "short") == records(tmp_path / "long")
     assert os.path.exists(tmp_path / "short" / "images" / "experts.png")
