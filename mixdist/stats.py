@@ -1,9 +1,11 @@
 """Log-densities and divergences in nats, elementwise (the caller sums over a row) unless the docstring says otherwise;
-quantiles, which turn uniform numbers into samples; and the ramp of schedules."""
+quantiles, which turn uniform numbers into samples; and the ramps of schedules."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -206,15 +208,116 @@ def entropy(log_p: Tensor, dim: int) -> Tensor:
     return -(log_p.exp().masked_fill(absent, 0.0) * log_p.masked_fill(absent, 0.0)).sum(dim)
 
 
-def ramp(step: int, steps: int) -> float:
+class Step(int):
+    """A step of a phase of training, from 0, that knows how often its module has gone through the training rows.
+
+    Args:
+        step: steps done in the phase.
+        epochs: passes done, exact: 3/2 in the middle of the second.
+
+    Examples:
+        >>> from fractions import Fraction
+        >>> from mixdist.stats import Step
+        >>> step = Step(15, Fraction(15, 10))
+        >>> step + 1, step.epochs
+        (16, Fraction(3, 2))
+    """
+
+    epochs: Fraction
+
+    def __new__(cls, step: int, epochs: Fraction) -> Step:
+        made = super().__new__(cls, step)
+        made.epochs = epochs
+        return made
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """A rise of a weight from 0 to 1, once or in cycles (Fu et al. 2019, section 3.1); a function of the step alone.
+
+    With t the part of ``steps`` or ``epochs`` that is over, M cycles and R the part of each in which the weight rises,
+
+        weight = min(1, (t M mod 1) / R) for t < 1, and 1 from there on.
+
+    Steps and epochs count from the start of a phase. In a competition each expert counts those on its own rows, so in
+    steps the expert with most rows ends first, and in epochs all end together; an expert that was reseeded counts from
+    its own beginning.
+
+    Args:
+        steps: training steps over which all cycles go; or
+        epochs: passes over the training rows, such as 2.5.
+        cycles: how often the weight rises; each cycle but the first begins with a fall to 0. Fu et al. take 4.
+        rise: the part of a cycle in which the weight rises; in the rest it is 1. Fu et al. take 0.5.
+
+    Raises:
+        ValueError: steps and epochs both or neither, or a number that makes no sense.
+
+    Examples:
+        >>> from mixdist.stats import Warmup
+        >>> [Warmup(steps=8, cycles=2, rise=0.5).weight(step) for step in range(10)]
+        [0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0]
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    cycles: int = 1
+    rise: float = 1.0
+
+    def __post_init__(self) -> None:
+        length = self.epochs if self.steps is None else self.steps
+        if (self.steps is None) == (self.epochs is None) or not 0 < (length or 0) < math.inf:
+            raise ValueError(
+                f"a warm-up's steps ({self.steps}) and epochs ({self.epochs}) must be one number above 0: give one of "
+                f"them, or 0 in place of all for none"
+            )
+        if self.cycles < 1:
+            raise ValueError(f"a warm-up's cycles ({self.cycles}) must be 1 or more: give 1 for a single rise")
+        if not 0 < self.rise <= 1:
+            raise ValueError(f"a warm-up's rise ({self.rise}) must be above 0 and at most 1: give a part of a cycle")
+
+    def weight(self, step: int) -> float:
+        """Return the weight of a step; in exact arithmetic but for the last rounding.
+
+        Raises:
+            ValueError: the warm-up is in epochs, and the step knows none.
+        """
+        if self.epochs is None:
+            done = Fraction(int(step), self.steps or 1)
+        elif isinstance(step, Step):
+            done = step.epochs / Fraction(str(self.epochs))
+        else:
+            raise ValueError(
+                f"a warm-up of {self.epochs} epochs was given step {step}, which knows of none: give "
+                f"mixdist.stats.Step(step, epochs)"
+            )
+        return 1.0 if done >= 1 else min(1.0, float(done * self.cycles % 1 / Fraction(str(self.rise))))
+
+
+def ramp(step: int, steps: int | Warmup) -> float:
     """Return min(1, step / steps), the linear rise from 0 to 1 that schedules are made of; 1 where ``steps`` is 0.
+
+    Args:
+        step: of the phase, from 0.
+        steps: a number, or a :class:`Warmup`, whose weight is returned.
 
     Examples:
         >>> from mixdist.stats import ramp
         >>> [ramp(step, 4) for step in (0, 1, 4, 100)], ramp(0, 0)
         ([0.0, 0.25, 1.0, 1.0], 1.0)
     """
+    if isinstance(steps, Warmup):
+        return steps.weight(step)
     return min(1.0, step / steps) if steps else 1.0
+
+
+def check_steps(name: str, steps: int | Warmup) -> None:
+    """Check the length of a ramp.
+
+    Raises:
+        ValueError: a number that is none of steps.
+    """
+    if not isinstance(steps, Warmup) and not 0 <= steps < math.inf:
+        raise ValueError(f"{name} ({steps}) must be a number of training steps: give 0 for no schedule")
 
 
 def _exp(value: Tensor | float) -> Tensor | float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ from mixdist.noise import Draw, Moment, Purpose
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement
 from mixdist.parallel.wire import Wire
+from mixdist.stats import Step, Warmup
 from mixdist.terms import Batch, Field, Gating, Spec
 from tests.two_stage import TwoStage
 
@@ -190,7 +192,15 @@ def make_expert(case: Case, spec: Spec) -> Expert:
     if case.expert == "linear":
         return VAE(spec, 2, LinearPaths(MLP([8], "tanh")), "gaussian", "decoder", "identity", floor=0.05)
     if case.expert == "gaussian":
-        return VAE(spec, 3, MLP([8], "tanh"), "gaussian", "learned", kl_warmup=10, free_bits=0.05)
+        return VAE(
+            spec,
+            3,
+            MLP([8], "tanh"),
+            "gaussian",
+            "learned",
+            kl_warmup=Warmup(epochs=1.5, cycles=2, rise=0.7),
+            free_bits=0.05,
+        )
     return VAE(spec, 3, MLP([8], "sigmoid"), "bernoulli")
 
 
@@ -387,7 +397,7 @@ def run(case: Case) -> dict[str, Any]:
     upcoming = loader.batch(0, 0)
     for step in range(case.steps):
         for owned in mixture.parts.owned():
-            getattr(owned.module, "anneal", lambda step: None)(step)
+            getattr(owned.module, "anneal", lambda step: None)(Step(step, Fraction(step, loader.num_batches)))
         wire.meter.reset()
         shard, upcoming = upcoming, loader.batch(*divmod(step + 1, loader.num_batches))
         engine.zero_grad()

@@ -56,7 +56,7 @@ CONFIG: dict[str, Any] = {
                     "latent": 2,
                     "likelihood": "gaussian",
                     "mean": "identity",
-                    "kl_warmup": 9,
+                    "kl_warmup": {"epochs": 5.5, "cycles": 2, "rise": 0.6},
                 },
             },
             "num_experts": 4,

@@ -186,7 +186,7 @@ def test_an_expert_of_a_competition_reads_its_loss_and_norms_once_a_step() -> No
             batches = [(torch.arange(i, i + 10).to(DEVICE), 10) for i in (0, 10, 20)]
             device.clear()
             drawn.clear()
-            entrant.train(rows, batches, 0)
+            entrant.train(rows, batches, 0, 30)
     assert not +device.copies
     assert dict(+device.reads) == {"solo.Solo.step": 3}
     assert drawn == ["normal"]

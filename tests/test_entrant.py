@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mixdist.engines import Native, Solo
 from mixdist.engines.state import read_optimizer, write_optimizer
 from mixdist.noise import Moment, Purpose
 from mixdist.parallel.wire import Wire
+from mixdist.stats import Step
 from mixdist.terms import Outcome, Parts
 from tests.contest import Contest, make_mixture, make_phase
 from tests.parity import SEED, data, mesh_of
@@ -24,7 +26,7 @@ PLACES = [(part, len(part)) for part in torch.arange(45).split(16)]
 
 def go_on(entrant: Entrant) -> None:
     """Train an expert for an epoch, and its discriminator for a pass over the data."""
-    entrant.train(data().rows, PLACES, 1)
+    entrant.train(data().rows, PLACES, 1, 45)
     entrant.end_epoch()
     entrant.challenge(data().rows, PLACES, 1)
 
@@ -33,7 +35,7 @@ def trained(case: Contest, wire: Wire, number: int = 2, epochs: int = 2, ranks: 
     """An expert and its discriminator that have trained for some epochs of 45 rows in batches of 16."""
     entrant = Entrant(number, make_mixture(case, mesh_of(4, ranks, ranks), wire), make_phase(case, 1))
     for _ in range(epochs):
-        entrant.train(data().rows, PLACES, 1)
+        entrant.train(data().rows, PLACES, 1, 45)
         entrant.end_epoch()
     entrant.meet(1)
     entrant.challenge(data().rows, PLACES, 1)
@@ -52,7 +54,7 @@ def test_alone_is_as_with_the_engine_of_mixtures(optimizer: str) -> None:
         ids = torch.arange(45).split(16)[step % 3]
         rows = entrant.context.values({n: column[ids] for n, column in data().rows.items()}, expert.fields)
         engine.zero_grad()
-        expert.anneal(step)
+        expert.anneal(Step(step, step // 3 + Fraction(16 * (step % 3), 45)))
         assert expert.noise_shape is not None
         eps = Moment(SEED, 1, step).draw(Purpose.POSTERIOR).normal(rows["id"], [2], expert.noise_shape, torch.float64)
         loss = expert(rows, eps[0]).loss_R.sum() / len(ids)
@@ -127,3 +129,22 @@ def test_there_and_back_nothing_is_lost(pool: Callable[[int], Pool], ranks: int,
         go_on(stayed)
         for name, tensor in stayed.tensors().items():
             assert torch.equal(found[f"on {e} {name}"], tensor), name
+
+
+def test_passes_are_counted_alike_whatever_rows_there_are() -> None:
+    case, phase = Contest(), make_phase(Contest(), 1)
+    few, many = (Entrant(e, make_mixture(case, mesh_of(4, 1, 1), Wire(torch.device("cpu"))), phase) for e in range(2))
+    for entrant, num_rows in ((few, 10), (many, 45)):
+        batches = [(part, len(part)) for part in torch.arange(num_rows).split(4)]
+        seen = []
+        for batch in batches:
+            entrant.train(data().rows, [batch], 1, num_rows)
+            seen.append(entrant.step(num_rows).epochs)
+        assert seen[:2] == [Fraction(4, num_rows), Fraction(8, num_rows)]
+        assert seen[-1] == 1
+        entrant.end_epoch()
+        assert entrant.step(num_rows).epochs == 1
+        assert entrant.step(num_rows) == len(batches)
+    late = Entrant(0, few.mixture, phase, round=3)  # in the place of another, which trained for two rounds
+    late.engine.go_to(0, 2 * phase.epochs)
+    assert late.step(7).epochs == 0

@@ -188,6 +188,16 @@ def test_the_density_of_two_numbers_integrates_to_one(name: Any, scale: Any) -> 
     assert density.item() == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", ["gaussian", "laplace", "logistic"])
+@pytest.mark.parametrize("floor", [None, 0.01])
+def test_scales_begin_where_they_are_told(name: Any, scale: Any, floor: float | None) -> None:
+    one = Likelihood(name, scale, "identity", None, floor, SHAPE, first=0.25).double()
+    output = torch.zeros(3, SIZE * one.num_maps, dtype=torch.float64)
+    scales = torch.as_tensor(one.log_scales(output)).exp().double()
+    torch.testing.assert_close(scales, torch.full_like(scales, 0.25), rtol=1e-6, atol=0)
+
+
 def test_a_scale_at_its_floor_has_a_gradient() -> None:
     one = Likelihood("gaussian", "pixel", "identity", None, 1e-2, SHAPE)
     one.log_scale.data.fill_(-12.0)  # type: ignore[union-attr]
@@ -202,6 +212,9 @@ def test_a_scale_at_its_floor_has_a_gradient() -> None:
         ("learned", {"floor": 0.0}, "floor (0.0)"),
         ("pixel", {"floor": -1.0}, "floor (-1.0)"),
         (0.5, {"floor": 0.1}, "floor (0.1) scale (0.5)"),
+        (0.5, {"first": 0.1}, "first_scale (0.1) scale (0.5)"),
+        ("learned", {"first": 0.0}, "first_scale (0.0)"),
+        ("pixel", {"first": 0.001}, "first_scale (0.001) above the floor, 0.001"),
         (-1.0, {}, "scale (-1.0)"),
         ("channel", {"shape": (12,)}, "channel (12,)"),
     ],

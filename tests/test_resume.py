@@ -18,6 +18,7 @@ from mixdist.report.metrics import read_metrics
 from tests.launch import begin, changed, here, mlp, together, write_config
 
 NUM_STEPS, SAVED, LOGGED = 39, 10, 12  # of a run: one epoch; when it was killed: the newest checkpoint, the last step
+WARMUP = {"epochs": 0.7, "cycles": 3, "rise": 0.5}  # the run is killed inside of it
 TIMES = ("rows_per_s", "waiting_s", "transfer_s", "peak_memory_bytes")
 WIRE = ("wire_bytes", "wire_bytes_min", "sync_bytes")
 
@@ -39,7 +40,7 @@ class Stalling(VAE):
 def config_of(folder: Path, **changes: Any) -> str:
     """Write the config, float64, and the expert it names."""
     (folder / "stalling.py").write_text(OWN)
-    expert = {"class_path": "stalling.Stalling", "init_args": {"network": mlp(8), "latent": 2}}
+    expert = {"class_path": "stalling.Stalling", "init_args": {"network": mlp(8), "latent": 2, "kl_warmup": WARMUP}}
     config = changed(
         **{"dtype": "float64", "expert": expert, "train__batch_size": 37, "checkpoint": {"every": 5}, **changes}
     )

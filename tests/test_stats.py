@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Laplace, Normal, kl_divergence
 
 from mixdist.stats import (
+    Step,
+    Warmup,
     bernoulli_log_prob,
     entropy,
     laplace_log_prob,
     logistic_log_prob,
     normal_kl,
     normal_sum_log_prob,
+    ramp,
 )
 
 Density = Callable[..., Tensor]
@@ -149,3 +153,39 @@ def test_the_discretised_logistic_nears_its_density_times_a_bin() -> None:
     x, mean, scale = LEVELS[1:-1], torch.tensor(0.4).double(), 0.8
     logistic = -(x - mean) / scale - math.log(scale) - 2 * torch.log1p((-(x - mean) / scale).exp())
     torch.testing.assert_close(logistic_log_prob(x, mean, math.log(scale)), logistic - math.log(255), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cycles", [1, 4])
+@pytest.mark.parametrize("rise", [0.5, 1.0])
+def test_a_warm_up_is_that_of_fu_et_al(cycles: int, rise: float) -> None:
+    total, warmup = 40, Warmup(steps=40, cycles=cycles, rise=rise)
+    for step in range(total):
+        tau = (step % (total // cycles)) / (total // cycles)  # equation 6, steps counted from 0
+        assert warmup.weight(step) == pytest.approx(min(1.0, tau / rise), abs=1e-15)
+    assert {warmup.weight(step) for step in (total, total + 7, 10**9)} == {1.0}
+
+
+def test_a_warm_up_in_epochs_is_that_in_their_steps() -> None:
+    for num_batches in (7, 39, 1000):
+        in_steps = Warmup(steps=3 * num_batches, cycles=3, rise=0.4)
+        in_epochs = Warmup(epochs=3.0, cycles=3, rise=0.4)
+        for step in (0, 1, 2, num_batches, num_batches + 1, 2 * num_batches - 1, 3 * num_batches):
+            assert in_epochs.weight(Step(step, Fraction(step, num_batches))) == in_steps.weight(step)
+    # Where a float would be off: a third of 0.3 epochs ends a cycle, and the weight there is 0, not 1.
+    assert Warmup(epochs=0.3, cycles=3).weight(Step(1, Fraction(1, 10))) == 0.0
+    assert Warmup(steps=600).weight(17) == ramp(17, 600) == ramp(17, Warmup(steps=600))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"steps": 3, "epochs": 1.0}, {"steps": 0}, {"epochs": -1.0}, {"epochs": math.nan}, {"steps": 3, "cycles": 0}]
+    + [{"steps": 3, "rise": rise} for rise in (0.0, 1.5)],
+)
+def test_warm_ups_that_make_no_sense_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="a warm-up's"):
+        Warmup(**options)  # type: ignore[arg-type]
+
+
+def test_a_warm_up_in_epochs_wants_a_step_that_knows_them() -> None:
+    with pytest.raises(ValueError, match=r"of 2 epochs was given step 7.*Step"):
+        Warmup(epochs=2).weight(7)

@@ -62,7 +62,7 @@ def inspect_entrants(
 
     def check() -> Outputs:
         for e, entrant in entrants.items():
-            anneal(mixture.key_of(e), entrant.expert, entrant.engine.steps)
+            anneal(mixture.key_of(e), entrant.expert, entrant.step(1))
         return inspect_competitors(mixture, experts, discriminators, rows, batch, at, stage)
 
     check_same(agreed(check, mesh.world), mesh.world)

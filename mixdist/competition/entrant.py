@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 from functools import partial
 from itertools import repeat
 
@@ -21,6 +22,7 @@ from mixdist.engines.solo import SoloFactory
 from mixdist.experts import Expert, ExpertBank, Noise
 from mixdist.mixtures.schedules import anneal
 from mixdist.noise import DISCRIMINATOR_PHASE, RESTART_PHASE, Moment, Purpose
+from mixdist.stats import Step
 from mixdist.terms import Batch, Owned
 from mixdist.training.phases import Phase
 
@@ -64,17 +66,19 @@ class Entrant:
 
     def enter(self, phase: Phase) -> None:
         """Begin a phase: a new optimiser, steps from 0."""
+        self._epochs_of_round = phase.epochs
         group, wire = self.context.mesh.replica_group, self.context.wire
         name, told = f"expert {self.number}", (phase.optimizer, phase.schedule, phase.clip_norm)
         self.engine = self.make(name, self.expert, group, wire, *told, turn=self.number)
 
-    def train(self, rows: Batch, batches: Iterable[tuple[Tensor, int]], phase: int) -> None:
+    def train(self, rows: Batch, batches: Iterable[tuple[Tensor, int]], phase: int, epoch_rows: int) -> None:
         """Train on batches of an epoch, which goes on until ``end_epoch``.
 
         Args:
             rows: stored rows.
             batches: for each batch the places in ``rows`` of this replica's part, and the size of the whole.
             phase: number of the phase, for the draws.
+            epoch_rows: rows of the expert in the whole epoch, over all replicas.
 
         Raises:
             NotFinite: a loss or a gradient is not finite.
@@ -85,12 +89,21 @@ class Entrant:
             # index_select takes a tenth of the time of indexing for rows of bytes.
             stored = {name: rows[name].index_select(0, places_R) for name in ("id", *fields)}
             values = self.context.values(stored, fields)
-            anneal("mixture.expert", self.expert, self.engine.steps)
+            anneal("mixture.expert", self.expert, self.step(epoch_rows))
             self.engine.zero_grad()
             grads = partial(torch.full, (len(places_R), 1), 1 / size, dtype=self.context.dtype, device=places_R.device)
             losses_R1 = self.bank.backward(values, noise, None, grads)
             self._total += self.engine.step(losses_R1.sum() / size) * size
             self._num_rows += size
+
+    def step(self, epoch_rows: int) -> Step:
+        """Return the expert's next step in the phase, with its passes since it began.
+
+        Args:
+            epoch_rows: rows of the expert in the whole epoch.
+        """
+        before = max(self.round - 1, 0) * self._epochs_of_round  # of the expert in whose place it began
+        return Step(self.engine.steps, self.engine.epochs - before + Fraction(self._num_rows, epoch_rows))
 
     def end_epoch(self) -> None:
         """End an epoch; ``loss`` is then the mean over its rows, nats."""

@@ -201,7 +201,8 @@ class Rounds:
         for brought, batches in pieces_of_epoch(*where, epoch, homes, own, self.phase.batch_size):
             with self.history.timed("experts_s"):
                 for e, entrant in self.entrants.items():
-                    self.entrants.attempt(partial(entrant.train, brought.rows, brought.places(batches(e)), at.phase))
+                    task = partial(entrant.train, brought.rows, brought.places(batches(e)), at.phase, len(own(e)))
+                    self.entrants.attempt(task)
         for entrant in self.entrants.values():
             self.entrants.attempt(entrant.end_epoch)
         ended = pretraining and at.epoch + 1 == self.phase.epochs
@@ -225,9 +226,8 @@ class Rounds:
         if self.pretraining and self.rules.start == "all":
             return torch.arange(len(self.dataset))
         assert table is not None
-        if not self.pretraining and self.rules.starved == "freeze" and e in self._starved(table):
-            return torch.arange(0)
-        return table.positions(e)
+        frozen = not self.pretraining and self.rules.starved == "freeze" and e in self._starved(table)
+        return torch.arange(0) if frozen else table.positions(e)
 
     def _starved(self, table: Assignment) -> list[int]:
         return starved(table.counts_E, self.rules.starved_below)

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from jsonargparse import ArgumentParser, Namespace
 
 _LONGEST = 80
+PLAIN = (int, type(None))
+"""Types that may stand in place of a section, where the annotation has them."""
 
 
 class Place(NamedTuple):
@@ -103,7 +105,7 @@ class Place(NamedTuple):
                     raise ValueError(place.must_be([place.wants()], value.class_path))
             for name, inner in vars(inside).items():
                 place.inner(name).check(inner)
-        elif self.is_section() and (value is not None or type(None) not in typing.get_args(self.hint)):
+        elif self.is_section() and not isinstance(value, tuple(t for t in typing.get_args(self.hint) if t in PLAIN)):
             raise ValueError(self.must_be([self.wants()], str(value)))
 
 

@@ -16,7 +16,7 @@ from mixdist.nets.linear import Paths
 from mixdist.nets.mlp import MLP, flat
 from mixdist.nets.network import Network
 from mixdist.nets.principal import LinearGaussian
-from mixdist.stats import normal_kl, ramp
+from mixdist.stats import Warmup, check_steps, normal_kl, ramp
 from mixdist.terms import Batch, ExpertTerms, Posterior, Spec, real_field
 
 
@@ -24,8 +24,8 @@ class VAE(Expert):
     """A variational autoencoder (Kingma and Welling 2014): a network makes its encoder and decoder.
 
     loss = -log p(x|z) + w beta sum_l max(KL_l, free_bits), with z = mu + sigma eps, KL_l = KL(q(z_l|x) || N(0, 1))
-    analytic, and w rising from 0 to 1 over ``kl_warmup`` training steps. ``kl_R`` is the plain KL, so that
-    ``log_px_R - kl_R`` is the ELBO whatever the training weights.
+    analytic, and w rising from 0 to 1 over ``kl_warmup``, so that z is used before it costs. ``kl_R`` is the plain KL,
+    so that ``log_px_R - kl_R`` is the ELBO whatever the training weights.
 
     With ``MLP([128], "sigmoid")`` it is seed document 000's expert; with ``Conv([8, 16, 32, 64], kernel=4)`` and
     ``latent=8`` that of seed document 004, section 8.2, but for its batch normalisation. Parameters on 3x64x64: 7.0
@@ -43,12 +43,15 @@ class VAE(Expert):
             from z. Without effect on bernoulli.
         mean: sigmoid when x lies in [0, 1], identity otherwise; without effect on bernoulli.
         beta: weight of the KL (Higgins et al. 2017).
-        kl_warmup: training steps over which the KL's weight rises linearly from 0; 0 for none.
+        kl_warmup: training steps over which the KL's weight rises linearly from 0; or a :class:`mixdist.stats.Warmup`,
+            as ``{epochs: 5}``, or ``{epochs: 20, cycles: 4, rise: 0.5}`` for a cyclical one; 0 for none.
         free_bits: least KL charged for each latent dimension of each row, nats (Kingma et al. 2016, without the mean
             over the batch, so that rows stay independent).
         field: which field it models.
         floor: the least scale: :class:`mixdist.nets.likelihood.Likelihood`; unset, 0.001 for channel, pixel and
             decoder, none for learned.
+        first_scale: where a scale that is not fixed begins, in units of x; unset, about 1, for logistic 0.1. A small
+            one makes reconstructions count from the start, so that z is used.
 
     Raises:
         ValueError: a field that is missing, holds classes or does not suit the network; no latent dimension; a negative
@@ -75,16 +78,18 @@ class VAE(Expert):
         scale: float | ScaleName = "learned",
         mean: MeanName = "sigmoid",
         beta: float = 1.0,
-        kl_warmup: int = 0,
+        kl_warmup: int | Warmup = 0,
         free_bits: float = 0.0,
         field: str = "x",
         floor: float | None = None,
+        first_scale: float | None = None,
     ) -> None:
         super().__init__()
         described = real_field(spec, field, "VAE")
         if latent < 1:
             raise ValueError(f"VAE's latent ({latent}) must be at least 1: give a number of dimensions")
-        for name, value in (("beta", beta), ("kl_warmup", kl_warmup), ("free_bits", free_bits)):
+        check_steps("VAE's kl_warmup", kl_warmup)
+        for name, value in (("beta", beta), ("free_bits", free_bits)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"VAE's {name} ({value}) must be a number from 0: give 0 or more")
         network = MLP([128]) if network is None else network
@@ -92,7 +97,7 @@ class VAE(Expert):
         self.shape, self.stackable = described.shape, network.stackable
         self.beta, self.kl_warmup, self.free_bits = beta, kl_warmup, free_bits
         num_levels = check_levels(described, field, "VAE") if likelihood == "logistic" else None
-        made = Likelihood(likelihood, scale, mean, num_levels, floor, self.shape)
+        made = Likelihood(likelihood, scale, mean, num_levels, floor, self.shape, first_scale)
         self.encoder = network.encoder(self.shape, 2 * latent)
         self.decoder, self.likelihood = network.decoder(latent, self.shape, made.num_maps), made
         self.log_px_is, self.levels = self.likelihood.is_a, self.likelihood.levels

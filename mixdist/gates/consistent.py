@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixdist.gates.gate import Gate
-from mixdist.stats import ramp
+from mixdist.stats import Warmup, check_steps, ramp
 from mixdist.terms import Batch, Gating, Spec, constant
 
 NUM_VIEW = 6
@@ -41,7 +41,7 @@ class Consistent(Gate):
         padding: values outside of an image: zeros, or its border or reflection.
         field: the image, (channels, height, width).
         warmup_steps: training steps of a phase over which w rises linearly from 0, so that the responsibilities become
-            clear first.
+            clear first; or a :class:`mixdist.stats.Warmup`, as ``{epochs: 2}``.
 
     Raises:
         ValueError: a field that is no image or that the inner gate does not read; a negative or infinite limit.
@@ -68,7 +68,7 @@ class Consistent(Gate):
         shear: float = 0.25,
         padding: Literal["zeros", "border", "reflection"] = "zeros",
         field: str = "x",
-        warmup_steps: int = 0,
+        warmup_steps: int | Warmup = 0,
     ) -> None:
         super().__init__()
         if field not in spec or spec[field].num_classes is not None or len(spec[field].shape) != 3:
@@ -77,7 +77,8 @@ class Consistent(Gate):
                 f"Consistent needs an image (channels, height, width), not {field!r}: the data has {has}: set field"
             )
         limits = {"weight": weight, "shift": shift, "rotation": rotation, "scale": scale, "shear": shear}
-        for name, value in {**limits, "warmup_steps": warmup_steps}.items():
+        check_steps("Consistent's warmup_steps", warmup_steps)
+        for name, value in limits.items():
             if not 0 <= value < math.inf:
                 raise ValueError(f"Consistent's {name} ({value}) must be a number from 0: give 0 for none")
         self.gate = gate(spec, num_experts)

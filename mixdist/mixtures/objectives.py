@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from mixdist.stats import entropy, ramp
+from mixdist.stats import Warmup, check_steps, entropy, ramp
 
 
 class Balance:
@@ -43,20 +43,15 @@ class Balance:
 class _Weighted(Balance):
     """A balance term with a weight that rises linearly from 0 over ``warmup_steps``; constant if they are 0."""
 
-    def __init__(self, weight: float, warmup_steps: int) -> None:
+    def __init__(self, weight: float, warmup_steps: int | Warmup) -> None:
         kind = type(self).__name__
         if not 0 <= weight < math.inf:
             raise ValueError(f"{kind}'s weight ({weight}) must be 0 or more: a negative one would reward collapse")
-        _check_steps(f"{kind}'s warmup_steps", warmup_steps)
+        check_steps(f"{kind}'s warmup_steps", warmup_steps)
         self.weight, self.warmup_steps, self.weight_now = weight, warmup_steps, weight
 
     def anneal(self, step: int) -> None:
         self.weight_now = self.weight * ramp(step, self.warmup_steps)
-
-
-def _check_steps(name: str, steps: int) -> None:
-    if not 0 <= steps < math.inf:
-        raise ValueError(f"{name} ({steps}) must be a number of training steps: give 0 for no schedule")
 
 
 class VarianceBalance(_Weighted):
@@ -66,7 +61,8 @@ class VarianceBalance(_Weighted):
 
     Args:
         weight: of the term.
-        warmup_steps: training steps of a phase over which the weight rises linearly from 0.
+        warmup_steps: training steps of a phase over which the weight rises linearly from 0, or a
+            :class:`mixdist.stats.Warmup`, as ``{epochs: 2}``.
 
     Raises:
         ValueError: a negative weight or number of steps.
@@ -78,7 +74,7 @@ class VarianceBalance(_Weighted):
         tensor(10.)
     """
 
-    def __init__(self, weight: float = 0.1, warmup_steps: int = 0) -> None:
+    def __init__(self, weight: float = 0.1, warmup_steps: int | Warmup = 0) -> None:
         super().__init__(weight, warmup_steps)
 
     def __call__(self, resp_sum_E: Tensor, num_rows: int) -> Tensor:
@@ -90,7 +86,8 @@ class KLBalance(_Weighted):
 
     Args:
         weight: of the term.
-        warmup_steps: training steps of a phase over which the weight rises linearly from 0.
+        warmup_steps: training steps of a phase over which the weight rises linearly from 0, or a
+            :class:`mixdist.stats.Warmup`, as ``{epochs: 2}``.
 
     Raises:
         ValueError: a negative weight or number of steps.
@@ -105,7 +102,7 @@ class KLBalance(_Weighted):
         tensor(0.6931)
     """
 
-    def __init__(self, weight: float = 1.0, warmup_steps: int = 0) -> None:
+    def __init__(self, weight: float = 1.0, warmup_steps: int | Warmup = 0) -> None:
         super().__init__(weight, warmup_steps)
 
     def __call__(self, resp_sum_E: Tensor, num_rows: int) -> Tensor:
@@ -152,7 +149,7 @@ class Objective:
         kind = type(self).__name__
         if not math.isfinite(entropy_bonus):
             raise ValueError(f"{kind}'s entropy_bonus ({entropy_bonus}) must be a finite number: give 0 for none")
-        _check_steps(f"{kind}'s entropy_steps", entropy_steps)
+        check_steps(f"{kind}'s entropy_steps", entropy_steps)
         self.balance, self.entropy_bonus, self.entropy_steps = balance, entropy_bonus, entropy_steps
         self.entropy_weight = entropy_bonus
 

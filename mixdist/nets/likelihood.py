@@ -61,6 +61,8 @@ class Likelihood(nn.Module):
         num_levels: of the logistic; by default 256.
         floor: the least scale, in units of x; unset, 0.001 for channel, pixel and decoder, none for learned.
         shape: of a row, for channel and pixel.
+        first: the first scale of scales that are not fixed, in units of x, exactly so for learned, channel and pixel;
+            unset, 1, for logistic 0.1, and the floor added.
 
     Attributes:
         is_a: density or mass.
@@ -68,8 +70,8 @@ class Likelihood(nn.Module):
         num_maps: how many numbers of a network's output are of one number of x: 2 with scale decoder, else 1.
 
     Raises:
-        ValueError: a scale or a floor that is not positive, or a floor of a scale that is fixed; channel for rows that
-            are no images.
+        ValueError: a scale or a floor that is not positive, a floor or a first scale of a scale that is fixed, a first
+            scale not above the floor; channel for rows that are no images.
 
     Examples:
         >>> import torch
@@ -90,6 +92,7 @@ class Likelihood(nn.Module):
         num_levels: int | None = None,
         floor: float | None = None,
         shape: Sequence[int] = (),
+        first: float | None = None,
     ) -> None:
         super().__init__()
         fixed = not isinstance(scale, str)
@@ -104,14 +107,31 @@ class Likelihood(nn.Module):
         self.scale, self.num_maps, self.width = scale, 1, math.prod(shape)
         self.floor = LEAST_SCALE if floor is None and scale in ("channel", "pixel", "decoder") else floor
         if name == "bernoulli":
+            if first is not None:
+                raise ValueError(f"first_scale ({first}) means nothing for bernoulli, which has no scale: leave it out")
             return
-        self.log_scale: float | Tensor = math.log(_FIRST_SCALE[name] if isinstance(scale, str) else scale)
+        self.first = self._first(first)
+        self.log_scale: float | Tensor = math.log(self.first if isinstance(scale, str) else scale)
         if scale == "decoder":
             self.num_maps = 2
         elif not fixed:
             # (1, n) broadcasts over (R, D), and (E, 1, n) over (E, R, D) when experts are stacked.
             count = _num_channels(shape) if scale == "channel" else self.width if scale == "pixel" else 1
             self.log_scale = nn.Parameter(torch.full((1, count), self.log_scale))
+
+    def _first(self, first: float | None) -> float:
+        """Return exp(r) of a scale that begins at ``first``.
+
+        Raises:
+            ValueError: no scale can begin there.
+        """
+        if first is None:
+            return _FIRST_SCALE[self.name]
+        floor = self.floor or 0.0
+        if not isinstance(self.scale, str) or not floor < first < math.inf:
+            fixed = "leave it out" if not isinstance(self.scale, str) else f"give a number above the floor, {floor:g}"
+            raise ValueError(f"first_scale ({first}) does not suit scale ({self.scale}): {fixed}")
+        return first - floor
 
     @property
     def limits(self) -> tuple[float, float] | None:
@@ -162,7 +182,7 @@ class Likelihood(nn.Module):
         raw_n = (scale_n - floor).log()
         if learned is not None:
             learned.data.copy_(raw_n[None])
-        return raw_n - math.log(_FIRST_SCALE[self.name])
+        return raw_n - math.log(self.first)
 
     def mean(self, output: Tensor) -> Tensor:
         """Return E[x | output], (..., D); the location for logistic, which clipping moves."""

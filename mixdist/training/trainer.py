@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mixdist.mixtures.inspection import inspect
 from mixdist.mixtures.schedules import anneal, anneal_module
 from mixdist.noise import TRIAL_PHASE, Moment
 from mixdist.parallel.agreement import agreed, gather_json
+from mixdist.stats import Step
 from mixdist.training.checkpoint import Saved, load_module
 from mixdist.training.loop import Advance, peak_memory
 from mixdist.training.phases import Phase, Position, check_alike, phase_keys, with_defaults
@@ -211,9 +213,11 @@ class Trainer:
 
     def _anneal(self) -> None:
         """Set all schedules for the step of the position."""
+        done = self.position.step
+        step = Step(done, Fraction(done, self.loader.num_batches))
         for owned in self.owned:
-            anneal_module(owned, self.position.step)
-        anneal("objective", self.phase.objective, self.position.step)
+            anneal_module(owned, step)
+        anneal("objective", self.phase.objective, step)
 
     def _batch(self, epoch: int, index: int) -> RankBatch:
         return self.loader.batch(epoch, index).to(self.mesh.device)
