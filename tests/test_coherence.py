@@ -115,6 +115,18 @@ def test_absent_modalities_are_neither_given_nor_counted() -> None:
     assert found.figures["coherence_given_1"] > 0.99
 
 
+def test_what_no_training_row_has_is_not_judged() -> None:
+    """Without a classifier there is no accuracy that a figure could be read against."""
+    train, test = rows(0, 3, absent=True), rows(1000, 3, absent=True)
+    train.rows["present"][:, 0] = 0
+    found = evaluate(made("mmvae", train, 3), test, 40, 0, 4, train)
+    judged = {name for name in found.figures if name.startswith(("coherence", "probe", "classifier"))}
+    assert judged == {f"{name}_x{m}" for name in ("probe", "classifier_accuracy") for m in (1, 2)} | {
+        f"coherence_x{n}_to_x{m}" for n in range(3) for m in (1, 2) if n != m
+    } | {"coherence_given_1", "coherence_given_2"}
+    assert not any(key.endswith("-> x0") for key in found.protocol["coherence_by_given"])
+
+
 def test_judging_changes_no_other_figure_and_is_asked_for_by_samples() -> None:
     train, test = rows(0, 2), rows(1000, 2)
     mixture = made("mmvae", train, 2)

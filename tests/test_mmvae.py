@@ -521,7 +521,7 @@ def test_products_train_and_are_evaluated(family: str, tmp_path: Path, monkeypat
         ("MMVAE", {"samples": 0}, "mixture.samples 0"),
         ("PoEMVAE", {"beta": -1.0}, "mixture.beta -1.0"),
         ("PoEMVAE", {"subsets": -1}, "mixture.subsets -1"),
-        ("MMVAE", {"expert": []}, "mixture.num_experts"),
+        ("MMVAE", {"expert": []}, "mixture.expert Modality"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -542,7 +542,7 @@ def test_what_does_not_fit_is_refused(
         ([{"likelihood": "categorical"}], "categorical 'x0'"),
         ([{"private": -1}], "private -1"),
         ([{"network": {"class_path": "mixdist.nets.Text"}}], "Text 8"),
-        ([{"class_path": "mixdist.experts.VAE"}], "VAE"),
+        ([{"class_path": "mixdist.experts.VAE"}], "VAE mixdist.experts.Modality"),
     ],
 )
 def test_modalities_that_do_not_fit_are_refused(

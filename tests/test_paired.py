@@ -400,6 +400,11 @@ def test_keys_that_do_not_match_are_refused() -> None:
     error_of(lambda: Pairs({"left": Keyed([1]), "id": Keyed([1])}), "'id'")
 
 
+def test_a_name_that_the_label_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="the name 'y' is that of the label of the first source, too"):
+        Pairs({"y": Digits(), "right": Digits()}).load()
+
+
 def test_a_key_that_does_not_match_ends_the_command_with_one_line(tmp_path: Path) -> None:
     config = tmp_path / "pairs.yaml"
     config.write_text(

@@ -109,6 +109,7 @@ def build(config: Config, mesh: Mesh, tests: bool = True) -> Session:
     session = _session(config, agreed(make, mesh.world), mesh, tests)
     check_weights(config.mixture, mesh)
     check_attributes(config.mixture, mesh)
+    config.mixture.check_data({KINDS[name]: session.split(name) for name in _read(session.valid, tests)})
     if takes_stacks(config.engine):
         config.mixture.tune(session.train, config.train)
     return session
@@ -124,10 +125,15 @@ def load_data(config: Config, mesh: Mesh) -> Session:
 
 
 def _session(config: Config, splits: Splits, mesh: Mesh, tests: bool) -> Session:
-    names = ["train", "test"] if splits.valid is None else ["train", "valid", *(["test"] if tests else [])]
+    names = _read(splits.valid, tests)
     splits = splits._replace(**{name: _readable(name, getattr(splits, name), mesh) for name in names})
     check_rows({KINDS[name]: getattr(splits, name) for name in names}, config.data, mesh)
     return Session(mesh, splits.train, splits.test, config.mixture, splits.valid)
+
+
+def _read(valid: Samples | None, tests: bool) -> list[str]:
+    """Return the splits whose rows a command reads."""
+    return ["train", "test"] if valid is None else ["train", "valid", *(["test"] if tests else [])]
 
 
 def build_mixture(config: Config, spec: Spec, mesh: Mesh) -> Mixture:

@@ -84,9 +84,9 @@ class Place(NamedTuple):
 
     def remedy(self, given: str) -> str:
         """Return the class that a word may have meant, or those to choose from."""
-        known = self.choices()
+        known = self.choices() or list(filter(None, [_public_path(self.base, self.base.__module__)]))
         own = "a file of your own must lie in the working directory or on PYTHONPATH"
-        return (near(given, known) or f"choose {', '.join(known)}; ") + own
+        return (near(given, known) or f"choose {', '.join(known)}; " if known else "") + own
 
     def check(self, value: Any) -> None:
         """Check what was parsed: the parser accepts functions and base classes as classes, and anything as a section.

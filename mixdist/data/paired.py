@@ -6,7 +6,7 @@ Shape letters: N rows, R rows read, M data sets.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -157,6 +157,18 @@ def keyed_order(positions_N: Tensor, seed: int, *key: int) -> Tensor:
     """Return positions in an order that is keyed by the data's seed and by up to three numbers."""
     phase, epoch, part = (*key, 0, 0, 0)[:3]
     return positions_N[permutation(seed, phase, epoch, len(positions_N), part, Purpose.DATA)]
+
+
+def check_label(label: str, taken: Collection[str], asked_by: str) -> None:
+    """Check that a source's label has a name of its own among the fields of rows.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if label in (*taken, PRESENT):
+        raise ValueError(
+            f"{asked_by}: the name {label!r} is that of the label of the first source, too: name one of them otherwise"
+        )
 
 
 def labels_of(samples: Samples, asked_by: str) -> Tensor:

@@ -5,6 +5,7 @@ Shape letters: R rows, N latents of a row, L shared dimensions, P private ones, 
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -78,8 +79,11 @@ class Modality(Expert):
         learn_prior: bool = True,
     ) -> None:
         super().__init__()
-        if latent < 1 or private < 0:
-            raise ValueError(f"Modality's latent ({latent}) and private ({private}) must be from 1 and from 0")
+        for name, value, least in (("latent", latent, 1), ("private", private, 0)):
+            if value < least:
+                raise ValueError(f"Modality's {name} ({value}) must be from {least} on: give a whole number")
+        if scale != "learned" and not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+            raise ValueError(f"Modality's scale ({scale}) must be a positive number or learned: give 0.75, for example")
         self.likelihood, self.row = _likelihood(spec, field, likelihood, scale, mean, padding)
         network = MLP([400]) if network is None else network
         self.field, self.fields, self.shape = field, (field,), spec[field].shape

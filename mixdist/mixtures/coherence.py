@@ -72,8 +72,9 @@ class Coherence:
         right_BMG = self._right(seen, here, label_B.long())
         mine, names = seen.of(here.own), self.mixture.names
         real_BM, cross_BMG = right_BMG[:, :, -1], right_BMG[:, :, :-1]
-        shown_BM = (self.probes.predict(mine.loc_RML) == label_B[:, None]).double()
-        probe_BM = torch.where(mine.present_RM, shown_BM, math.nan)
+        shown_BM = self.probes.predict(mine.loc_RML)
+        fitted_BM = mine.present_RM & (shown_BM >= 0)
+        probe_BM = torch.where(fitted_BM, (shown_BM == label_B[:, None]).double(), math.nan)
         found = {}
         for m, name in enumerate(names):
             found[f"classifier_accuracy_{name}"] = real_BM[:, m]
@@ -100,20 +101,18 @@ class Coherence:
                 if m not in given and sums["generated"][m, g]:
                     key = f"{'+'.join(names[n] for n in given)} -> {names[m]}"
                     by_set[key] = float(sums["coherent"][m, g] / sums["generated"][m, g])
-        error = math.sqrt(self.joint * (1 - self.joint) / NUM_PRIOR)
+        figures, errors = dict(found.figures), dict(found.errors)
+        if self.joint is not None:
+            figures["coherence_joint"] = self.joint
+            errors["coherence_joint"] = math.sqrt(self.joint * (1 - self.joint) / NUM_PRIOR)
         told = f"means of p(x_m|z), z ~ q(z|x_A) once a row and A, {NUM_PRIOR} of z ~ p(z), judged by the classifiers"
         about = {"coherence": told, "classifiers": TOLD, "probe": PROBE_TOLD, "coherence_by_given": by_set}
-        return replace(
-            found,
-            figures={**found.figures, "coherence_joint": self.joint},
-            errors={**found.errors, "coherence_joint": error},
-            protocol={**found.protocol, **about},
-        )
+        return replace(found, figures=figures, errors=errors, protocol={**found.protocol, **about})
 
     def _right(self, seen: Seen, here: Here, label_B: Tensor) -> Tensor:
         """Return 1 where what is made is of the row's class, else 0, float64 (B, M, G + 1), NaN where it is not made.
 
-        The last place is the real x_m.
+        The last place is the real x_m. What no classifier can judge is not counted either.
         """
         mixture, num = self.mixture, self.mixture.num_experts
         predicted: dict[int, list[Tensor]] = {e: [] for e in mixture.modalities}
@@ -130,17 +129,17 @@ class Coherence:
             own.append(self.judges.predict(e, here.rows[mixture.modalities[e].field]))
         possible.append(seen.present_RM[here.own])
         class_ReG = torch.stack([torch.stack(own, dim=1) for own in predicted.values()], dim=1)
-        class_BMG = mixture.dispatch.combine(class_ReG.to(mixture.dtype), here.route)
-        right_BMG = (class_BMG.round().long() == label_B[:, None, None]).double()
-        return torch.where(torch.stack(possible, dim=2), right_BMG, math.nan)
+        class_BMG = mixture.dispatch.combine(class_ReG.to(mixture.dtype), here.route).round().long()
+        right_BMG = (class_BMG == label_B[:, None, None]).double()
+        return torch.where(torch.stack(possible, dim=2) & (class_BMG >= 0), right_BMG, math.nan)
 
     def _made(self, e: int, z: Tensor, ids: Tensor, at: Moment) -> Tensor:
         """Return the class of what an expert here makes of latents, (R,)."""
         return self.judges.predict(e, self.mixture.decode(e, z, ids, at))
 
     @torch.no_grad()
-    def _joint(self) -> float:
-        """Return the part of prior samples of which all modalities are of one class."""
+    def _joint(self) -> float | None:
+        """Return the part of prior samples of which all modalities are of one class; None where one has no judge."""
         mixture, at = self.mixture, Moment(self.at.seed, self.at.phase, FIRST_STEP + len(self.sets))
 
         ids = torch.arange(NUM_PRIOR, device=mixture.context.mesh.device)
@@ -152,4 +151,4 @@ class Coherence:
 
         every = from_experts(mixture, judged)
         class_MN = np.stack([every[f"{e}/class"] for e in range(mixture.num_experts)])
-        return float((class_MN == class_MN[0]).all(0).mean())
+        return None if (class_MN < 0).any() else float((class_MN == class_MN[0]).all(0).mean())

@@ -79,9 +79,13 @@ def _made(key: str, make: Callable[[], M]) -> M:
         if isinstance(module, nn.Module):
             found = [*module.named_parameters(), *module.named_buffers()]
     except Exception as error:
-        kind = failing_class(error) or "its class"
+        kind = failing_class(error)
         if isinstance(error, (ValueError, OSError)) and _raised_in_package(error):
-            raise  # its own words say where it comes from
+            if not key.endswith("]"):
+                raise  # its own words say where it comes from, but not which of a list
+            raise Fault(f"{key}: {one_line(str(error))}") from error
+        if not kind:
+            raise Fault(f"{key} cannot be made ({describe_failure(error)}): {_remedy(error)}") from error
         said = isinstance(error, ValueError) and one_line(str(error))
         if said:
             raise Fault(f"{key}: {kind}.__init__: {said}") from error

@@ -5,6 +5,7 @@ Shape letters: N all rows, E experts, C classes, A attributes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,10 +60,10 @@ class ExpertEvaluation(Evaluation):
         most from that of all rows, with both rates.
         """
         names = {"loss": "mean loss", "elbo": "elbo", "log_likelihood": "log-likelihood"}
-        shown = {name: header for name, header in names.items() if name in self.on_own}
+        shown = {name: header for name, header in names.items() if not np.isnan(self.on_own.get(name, np.nan)).all()}
         lines: list[list[Any]] = []
         for e, rows in enumerate(self.rows_E):
-            line = [e, int(rows), *(f"{self.on_own[name][e]:.4g}" if rows else "-" for name in shown)]
+            line = [e, int(rows), *(_shown(self.on_own[name][e]) if rows else "-" for name in shown)]
             if self.latent_own:
                 own = self.latent_own[e]
                 line.append(f"{own['active_units']} of {len(own['kl_by_dimension'])}" if own else "-")
@@ -118,6 +119,11 @@ class ExpertEvaluation(Evaluation):
     @staticmethod
     def _means(e: int, means: dict[str, np.ndarray], latent: list[dict[str, Any]]) -> dict[str, Any]:
         return {name: float(mean_E[e]) for name, mean_E in means.items()} | (latent[e] if latent else {})
+
+
+def _shown(value: float) -> str:
+    """Return a mean in a table; experts that differ may not all have it."""
+    return "-" if math.isnan(value) else f"{value:.4g}"
 
 
 def class_names(dataset: Samples) -> list[str]:

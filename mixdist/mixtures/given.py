@@ -142,6 +142,19 @@ def whole_number(number: Any) -> int:
 
 
 def _tensor(name: str, values: Any) -> Tensor:
+    return dense(f"field {name!r}", values)
+
+
+def dense(name: str, values: Any) -> Tensor:
+    """Return what a user gives as a tensor in CPU memory.
+
+    Args:
+        name: of the values, for messages.
+        values: a dense tensor, an array, or what becomes one.
+
+    Raises:
+        ValueError: it cannot be made one.
+    """
     try:
         if isinstance(values, np.ma.MaskedArray):
             raise TypeError("a masked array")
@@ -151,5 +164,18 @@ def _tensor(name: str, values: Any) -> Tensor:
         return found.to("cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"field {name!r} cannot be made a tensor ({one_line(str(error))}): give a dense tensor or an array"
+            f"{name} cannot be made a tensor ({one_line(str(error))}): give a dense tensor or an array"
         ) from error
+
+
+def draws(num_samples: Any, seed: Any) -> tuple[int, int]:
+    """Return how many samples are to be drawn, and the seed.
+
+    Raises:
+        ValueError: one is no whole number, or out of range.
+    """
+    if whole_number(num_samples) < 0:
+        raise ValueError(f"num_samples ({num_samples!r}) must be a whole number from 0: give how many to draw")
+    if not 0 <= whole_number(seed) < 2**64:
+        raise ValueError(f"seed ({seed!r}) must be a whole number from 0 to 2**64 - 1: choose another")
+    return whole_number(num_samples), whole_number(seed)

@@ -53,19 +53,24 @@ class Judges:
 
     @torch.no_grad()
     def predict(self, e: int, x: Tensor) -> Tensor:
-        """Return the class of what modality e looks like, as numbers (R, *shape of x_e): int64 (R,)."""
-        flat = self.mixture.modalities[e].numbers({self.mixture.modalities[e].field: x})
-        found: Tensor = self.networks[e](flat).argmax(-1)
+        """Return the class of what modality e looks like, as numbers (R, *shape of x_e): int64 (R,).
+
+        -1 where no training row has the modality: there is nothing to judge by.
+        """
+        network, flat = self.networks[e], self.mixture.modalities[e].numbers({self.mixture.modalities[e].field: x})
+        if network is None:
+            return torch.full((len(flat),), -1, device=flat.device)
+        found: Tensor = network(flat).argmax(-1)
         return found
 
-    def _trained(self, e: int, expert: Modality, train: Samples) -> nn.Module:
+    def _trained(self, e: int, expert: Modality, train: Samples) -> nn.Module | None:
         label, device = train.label, self.mixture.context.mesh.device
         assert label is not None
         with guarded():  # the global generator is put back as it was
             torch.manual_seed(weights_seed(0, Purpose.JUDGE, e))
             network = _network(expert).encoder(expert.row, train.num_classes or 1)
         network = network.to(self.mixture.dtype).to(device)
-        optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
+        optimizer, num_seen = torch.optim.Adam(network.parameters(), lr=RATE), 0
         each, extra = -(-len(train) // BATCH), self.mixture.extra_fields
         steps = min(STEPS, EPOCHS * each)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -82,7 +87,8 @@ class Judges:
                 (loss / max(1, len(x))).backward()
             optimizer.step()
             schedule.step()
-        return network.eval()
+            num_seen += len(x)
+        return network.eval() if num_seen else None
 
 
 def _network(expert: Modality) -> Network:

@@ -156,6 +156,13 @@ class Mixture(ABC):
         """Return how many steps a learning-rate schedule takes in each phase, on so many training rows."""
         return [stage.epochs * -(-num_rows // stage.batch_size) for stage in stages]
 
+    def check_data(self, splits: Mapping[str, Samples]) -> None:  # noqa: B027
+        """Check the rows of a run before anything is trained, by what a split's rows are called; every rank calls it.
+
+        Raises:
+            Agreed: some do not suit the family.
+        """
+
     def tune(self, dataset: Samples, stage: Stage) -> None:  # noqa: B027
         """Choose what is faster here, before training; every rank calls it."""
 

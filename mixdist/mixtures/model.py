@@ -15,7 +15,7 @@ from torch import Tensor
 from mixdist.experts import Expert
 from mixdist.gates import Gate
 from mixdist.mixtures.gate_shown import samples_of_cluster
-from mixdist.mixtures.given import Rowed, whole_number
+from mixdist.mixtures.given import Rowed, draws, whole_number
 from mixdist.mixtures.routing import responsible
 from mixdist.mixtures.samples import drawn
 from mixdist.nets.likelihood import Likelihood
@@ -146,7 +146,7 @@ class Model(Rowed):
             observed: draw from p(x|z), noise and all, as the density has it; otherwise the means of p(x|z).
         """
         one, expert = self._expert(expert), whole_number(expert)
-        num_samples, seed = _draws(num_samples, seed)
+        num_samples, seed = draws(num_samples, seed)
         if one.noise_shape is None or not one.can("draw" if observed else "sample"):
             name = type(one).__name__
             raise ValueError(f"expert {expert} ({name}) has no prior to sample from: use predict of mixdist.load(RUN)")
@@ -171,9 +171,7 @@ class Model(Rowed):
         Raises:
             ValueError: the gate is no model of rows, or there is no such cluster.
         """
-        gate, num_samples, seed = self._model_gate("sample"), *_draws(num_samples, seed)
-        cluster = whole_number(cluster)
-        num_samples, seed = _draws(num_samples, seed)
+        gate, num_samples, seed = self._model_gate("sample"), *draws(num_samples, seed)
         if isinstance(cluster, bool) or whole_number(cluster) not in self.experts:
             raise ValueError(f"cluster ({cluster!r}) must be from 0 to {len(self.experts) - 1}: choose another")
         return samples_of_cluster(gate, whole_number(cluster), num_samples, Moment(seed), len(self.experts), self.dtype)
@@ -193,16 +191,3 @@ class Model(Rowed):
         plane = "x" in self.spec and self.spec["x"].shape == (2,)
         observed = plane and self.experts[0].can("draw")  # a cloud of means in the plane is no density
         return {f"expert {e}": self.sample(num_samples, e, seed, observed) for e in self.experts}
-
-
-def _draws(num_samples: Any, seed: Any) -> tuple[int, int]:
-    """Return how many samples are to be drawn, and the seed.
-
-    Raises:
-        ValueError: one is no whole number, or out of range.
-    """
-    if whole_number(num_samples) < 0:
-        raise ValueError(f"num_samples ({num_samples!r}) must be a whole number from 0: give how many to draw")
-    if not 0 <= whole_number(seed) < 2**64:
-        raise ValueError(f"seed ({seed!r}) must be a whole number from 0 to 2**64 - 1: choose another")
-    return whole_number(num_samples), whole_number(seed)

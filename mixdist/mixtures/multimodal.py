@@ -7,7 +7,7 @@ row's latent, N those that an expert scores, S samples, L shared latent, P priva
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -20,7 +20,6 @@ from mixdist.experts.location_scale import KINDS, PosteriorName, Prior
 from mixdist.mixtures.bounds import Weights
 from mixdist.mixtures.context import Context
 from mixdist.mixtures.gateless import Gateless
-from mixdist.mixtures.mixture import Stage
 from mixdist.mixtures.multimodal_shown import MultimodalModel, multimodal_pictures
 from mixdist.mixtures.multimodal_study import MultimodalStudy
 from mixdist.mixtures.multimodal_views import captioned, latents_in_the_plane
@@ -28,12 +27,14 @@ from mixdist.mixtures.objectives import Objective
 from mixdist.mixtures.pictures import Picture
 from mixdist.mixtures.proposals import (
     PRESENT,
+    PRESENT_FAULT,
     Here,
     Proposals,
     Seen,
     check_modality,
     check_own_fields,
     check_present,
+    num_bad,
 )
 from mixdist.mixtures.study import Evaluation, Request, Study
 from mixdist.noise import Moment, Purpose
@@ -74,6 +75,8 @@ class Multimodal(Gateless):
         for name, value in (("latent", latent), ("samples", samples)):
             if value < 1:
                 raise ValueError(f"mixture.{name} ({value}) must be at least 1: give a whole number from 1")
+        if not isinstance(expert, Sequence) or not expert:
+            raise ValueError(f"mixture.expert ({expert!r}) must be a list: give a Modality for each field")
         super().__init__([partial(_made, make, latent, posterior) for make in expert], execution="loop")
         self.latent, self.samples, self.rescale = latent, samples, rescale
         self.posterior, self.kind, self.learn_prior = posterior, KINDS[posterior], learn_prior
@@ -99,12 +102,13 @@ class Multimodal(Gateless):
     def parts(self) -> Parts:
         return Parts({"prior": self.prior} if self.learn_prior else {}, dict(self.bank.owned()))
 
-    def tune(self, dataset: Samples, stage: Stage) -> None:
-        """Check the experts together, and where rows are in memory that each has a modality; every rank calls it."""
+    def check_data(self, splits: Mapping[str, Samples]) -> None:
+        """Check the experts together, and where rows are in memory that each has a modality."""
         world = self.context.mesh.world
         told = self.facts  # ranks ask for it together
         agreed(lambda: check_own_fields(told, self.spec), world)
-        agreed(lambda: check_present(dataset), world)
+        for kind, rows in splits.items():
+            agreed(partial(check_present, rows, f"{kind} "), world)
 
     @property
     def names(self) -> list[str]:
@@ -227,9 +231,8 @@ class Multimodal(Gateless):
         self, batch: RankBatch, objective: Objective, at: Moment, num_parts: int = 1, upcoming: RankBatch | None = None
     ) -> Outcome:
         done = [self._backward(part, batch.total, at) for part in batch.split(num_parts)]
-        loss, log_px, present, none = (torch.stack(each).sum(0) for each in zip(*done, strict=True))
-        sums, faults = {"log_px": log_px, "present": present}, {"q(z|x) of a row without any modality": none}
-        return Outcome(loss, {"rows": loss}, sums, faults)
+        loss, log_px, present, bad = (torch.stack(each).sum(0) for each in zip(*done, strict=True))
+        return Outcome(loss, {"rows": loss}, {"log_px": log_px, "present": present}, {PRESENT_FAULT: bad})
 
     def _backward(self, part: RankBatch, total: int, at: Moment) -> tuple[Tensor, ...]:
         seen, here = self.see(part)
@@ -241,8 +244,7 @@ class Multimodal(Gateless):
         loss = self.differentiate(mine, proposals.of(here.own), z[here.own], score, total)
         weight_M = constant(tuple(self.weights()), score.dtype, score.device)
         log_px = (score.detach().mean((2, 3)) / weight_M).double().sum(0)
-        none = (~mine.present_RM.any(1)).sum().double()
-        return loss.double(), log_px, mine.present_RM.double().sum(0), none
+        return loss.double(), log_px, mine.present_RM.double().sum(0), num_bad(part.rows)
 
     def factor(self, seen: Seen, total: int) -> Tensor:
         """Return what minus the normalised weights of a row are multiplied by in the gradient of scores, (R,)."""
@@ -290,9 +292,13 @@ class Multimodal(Gateless):
         return expert.decode(torch.cat([z_RL, expert.draw_private(eps)], dim=1))
 
     def record(self, outcome: Outcome, num_rows: int) -> dict[str, Any]:
-        """Return the mean of log p(x_m|z) and of the term of private latents over rows with m, and the rows' part."""
-        log_px, present = outcome.sums["log_px"], outcome.sums["present"]
-        return {"log_px": (log_px / present.clamp(min=1)).tolist(), "present": (present / num_rows).tolist()}
+        """Return the mean of log p(x_m|z) and of the term of private latents over rows with m, and the rows' part.
+
+        The mean is None where no row of the step has m.
+        """
+        log_px, present = outcome.sums["log_px"].tolist(), outcome.sums["present"].tolist()
+        means = [total / count if count else None for total, count in zip(log_px, present, strict=True)]
+        return {"log_px": means, "present": [count / num_rows for count in present]}
 
     # Results
 

@@ -5,8 +5,9 @@ Shape letters: N rows, M modalities, L latent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mixdist.data import RankBatch, Samples
 from mixdist.experts import Modality
-from mixdist.mixtures.given import Rowed, whole_number
+from mixdist.mixtures.given import Rowed, dense, draws, whole_number
 from mixdist.mixtures.pictures import Picture, Rows
 from mixdist.mixtures.proposals import PRESENT, Seen
 from mixdist.mixtures.samples import from_experts
@@ -136,15 +137,34 @@ class MultimodalModel(Rowed):
             f"modality {modality!r} is not one of the model's: give one of {', '.join(self.names)}, or its number"
         )
 
-    def _seen(self, named: Batch, given: Sequence[str | int] | None) -> tuple[Seen, dict[int, Tensor]]:
-        """Encode what is given, and return the locations of its private latents; the others have no part."""
-        numbers = [m for m, name in enumerate(self.names) if name in named] if given is None else []
-        numbers += [self._number(one) for one in given or ()]
-        missing = [self.names[m] for m in numbers if self.names[m] not in named]
-        if missing or not numbers:
-            wanted = missing[0] if missing else ", ".join(self.names)
-            raise ValueError(f"rows have the fields {sorted(named)}, expected {wanted}: give rows as a dict of fields")
-        mixture, size = self.mixture, (len(named["id"]), len(self.names))
+    def _given(self, named: Batch, given: str | int | Sequence[str | int] | None) -> list[int]:
+        """Return the numbers of the modalities that are given, by default all that rows have."""
+        if given is None:
+            numbers = [m for m, name in enumerate(self.names) if name in named]
+            missing = [] if numbers else [", ".join(self.names)]
+        else:
+            one = isinstance(given, str) or not isinstance(given, Iterable)
+            listed: list[Any] = [given] if one else list(given)  # type: ignore[arg-type]
+            numbers = [self._number(name) for name in listed]
+            missing = [self.names[m] for m in numbers if self.names[m] not in named]
+            if not numbers:
+                raise ValueError(f"given ({given!r}) names no modality: give some of {', '.join(self.names)}")
+        if missing:
+            raise ValueError(
+                f"rows have the fields {sorted(named)}, expected {missing[0]}: give rows as a dict of fields"
+            )
+        return numbers
+
+    def _seen(
+        self, named: Batch, given: str | int | Sequence[str | int] | None, some: bool = True
+    ) -> tuple[Seen, dict[int, Tensor]]:
+        """Encode what is given, and return the locations of its private latents; the others have no part.
+
+        Raises:
+            ValueError: rows are not what they should be; with ``some``, one has nothing of what is given.
+        """
+        numbers, mixture = self._given(named, given), self.mixture
+        size = (len(named["id"]), len(self.names))
         loc = torch.zeros(*size, mixture.latent, dtype=self.dtype)
         scale, present, private = torch.ones_like(loc), torch.zeros(size, dtype=torch.bool), {}
         for m in numbers:
@@ -152,31 +172,64 @@ class MultimodalModel(Rowed):
             loc[:, m], scale[:, m] = of_loc[:, : mixture.latent], of_scale[:, : mixture.latent]
             present[:, m], private[m] = True, of_loc[:, mixture.latent :]
         if PRESENT in named:
-            present = present & named[PRESENT].bool()
+            present = present & self._present(named[PRESENT])
+        lacking = (~present.any(1)).nonzero()
+        if some and len(lacking):
+            told = ", ".join(self.names[m] for m in numbers)
+            raise ValueError(
+                f"field {PRESENT!r} says that row {int(lacking[0])} has nothing of what is given ({told}): leave such "
+                f"rows out, or give more"
+            )
         return Seen(named["id"], present, loc, scale), private
+
+    def _present(self, numbers: Tensor) -> Tensor:
+        """Return what rows are said to have, bool (N, M)."""
+        field = self.spec[PRESENT]
+        there = numbers == field.values(torch.ones((), dtype=field.dtype), self.dtype)
+        other = ~(there | (numbers == field.values(torch.zeros((), dtype=field.dtype), self.dtype)))
+        if bool(other.any()):
+            row, m = other.nonzero()[0].tolist()
+            raise ValueError(
+                f"field {PRESENT!r} holds {numbers[row, m].item():g} for {self.names[m]} in row {row}, expected 1 for "
+                f"what the row has and 0 for what it has not: mend this row"
+            )
+        return there
 
     @torch.no_grad()
     def encode(self, rows: Batch) -> dict[str, Tensor]:
-        """Return the location of q(z|x_m) for each modality given, by its field, (N, L)."""
-        seen, private = self._seen(self.rows(rows), None)
+        """Return the location of q(z|x_m) for each modality given, by its field, (N, L); NaN where a row lacks it."""
+        seen, private = self._seen(self.rows(rows), None, some=False)
         loc = self.mixture.alone(seen, Moment(0, EVALUATION_PHASE))
+        loc = torch.where(seen.present_RM[..., None], loc, math.nan)
         return {self.names[m]: loc[:, m] for m in private}
 
     @torch.no_grad()
     def infer(
-        self, rows: Batch, given: Sequence[str | int] | None = None, drawn: bool = False, seed: int = 0
+        self, rows: Batch, given: str | int | Sequence[str | int] | None = None, drawn: bool = False, seed: int = 0
     ) -> Tensor:
         """Return z of rows from some modalities, by default all that they have: (N, L).
 
         Of a mixture of posteriors each row takes one, keyed by its id or place; z is its location, or ``drawn``.
+
+        Raises:
+            ValueError: an unknown modality, a field that is missing, or a row that has nothing of what is given.
         """
+        _, seed = draws(0, seed)
         return self.mixture.infer(self._seen(self.rows(rows), given)[0], Moment(seed, EVALUATION_PHASE), drawn)
 
     @torch.no_grad()
-    def decode(self, z: Tensor, modality: str | int, seed: int = 0) -> Tensor:
-        """Return the mean of p(x_m|z), (N, *shape of x_m), of texts the likeliest words; private latents are drawn."""
-        ids = torch.arange(len(z))
-        return self.mixture.decode(self._number(modality), z.to(self.dtype), ids, Moment(seed, EVALUATION_PHASE))
+    def decode(self, z: Tensor | np.ndarray, modality: str | int, seed: int = 0) -> Tensor:
+        """Return the mean of p(x_m|z), (N, *shape of x_m), of texts the likeliest words; private latents are drawn.
+
+        Raises:
+            ValueError: z is not (N, L) of finite numbers, or the modality is unknown.
+        """
+        e, (_, seed) = self._number(modality), draws(0, seed)
+        z = dense("z", z)
+        if z.dim() != 2 or z.shape[1] != self.mixture.latent or z.is_complex() or not bool(z.isfinite().all()):
+            told = f"shape {tuple(z.shape)} of {z.dtype}"
+            raise ValueError(f"z has {told}: give finite numbers (N, {self.mixture.latent}), as infer returns them")
+        return self.mixture.decode(e, z.to(self.dtype), torch.arange(len(z)), Moment(seed, EVALUATION_PHASE))
 
     @torch.no_grad()
     def translate(
@@ -188,24 +241,26 @@ class MultimodalModel(Rowed):
         seed: int = 0,
     ) -> Tensor:
         """Return one modality made from another, or from several: (N, *shape of the target)."""
-        given = [source] if isinstance(source, (str, int)) else list(source)
-        return self.decode(self.infer(rows, given, drawn, seed), target, seed)
+        self._number(target)
+        return self.decode(self.infer(rows, [] if source is None else source, drawn, seed), target, seed)
 
     @torch.no_grad()
-    def reconstruct(self, rows: Batch, given: Sequence[str | int] | None = None) -> dict[str, Tensor]:
-        """Return all modalities made from those given, by field; what is given keeps its private latents."""
+    def reconstruct(self, rows: Batch, given: str | int | Sequence[str | int] | None = None) -> dict[str, Tensor]:
+        """Return all modalities made from those given, by field; what a row has keeps its private latents."""
         seen, private = self._seen(self.rows(rows), given)
         z, made = self.mixture.infer(seen, Moment(0, EVALUATION_PHASE), drawn=False), {}
         for m, name in enumerate(self.names):
+            made[name] = self.decode(z, name)
             if m in private:
-                made[name] = self.mixture.modalities[m].decode(torch.cat([z, private[m]], dim=1))
-            else:
-                made[name] = self.decode(z, name)
+                own = self.mixture.modalities[m].decode(torch.cat([z, private[m]], dim=1))
+                there = seen.present_RM[:, m].view(-1, *[1] * (own.dim() - 1))
+                made[name] = torch.where(there, own, made[name])
         return made
 
     @torch.no_grad()
     def generate(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
         """Draw z ~ p(z) and return the means of all modalities, by field: row i of each is of the same z."""
+        num_samples, seed = draws(num_samples, seed)
         draw, latent = Moment(seed, EVALUATION_PHASE).draw(Purpose.PRIOR), (self.mixture.latent,)
         z = self.mixture.prior.draw(draw.normal(torch.arange(num_samples), [0], latent, self.dtype)[0])
         return {name: self.decode(z, name, seed) for name in self.names}

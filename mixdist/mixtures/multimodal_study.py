@@ -15,16 +15,17 @@ from torch import Tensor
 from mixdist.data import RankBatch, Samples
 from mixdist.mixtures.bounds import log_densities, log_mixture
 from mixdist.mixtures.coherence import Coherence
-from mixdist.mixtures.proposals import Here, Proposals, Seen, check_present
+from mixdist.mixtures.proposals import PRESENT, Here, Proposals, Seen, check_present, num_bad
 from mixdist.mixtures.study import KEYS, Evaluation, Request, Study
 from mixdist.noise import EVALUATION_PHASE, Moment, Purpose
-from mixdist.parallel.agreement import agreed
+from mixdist.parallel.agreement import Agreed, agreed
 
 if TYPE_CHECKING:
     from mixdist.mixtures.multimodal import Multimodal
 
 AT_ONCE = 50
 """Samples of all proposals together that a row's likelihoods are estimated from at once."""
+BAD = "bad rows"
 
 
 class MultimodalStudy(Study):
@@ -73,6 +74,7 @@ class MultimodalStudy(Study):
     @torch.no_grad()
     def add(self, batch: RankBatch) -> None:
         mixture, at = self.mixture, self.request.at
+        self.sum(BAD, num_bad(batch.rows))
         seen, here = mixture.see(batch)
         proposals = mixture.propose(seen, at)
         z = mixture.latents(proposals, seen.ids_R, at, Purpose.POSTERIOR, mixture.samples)
@@ -148,6 +150,11 @@ class MultimodalStudy(Study):
         return columns
 
     def result(self, sums: dict[str, np.ndarray], columns: dict[str, np.ndarray]) -> Evaluation:
+        if bad := int(sums[BAD]):
+            raise Agreed(
+                f"field {PRESENT!r} says of {bad} of {len(self.dataset)} rows that they have no modality, or holds a "
+                f"number other than 0 and 1: mend these rows, or leave them out"
+            )
         found = Evaluation(self.dataset, {}, columns={name: columns[name] for name in KEYS if name in columns})
         for name, column in columns.items():
             rows = ~np.isnan(column) if name not in KEYS else None

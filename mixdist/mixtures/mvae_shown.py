@@ -14,7 +14,7 @@ from torch import Tensor
 from mixdist.data import RankBatch, Samples
 from mixdist.experts import Component
 from mixdist.mixtures.dirichlet import NUM_UNIFORM, log_weights
-from mixdist.mixtures.given import Rowed
+from mixdist.mixtures.given import Rowed, draws, whole_number
 from mixdist.mixtures.pictures import Picture, Rows
 from mixdist.noise import Moment, Purpose
 from mixdist.terms import Batch
@@ -105,6 +105,8 @@ class MVAEModel(Rowed):
     @torch.no_grad()
     def interpolate(self, first: Tensor | np.ndarray, second: Tensor | np.ndarray, steps: int = 8) -> Tensor:
         """Decode between pairs of rows, latents and weights alike: (steps, N, *shape of x) (equations 33 to 36)."""
+        if whole_number(steps) < 1:
+            raise ValueError(f"steps ({steps!r}) must be a whole number from 1: give how many to decode")
         named, one, a = self._encoded(first)
         _, other, b = self._encoded(second)
         pairs = self.mixture.mean_weights(a), self.mixture.mean_weights(b)
@@ -120,6 +122,7 @@ class MVAEModel(Rowed):
             seed: of the draws.
             alike: the same z for all components (figure 17).
         """
+        num_samples, seed = draws(num_samples, seed)
         mixture, ids = self.mixture, torch.arange(num_samples)
         if getattr(mixture.component, "label", None) is not None:
             raise ValueError("samples of components with a label need one: use reconstruct of mixdist.load(RUN)")
@@ -135,6 +138,6 @@ class MVAEModel(Rowed):
         return {"samples": self.sample(num_samples, seed), "z alike": self.sample(num_samples, seed, alike=True)}
 
     def _number(self, expert: int) -> int:
-        if expert not in self.components:
-            raise ValueError(f"component {expert} is not one of the model's: give 0 to {len(self.components) - 1}")
-        return expert
+        if isinstance(expert, bool) or whole_number(expert) not in self.components:
+            raise ValueError(f"component {expert!r} is not one of the model's: give 0 to {len(self.components) - 1}")
+        return whole_number(expert)

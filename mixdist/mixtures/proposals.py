@@ -126,8 +126,24 @@ def check_own_fields(facts: Sequence[Facts], spec: Spec) -> None:
         owners[name] = e
 
 
-def check_present(dataset: Samples) -> None:
+PRESENT_FAULT = "q(z|x), with no modality or a number other than 0 and 1 in 'present',"
+"""What a step and an evaluation say of rows that are not in memory, which :func:`check_present` has not seen."""
+
+
+def num_bad(rows: Batch) -> Tensor:
+    """Return how many rows have no modality, or another number than 0 and 1 in "present", float64 ()."""
+    if PRESENT not in rows:
+        return rows["id"].new_zeros((), dtype=torch.float64)
+    known = ((rows[PRESENT] == 0) | (rows[PRESENT] == 1)).all(1)
+    return (~(known & (rows[PRESENT] == 1).any(1))).double().sum()
+
+
+def check_present(dataset: Samples, kind: str = "") -> None:
     """Check that each row in memory has a modality, and that "present" holds 0 and 1 alone.
+
+    Args:
+        dataset: the rows.
+        kind: what they are called, with a space after it.
 
     Raises:
         ValueError: one has none, or another number.
@@ -139,13 +155,13 @@ def check_present(dataset: Samples) -> None:
     if len(other):
         row, m = other[0].tolist()
         raise ValueError(
-            f"field {PRESENT!r} of sample {int(rows['id'][row])} holds {rows[PRESENT][row, m].item():g}, expected 1 "
-            f"for a modality that the row has and 0 for one that it has not: mend this row"
+            f"field {PRESENT!r} of {kind}sample {int(rows['id'][row])} holds {rows[PRESENT][row, m].item():g}, "
+            f"expected 1 for a modality that the row has and 0 for one that it has not: mend this row"
         )
     none = (rows[PRESENT] == 0).all(1)
     if bool(none.any()):
         sample = int(rows["id"][none][0])
         raise ValueError(
-            f"sample {sample} has none of its modalities, as {PRESENT!r} says ({int(none.sum())} such rows of "
+            f"{kind}sample {sample} has none of its modalities, as {PRESENT!r} says ({int(none.sum())} such rows of "
             f"{len(dataset)}): leave such rows out"
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mixdist.data.dataset import Samples, Source, Splits
-from mixdist.data.paired import PRESENT, Paired, present_field
+from mixdist.data.paired import PRESENT, Paired, check_label, present_field
 from mixdist.terms import Spec
 
 
@@ -79,6 +79,7 @@ class Pairs(Source):
         first = next(iter(part_of.values()))
         label = first.label if bool((index_NM[:, 0] >= 0).all()) else None
         if label is not None:
+            check_label(label, part_of, "Pairs: sources")
             spec[label] = first.spec[label]
             columns[label] = first.take(index_NM[:, 0], fields=[label])[label]
         if self.absent:

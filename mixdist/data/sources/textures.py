@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixdist.data.dataset import Samples, Source, Splits
 from mixdist.data.order import Epoch
-from mixdist.data.paired import Paired, keyed_order, labels_of, members
+from mixdist.data.paired import Paired, check_label, keyed_order, labels_of, members
 from mixdist.data.sources.synthetic import require_rows
 from mixdist.noise import Draw, Purpose
 from mixdist.terms import Batch, Field, Spec, real_field
@@ -74,6 +74,7 @@ class Textures(Source):
     def _paired(self, part: Samples) -> Paired:
         label_N = labels_of(part, "Textures")
         assert part.label is not None
+        check_label(part.label, [f"x{m}" for m in range(self.modalities)], "Textures")
         parts = tuple(Textured(part, m, self.channels, self.seed) for m in range(self.modalities))
         return Paired(
             parts,
