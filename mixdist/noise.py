@@ -10,7 +10,8 @@ Shape letters: R rows, E experts, T pairs of a row and an expert, N numbers of a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -19,6 +20,8 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor
+
+from mixdist.messages import one_line
 
 Word = TypeVar("Word", int, Tensor, Any)
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -91,8 +94,9 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor | int], key: tuple[Tens
         Four int64 tensors of the common shape with words from 0 to 2**32 - 1.
     """
     # The rounds mix all words, so every word gets the common shape without being expanded first.
-    if counter[0].device.type != "cpu":
-        return _rounds(cast(Words, counter), cast(tuple[Tensor, Tensor], key))
+    if (device := counter[0].device).type != "cpu":
+        rounds = compiled(device) if device.type == "cuda" else _rounds
+        return rounds(cast(Words, counter), cast(tuple[Tensor, Tensor], key))
     # NumPy does the same 120 small operations in 0.5 to 0.7 of torch's time on a CPU. Its scalars would warn that they
     # wrap, hence at least one axis.
     c0, c1, c2, c3, k0, k1 = (np.atleast_1d(w.numpy()) if isinstance(w, Tensor) else w for w in (*counter, *key))
@@ -109,6 +113,23 @@ def _rounds(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> t
         # c1 and c3 keep their high halves until the end: only their low halves are ever read.
         c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & _MASK, p1, ((p0 >> 32) ^ c3 ^ k1) & _MASK, p0
     return c0, c1 & _MASK, c2, c3 & _MASK
+
+
+@lru_cache(maxsize=8)
+def compiled(device: torch.device, backend: Any = "inductor") -> Callable[[Words, tuple[Tensor, Tensor]], Words]:
+    """Return the rounds as one operator of a device where there were 120; they are integers, so the bits are the same.
+
+    That is checked once, on a few counters. Where torch cannot compile, as without Triton or with
+    ``TORCH_COMPILE_DISABLE=1``, or where a bit differs, it is the rounds as they are.
+    """
+    made = torch.compile(_rounds, dynamic=True, backend=backend)
+    words = torch.tensor([[0, 1, 7, _MASK], [_MASK, 0, 3 << 30, 1]], device=device)
+    counter, key = (words[0], words[1], words[:, :1], 5), (words[1][None], words[0][None])
+    try:
+        return made if all(map(torch.equal, made(counter, key), _rounds(counter, key))) else _rounds
+    except Exception as error:  # of compilers, of any kind
+        warnings.warn(f"noise is not compiled on {device} ({one_line(str(error))}): steps take longer", stacklevel=2)
+        return _rounds
 
 
 @lru_cache(maxsize=1 << 16)
@@ -240,7 +261,7 @@ class Draw:
         k0, k1 = (keys_E2[:, None] if of_T is None else keys_E2[of_T])[..., None].unbind(-2)
         block = _blocks(-(-math.prod(shape) // 4), ids.device)
         step = self.step & _MASK if steps_R is None else (steps_R & _MASK)[:, None]
-        return philox((block, (ids & _MASK)[..., None], _high(ids)[..., None], step), (k0, k1))
+        return philox((block, (ids & _MASK)[..., None], ((ids >> 32) & _MASK)[..., None], step), (k0, k1))
 
 
 @lru_cache(maxsize=256)
@@ -300,11 +321,6 @@ def permutation(
 
     Raises:
         ValueError: if the seed is not from 0 to 2**64 - 1.
-
-    Examples:
-        >>> from mixdist.noise import permutation
-        >>> sorted(permutation(seed=0, phase=0, epoch=1, size=5).tolist())
-        [0, 1, 2, 3, 4]
     """
     return torch.sort(hashes(seed, phase, epoch, torch.arange(size), expert, purpose), stable=True).indices
 
@@ -319,13 +335,9 @@ def hashes(
     # In pieces, because the temporary words of a hundred million ids would not fit beside them.
     for start in range(0, len(ids_N), _CHUNK):
         ids = ids_N[start : start + _CHUNK]
-        low, high, _, _ = philox((zero, ids & _MASK, _high(ids), epoch_word), key)
+        low, high, _, _ = philox((zero, ids & _MASK, (ids >> 32) & _MASK, epoch_word), key)
         found[start : start + _CHUNK] = low | high << 32
     return found
-
-
-def _high(ids: Tensor) -> Tensor:
-    return (ids >> 32) & _MASK
 
 
 def _unit(words: Tensor) -> Tensor:

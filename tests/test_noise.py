@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from mixdist.noise import Draw, Kind, Purpose, derive, permutation, philox, weights_seed
+from mixdist.noise import Draw, Kind, Purpose, _rounds, compiled, derive, permutation, philox, weights_seed
 from tests.errors import error_of
 
 ONES = 0xFFFFFFFF
@@ -216,3 +218,36 @@ def test_every_order_is_as_likely() -> None:
     counts = [firsts.count(order) for order in itertools.permutations(range(3))]
     assert sum(counts) == 3000
     assert stats.chisquare(counts).pvalue > 1e-3
+
+
+# One operator in place of 120, for CUDA devices.
+
+
+def refusing(graph: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
+    raise RuntimeError("no Triton")
+
+
+def miscounting(graph: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
+    return lambda *inputs: [graph(*inputs)[0] + 1, *graph(*inputs)[1:]]
+
+
+@pytest.mark.slow
+def test_rounds_that_cannot_be_compiled_or_have_other_bits_stay_as_they_are() -> None:
+    with pytest.warns(UserWarning, match="noise is not compiled on cpu .*no Triton"):
+        assert compiled(torch.device("cpu"), refusing) is _rounds
+    assert compiled(torch.device("cpu"), miscounting) is _rounds
+    assert compiled(torch.device("cpu"), "eager") is not _rounds
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here, which torch's needs on a CPU")
+def test_compiled_rounds_have_the_same_bits() -> None:
+    rounds = compiled(torch.device("cpu"))
+    assert rounds is not _rounds
+    for experts, rows, blocks in [(3, 17, 2), (1, 1, 1), (5, 8, 3), (2, 100, 16)]:
+        for step in (0, 5, ONES):
+            words = torch.randint(0, ONES + 1, (4, experts, rows), generator=torch.Generator().manual_seed(step))
+            counter = (torch.arange(blocks), words[0][..., None], words[1][..., None], step)
+            key = (words[2, :, :1, None], words[3, :, :1, None])
+            found, wanted = rounds(counter, key), _rounds(counter, key)  # type: ignore[arg-type]
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), (experts, rows, blocks, step)
