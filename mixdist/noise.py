@@ -59,6 +59,7 @@ class Purpose(IntEnum):
     PRIVATE = 21  # eps of the private latents of a modality
     SUBSET = 22  # which modalities are in a row's random subsets
     JUDGE = 23  # classifiers that judge what is generated: weights, order of rows
+    CLONE = 24  # what tells clones of one trained expert apart
 
 
 class Kind(IntEnum):

@@ -219,6 +219,20 @@ class Parts:
         return [Owned(name, module) for name, module in self.shared.items()] + experts
 
 
+def misfit(given: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> str | None:
+    """Return the first name in which tensors given for a module differ from those that it needs, in words, or None.
+
+    Examples:
+        >>> import torch
+        >>> from mixdist.terms import misfit
+        >>> misfit({"bias": torch.zeros(2)}, {"bias": torch.zeros(3)})
+        'bias has shape (2,), expected (3,)'
+    """
+    one, other = ({name: tuple(tensor.shape) for name, tensor in found.items()} for found in (given, needed))
+    wrong = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    return f"{wrong[0]} has shape {one.get(wrong[0])}, expected {other.get(wrong[0])}" if wrong else None
+
+
 def places(mask: Tensor, count: int) -> Tensor:
     """Return where a mask is True, as indices of the flat mask in ascending order, (count,).
 

@@ -36,6 +36,7 @@ from mixdist.parallel.wire import Wire
 from mixdist.terms import Batch, Field
 from mixdist.training.phases import Phase
 from mixdist.training.trainer import Trainer
+from mixdist.training.upcycled import perturb
 from tests.parity import SEED, mesh_of
 
 SPEC = {"x": Field((1, 4, 4), torch.uint8, 1 / 255), "label": Field((), torch.uint8, num_classes=3)}
@@ -147,6 +148,8 @@ def test_a_soft_mixture_draws_no_block_twice(routing: TopK | None) -> None:
         mesh = mesh_of(3, 1, 1)
         mixture = Soft(gate_of, make_expert, 3, routing)
         mixture.setup(Context(SEED, torch.float32, SPEC, mesh, Wire(mesh.device)))
+        for e, expert in mixture.bank.owned().items():
+            perturb(expert, 0.01, SEED, e)
         phases = [phase(10), phase(7, accumulate=2)]
         mixture.tune(TRAIN, phase(45))
         trainer = Trainer(mixture, TRAIN, phases)

@@ -8,7 +8,7 @@ from typing import Any
 from mixdist.competition.mixture import HardMixture
 from mixdist.competition.rounds import Rounds
 from mixdist.competition.rules import Rules
-from mixdist.data import RankBatch
+from mixdist.data import RankBatch, Samples
 from mixdist.experts import Compute
 from mixdist.mixtures import ExpertStart, MakeExpert, Objective, Stage, WeightedLoss
 from mixdist.noise import Moment
@@ -51,6 +51,21 @@ class Competition(HardMixture):
     ) -> None:
         super().__init__(expert, num_experts, compute, Rules(**rules))
         self.expert_start = expert_start
+        if self.rules.start == "clusters" and not (expert_start is not None and expert_start.assigns):
+            given = "null" if expert_start is None else type(expert_start).__name__
+            raise ValueError(
+                f"mixture.start (clusters) needs an expert_start that assigns rows, and mixture.expert_start is "
+                f"{given}: set it to mixdist.training.Upcycled, or start to all, split or table"
+            )
+
+    def start_experts(self, dataset: Samples) -> None:
+        """Set the experts' first weights, and the first table where the rules start from clusters."""
+        super().start_experts(dataset)
+        if self.rules.start == "clusters":
+            assert self.expert_start is not None
+            like = self.make_expert(self.bank.ids[0])
+            over_batch = self.dispatch.over_batch
+            self.first_N = self.expert_start.assign(self.context, over_batch, like, self.num_experts, dataset)
 
     def describe(self, stages: Sequence[Stage]) -> dict[str, Any]:
         """Return what a run goes on with: the number of experts, rules that are part of the run, epochs of a round."""

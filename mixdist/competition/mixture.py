@@ -40,6 +40,9 @@ class HardMixture(Ensemble):
         num_experts: how many experts; with a list, its length.
         compute: how an expert runs its rows.
         rules: of the competition; its score says how experts are compared.
+
+    Attributes:
+        first_N: the expert that each training sample begins with, where a new run's experts say so; else None.
     """
 
     shares_are = "each expert's part of the training rows in the last round's table"
@@ -53,6 +56,7 @@ class HardMixture(Ensemble):
     ) -> None:
         super().__init__(expert, num_experts, "loop", compute)
         self.rules, self.score_rule = rules, rules.score
+        self.first_N: np.ndarray | None = None
 
     @property
     def discriminating(self) -> Discriminators | None:

@@ -62,7 +62,7 @@ class Rounds:
         phases: of pretraining; the last one says how experts train in a round.
         engine: whose ``solo`` makes an engine for each expert and discriminator; None for Native.
         log_every: not used: there is a record for each epoch of pretraining and each scoring.
-        fresh: the run begins: a first table is read where the rules start from one; otherwise a checkpoint has it.
+        fresh: the run begins: a first table is taken where the rules start from one; otherwise a checkpoint has it.
 
     Raises:
         ValueError: fewer samples than experts, a schedule that is too short, a table that does not fit, an engine that
@@ -89,10 +89,8 @@ class Rounds:
         self.num_experts, self.data = mixture.num_experts, dataset.fingerprint
         make = solo_of(engine)
         if self.num_experts > len(dataset):
-            raise ValueError(
-                f"mixture.num_experts ({self.num_experts}) must be at most the number of training samples "
-                f"({len(dataset)}) for samples to be shared out: lower it"
-            )
+            few = len(dataset)
+            raise ValueError(f"mixture.num_experts ({self.num_experts}) must be at most {few}, the samples: lower it")
         keys = phase_keys(self.phases)
         mixture.check_stages(dict(zip(keys, self.phases, strict=True)), len(dataset))
         for key, phase in zip(keys, self.phases, strict=True):
@@ -102,6 +100,8 @@ class Rounds:
             self.table = Assignment.uniform(len(dataset), self.num_experts, self.data, self.seed)
         elif rules.table is not None and fresh:
             self.table = Assignment.load(Path(rules.table), self.data, len(dataset), self.num_experts)
+        elif mixture.first_N is not None:
+            self.table = Assignment.of(mixture.first_N, self.num_experts, self.data)
         wire = rules.delivery == "wire"
         self.reader = WireReader(dataset, self.mesh, self.wire) if wire else OwnReader(dataset, self.mesh)
         self.scoring = Scoring(mixture, self.reader, dataset, rules.block, self.fields, rules.starved == "reseed")

@@ -24,7 +24,8 @@ class Rules:
     Args:
         rounds: how many.
         start: pretraining is on all samples, each expert on its own order of them, and the first scores make the first
-            split (all); or on a random split, which is the first (split); or on a given table, which is (table).
+            split (all); or on a random split, which is the first (split); or on a given table, which is (table); or on
+            the clusters of ``expert_start``, which are (clusters).
         table: an assignment's .npy file of another run on the same data, with its .json beside it; for start table.
         score: class of mixdist.competition, or your own Score.
         by_shares: a sample goes to argmax_j alpha_j p_j(x), with alpha the shares of the table before, which lowers
@@ -43,7 +44,7 @@ class Rules:
     """
 
     rounds: int = 20
-    start: Literal["all", "split", "table"] = "all"
+    start: Literal["all", "split", "table", "clusters"] = "all"
     table: str | None = None
     score: Score = field(default_factory=_discriminators)  # type: ignore[assignment]
     by_shares: bool = False

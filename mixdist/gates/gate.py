@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor, nn
@@ -66,6 +67,16 @@ class Gate(nn.Module):
         return self(rows, eps).log_resp_BE
 
     # Stages and starts
+
+    def take_model(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set parameters from those of a trained expert, by their names there, in place, before training.
+
+        :class:`mixdist.training.Upcycled` calls it on every rank where a gate has it.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes nothing from experts")
 
     def enter(self, stage: str) -> None:
         """Prepare for a phase of training: freeze, by ``requires_grad_(False)``, what does not learn in it."""

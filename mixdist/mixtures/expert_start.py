@@ -62,6 +62,35 @@ class ExpertStart(ABC):
             Agreed: experts cannot begin so; the same message on every rank.
         """
 
+    def start_shared(self, context: Context, shared: Mapping[str, nn.Module]) -> None:  # noqa: B027
+        """Set the first parameters of modules that every rank has, such as the gate, in place; every rank calls it.
+
+        Raises:
+            Agreed: they cannot begin so; the same message on every rank.
+        """
+
+    def assign(
+        self, context: Context, over_batch: OverBatch, expert: nn.Module, num_experts: int, dataset: Samples
+    ) -> np.ndarray:
+        """Return the expert that each training row begins with, (N,), the same on every rank; every rank calls it.
+
+        Args:
+            context: this rank's place, and the seed.
+            over_batch: collectives.
+            expert: one like those of the mixture, which may be changed.
+            num_experts: K.
+            dataset: training rows.
+
+        Raises:
+            Agreed: rows cannot be shared out so; the same message on every rank.
+        """
+        raise NotImplementedError(f"{type(self).__name__} assigns no rows")
+
+    @property
+    def assigns(self) -> bool:
+        """Whether this class implements ``assign``."""
+        return type(self).assign is not ExpertStart.assign
+
 
 @dataclass(frozen=True)
 class PCAStart(ExpertStart):

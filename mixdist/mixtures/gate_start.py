@@ -1,11 +1,12 @@
 """Stages of a gate, and its start from the training rows: the same on every layout.
 
-Shape letters: n rows of this rank, N rows of all, M numbers of a row.
+Shape letters: N rows, M numbers of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,13 +16,10 @@ from mixdist.gates import Gate
 from mixdist.messages import one_line
 from mixdist.mixtures.context import Context
 from mixdist.mixtures.mixture import Stage
-from mixdist.noise import Moment, Purpose, permutation, weights_seed
+from mixdist.mixtures.row_pass import chosen, gathered, over_chunks
+from mixdist.noise import Moment, Purpose, weights_seed
 from mixdist.parallel.agreement import agreed
 from mixdist.parallel.collectives import OverBatch
-from mixdist.terms import Batch
-
-CHUNK = 500
-"""Rows that a rank reads at once. Chunks are the same on every layout, so each row's numbers are, to the last bit."""
 
 
 def check_stages(gate: Gate, stages: Mapping[str, Stage], num_rows: int, mute: str | None, experts_learn: bool) -> None:
@@ -72,16 +70,15 @@ def start_gate(context: Context, over_batch: OverBatch, gate: Gate, dataset: Sam
         Agreed: the start cannot be made.
     """
     mesh, size, limit = context.mesh, len(dataset), getattr(gate, "start_rows", len(dataset))
-    positions = torch.arange(size)
-    if size > limit:
-        positions = permutation(at.seed, at.phase, 0, size, purpose=Purpose.START)[:limit].sort().values
-    seen_NM = _gather(context, over_batch, gate, dataset, positions)
+    positions = chosen(at.seed, at.phase, size, limit)
+    seen_NM = gathered(context, over_batch, dataset, gate.fields, positions, gate.seen)
     seed = weights_seed(at.seed, Purpose.START, 1, at.phase)
     agreed(lambda: _started(gate, seen_NM, seed) if mesh.rank == 0 else None, mesh.world)
     # Closed forms may round otherwise on another processor.
     over_batch.copy_first([*gate.parameters(), *gate.buffers()])
     for _ in range(gate.em_steps):
-        own = agreed(lambda: _over(context, gate, dataset, torch.arange(size), gate.statistics), mesh.world)
+        pass_over = partial(over_chunks, context, dataset, gate.fields, torch.arange(size), gate.statistics)
+        own = agreed(pass_over, mesh.world)
         gate.maximise(over_batch.sum(torch.stack(own).sum(0)))
     over_batch.copy_first([*gate.parameters(), *gate.buffers()])
 
@@ -95,28 +92,3 @@ def _started(gate: Gate, seen_NM: Tensor, seed: int) -> None:
         raise ValueError(
             f"mixture.gate ({type(gate).__name__}): its start is not finite: look at the rows, or set start to none"
         )
-
-
-def _over(
-    context: Context, gate: Gate, dataset: Samples, positions: Tensor, call: Callable[[Batch], Tensor]
-) -> list[Tensor]:
-    """Return what a method makes of no rows, and of each of this rank's chunks."""
-    mesh = context.mesh
-    chunks = [positions[:0], *positions.split(CHUNK)[mesh.rank :: mesh.world_size]]
-    return [call(_take(context, gate, dataset, chunk)) for chunk in chunks]
-
-
-def _take(context: Context, gate: Gate, dataset: Samples, positions: Tensor) -> Batch:
-    stored = dataset.take(positions, fields=gate.fields)
-    on_device = {name: column.to(context.mesh.device) for name, column in stored.items()}
-    return context.values(on_device, gate.fields)
-
-
-def _gather(context: Context, over_batch: OverBatch, gate: Gate, dataset: Samples, positions: Tensor) -> Tensor:
-    """Return what a gate has seen of rows, (N, M), in their order, on every rank."""
-    world = context.mesh.world_size
-    # Agreed: a rank that cannot read its rows must not leave the others waiting for it.
-    seen_nM = torch.cat(agreed(lambda: _over(context, gate, dataset, positions, gate.seen), context.mesh.world))
-    places = [torch.cat([torch.arange(0), *torch.arange(len(positions)).split(CHUNK)[r::world]]) for r in range(world)]
-    gathered = over_batch.gather(seen_nM, [len(part) for part in places])
-    return gathered[torch.cat(places).argsort().to(gathered.device)]

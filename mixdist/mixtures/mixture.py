@@ -138,6 +138,7 @@ class Mixture(ABC):
         """
         if self.expert_start is not None:
             self.expert_start.start(self.context, self.dispatch.over_batch, self.parts.experts, dataset)
+            self.expert_start.start_shared(self.context, self.parts.shared)
 
     def optimizers(self) -> dict[str, Callable[[Iterable[Tensor]], Any]]:
         """Return what makes the family's own optimisers, by the key that has an ``optimizer``; tried at the start."""

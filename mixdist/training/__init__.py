@@ -1,1 +1,5 @@
 """Phases of steps, checkpoints, resume."""
+
+from mixdist.training.upcycled import Upcycled
+
+__all__ = ["Upcycled"]

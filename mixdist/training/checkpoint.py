@@ -25,7 +25,7 @@ from mixdist.files import write_file
 from mixdist.mixtures import Mixture
 from mixdist.parallel.agreement import Agreed, agree, agreed, alike, gather_json, on_rank_0
 from mixdist.parallel.mesh import Mesh
-from mixdist.terms import Owned
+from mixdist.terms import Owned, misfit
 from mixdist.training.manifest import (
     FORMAT,
     MANIFEST,
@@ -285,24 +285,33 @@ def load_module(path: Path, owned: Owned, engine: Optimizers | None = None) -> N
     Raises:
         ValueError: the file holds other parameters than the module has.
     """
-    name = path / file_name(owned.name, owned.expert)
-    try:
-        with safe_open(name, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{name} cannot be read ({error}): use another checkpoint") from None
-    model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    own = owned.module.state_dict()
-    stored, needed = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (model, own))
-    wrong = sorted(k for k in stored.keys() | needed.keys() if stored.get(k) != needed.get(k))
+    name, own = path / file_name(owned.name, owned.expert), owned.module.state_dict()
+    tensors = read_tensors(name)
+    model = tensors_of("model", tensors)
+    wrong = misfit(model, own)
     if wrong:
-        raise ValueError(
-            f"{name} does not fit the config's {owned.name}: {wrong[0]} has shape {stored.get(wrong[0])}, expected "
-            f"{needed.get(wrong[0])}; take the run's own config"
-        )
+        raise ValueError(f"{name} does not fit the config's {owned.name}: {wrong}; take the run's own config")
     with torch.no_grad():
         for key, value in model.items():
             own[key].copy_(value)
     if engine is not None:
-        state = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
-        engine.load_optimizer_state(owned, state)
+        engine.load_optimizer_state(owned, tensors_of("optimizer", tensors))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of a checkpoint.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): use another checkpoint") from None
+
+
+def tensors_of(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of a module's tensors that are its weights (model), or its optimiser's state (optimizer)."""
+    start = f"{kind}."
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
