@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from mixdist.config.build import describe_spec, read_spec
+from mixdist.config.options import parse
+from mixdist.config.parsing import config_parser, dump, read_config
 from mixdist.data import (
     Captions,
     Dataset,
@@ -34,6 +36,7 @@ from mixdist.data.words import END, PAD, UNKNOWN, decode, encode, vocabulary
 from mixdist.terms import Batch, Field
 from tests import sources
 from tests.errors import error_of, refusal_of
+from tests.launch import changed, write_config
 
 FEW = {"fac": 216, "pix": 240, "mor": 6}
 
@@ -425,3 +428,43 @@ mixture:
     )
     ended = refusal_of("train", "--config", config, "--out", tmp_path / "run", named=["key id", "left", "right"])
     assert "Traceback" not in ended.err
+
+
+OWN = """
+from enum import Enum
+from mixdist.data import Digits, Source
+
+
+class Shade(Enum):
+    DARK = 1
+    LIGHT = 2
+
+
+class Own(Source):
+    def __init__(self, parts: dict[str, Source], rates: dict[int, float], kinds: set[str], shade: Shade = Shade.DARK):
+        self.given = sorted(parts), type(parts["a"]).__name__, rates, kinds, shade.name
+
+    def load(self):
+        return Digits().load()
+"""
+
+
+def test_a_run_s_config_is_read_again_whatever_holds_its_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written beside a run gives the same objects: dicts of classes, sets and names of an Enum, too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("own_holder.py").write_text(OWN)
+    digits = {"class_path": "mixdist.data.Digits"}
+    own = {"parts": {"b": digits, "a": digits}, "rates": {3: 0.5}, "kinds": ["x", "y"], "shade": "LIGHT"}
+    source = {"class_path": "own_holder.Own", "init_args": own}
+    pairs = {"class_path": "mixdist.data.Pairs", "init_args": {"sources": {"left": source, "right": digits}}}
+    parser, path = config_parser("mixdist train"), write_config(Path("c.yaml"), changed(data=pairs))
+    text = dump(parse(parser, ["--config", path]))
+    assert "Namespace" not in text
+    Path("again.yaml").write_text(text)
+    assert dump(parse(parser, ["--config", "again.yaml"])) == text
+    made = read_config(Path("again.yaml")).data
+    assert isinstance(made, Pairs)
+    assert made.sources["left"].given == (["a", "b"], "Digits", {3: 0.5}, {"x", "y"}, "LIGHT")  # type: ignore[attr-defined]

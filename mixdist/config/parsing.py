@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +74,14 @@ def plain(value: Any) -> Any:
     """Return what was parsed as JSON: the parser itself cannot write lists of classes with arguments left open."""
     if isinstance(value, Namespace):
         return {name: plain(inner) for name, inner in vars(value).items()}
+    if isinstance(value, Mapping):
+        return {plain(name): plain(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(inner) for inner in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain(inner) for inner in value), key=str)
+    if isinstance(value, Enum):
+        return value.name  # as it is given
     if inspect.isclass(value) or inspect.isroutine(value):  # their text has an address, another in each process
         return f"{value.__module__}.{value.__qualname__}"
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
