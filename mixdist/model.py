@@ -17,7 +17,7 @@ from mixdist.training.checkpoint import CheckpointStore, load_mixture, read_stat
 from mixdist.training.selection import Which, choose_checkpoint
 
 
-def load(run: str | PathLike[str], weights: Which = "best") -> Any:
+def load(run: str | PathLike[str], weights: Which = "best", ema: bool = False) -> Any:
     """Return the model of a run's checkpoint; neither the data nor the ranks that trained it are needed.
 
     What it is depends on the family: of soft mixtures and competitions a :class:`mixdist.mixtures.Model`.
@@ -26,9 +26,10 @@ def load(run: str | PathLike[str], weights: Which = "best") -> Any:
         run: its directory.
         weights: of the best checkpoint, where the run's ``select`` monitors a figure, else of the newest good one; or
             of the newest good one in any case.
+        ema: take the moving averages of weights of a run that was trained with ``train.ema``.
 
     Raises:
-        ValueError: the directory holds no run, or no good checkpoint.
+        ValueError: the directory holds no run, or no good checkpoint, or no averages.
     """
     if not isinstance(run, (str, PathLike)):
         raise ValueError(f"run ({run!r}) must be the path of a run's directory: name one that mixdist train made")
@@ -48,7 +49,7 @@ def load(run: str | PathLike[str], weights: Which = "best") -> Any:
             f"{about['mixture']['num_experts']}: put the run's own {RESOLVED} back"
         )
     mixture = build_mixture(config, read_spec(about["spec"]), mesh)
-    load_mixture(path, mixture)
+    load_mixture(path, mixture, ema)
     for owned in mixture.owned():
         owned.module.eval()
     return mixture.model(about["class_names"])

@@ -76,6 +76,7 @@ CONFIG: dict[str, Any] = {
         "epochs": 2,
         "batch_size": 30,
         "clip_norm": 1.0,
+        "ema": 0.9,
         "schedule": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 5, "gamma": 0.9}},
     },
     "checkpoint": {"every": 1, "keep": 100},

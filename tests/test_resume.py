@@ -42,7 +42,14 @@ def config_of(folder: Path, **changes: Any) -> str:
     (folder / "stalling.py").write_text(OWN)
     expert = {"class_path": "stalling.Stalling", "init_args": {"network": mlp(8), "latent": 2, "kl_warmup": WARMUP}}
     config = changed(
-        **{"dtype": "float64", "expert": expert, "train__batch_size": 37, "checkpoint": {"every": 5}, **changes}
+        **{
+            "dtype": "float64",
+            "expert": expert,
+            "train__batch_size": 37,
+            "checkpoint": {"every": 5},
+            "train__ema": 0.9,
+            **changes,
+        }
     )
     return write_config(folder / "config.yaml", config)
 

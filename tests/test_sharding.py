@@ -202,7 +202,7 @@ def travel(case: Case, root: str, steps: int) -> list[float]:
     mixture = make_mixture(case, mesh, Wire(mesh.device))
     adam = functools.partial(torch.optim.Adam, lr=0.01, amsgrad=True)
     schedule = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=30)
-    phase = Phase(epochs=9, batch_size=16, objective=make_objective(case), optimizer=adam, schedule=schedule)
+    phase = Phase(9, 16, objective=make_objective(case), optimizer=adam, schedule=schedule, ema=0.6)
     trainer = Trainer(mixture, data(), [phase], ENGINES[case.engine], log_every=1)
     store = CheckpointStore(Path(root), mesh, keep=9)
     if saved := store.found():

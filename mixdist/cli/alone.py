@@ -58,7 +58,7 @@ def train_alone(parser: ArgumentParser, parsed: Namespace, config: Config, stem:
     def judge(session: Session, run: Path) -> None:
         for split in ["test"] if session.valid is None else ["valid", "test"]:
             options = {"split": split, "rows": None, "num_samples": parsed.num_samples, "kde": 0, "weights": "best"}
-            evaluate_checkpoint(single, session, Namespace(**options, mixture=derived.mixture), run)
+            evaluate_checkpoint(single, session, Namespace(**options, ema=False, mixture=derived.mixture), run)
 
     run_training(derived, single, beside=beside, then=judge)
 

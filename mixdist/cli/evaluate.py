@@ -33,7 +33,7 @@ from mixdist.parallel.agreement import agreed, on_rank_0
 from mixdist.parallel.launch import Launch
 from mixdist.report.metrics import Progress, table
 from mixdist.training.checkpoint import CheckpointStore, load_mixture, read_state
-from mixdist.training.selection import Which, choose_checkpoint
+from mixdist.training.selection import choose_checkpoint
 
 FREE = ("execution", "compute", "one_way", "prefetch", "delivery", "placement")
 """Options of a mixture that an evaluation may have otherwise: how it runs."""
@@ -60,6 +60,8 @@ def evaluate_run(argv: Sequence[str]) -> None:
             raise ValueError(
                 f"--kde ({options.kde}) needs samples, and {run} is a baseline, which draws none: leave it out"
             )
+        if options.ema:
+            raise ValueError(f"--ema needs a run of train.ema, and {run} is a baseline, which has none: leave it out")
         if Launch.read().rank == 0:  # one process does it all
             evaluate_again(run, config, options.split, options.rows)
         return
@@ -71,14 +73,14 @@ def evaluate_run(argv: Sequence[str]) -> None:
         with closing(session):
             agreed(lambda: check_draws(session.mixture, options.kde), mesh.world)
             agreed(lambda: session.split(options.split), mesh.world)
-            checkpoint = _restore(config, session, run, options.weights)
+            checkpoint = _restore(config, session, run, options)
             agreed(lambda: _check_own(parser, options, run), mesh.world)
             _evaluate(config, session, options, checkpoint, run)
 
 
 def evaluate_checkpoint(config: Config, session: Session, options: Namespace, run: Path) -> None:
     """Evaluate a run's checkpoint with the options of ``mixdist evaluate``; every rank calls it."""
-    checkpoint = _restore(config, session, run, options.weights)
+    checkpoint = _restore(config, session, run, options)
     _evaluate(config, session, options, checkpoint, run)
 
 
@@ -89,8 +91,8 @@ def evaluate_parser() -> ArgumentParser:
         "Evaluate the best or newest good checkpoint of a run, in one process or under torchrun on any number of "
         "ranks: likelihoods by importance sampling, reconstruction, clustering, routing. The run's own config "
         "holds; dotted options override it, as --data.root for data that was moved. Writes RUN/evaluation.json (for "
-        "another split, RUN/evaluation-SPLIT.json) and beside it the rows (.npz). Example: torchrun --standalone "
-        "--nproc-per-node 2 -m mixdist evaluate runs/mnist --num_samples 100",
+        "another split, RUN/evaluation-SPLIT.json; with --ema, RUN/evaluation-ema.json) and beside it the rows (.npz). "
+        "Example: torchrun --standalone --nproc-per-node 2 -m mixdist evaluate runs/mnist --num_samples 100",
     )
     parser.add_argument("run", type=str, help="the run's directory")
     parser.add_argument(
@@ -101,6 +103,9 @@ def evaluate_parser() -> ArgumentParser:
         type=Literal["best", "newest"],
         default="best",
         help="of the best checkpoint, where the run's select monitors a figure; or of the newest one",
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="take the moving averages of weights of a run that has train.ema"
     )
     parser.add_argument("--rows", type=int | None, help="take the first so many rows of the split; unset, all")
     parser.add_argument("--num_samples", type=int, default=100, help="importance samples for each row and expert")
@@ -136,21 +141,21 @@ def _check_own(parser: ArgumentParser, options: Namespace, run: Path) -> None:
             )
 
 
-def _restore(config: Config, session: Session, run: Path, weights: Which) -> Path:
+def _restore(config: Config, session: Session, run: Path, options: Namespace) -> Path:
     """Put the weights of the run's best or newest good checkpoint in place, on all ranks or none; return its path.
 
     Raises:
         Agreed: there is none, or it belongs to other data or to another number of experts.
     """
     mesh = session.mesh
-    checkpoint, passed_over = choose_checkpoint(CheckpointStore(run / "checkpoints", mesh), weights)
+    checkpoint, passed_over = choose_checkpoint(CheckpointStore(run / "checkpoints", mesh), options.weights)
     for sentence in passed_over if mesh.rank == 0 else ():
         print(f"mixdist: {sentence}; using {checkpoint.name}", file=sys.stderr, flush=True)
-    agreed(lambda: _load(config, session, checkpoint), mesh.world)
+    agreed(lambda: _load(config, session, checkpoint, options.ema), mesh.world)
     return checkpoint
 
 
-def _load(config: Config, session: Session, checkpoint: Path) -> None:
+def _load(config: Config, session: Session, checkpoint: Path, ema: bool) -> None:
     about, here = (
         {**run, "num_experts": run["mixture"]["num_experts"]}
         for run in (read_state(checkpoint)["run"], describe(config, session.train))
@@ -166,11 +171,11 @@ def _load(config: Config, session: Session, checkpoint: Path) -> None:
             raise ValueError(
                 f"checkpoint {checkpoint} was made with {key} {about.get(key)}, here is {here[key]}: {remedy}"
             )
-    load_mixture(checkpoint, session.mixture)
+    load_mixture(checkpoint, session.mixture, ema)
 
 
 def _evaluate(config: Config, session: Session, options: Namespace, checkpoint: Path, run: Path) -> None:
-    path = run / f"{stem_of(options.split)}.json"
+    path = run / f"{stem_of(options.split, options.ema)}.json"
     on_rank_0(lambda: _check_writable(path), session.mesh)
     dataset = session.split(options.split)
     dataset = dataset if options.rows is None else dataset.first(options.rows)
@@ -204,6 +209,7 @@ def _check_writable(path: Path) -> None:
 def _how(config: Config, session: Session, options: Namespace, checkpoint: Path, dataset: Samples) -> dict[str, Any]:
     """Return, as JSON, how figures were taken: enough to take them again."""
     about = {"step": read_state(checkpoint)["position"]["total"], "split": options.split}
+    about |= {"ema": config.train.ema} if options.ema else {}
     run = {"seed": config.seed, "dtype": config.dtype, "mixture": plain(options["mixture"])}
     return {"checkpoint": checkpoint.name, **about, **protocol(session.mixture, dataset, options.num_samples), **run}
 
@@ -223,10 +229,7 @@ def _report(evaluation: Evaluation, how: dict[str, Any], kde: KernelDensity | No
 
 def summary(evaluation: Evaluation, split: str = "test") -> str:
     """Return what ends a run: the family's table, the figures with their standard errors, and what is amiss."""
-    shown = [_with_error(name, value, evaluation.errors) for name, value in evaluation.figures.items()]
-    # A figure stays on one line: NUL, which is no space, holds its words together until the lines are made.
-    joined = f"{len(evaluation.dataset)} {KINDS[split]} rows: " + "   ".join(one.replace(" ", "\0") for one in shown)
-    figures = textwrap.fill(joined, 120, subsequent_indent="  ", break_on_hyphens=False).replace("\0", " ")
+    figures = figures_of(evaluation, f"{len(evaluation.dataset)} {KINDS[split]} rows")
     headers, lines = evaluation.table()
     above = [table(headers, lines)] if headers else []
     likelihood, name = evaluation.protocol.get("likelihood"), evaluation.protocol.get("likelihood_of")
@@ -238,6 +241,14 @@ def summary(evaluation: Evaluation, split: str = "test") -> str:
     }
     told = [units[likelihood]] if likelihood in units else []
     return "\n".join([*above, figures, *told, *evaluation.findings])
+
+
+def figures_of(evaluation: Evaluation, what: str) -> str:
+    """Return the figures with their standard errors, after what they are of."""
+    shown = [_with_error(name, value, evaluation.errors) for name, value in evaluation.figures.items()]
+    # A figure stays on one line: NUL, which is no space, holds its words together until the lines are made.
+    joined = f"{what}: " + "   ".join(one.replace(" ", "\0") for one in shown)
+    return textwrap.fill(joined, 120, subsequent_indent="  ", break_on_hyphens=False).replace("\0", " ")
 
 
 def _with_error(name: str, value: float, errors: dict[str, float]) -> str:

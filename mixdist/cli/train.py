@@ -14,8 +14,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from mixdist.baselines.model import ABOUT
 from mixdist.cli.ending import report_errors_once
-from mixdist.cli.evaluate import summary
-from mixdist.config.build import Session, build, build_mesh, build_program, build_selection, describe
+from mixdist.cli.evaluate import figures_of, summary
+from mixdist.config.build import KINDS, Session, build, build_mesh, build_program, build_selection, describe
 from mixdist.config.card import card
 from mixdist.config.config import Config
 from mixdist.config.options import parse, values_of
@@ -259,7 +259,26 @@ def _conclude(config: Config, session: Session, loop: Loop, run: Path) -> None:
         chosen = [f"   {name}: {value} ({why})" for name, (value, why) in mixture.choices().items() if why]
         shown = f"   picture: {picture}" if picture else ""
         print(summary(evaluation, session.watched))
+    if config.train.ema is not None:
+        _evaluate_averages(config, session, loop)
+    if session.mesh.rank == 0:
         print(f"run: {run}{kept}{''.join(chosen)}{shown}", flush=True)
+
+
+def _evaluate_averages(config: Config, session: Session, loop: Loop) -> None:
+    """Evaluate the averages of weights of the same checkpoint, and print their figures; then put the weights back."""
+    assert loop.store is not None
+    mixture, world, (checkpoint, _) = session.mixture, session.mesh.world, choose_checkpoint(loop.store)
+    rows = session.split(session.watched)
+    agreed(lambda: load_mixture(checkpoint, mixture, ema=True), world)
+    found = evaluate(mixture, rows, config.test_batch_size, config.seed, shares_from=session.train)
+    if session.mesh.rank == 0:
+        print(
+            figures_of(
+                found, f"averages of weights (ema {config.train.ema}), {len(rows)} {KINDS[session.watched]} rows"
+            )
+        )
+    agreed(lambda: load_mixture(checkpoint, mixture), world)
 
 
 def _restore_best(loop: Loop) -> str:

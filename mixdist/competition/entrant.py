@@ -68,7 +68,7 @@ class Entrant:
         """Begin a phase: a new optimiser, steps from 0."""
         self._epochs_of_round = phase.epochs
         group, wire = self.context.mesh.replica_group, self.context.wire
-        name, told = f"expert {self.number}", (phase.optimizer, phase.schedule, phase.clip_norm)
+        name, told = f"expert {self.number}", (phase.stepping, phase.schedule, phase.clip_norm)
         self.engine = self.make(name, self.expert, group, wire, *told, turn=self.number)
 
     def train(self, rows: Batch, batches: Iterable[tuple[Tensor, int]], phase: int, epoch_rows: int) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 from mixdist.data import Source
 from mixdist.data.sources.splits import check_part
 from mixdist.engines import EngineFactory
+from mixdist.engines.average import check_decay
 from mixdist.mixtures import Mixture
 from mixdist.training.phases import Phase
 from mixdist.training.selection import Select
@@ -104,6 +105,8 @@ def check(config: Config) -> None:
         "checkpoint.every": config.checkpoint.every,
     }
     for name, phase in phases.items():
+        if phase.ema is not None:
+            check_decay(phase.ema, f"{name}.ema")
         for key in ("epochs", "batch_size", "accumulate", "clip_norm"):
             positive[f"{name}.{key}"] = getattr(phase, key)
     for key, value in positive.items():

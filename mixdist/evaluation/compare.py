@@ -89,9 +89,9 @@ class Line(NamedTuple):
     z: float | None = None
 
 
-def stem_of(split: str) -> str:
-    """Return the name, without its ending, of what an evaluation of a split is written to."""
-    return "evaluation" if split == "test" else f"evaluation-{split}"
+def stem_of(split: str, ema: bool = False) -> str:
+    """Return the name, without its ending, of what an evaluation of a split, or of averages, is written to."""
+    return "-".join(["evaluation", *([split] if split != "test" else []), *(["ema"] if ema else [])])
 
 
 def read_evaluation(run: Path, split: str = "test") -> Judged:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from mixdist.engines.average import AVERAGE
 from mixdist.files import write_file
 from mixdist.mixtures import Mixture
 from mixdist.parallel.agreement import Agreed, agree, agreed, alike, gather_json, on_rank_0
@@ -268,19 +269,31 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_mixture(path: Path, mixture: Mixture) -> None:
+def load_mixture(path: Path, mixture: Mixture, ema: bool = False) -> None:
     """Put the weights and the state of a trained mixture in place, without optimisers.
 
+    Args:
+        path: of the checkpoint.
+        mixture: with its modules.
+        ema: take the averages of weights; what was not stepped is as it is.
+
     Raises:
-        ValueError: there is no mixture yet in that checkpoint, or a file does not fit.
+        ValueError: there is no mixture yet in that checkpoint, it has no averages, or a file does not fit.
     """
-    mixture.load_state(read_state(path)["mixture"])
+    state = read_state(path)
+    if ema and AVERAGE not in state.get("optimizer", "").split():
+        raise ValueError(
+            f"checkpoint {path} has no averages of weights: leave ema out, or train a run with train.ema, such as 0.999"
+        )
+    mixture.load_state(state["mixture"])
     for owned in mixture.owned():
-        load_module(path, owned)
+        load_module(path, owned, ema=ema)
 
 
-def load_module(path: Path, owned: Owned, engine: Optimizers | None = None) -> None:
+def load_module(path: Path, owned: Owned, engine: Optimizers | None = None, ema: bool = False) -> None:
     """Put a module's weights and, given an engine, its optimiser's state in place.
+
+    With ``ema`` each parameter becomes its average, where it has one.
 
     Raises:
         ValueError: the file holds other parameters than the module has.
@@ -288,6 +301,8 @@ def load_module(path: Path, owned: Owned, engine: Optimizers | None = None) -> N
     name, own = path / file_name(owned.name, owned.expert), owned.module.state_dict()
     tensors = read_tensors(name)
     model = tensors_of("model", tensors)
+    if ema:
+        model = {key: tensors.get(f"optimizer.{key}.{AVERAGE}", weight) for key, weight in model.items()}
     wrong = misfit(model, own)
     if wrong:
         raise ValueError(f"{name} does not fit the config's {owned.name}: {wrong}; take the run's own config")

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mixdist.engines import OptimizerFactory
+from mixdist.engines.average import averaged
 from mixdist.mixtures import Context, Objective, WeightedLoss
 from mixdist.mixtures.held import as_text, held, marks
 from mixdist.parallel.agreement import alike
@@ -42,6 +44,8 @@ class Phase:
         schedule: any torch learning-rate schedule that needs no metric; stepped after every step, in a competition
             after every epoch, so that all experts are in step.
         clip_norm: largest norm of the whole gradient.
+        ema: decay of an exponential moving average of the trained weights, such as 0.999; unset, none is kept. Training
+            does not depend on it; ``mixdist evaluate --ema`` and ``mixdist.load(run, ema=True)`` take it.
     """
 
     epochs: int = 10
@@ -53,6 +57,12 @@ class Phase:
     optimizer: Callable[[Iterable[Tensor]], Optimizer] = field(default_factory=_adam)  # type: ignore[assignment]
     schedule: Callable[[Optimizer], LRScheduler] | None = None
     clip_norm: float | None = None
+    ema: float | None = None
+
+    @property
+    def stepping(self) -> OptimizerFactory:
+        """What makes the phase's optimisers, which keep the average of what they step, where there is one."""
+        return self.optimizer if self.ema is None else partial(averaged, self.optimizer, self.ema)
 
     def try_schedule(self, key: str, times: int, unit: str) -> None:
         """Run the schedule to its end on one number: one that is too short fails before anything is trained.
@@ -127,7 +137,7 @@ def check_alike(context: Context, num_rows: int, phases: Sequence[Phase]) -> Non
     """
     named: dict[str, Any] = {"seed": context.seed, "dtype": str(context.dtype), "number of training rows": num_rows}
     for key, phase in zip(phase_keys(phases), phases, strict=True):
-        for name in ("epochs", "batch_size", "accumulate", "trains", "stage", "clip_norm"):
+        for name in ("epochs", "batch_size", "accumulate", "trains", "stage", "clip_norm", "ema"):
             named[f"{key}.{name}"] = getattr(phase, name)
         check_is_objective(f"{key}.objective", phase.objective)
         for name, one in (("objective", phase.objective), ("objective.balance", phase.objective.balance)):

@@ -179,7 +179,7 @@ class Trainer:
         self._upcoming: RankBatch | None = None
         parts = self.mixture.parts
         try:
-            return self.make_engine(parts, self.mesh, self.wire, phase.optimizer, phase.schedule, phase.clip_norm)
+            return self.make_engine(parts, self.mesh, self.wire, phase.stepping, phase.schedule, phase.clip_norm)
         except TypeError as error:  # an abstract class, or another constructor
             raise ValueError(
                 f"engine cannot be made ({error}): see mixdist.engines.Engine for what it takes"
