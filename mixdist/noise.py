@@ -101,8 +101,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor | int], key: tuple[Tens
     # NumPy does the same 120 small operations in 0.5 to 0.7 of torch's time on a CPU. Its scalars would warn that they
     # wrap, hence at least one axis.
     c0, c1, c2, c3, k0, k1 = (np.atleast_1d(w.numpy()) if isinstance(w, Tensor) else w for w in (*counter, *key))
-    w0, w1, w2, w3 = (torch.from_numpy(word) for word in _rounds((c0, c1, c2, c3), (k0, k1)))
-    return w0, w1, w2, w3
+    return cast(Words, tuple(map(torch.from_numpy, _rounds((c0, c1, c2, c3), (k0, k1)))))
 
 
 def _rounds(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, Word, Word, Word]:
@@ -330,13 +329,12 @@ def hashes(
     seed: int, phase: int, epoch: int, ids_N: Tensor, expert: int = 0, purpose: Purpose = Purpose.ORDER
 ) -> Tensor:
     """Return a keyed 64-bit hash of each id, int64 (N,); arguments and errors as for ``permutation``."""
-    key = derive(seed, purpose, phase, expert, Kind.HASH)
-    zero, epoch_word = torch.tensor(0), epoch & _MASK
+    key, zero = derive(seed, purpose, phase, expert, Kind.HASH), torch.tensor(0)
     found = torch.empty(len(ids_N), dtype=torch.int64)
     # In pieces, because the temporary words of a hundred million ids would not fit beside them.
     for start in range(0, len(ids_N), _CHUNK):
         ids = ids_N[start : start + _CHUNK]
-        low, high, _, _ = philox((zero, ids & _MASK, (ids >> 32) & _MASK, epoch_word), key)
+        low, high, _, _ = philox((zero, ids & _MASK, (ids >> 32) & _MASK, epoch & _MASK), key)
         found[start : start + _CHUNK] = low | high << 32
     return found
 
