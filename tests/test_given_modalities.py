@@ -122,6 +122,7 @@ def test_a_step_without_a_modality_has_no_mean_of_it() -> None:
     rows = {**rows, "present": torch.tensor([[1, 0, 1]] * 3, dtype=torch.uint8)}
     mixture = model.mixture
     record = mixture.record(mixture.backward(RankBatch(rows, (3,)), WeightedLoss(), Moment(0)), 3)
+    assert mixture.describe([]) == {"num_experts": 3, "modalities": "x0, x1, x2", "posterior": "normal"}
     assert record["present"] == [1.0, 0.0, 1.0]
     assert [value is None for value in record["log_px"]] == [False, True, False]
     assert all(not p.grad.any() for p in mixture.modalities[1].parameters() if p.grad is not None)

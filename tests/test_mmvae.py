@@ -498,6 +498,8 @@ def test_a_run_resumes_on_three_ranks_and_is_loaded(tmp_path: Path, monkeypatch:
     torch.testing.assert_close(model.reconstruct(rows, ["x1"])["x2"], model.translate(rows, "x1", "x2"))
     assert {name: made.shape for name, made in model.generate(6).items()} == {f"x{m}": (6, 1, 8, 8) for m in range(3)}
     assert here("sample", "whole").code == 0
+    more = ("train", "--resume", "whole", "--train.epochs", "2")
+    refused(*more, "--mixture.posterior", "normal", names="posterior laplace normal")
     with pytest.raises(ValueError, match="modality 'x9'"):
         model.decode(torch.zeros(1, 4), "x9")
     with pytest.raises(ValueError, match="x1"):

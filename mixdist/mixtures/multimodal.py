@@ -20,6 +20,7 @@ from mixdist.experts.location_scale import KINDS, PosteriorName, Prior
 from mixdist.mixtures.bounds import Weights
 from mixdist.mixtures.context import Context
 from mixdist.mixtures.gateless import Gateless
+from mixdist.mixtures.mixture import Stage
 from mixdist.mixtures.multimodal_shown import MultimodalModel, multimodal_pictures
 from mixdist.mixtures.multimodal_study import MultimodalStudy
 from mixdist.mixtures.multimodal_views import captioned, latents_in_the_plane
@@ -109,6 +110,10 @@ class Multimodal(Gateless):
         agreed(lambda: check_own_fields(told, self.spec), world)
         for kind, rows in splits.items():
             agreed(partial(check_present, rows, f"{kind} "), world)
+
+    def describe(self, stages: Sequence[Stage]) -> dict[str, Any]:
+        told = {"modalities": ", ".join(self.names), "posterior": self.posterior}
+        return super().describe(stages) | told
 
     @property
     def names(self) -> list[str]:
