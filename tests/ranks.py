@@ -6,6 +6,7 @@ As under torchrun, the environment says who a rank is; when one fails the others
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import multiprocessing
@@ -14,13 +15,14 @@ import signal
 import socket
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as main sets it before torch is imported
 
@@ -167,8 +169,7 @@ def _pool(number: str, world_size: str, rendezvous: str, authkey: str) -> int:
     """Be a rank of a pool, whose pipe has the place of the standard input."""
     multiprocessing.current_process().authkey = bytes.fromhex(authkey)
     serve_rank(int(number), int(world_size), rendezvous, Connection(os.dup(0)))
-    atexit._run_exitfuncs()  # multiprocessing removes its folders
-    os._exit(0)  # what libraries do at the end of a process waits for gloo's threads, for long
+    return 0
 
 
 def _by_hand() -> int:
@@ -233,8 +234,28 @@ def warm() -> None:
             make_config(parser, parse(parser, ["--config", write_config(Path(folder, "config.yaml"), config)]))
 
 
+def end(work: Callable[[], int]) -> NoReturn:
+    """Do the work of a process and end it, without what Python does last.
+
+    That waits for gloo's threads, and to free each object that came with the fork its memory would be copied: seconds.
+    """
+    code: Any = 1
+    try:
+        code = work()
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing removes its folders
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(code or 0))
+
+
 if __name__ == "__main__":
     warm()
+    gc.freeze()  # what is here is never freed: a fork that looked for it would copy its memory
     work = serve(socket.socket(fileno=int(sys.argv[1])))
     sys.modules["__main__"] = ModuleType("__main__")  # else every process that a fork spawns would import this one
-    sys.exit(work())
+    end(work)
