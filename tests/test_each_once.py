@@ -65,10 +65,12 @@ RUN: Table = {
     "train.optimizer": ("{class_path: torch.optim.Adam, init_args: {lr: 0.1}}", None),
     "train.schedule": ("{class_path: torch.optim.lr_scheduler.StepLR, init_args: {step_size: 2}}", None),
     "train.clip_norm": ("0.1", None),
+    "train.ema": ("0.9", None),
     "mixture.prefetch": ("true", None),
     "checkpoint.every": ("3", None),
     "log_every": ("3", None),
     "test_batch_size": ("7", None),
+    "pictures": ("true", None),
 }
 ROUNDS: Table = {
     "mixture.score.batch_size": ("30", "score.batch_size 50 30"),
@@ -269,11 +271,11 @@ def rounds_of(*words: str) -> Seen:
     seen: Seen = {}
     train, challenge = Entrant.train, Entrant.challenge
 
-    def trained(self: Entrant, rows: Any, batches: Any, phase: int) -> None:
+    def trained(self: Entrant, rows: Any, batches: Any, *more: Any) -> None:
         batches = list(batches)
         places = torch.cat([places for places, _ in batches]) if batches else torch.zeros(0, dtype=torch.int64)
         seen.setdefault(f"expert {self.number}", []).append(rows["id"][places].tolist())
-        train(self, rows, batches, phase)
+        train(self, rows, batches, *more)
 
     def challenged(self: Entrant, rows: Any, batches: Any, round: int) -> None:
         batches = list(batches)

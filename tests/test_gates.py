@@ -300,7 +300,7 @@ REFUSED: list[tuple[Callable[..., Gate], dict[str, Any], str]] = [
     (_consistent, {"field": "none"}, " needs an image .*, not 'none'"),
     (_consistent, {"field": "image"}, r"'s field is 'image', but Softmax reads \['picture'\]: set the same field"),
     *(
-        (_consistent, {name: value}, rf"'s {name} \({value}\) must be a number from 0: give 0 for none")
+        (_consistent, {name: value}, rf"'s {name} \({value}\) must be a number .*: give 0 for no")
         for name in ("weight", "shift", "rotation", "scale", "shear", "warmup_steps")
         for value in (-0.1, math.inf, math.nan)
     ),
