@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from mixdist.evaluation.compare import NORMAL_95, Judged, compare, paired
+from mixdist.evaluation.compare import NORMAL_95, Judged, compare, differing, paired
 from mixdist.files import read_arrays
 from tests.errors import error_of
 from tests.launch import changed, here, refused, write_config
@@ -236,3 +236,12 @@ def test_bytes_that_changed_are_told(place: int, tmp_path: Path) -> None:
     data[place : place + 20] = bytes(255 - byte for byte in data[place : place + 20])
     (tmp_path / "rows.npz").write_bytes(data)
     error_of(lambda: read_arrays(tmp_path / "rows.npz"), "rows.npz", "damaged")
+
+
+def test_figures_of_modalities_are_compared_where_they_mean_the_same() -> None:
+    one = {"split": "test", "data": "d", "rows": 4, "num_samples": 5, "loss_is": "a bound"}
+    for figure in ("log_joint", "looser", "log_cross_a_b"):
+        assert differing(one, one | {"num_samples": 50}, figure) == "num_samples"
+    assert differing(one, one | {"num_samples": 50}, "coherence_joint") is None
+    assert differing(one, one | {"loss_is": "a sum"}, "loss") == "loss_is"
+    assert differing(one, one | {"loss_is": "a sum"}, "log_joint") is None

@@ -19,7 +19,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch.distributions import MultivariateNormal
 
 from mixdist.competition import Competition, Elbo
-from mixdist.data import Dataset
+from mixdist.data import Blobs, Dataset
 from mixdist.evaluation.evaluate import evaluate
 from mixdist.evaluation.record import record, rows_of
 from mixdist.experts import VAE, Centroid, Expert, Regressor
@@ -414,3 +414,16 @@ def test_refused_rows_are_counted_and_the_weighted_loss_does_not_fall_by_them() 
     assert losses[0.3, True][0] < 0.6 * losses[None, True][0]
     assert losses[0.3, True][1] == pytest.approx(losses[None, True][1], rel=0.3)
     assert losses[None, True][0] == pytest.approx(losses[None, True][1], rel=1e-12)
+
+
+def test_a_table_has_no_column_that_no_expert_has() -> None:
+    """Of experts that differ: what one does not have is a dash, what none has is left out."""
+    data = Blobs(rows=4, test_rows=2).load().train
+    shown = []
+    for log_px in ([math.nan, math.nan], [math.nan, -2.0]):
+        on_own = {"loss": np.ones(2), "log_likelihood": np.array(log_px)}
+        own = {"rows_E": np.array([3, 1]), "expert_N": np.array([0, 0, 0, 1]), "share_E": np.ones(2) / 2}
+        shown.append(ExpertEvaluation(data, {}, on_own=on_own, **own).table())
+    (without, _), (headers, lines) = shown
+    assert "log-likelihood" not in without
+    assert [line[headers.index("log-likelihood")] for line in lines] == ["-", "-2"]

@@ -16,7 +16,7 @@ import numpy as np
 from mixdist.files import read_arrays
 from mixdist.messages import one_line
 
-HEADLINES = ("log_likelihood", "conditional_log_likelihood", "accuracy", "prediction_rmse", "rmse_value")
+HEADLINES = ("log_likelihood", "conditional_log_likelihood", "log_joint", "accuracy", "prediction_rmse", "rmse_value")
 """The figure that is compared where none is named: the first of these that all have, else their first in common."""
 
 NORMAL_95 = 1.959963984540054
@@ -38,6 +38,7 @@ OF_LIKELIHOODS = (
 that is exact has no number of samples, and may be compared with one that has."""
 
 OF_OTHERS = {
+    ("loss",): ("loss_is",),
     ("accuracy", "purity", "nmi", "ari"): ("label",),
     ("rmse_row", "rmse_value"): ("reconstructs", "reconstructs_scale"),
     ("prediction_rmse", "prediction_error"): ("predicts", "predicts_scale"),
@@ -179,13 +180,14 @@ def check_comparable(runs: Sequence[Judged], figure: str) -> None:
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any], figure: str) -> str | None:
     """Return the first key of two protocols that keeps a figure from being compared; None if there is none."""
-    likelihoods = any(part in figure for part in ("likelihood", "elbo", "loss"))
+    sampled = "likelihood" in figure or figure.startswith("log_") or figure == "looser"
+    likelihoods = sampled or "elbo" in figure or "loss" in figure
     others = [
         key for names, keys in OF_OTHERS.items() if figure in names for key in keys if key in one and key in other
     ]
     for key in [*SAME, *(OF_LIKELIHOODS if likelihoods else ()), *others]:
         mine, theirs = one.get(key), other.get(key)
-        if key == "num_samples" and ("likelihood" not in figure or figure in UNSAMPLED):
+        if key == "num_samples" and (not sampled or figure in UNSAMPLED):
             continue
         if key == "kde":
             if not figure.startswith(key):
@@ -206,6 +208,7 @@ def _remedy(key: str) -> str:
         "num_samples": "evaluate both with the same --num_samples",
         "rows": "evaluate both with the same --rows",
         "likelihood": "compare another figure with --figure, or baselines with --likelihood as the run has it",
+        "loss_is": "compare another figure with --figure, such as log_joint",
         "label": "name runs that have it alike, or compare another figure with --figure",
         "predicts": "name runs that predict the same, or compare another figure with --figure",
         "reconstructs": "name runs that reconstruct the same, or compare another figure with --figure",

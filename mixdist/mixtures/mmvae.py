@@ -107,6 +107,10 @@ class MMVAE(Multimodal):
         log_q = log_mixture(self._log_q(proposals, z), proposals.valid_RK)
         return self.prior.log_prob(z) + score.sum(1) - log_q
 
+    @property
+    def loss_is(self) -> str:
+        return f"MMVAE's {self.objective} bound, {self.samples} samples"
+
     def losses(self, proposals: Proposals, z: Tensor, score_BMNS: Tensor, present_BM: Tensor) -> Tensor:
         bound = looser if self.objective == "looser" else tighter
         return -bound(self._log_weights(proposals, z, score_BMNS), proposals.valid_RK)

@@ -153,6 +153,11 @@ class Multimodal(Gateless):
     def single(self) -> list[int]:
         """The proposal of an evaluation that is each modality's own, M."""
 
+    @property
+    @abstractmethod
+    def loss_is(self) -> str:
+        """What a row's loss is, with the options that make it another number."""
+
     @abstractmethod
     def losses(self, proposals: Proposals, z: Tensor, score_BMNS: Tensor, present_BM: Tensor) -> Tensor:
         """Return each row's loss, (B,) nats, of this rank's rows, z (B, K, S, L)."""
@@ -320,7 +325,7 @@ class Multimodal(Gateless):
     def protocol(self, num_samples: int) -> dict[str, Any]:
         kinds = {facts.log_px_is for facts in self.facts}
         likelihood = kinds.pop() if len(kinds) == 1 else "unknown"
-        of = {"likelihood": likelihood, "likelihood_of": ", ".join(self.names)}
+        of = {"likelihood": likelihood, "likelihood_of": ", ".join(self.names), "loss_is": self.loss_is}
         return MultimodalStudy.protocol(num_samples) | of
 
 

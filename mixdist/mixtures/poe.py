@@ -119,6 +119,11 @@ class PoEMVAE(_Products):
     def single(self) -> list[int]:
         return list(range(1, 1 + self.num_experts))
 
+    @property
+    def loss_is(self) -> str:
+        terms = f"{'all and single ones' if self.unimodal else 'all'}, {self.subsets} random subsets"
+        return f"PoEMVAE's sum of ELBOs: {terms}, beta {self.beta:g}"
+
     def weigh(self, proposals: Proposals) -> Tensor:
         return proposals.valid_RK.to(self.dtype)
 
@@ -192,6 +197,10 @@ class MoPoE(_Products):
         """The largest subset that a row has, the product of all that is given."""
         size = proposals.members_RKM.sum(-1)
         return (size == size.max(1, keepdim=True).values) & proposals.valid_RK
+
+    @property
+    def loss_is(self) -> str:
+        return f"MoPoE's mean of ELBOs, beta {self.beta:g}"
 
     def weigh(self, proposals: Proposals) -> Tensor:
         valid = proposals.valid_RK.to(self.dtype)
