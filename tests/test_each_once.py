@@ -65,7 +65,7 @@ RUN: Table = {
     "train.optimizer": ("{class_path: torch.optim.Adam, init_args: {lr: 0.1}}", None),
     "train.schedule": ("{class_path: torch.optim.lr_scheduler.StepLR, init_args: {step_size: 2}}", None),
     "train.clip_norm": ("0.1", None),
-    "train.ema": ("0.9", None),
+    "train.ema": ("0.9", "Adam ema"),
     "mixture.prefetch": ("true", None),
     "checkpoint.every": ("3", None),
     "log_every": ("3", None),
