@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -95,6 +96,22 @@ def test_help_tells(words: list[str], told: str) -> None:
     ended = here(*words)
     assert (ended.code, ended.err) == (0, "")
     assert told in ended.out
+
+
+@pytest.mark.parametrize(
+    ("option", "kind", "taken"),
+    [
+        ("--engine", "mixdist.engines.FSDP", ["offload", "unit_bytes"]),
+        ("--train.schedule", "torch.optim.lr_scheduler.StepLR", ["step_size", "gamma", "last_epoch"]),
+        ("--train.optimizer", "torch.optim.Rprop", ["lr", "etas", "step_sizes"]),
+    ],
+)
+def test_help_on_a_class_lists_what_a_config_may_give(option: str, kind: str, taken: list[str]) -> None:
+    ended = here("train", f"{option}.help", kind)
+    assert (ended.code, ended.err) == (0, "")
+    listed = re.findall(rf"^  {re.escape(option)}\.(\w+) ", ended.out, re.MULTILINE)
+    assert listed[: len(taken)] == taken
+    assert not {"parts", "mesh", "wire", "optimizer", "schedule", "clip_norm", "params"} & set(listed)
 
 
 # A run and what can be done with it.

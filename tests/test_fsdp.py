@@ -199,12 +199,14 @@ class Twofold(nn.Module):
         super().__init__()
         self.inner, self.outer = nn.Sequential(nn.Linear(3, 5), nn.Tanh()), nn.Linear(5, 3)
         self.scale, self.shift = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(3))
+        self.rowless, self.empty = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.zeros(3, 0))
 
     def encode(self, rows: dict[str, Tensor]) -> Tensor:
         return self.inner(rows["x"]) * self.scale
 
     def score(self, rows: dict[str, Tensor], z: Tensor) -> Tensor:
-        return (self.outer(z + self.encode(rows)) + self.shift - rows["x"]).square().sum(1)
+        shift = self.shift + self.rowless.sum() + self.empty.sum()
+        return (self.outer(z + self.encode(rows)) + shift - rows["x"]).square().sum(1)
 
     def forward(self, rows: dict[str, Tensor], times: int) -> Tensor:
         return self.width(times) * self.score(rows, self.encode(rows)) + self.shift.sum()
@@ -238,26 +240,38 @@ def by_methods(kind: str) -> list[Tensor]:
 def test_methods_beside_forward_bring_values_together(pool: Callable[[int], Pool]) -> None:
     cut, plain = (pool(2).run("tests.test_fsdp:by_methods", kind) for kind in ("fsdp", "native"))
     for a, b in zip([p for rank in cut for p in rank], [p for rank in plain for p in rank], strict=True):
-        assert (a - b).abs().max() <= 1e-12
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
 def from_outside(how: str, unit_bytes: int) -> str:
     """Run a part of an expert, or read a parameter, by itself; return what is said."""
     mesh = mesh_of(1, 2, 1)
     expert, x = Twofold(), torch.ones(2, 3)
+    kept = expert.inner[0].bias
     engine = FSDP(Parts({}, {0: expert}), mesh, Wire(mesh.device), torch.optim.Adam, unit_bytes=unit_bytes)
     engine.zero_grad()
     try:
         with engine.accumulating():
             if how == "part":
                 (expert.outer(expert.inner(x)).sum() + expert.score({"x": x}, torch.ones(2, 5)).sum()).backward()
-            else:
+            elif how == "elsewhere":
                 (expert.shift + x).sum().backward()
+            elif how == "alone":  # of a DTensor: that of the rows which are here
+                expert.shift.detach().square().sum().item()
+            elif how == "kept":  # its memory is free
+                assert (kept.shape, kept.numel(), kept.dtype) == ((5,), 5, torch.float32)
+                assert "inner.0.bias of expert 0" in repr(kept)
+                kept.sum()
+            else:
+                kept.data.add_(1.0)
         engine.step(Outcome(torch.zeros(()), {}), 0)
     except Agreed as error:
         return str(error)
     finally:
         engine.close()
+        assert type(kept) is nn.Parameter
+        assert kept is expert.inner[0].bias
+        kept.sum()
     return ""
 
 
@@ -266,10 +280,13 @@ def test_parts_run_by_themselves_and_parameters_read_elsewhere_are_refused(
     pool: Callable[[int], Pool], unit_bytes: int
 ) -> None:
     assert pool(2).run("tests.test_fsdp:from_outside", "part", unit_bytes) == ["", ""]
-    for said in pool(2).run("tests.test_fsdp:from_outside", "parameter", unit_bytes):
-        assert "FSDP" in said
-        assert "shard: optimizer" in said
-        assert "\n" not in said
+    for how in ("elsewhere", "alone", "kept", "written"):
+        name = "shift" if how in ("elsewhere", "alone") else "inner.0.bias"
+        for said in pool(2).run("tests.test_fsdp:from_outside", how, unit_bytes):
+            assert said.startswith(f"parameter {name} of expert 0 is read where its values are not together: ")
+            assert ("raise engine.unit_bytes (1)" in said) == (name != "shift" and unit_bytes == 1)
+            assert "shard: optimizer" in said
+            assert "\n" not in said
 
 
 def broken(case: Case, bad_rank: int) -> tuple[str, bool]:

@@ -12,11 +12,11 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
@@ -30,9 +30,20 @@ _CLASS = ("class_path", "init_args")
 
 def plain_parser(prog: str, description: str) -> ArgumentParser:
     """Make a parser without keys that raises instead of exiting and accepts no abbreviation."""
-    return ArgumentParser(
-        prog=prog, description=description, exit_on_error=False, allow_abbrev=False, formatter_class=_Help
-    )
+    return _Parser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False, formatter_class=_Help)
+
+
+class _Parser(ArgumentParser):
+    """The library's, but that help on a class leaves out what its maker gives, also where null may stand."""
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        added: list[str] = super().add_class_arguments(*args, **kwargs)
+        for action in self._actions:
+            hints = get_args(getattr(action, "_typehint", None)) if action.dest.endswith(".help") else ()
+            makers = [hint for hint in hints if get_origin(hint) is Callable]
+            if len(makers) == 1:
+                vars(action)["_typehint"] = makers[0]
+        return added
 
 
 class _Help(DefaultHelpFormatter):

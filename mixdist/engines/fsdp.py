@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 from torch import Tensor
@@ -13,8 +12,6 @@ from mixdist.engines.engine import OptimizerFactory, ScheduleFactory
 from mixdist.engines.native import Native
 from mixdist.engines.state import Slot, check_elementwise
 from mixdist.engines.units import Units
-from mixdist.messages import one_line
-from mixdist.parallel.agreement import Agreed
 from mixdist.parallel.mesh import Mesh
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Owned, Parts
@@ -74,24 +71,6 @@ class FSDP(Native):
             self.units.cut()
             self.units.zero_grad()
         super().zero_grad()
-
-    @contextmanager
-    def accumulating(self) -> Iterator[None]:
-        """Enclose all backward passes of a step.
-
-        Raises:
-            Agreed: a parameter of an expert was read where its values were not together.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            if "DTensor" not in str(error):
-                raise
-            raise Agreed(
-                f"the engine FSDP brings an expert's values together where it, or a method of it or its parts, is "
-                f"called with tensors, and here a parameter was read elsewhere ({one_line(str(error))}): read it in "
-                f"such a method, or take mixdist.engines.Native with shard: optimizer"
-            ) from error
 
     def collect(self) -> None:
         if self.units is not None:

@@ -15,6 +15,11 @@ from torch.utils._pytree import tree_leaves
 from mixdist.parallel.wire import Group, Wire
 
 
+def cuttable(parameter: Tensor) -> bool:
+    """Return whether a parameter has rows with numbers, which ``fully_shard`` cuts."""
+    return parameter.dim() > 0 and parameter.numel() > 0
+
+
 def units(module: nn.Module, unit_bytes: int) -> Iterator[nn.Module]:
     """Yield what is brought together by itself: large elements of ``nn.Sequential``, which always calls them.
 
@@ -50,7 +55,7 @@ def shard(module: nn.Module, unit_bytes: int, mesh: Any, group: Group, wire: Wir
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     undo, found = remember(module), list(units(module, unit_bytes))
-    whole = {p for p in module.parameters() if not p.dim()}
+    whole = {p for p in module.parameters() if not cuttable(p)}
     guarded = callables(module, found)
     for unit in [*found, module]:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)

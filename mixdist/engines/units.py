@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mixdist.engines.apart import take_apart
 from mixdist.engines.copies import Copies, Shards, bring
-from mixdist.engines.sharding import shard
+from mixdist.engines.sharding import cuttable, shard, units
 from mixdist.parallel.costs import part_rows
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Owned
@@ -43,7 +44,7 @@ class Units(Copies):
 
     ``cut`` and ``join`` go from one to the other; whole modules are as they were, without a hook, so that whatever
     happens between steps (checks, evaluations, saves) is a matter of this rank alone. Gradients come summed to the
-    members that have the rows; a parameter without rows stays whole, and has one owner as in :class:`Shards`.
+    members that have the rows; a parameter without rows or numbers stays whole, with one owner as in :class:`Shards`.
 
     Args:
         experts: that learn, the same on every rank of the group.
@@ -65,8 +66,8 @@ class Units(Copies):
             name: {n: cuts[n].piece if n in cuts else p for n, p in named[name].items() if p.requires_grad}
             for name, cuts in self.cuts.items()
         }
-        self.few = Shards([p for ps in self.held.values() for p in ps.values() if not p.dim()], group, wire)
-        pieces = [p for ps in self.held.values() for p in ps.values() if p.dim()]
+        self.few = Shards([p for ps in self.held.values() for p in ps.values() if not cuttable(p)], group, wire)
+        pieces = [p for ps in self.held.values() for p in ps.values() if cuttable(p)]
         super().__init__([*pieces, *self.few.owned], group, wire)
         self._undo: list[Callable[[], None]] = []
         self._sharded: dict[nn.Parameter, Any] = {}
@@ -103,12 +104,15 @@ class Units(Copies):
         mesh = DeviceMesh.from_group(self.group, self.wire.device.type)
         for owned in self.experts:
             cuts, module = self.cuts[owned.name], owned.module
+            alone = {p for unit in units(module, self.unit_bytes) for p in unit.parameters()}
             self._undo.append(shard(module, self.unit_bytes, mesh, self.group, self.wire))
             sharded = dict(module.named_parameters())
             for name, cut in cuts.items():
                 cut.piece.data = sharded[name].to_local().detach()  # type: ignore[attr-defined]
                 self._sharded[cut.piece] = sharded[name]
                 cut.whole.untyped_storage().resize_(0)
+                said = self._apart(f"parameter {name} of {owned.name}", cut.whole in alone)
+                self._undo += [take_apart(sharded[name], said), take_apart(cut.whole, said)]
         self.is_cut = True
 
     @torch.no_grad()
@@ -151,6 +155,18 @@ class Units(Copies):
             part[name] = value.split(cut.sizes_P)[self.me] if cut is not None and value.dim() else value
         return part
 
+    def _apart(self, what: str, alone: bool) -> str:
+        """Return what is said where a parameter's values are read and are not together."""
+        where = "an expert's together while it, or a public method of it or its parts, is called with tensors"
+        remedy = "read it there, as an attribute of its module"
+        if alone:
+            where = "those of a large element of an nn.Sequential together while that is called"
+            remedy = f"call that, or raise engine.unit_bytes ({self.unit_bytes})"
+        return (
+            f"{what} is read where its values are not together: the engine FSDP brings {where}; {remedy}, or take "
+            f"mixdist.engines.Native with shard: optimizer"
+        )
+
     def _fill(self, parts: Sequence[Tensor]) -> None:
         """Send this member's part to the others, and write theirs."""
         mine = parts[self.me]
@@ -165,7 +181,7 @@ class Units(Copies):
     def _cuts(self, module: nn.Module) -> dict[str, Cut]:
         cuts = {}
         for name, whole in module.named_parameters():
-            if whole.dim():
+            if cuttable(whole):
                 sizes_P = [part_rows(len(whole), self.size, p) for p in range(self.size)]
                 rows = whole.detach().split(sizes_P)[self.me]
                 cuts[name] = Cut(whole, sizes_P, nn.Parameter(rows, requires_grad=whole.requires_grad))
