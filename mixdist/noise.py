@@ -60,6 +60,7 @@ class Purpose(IntEnum):
     SUBSET = 22  # which modalities are in a row's random subsets
     JUDGE = 23  # classifiers that judge what is generated: weights, order of rows
     CLONE = 24  # what tells clones of one trained expert apart
+    BINARISE = 25  # whether a number between 0 and 1 becomes 1
 
 
 class Kind(IntEnum):

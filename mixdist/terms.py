@@ -19,6 +19,9 @@ STORED_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32
 STORED_REALS = (torch.float16, torch.float32, torch.float64)
 """The types that rows may be stored in."""
 
+DEQUANTISED = "dequantised"
+"""How ``Field.drawn`` begins where level k of n is stored as k + u, u uniform on (0, 1), with scale 1/n."""
+
 Batch = dict[str, Tensor]
 """Named fields of rows, each with the row axis first; "id" (int64) names the samples."""
 
@@ -37,6 +40,7 @@ class Field:
         offset: is added after scaling.
         num_classes: the number of classes of a label; None for real numbers.
         words: what the classes of a text's tokens stand for, or empty.
+        drawn: how stored numbers were drawn from a source's own, such as dequantised; empty where they are its own.
 
     Examples:
         >>> import torch
@@ -54,6 +58,7 @@ class Field:
     offset: float = 0.0
     num_classes: int | None = None
     words: tuple[str, ...] = field(default=(), repr=False)
+    drawn: str = ""
 
     @property
     def num_values(self) -> int:
@@ -64,6 +69,11 @@ class Field:
     def num_bytes(self) -> int:
         """Return how many bytes one stored row of this field takes."""
         return self.num_values * self.dtype.itemsize
+
+    @property
+    def dequantised(self) -> bool:
+        """Return whether numbers are levels with uniform noise."""
+        return self.drawn.startswith(DEQUANTISED)
 
     def values(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the values of stored rows: ``stored * scale + offset`` in ``dtype``, or int64 class indices."""

@@ -233,6 +233,7 @@ def summary(evaluation: Evaluation, split: str = "test") -> str:
     headers, lines = evaluation.table()
     above = [table(headers, lines)] if headers else []
     likelihood, name = evaluation.protocol.get("likelihood"), evaluation.protocol.get("likelihood_of")
+    name = f"{name}, {drawn}," if (drawn := evaluation.protocol.get("drawn_as")) else name
     units = {
         "density": f"likelihoods are log densities of {name} as the model sees it, nats a row",
         "mass": f"likelihoods are log probabilities of {name}, nats a row",

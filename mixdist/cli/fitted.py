@@ -26,7 +26,7 @@ from mixdist.evaluation.compare import stem_of
 from mixdist.evaluation.protocol import about_rows
 from mixdist.evaluation.record import record
 from mixdist.experts import Expert
-from mixdist.mixtures.evidence import stored_units
+from mixdist.mixtures.evidence import bits_per_dim, stored_units
 from mixdist.mixtures.expert_study import unit_of
 from mixdist.model import load
 from mixdist.parallel.launch import Launch
@@ -183,6 +183,9 @@ def evaluate_fitted(run: Path, about: About, model: Baseline, rows: Rows, split:
         told |= {"likelihood_of": name, "add_for_stored_units": stored_units(spec[name])}
     elif told["likelihood"] == "mass":
         told |= {"likelihood_of": name, "levels": round(1 / abs(spec[name].scale)) + 1}
+    if bits := told["likelihood"] and bits_per_dim(spec[name], told["likelihood"], told.get("levels")):
+        evaluation = evaluation.plus("bits_per_dim", bits[0] * evaluation.columns["log_likelihood"] + bits[1])
+    told |= {"drawn_as": spec[name].drawn} if spec[name].drawn else {}
     how = {
         **about_rows(rows.dataset),
         "split": split,

@@ -252,7 +252,8 @@ def describe_spec(spec: Spec) -> dict[str, Any]:
     """Return a spec as JSON."""
     told = {name: {**vars(f), "shape": list(f.shape), "dtype": _type_name(f.dtype)} for name, f in spec.items()}
     for f in told.values():
-        f.update({"words": list(words)} if (words := f.pop("words")) else {})
+        for name in ("words", "drawn"):  # most fields have neither
+            f.update({name: list(value) if name == "words" else value} if (value := f.pop(name)) else {})
     return told
 
 

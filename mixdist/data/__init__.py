@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mixdist.data.sources.memory import Cifar10, Idx, Memory
     from mixdist.data.sources.mnist_svhn import MnistSvhn
     from mixdist.data.sources.pairs import Pairs
+    from mixdist.data.sources.redrawn import Binarised, Dequantised
     from mixdist.data.sources.shards import Shards
     from mixdist.data.sources.spiral import Spiral
     from mixdist.data.sources.synthetic import Blobs, Parabolas
@@ -40,6 +41,7 @@ _HOMES = {
     "sources.memory": ("Cifar10", "Idx", "Memory"),
     "sources.mnist_svhn": ("MnistSvhn",),
     "sources.pairs": ("Pairs",),
+    "sources.redrawn": ("Binarised", "Dequantised"),
     "sources.shards": ("Shards",),
     "sources.spiral": ("Spiral",),
     "sources.synthetic": ("Blobs", "Parabolas"),
@@ -50,10 +52,12 @@ __all__ = [
     "AffineTargets",
     "Augment",
     "Bananas",
+    "Binarised",
     "Blobs",
     "Captions",
     "Cifar10",
     "Dataset",
+    "Dequantised",
     "Digits",
     "Epoch",
     "Idx",

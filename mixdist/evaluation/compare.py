@@ -28,6 +28,7 @@ SAME = ("split", "data", "rows")
 OF_LIKELIHOODS = (
     "likelihood",
     "likelihood_of",
+    "drawn_as",
     "gate_likelihood",
     "levels",
     "add_for_stored_units",
@@ -180,7 +181,7 @@ def check_comparable(runs: Sequence[Judged], figure: str) -> None:
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any], figure: str) -> str | None:
     """Return the first key of two protocols that keeps a figure from being compared; None if there is none."""
-    sampled = "likelihood" in figure or figure.startswith("log_") or figure == "looser"
+    sampled = "likelihood" in figure or figure.startswith(("log_", "bits_")) or figure == "looser"
     likelihoods = sampled or "elbo" in figure or "loss" in figure
     others = [
         key for names, keys in OF_OTHERS.items() if figure in names for key in keys if key in one and key in other

@@ -30,5 +30,6 @@ def about_rows(dataset: Samples) -> dict[str, Any]:
         "data": dataset.fingerprint,
         "label": dataset.label,
         "num_samples": None,
+        **({"drawn": drawn} if (drawn := {n: f.drawn for n, f in dataset.spec.items() if f.drawn}) else {}),
         "exact": KNOWN if dataset.log_density_N is not None else None,
     }

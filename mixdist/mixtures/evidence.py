@@ -160,3 +160,21 @@ def stored_units(field: Field) -> float:
     For densities only: a mass has no units.
     """
     return field.num_values * math.log(abs(field.scale))
+
+
+def bits_per_dim(field: Field, likelihood: str | None, levels: int | None = None) -> tuple[float, float] | None:
+    """Return a and b of a row's bits per dimension, a log p(x) + b, D the numbers in a row; None where it has none.
+
+    Of a mass of more than two levels, -log P / (D log 2). Of a density p of dequantised values (k + u) / n it is
+    -log p / (D log 2) + log2 n: in expectation over u at least that of the mass, the integral of p over a level (Theis
+    et al. 2016, section 3.1).
+
+    Args:
+        field: that p is of.
+        likelihood: density or mass.
+        levels: of a mass.
+    """
+    per_bit = -1.0 / (field.num_values * math.log(2.0))
+    if likelihood == "density" and field.dequantised:
+        return per_bit, per_bit * stored_units(field)
+    return (per_bit, 0.0) if likelihood == "mass" and (levels or 0) > 2 else None

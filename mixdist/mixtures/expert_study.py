@@ -15,6 +15,7 @@ from torch import Tensor
 from mixdist.data import RankBatch, Samples
 from mixdist.mixtures.clusters import clustering
 from mixdist.mixtures.evidence import (
+    bits_per_dim,
     difference_sums,
     evidence,
     gate_evidence,
@@ -60,6 +61,8 @@ class ExpertStudy(Study):
       sample. alpha is the mean responsibility over ``shares_from``, in a competition the expert's part of the table.
     - Of experts of y given x: ``conditional_log_likelihood`` = mean_n log sum_e w_ne p_e(y_n|x_n), and of the weighted
       mean prediction ``prediction_rmse`` or ``prediction_accuracy``. w is r, or alpha where what decides reads y.
+    - ``bits_per_dim`` of masses of levels and densities of dequantised ones: ``log_likelihood`` in other units
+      (:func:`mixdist.mixtures.evidence.bits_per_dim`).
     - ``gate_loss``: the gate's own loss; ``gate_log_likelihood`` = mean_n log p(x_n) of a gate that is a model, exact
       or importance-sampled.
     - ``prediction_error`` = mean_n sum_d (y_nd - yhat_nd)^2; ``unexplained_variance`` = that over what the mean of y
@@ -237,6 +240,10 @@ class ExpertStudy(Study):
         for name in means:
             if name in columns and (mixture.alike or np.isfinite(columns[name]).all()):
                 found = found.plus(name, columns[name])
+        if "log_likelihood" in found.figures and not sums.get("off_levels"):
+            kind, levels = mixture.common("log_px_is"), mixture.common("levels")
+            if bits := bits_per_dim(mixture.spec[mixture.modelled], kind, levels):
+                found = found.plus("bits_per_dim", bits[0] * columns["log_likelihood"] + bits[1])
         if dataset.log_density_N is not None:
             found = found.plus("exact_log_likelihood", dataset.log_density_N.numpy())
         for name, root in self._errors(sums, columns).items():
@@ -297,6 +304,7 @@ class ExpertStudy(Study):
         if not any(likelihood in found.figures for likelihood in LIKELIHOODS):
             return {"likelihood": None} | told
         kind = mixture.common("log_px_is") or "unknown"
+        told |= {"drawn_as": drawn} if (drawn := mixture.spec[name].drawn) else {}
         told |= {"likelihood": "neither" if sums.get("off_levels") else kind, "likelihood_of": name}
         told["weights"] = "responsibilities" if self.share_E is None else mixture.shares_are
         if levels is not None:

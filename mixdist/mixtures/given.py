@@ -67,7 +67,9 @@ class Rowed:
             raise ValueError(f"field {name!r} is {values.dtype}, expected {wanted}: convert it")
         values = values.reshape(-1, *field.shape)
         whole = not values.is_floating_point() and (values.dtype != torch.bool or field.dtype == torch.bool)
-        stored = field.num_classes is not None or (whole and field.dtype in STORED_INTEGERS)
+        if whole and field.dequantised:  # a level itself stands for the middle of its values
+            values = values.double() + 0.5
+        stored = field.num_classes is not None or (whole and (field.dtype in STORED_INTEGERS or field.dequantised))
         numbers = field.values(values, self.dtype) if stored else values.to(self.dtype)
         if values.numel():
             self._check_numbers(name, field, values.double() if stored else numbers, stored)

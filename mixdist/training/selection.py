@@ -17,7 +17,7 @@ Mode = Literal["min", "max"]
 Which = Literal["best", "newest"]
 """A checkpoint of a run: the best by what ``select`` monitors, where it monitors something; or the newest."""
 
-SMALL = ("loss", "nll", "mse", "rmse", "error")
+SMALL = ("loss", "nll", "mse", "rmse", "error", "bits")
 """What the names of figures that are to be small begin with or end in; see ``implied_mode``."""
 LARGE = ("elbo", "likelihood", "accuracy", "purity", "nmi", "ari")
 """What those of figures that are to be large begin with or end in."""
