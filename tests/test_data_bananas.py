@@ -15,6 +15,8 @@ from mixdist.terms import Field
 from tests.errors import error_of
 
 MODES: tuple[Modes, ...] = (3, 5, 9)
+FEW = [pytest.param(modes, marks=[pytest.mark.slow] if modes > 3 else []) for modes in MODES]
+"""An integral over five or nine bananas takes seconds."""
 NUM_BANANAS = {3: 3, 5: 6, 9: 9}
 
 
@@ -61,7 +63,7 @@ def test_the_log_density_of_rows_is_by_hand_the_same(modes: Modes) -> None:
 
 
 @pytest.mark.parametrize("separation", [10.0, pytest.param(80.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("modes", MODES)
+@pytest.mark.parametrize("modes", FEW)
 def test_the_mean_log_density_is_minus_the_entropy(modes: Modes, separation: float) -> None:
     source = Bananas(modes, rows=36000, test_rows=9000, separation=separation, seed=1)
     for part in source.load()[:2]:
@@ -71,7 +73,7 @@ def test_the_mean_log_density_is_minus_the_entropy(modes: Modes, separation: flo
         assert abs(log_p.mean().item() + source.entropy()) < 4 * error
 
 
-@pytest.mark.parametrize("modes", MODES)
+@pytest.mark.parametrize("modes", FEW)
 def test_the_entropy_of_bananas_that_hardly_overlap(modes: Modes) -> None:
     source = Bananas(modes)
     one = math.log(2 * math.pi * math.e * 10) - 2 * math.log(source.unit)
