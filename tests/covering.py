@@ -56,8 +56,14 @@ def every_value(rows: Sequence[Row]) -> list[Row]:
     return some
 
 
-def marked(rows: Sequence[Row], make: Callable[..., Any]) -> list[Any]:
-    """Make a case of each row: those that hold every value of every option run by default, the others are slow."""
+def marked(rows: Sequence[Row], make: Callable[..., Any], **few: Any) -> list[Any]:
+    """Make a case of each row: those that hold every value of every option run by default, the others are slow.
+
+    Those by default take the options ``few``, where there are some, and are slow without them.
+    """
     some = every_value(rows)
-    made = [(make(**row), row in some) for row in rows]
-    return [pytest.param(case, marks=[] if soon else pytest.mark.slow, id=str(case)) for case, soon in made]
+    slow = [make(**row) for row in rows if few or row not in some]
+    return [
+        *(pytest.param(case, id=str(case)) for case in (make(**row, **few) for row in some)),
+        *(pytest.param(case, id=str(case), marks=pytest.mark.slow) for case in slow),
+    ]

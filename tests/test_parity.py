@@ -113,12 +113,12 @@ MULTIMODAL = {
 """Of several modalities: the gate names gradient and bound, the expert the posterior."""
 
 
-@pytest.mark.parametrize("case", marked(covering(MVAES, possible), functools.partial(case_of, family="mvae")))
+@pytest.mark.parametrize("case", marked(covering(MVAES, possible), functools.partial(case_of, family="mvae"), steps=8))
 def test_mixtures_with_one_decoder_are_the_same_run(pool: Callable[[int], Pool], case: Case) -> None:
     check(pool, case)
 
 
-@pytest.mark.parametrize("case", marked(covering(MULTIMODAL, possible), case_of))
+@pytest.mark.parametrize("case", marked(covering(MULTIMODAL, possible), case_of, steps=8))
 def test_mixtures_of_modalities_are_the_same_run(pool: Callable[[int], Pool], case: Case) -> None:
     check(pool, case)
 
@@ -157,9 +157,10 @@ def models() -> Iterator[Case]:
         yield case_of(next(layouts), gate=gate, objective="mixture", expert="regressor", num_experts=5, accumulate=3)
 
 
+@pytest.mark.parametrize("steps", [8, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", list(models()), ids=str)
-def test_gates_that_are_models_are_the_same_run(pool: Callable[[int], Pool], case: Case) -> None:
-    check(pool, case)
+def test_gates_that_are_models_are_the_same_run(pool: Callable[[int], Pool], case: Case, steps: int) -> None:
+    check(pool, replace(case, steps=steps))
 
 
 # Each objective with and without replicas.
