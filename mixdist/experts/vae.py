@@ -52,6 +52,7 @@ class VAE(Expert):
             decoder, none for learned.
         first_scale: where a scale that is not fixed begins, in units of x; unset, about 1, for logistic 0.1. A small
             one makes reconstructions count from the start, so that z is used.
+        components: of a mixture of logistics for each number, such as 10; needs logistic with scale decoder.
 
     Raises:
         ValueError: a field that is missing, holds classes or does not suit the network; no latent dimension; a negative
@@ -83,6 +84,7 @@ class VAE(Expert):
         field: str = "x",
         floor: float | None = None,
         first_scale: float | None = None,
+        components: int = 1,
     ) -> None:
         super().__init__()
         described = real_field(spec, field, "VAE")
@@ -97,7 +99,7 @@ class VAE(Expert):
         self.shape, self.stackable = described.shape, network.stackable
         self.beta, self.kl_warmup, self.free_bits = beta, kl_warmup, free_bits
         num_levels = check_levels(described, field, "VAE") if likelihood == "logistic" else None
-        made = Likelihood(likelihood, scale, mean, num_levels, floor, self.shape, first_scale)
+        made = Likelihood(likelihood, scale, mean, num_levels, floor, self.shape, first_scale, components)
         self.encoder = network.encoder(self.shape, 2 * latent)
         self.decoder, self.likelihood = network.decoder(latent, self.shape, made.num_maps), made
         self.log_px_is, self.levels = self.likelihood.is_a, self.likelihood.levels

@@ -43,6 +43,10 @@ class Likelihood(nn.Module):
     (``decoder``), whose output is then all locations and after them all log scales, which start about the same values.
     Bernoulli reads the output as logits and accepts x in [0, 1].
 
+    With ``components`` K a number is logistic about one of K locations, each with a scale, by probabilities from the
+    decoder: P(x) = sum_k pi_k P_k(x) (Salimans et al. 2017, eq. 2, but colours of a pixel are independent given z). The
+    decoder's output is then K maps of locations, K of log scales and K of log pi, up to a constant.
+
     With a floor a scale is floor + exp(r) of a real r. The sum is smooth: r has a gradient however near the scale is
     to its floor, where a clamp would have none, so a scale can always grow again.
 
@@ -63,11 +67,13 @@ class Likelihood(nn.Module):
         shape: of a row, for channel and pixel.
         first: the first scale of scales that are not fixed, in units of x, exactly so for learned, channel and pixel;
             unset, 1, for logistic 0.1, and the floor added.
+        components: K of a mixture of logistics; needs scale decoder.
 
     Attributes:
         is_a: density or mass.
         levels: of a mass, how many; None for a density.
-        num_maps: how many numbers of a network's output are of one number of x: 2 with scale decoder, else 1.
+        num_maps: how many numbers of a network's output are of one number of x: 2 with scale decoder, else 1;
+            3 K with components.
 
     Raises:
         ValueError: a scale or a floor that is not positive, a floor or a first scale of a scale that is fixed, a first
@@ -93,6 +99,7 @@ class Likelihood(nn.Module):
         floor: float | None = None,
         shape: Sequence[int] = (),
         first: float | None = None,
+        components: int = 1,
     ) -> None:
         super().__init__()
         fixed = not isinstance(scale, str)
@@ -101,7 +108,12 @@ class Likelihood(nn.Module):
         if floor is not None and (fixed or not 0 < floor < math.inf):
             remedy = "leave it out" if fixed else "give a positive number, such as 0.001"
             raise ValueError(f"floor ({floor}) does not suit scale ({scale}): {remedy}")
-        self.name, self.mean_name, self.num_levels = name, mean, num_levels or 256
+        if components < 1 or (components > 1 and (name, scale) != ("logistic", "decoder")):
+            raise ValueError(
+                f"components ({components}) must be 1, or more for likelihood logistic with scale decoder, not for "
+                f"{name} with {scale}: leave it out, or set those"
+            )
+        self.name, self.mean_name, self.num_levels, self.components = name, mean, num_levels or 256, components
         self.is_a: Literal["density", "mass"] = "mass" if name in ("bernoulli", "logistic") else "density"
         self.levels = {"bernoulli": 2, "logistic": self.num_levels}.get(name)
         self.scale, self.num_maps, self.width = scale, 1, math.prod(shape)
@@ -113,7 +125,7 @@ class Likelihood(nn.Module):
         self.first = self._first(first)
         self.log_scale: float | Tensor = math.log(self.first if isinstance(scale, str) else scale)
         if scale == "decoder":
-            self.num_maps = 2
+            self.num_maps = 2 if components == 1 else 3 * components
         elif not fixed:
             # (1, n) broadcasts over (R, D), and (E, 1, n) over (E, R, D) when experts are stacked.
             count = _num_channels(shape) if scale == "channel" else self.width if scale == "pixel" else 1
@@ -146,6 +158,10 @@ class Likelihood(nn.Module):
         """
         if self.name == "bernoulli":
             return bernoulli_log_prob(x, output).sum(-1)
+        if self.components > 1:
+            log_pi, location, log_scales = self._mixture(output)
+            log_p = logistic_log_prob(x.unsqueeze(-2), location, log_scales, self.num_levels)
+            return (log_pi + log_p).logsumexp(-2).sum(-1)
         mean, log_scale = self.mean(output), self.log_scales(output)
         if self.name == "logistic":
             return logistic_log_prob(x, mean, log_scale, self.num_levels).sum(-1)
@@ -155,15 +171,26 @@ class Likelihood(nn.Module):
         return normal_log_prob(x, mean, log_scale).sum(-1) if several else normal_sum_log_prob(x, mean, log_scale)
 
     def log_scales(self, output: Tensor) -> Tensor | float:
-        """Return the log of the scales, which broadcasts with ``mean(output)``; not of Bernoulli."""
+        """Return the log of the scales, which broadcasts with ``mean(output)``; not of Bernoulli, nor of components."""
         raw = self.log_scale
         if self.scale == "decoder":
             raw = output.chunk(2, dim=-1)[1] + raw
+        return self._floored(raw)
+
+    def _floored(self, raw: Tensor | float) -> Tensor | float:
         if not isinstance(raw, Tensor):
             return raw
         if self.floor is not None:
             raw = torch.logaddexp(raw, raw.new_tensor(math.log(self.floor)))
         return raw.repeat_interleave(self.width // raw.shape[-1], dim=-1) if self.scale == "channel" else raw
+
+    def _mixture(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log pi, location and log scale of each component, (..., K, D)."""
+        maps = output.unflatten(-1, (self.num_maps, -1))
+        location, raw, logits = maps.split(self.components, dim=-2)
+        log_scale = self._floored(raw + self.log_scale)
+        assert isinstance(log_scale, Tensor)
+        return logits.log_softmax(-2), torch.sigmoid(location) if self.mean_name == "sigmoid" else location, log_scale
 
     def set_scales(self, scale_D: Tensor) -> Tensor:
         """Begin the scales at given ones, (D,); where one is of several numbers, at the root of their mean square.
@@ -186,6 +213,9 @@ class Likelihood(nn.Module):
 
     def mean(self, output: Tensor) -> Tensor:
         """Return E[x | output], (..., D); the location for logistic, which clipping moves."""
+        if self.components > 1:
+            log_pi, location, _ = self._mixture(output)
+            return (log_pi.exp() * location).sum(-2)
         if self.num_maps == 2:
             output = output.chunk(2, dim=-1)[0]
         if self.name == "bernoulli" or self.mean_name == "sigmoid":
@@ -199,6 +229,8 @@ class Likelihood(nn.Module):
             output: (R, D), or (R, 2 D) with scale decoder.
             uniform: independent numbers, uniform on (0, 1), (R, D).
         """
+        if self.components > 1:
+            return self._draw_mixture(output, uniform)
         mean = self.mean(output)
         if self.name == "bernoulli":
             return (uniform < mean).to(mean.dtype)
@@ -207,6 +239,17 @@ class Likelihood(nn.Module):
             return logistic_quantile(uniform, mean, log_scale, self.num_levels)
         quantile = normal_quantile if self.name == "gaussian" else laplace_quantile
         return quantile(uniform, mean, log_scale)
+
+    def _draw_mixture(self, output: Tensor, uniform: Tensor) -> Tensor:
+        """Choose a component by u; where u lies in that component's part of (0, 1) is uniform again, and chooses x."""
+        log_pi, location, log_scale = self._mixture(output)
+        pi = log_pi.exp()
+        upto = pi.cumsum(-2)
+        chosen = (uniform.unsqueeze(-2) >= upto[..., :-1, :]).sum(-2, keepdim=True)
+        own, below, mean, scale = (t.gather(-2, chosen).squeeze(-2) for t in (pi, upto - pi, location, log_scale))
+        tiny = torch.finfo(uniform.dtype).eps
+        within = ((uniform - below) / own).clamp(tiny, 1.0 - tiny)
+        return logistic_quantile(within, mean, scale, self.num_levels)
 
 
 def _num_channels(shape: Sequence[int]) -> int:
