@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mixdist.data import Loader
 from mixdist.engines import FSDP, Native, NotFinite
 from mixdist.engines.sharding import units
+from mixdist.mixtures.schedules import anneal
 from mixdist.noise import Moment
 from mixdist.parallel.agreement import Agreed
 from mixdist.parallel.costs import cut_step, part_numbers, part_rows
@@ -287,6 +288,15 @@ def test_parts_run_by_themselves_and_parameters_read_elsewhere_are_refused(
             assert ("raise engine.unit_bytes (1)" in said) == (name != "shift" and unit_bytes == 1)
             assert "shard: optimizer" in said
             assert "\n" not in said
+
+
+def test_what_a_schedule_reads_is_told_as_it_is() -> None:
+    class Reads:
+        def anneal(self, step: int) -> None:
+            raise Agreed("parameter scale is read")
+
+    with pytest.raises(Agreed, match="^parameter scale is read$"):
+        anneal("mixture.expert", Reads(), 0)
 
 
 def broken(case: Case, bad_rank: int) -> tuple[str, bool]:

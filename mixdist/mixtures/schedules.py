@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mixdist.messages import describe_failure
+from mixdist.messages import SharedError, describe_failure
 from mixdist.mixtures.probe import Fault
 from mixdist.terms import Owned
 
@@ -14,11 +14,14 @@ def anneal(key: str, one: Any, step: int) -> None:
 
     Raises:
         Fault: it fails.
+        SharedError: it does so on every rank, and says why.
     """
     if not hasattr(one, "anneal"):
         return
     try:
         one.anneal(step)
+    except SharedError:  # as of an engine, whose values are apart here
+        raise
     except Exception as error:
         raise Fault(
             f"{key}: {type(one).__name__}.anneal fails on step {step} ({describe_failure(error)}): take the "
