@@ -295,7 +295,7 @@ def test_what_a_schedule_reads_is_told_as_it_is() -> None:
         def anneal(self, step: int) -> None:
             raise Agreed("parameter scale is read")
 
-    with pytest.raises(Agreed, match="^parameter scale is read$"):
+    with pytest.raises(Agreed, match=r"^parameter scale is read$"):
         anneal("mixture.expert", Reads(), 0)
 
 
