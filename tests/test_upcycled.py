@@ -21,7 +21,7 @@ from mixdist.competition import Competition, Elbo
 from mixdist.data import Blobs, Samples
 from mixdist.data.sources.splits import load_splits
 from mixdist.experts import VAE
-from mixdist.gates import LatentGMM
+from mixdist.gates import LatentGMM, Uniform
 from mixdist.gates.gaussians import fit_clusters, log_joint
 from mixdist.mixtures import Context, Mixture, Soft
 from mixdist.mixtures.evidence import mixture_elbo, mixture_log_likelihood
@@ -235,8 +235,13 @@ def test_the_page_s_two_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("family", "changes", "names"),
     [
-        ("soft", {"expert__init_args": {**EXPERT, "latent": 2}}, "expert_start expert 0 decoder.layers.0.weight shape"),
-        ("soft", {"expert__init_args": {**EXPERT, "scale": 1.0}}, "expert_start likelihood.log_scale None"),
+        ("soft", {"expert__init_args": {**EXPERT, "latent": 2}}, "mixture.expert.init_args.latent 2 3"),
+        (
+            "soft",
+            {"expert__init_args": {**EXPERT, "likelihood": "laplace"}},
+            "init_args.likelihood laplace gaussian",
+        ),
+        ("soft", {"expert__init_args": {**EXPERT, "network": mlp(5)}}, "mixture.expert.init_args.network hidden 5 16"),
         (
             "soft",
             {"gate__init_args": {"network": mlp(5), "latent": LATENT}},
@@ -253,7 +258,7 @@ def test_the_page_s_two_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (
             "competition",
             {"expert": {"class_path": "mixdist.experts.Centroid"}},
-            "expert_start expert 0 decoder.layers.0.bias None",
+            "mixture.expert Centroid VAE",
         ),
     ],
 )
@@ -267,3 +272,13 @@ def test_what_cannot_start_so_is_refused_before_anything_is_written(
         write_config(tmp_path / "many.yaml", many)
         assert here("train", "--config", "many.yaml", "--out", "many").code == 0
     refused("train", "--config", config_of(tmp_path, "one", family, **changes), names=names)
+
+
+def test_weights_that_do_not_fit_are_named_though_the_config_says_nothing(one: str) -> None:
+    start, names = Upcycled(one), {"latent": LATENT + 1, "network": MLP([HIDDEN])}
+    kind = partial(VAE, likelihood="gaussian", mean="identity", **names)  # type: ignore[arg-type]
+    mixture, dataset = Soft(Uniform, kind, 2, expert_start=start), rows()
+    mesh = mesh_of(2, 1, 1)
+    mixture.setup(Context(SEED, torch.float64, dataset.spec, mesh, Wire(mesh.device)))
+    with pytest.raises(ValueError, match=r"decoder\.layers\.0\.weight has shape \(3, 16\), expected \(4, 16\)"):
+        mixture.start_experts(dataset)

@@ -20,6 +20,7 @@ from mixdist.config.card import card
 from mixdist.config.config import Config
 from mixdist.config.options import parse, values_of
 from mixdist.config.parsing import RESOLVED, config_parser, dump, make_config
+from mixdist.config.upcycled import check_model
 from mixdist.evaluation.evaluate import evaluate
 from mixdist.files import hold, write_file
 from mixdist.parallel.agreement import agreed, on_rank_0
@@ -67,6 +68,7 @@ def run_training(
             with closing(session):
                 # Before the run has a directory: what does not fit leaves nothing behind.
                 if not resumed:
+                    agreed(lambda: check_model(parsed), mesh.world)
                     session.mixture.start_experts(session.train)
                 program = agreed(lambda: build_program(config, session, fresh=not resumed), mesh.world)
                 if not resumed:
