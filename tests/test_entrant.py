@@ -8,11 +8,12 @@ from fractions import Fraction
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from mixdist.competition.entrant import Entrant
 from mixdist.competition.entrants import Entrants
 from mixdist.engines import Native, Solo
-from mixdist.engines.state import read_optimizer, write_optimizer
+from mixdist.engines.state import Slot, read_optimizer, write_optimizer
 from mixdist.noise import Moment, Purpose
 from mixdist.parallel.wire import Wire
 from mixdist.stats import Step
@@ -148,3 +149,19 @@ def test_passes_are_counted_alike_whatever_rows_there_are() -> None:
     late = Entrant(0, few.mixture, phase, round=3)  # in the place of another, which trained for two rounds
     late.engine.go_to(0, 2 * phase.epochs)
     assert late.step(7).epochs == 0
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.NAdam])
+def test_a_scalar_in_a_stack_keeps_what_is_its_own(make: Callable[[list[Tensor]], Optimizer]) -> None:
+    """A scale beside a matrix, three experts of each: all but the counters is one for each expert."""
+    stack = {"scale": torch.zeros(3, requires_grad=True), "weight": torch.zeros(3, 2, 2, requires_grad=True)}
+    made, again = (make(list(stack.values())) for _ in range(2))
+    for tensor in stack.values():
+        tensor.grad = torch.arange(float(tensor.numel())).view_as(tensor)
+    made.step()
+    for place in range(3):
+        slots = [Slot(name, tensor, place) for name, tensor in stack.items()]
+        write_optimizer(again, slots, read_optimizer(made, slots))
+    for tensor in stack.values():
+        assert again.state[tensor].keys() == made.state[tensor].keys()
+        assert all(torch.equal(value, made.state[tensor][key]) for key, value in again.state[tensor].items())

@@ -36,17 +36,24 @@ def read_optimizer(optimizer: Optimizer, slots: Iterable[Slot]) -> dict[str, Ten
 
 def write_optimizer(optimizer: Optimizer, slots: Iterable[Slot], state: dict[str, Tensor]) -> None:
     """Put back what ``read_optimizer`` returned; tensors of a parameter's shape go to its device."""
-    group = optimizer.param_groups[0]
-    for name, tensor, place in slots:
-        own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.rpartition(".")[0] == name}
-        for key, value in own.items():
-            # As in torch: a step counter stays on the CPU, but where a fused optimiser reads it on the device.
-            moves = value.dim() or group.get("fused") or group.get("capturable")
-            value = value.to(tensor.device if moves else value.device, copy=True)
-            if place is None or not value.dim():
-                optimizer.state[tensor][key] = value
-            else:
-                optimizer.state[tensor].setdefault(key, torch.zeros_like(tensor, dtype=value.dtype))[place] = value
+    group, places = optimizer.param_groups[0], list(slots)
+    own = [
+        (tensor, place, key.rpartition(".")[2], value)
+        for name, tensor, place in places
+        for key, value in state.items()
+        if key.rpartition(".")[0] == name
+    ]
+    # What is one number beside a larger parameter, as NAdam's mu_product, is one for a whole stack, too.
+    larger = [(key, value) for tensor, place, key, value in own if tensor.dim() > (place is not None)]
+    single = {"step"} | {key for key, value in larger if not value.dim()}
+    for tensor, place, key, value in own:
+        # As in torch: a step counter stays on the CPU, but where a fused optimiser reads it on the device.
+        moves = key not in single or group.get("fused") or group.get("capturable")
+        value = value.to(tensor.device if moves else value.device, copy=True)
+        if place is None or key in single:
+            optimizer.state[tensor][key] = value
+        else:
+            optimizer.state[tensor].setdefault(key, torch.zeros_like(tensor, dtype=value.dtype))[place] = value
 
 
 def kind(optimizer: Optimizer) -> str:
