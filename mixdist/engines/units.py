@@ -66,8 +66,10 @@ class Units(Copies):
             name: {n: cuts[n].piece if n in cuts else p for n, p in named[name].items() if p.requires_grad}
             for name, cuts in self.cuts.items()
         }
-        self.few = Shards([p for ps in self.held.values() for p in ps.values() if not cuttable(p)], group, wire)
-        pieces = [p for ps in self.held.values() for p in ps.values() if cuttable(p)]
+        # By name and not by numbers: a piece may have none where a parameter has fewer rows than there are members.
+        held = [(n in self.cuts[name], p) for name, ps in self.held.items() for n, p in ps.items()]
+        pieces, few = ([p for is_cut, p in held if is_cut is wanted] for wanted in (True, False))
+        self.few = Shards(few, group, wire)
         super().__init__([*pieces, *self.few.owned], group, wire)
         self._undo: list[Callable[[], None]] = []
         self._sharded: dict[nn.Parameter, Any] = {}
