@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from mixdist.parallel.agreement import Agreed
 
-_ASKS = ("__get__", "__set__", "__delete__", "size", "stride", "dim", "numel", "element_size", "is_contiguous")
-"""Functions of a tensor that read none of its values."""
+_ASKS = {"__get__", "__set__", "__delete__", "size", "stride", "dim", "numel", "element_size", "is_contiguous"}
+_ASKS |= {"is_floating_point", "is_complex", "is_signed", "untyped_storage", "data_ptr", "storage_offset", "get_device"}
+"""Functions of a tensor that read none of its values; tools that look for what is in memory call them."""
 
 
 def take_apart(parameter: nn.Parameter, said: str) -> Callable[[], None]:
