@@ -204,10 +204,10 @@ def test_one_process_takes_over_inside_a_round(killed: Path, whole: Path) -> Non
     ],
 )
 def test_other_layouts_take_over_inside_a_round(
-    ranks: int, words: list[str], killed: Path, whole: Path, folder: Path
+    ranks: int, words: list[str], killed: Path, whole: Path, folder: Path, tmp_path: Path
 ) -> None:
-    run = Path(shutil.copytree(killed, killed.with_name(f"again-{ranks}")))
-    ended = together("train", "--resume", run.name, *words, ranks=ranks, folder=folder)
+    run = Path(shutil.copytree(killed, tmp_path / "again"))
+    ended = together("train", "--resume", str(run), *words, ranks=ranks, folder=folder)
     assert ended.code == 0, ended.err
     assert_close(run, whole)
 
