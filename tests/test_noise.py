@@ -232,6 +232,7 @@ def miscounting(graph: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_rounds_that_cannot_be_compiled_or_have_other_bits_stay_as_they_are() -> None:
     with pytest.warns(UserWarning, match="noise is not compiled on cpu .*no Triton"):
         assert compiled(torch.device("cpu"), refusing) is _rounds
@@ -240,6 +241,7 @@ def test_rounds_that_cannot_be_compiled_or_have_other_bits_stay_as_they_are() ->
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's compiler calls what torch warns of
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here, which torch's needs on a CPU")
 def test_compiled_rounds_have_the_same_bits() -> None:
     rounds = compiled(torch.device("cpu"))
