@@ -19,7 +19,7 @@ from mixdist.data import Dataset, Loader
 from mixdist.engines import FSDP, DeepSpeed, Engine, EngineFactory, Native
 from mixdist.evaluation.evaluate import evaluate
 from mixdist.experts import VAE, Centroid, Classifier, Component, Compute, Expert, Modality, Regressor, Silent
-from mixdist.gates import DMVAE, GMM, Consistent, Gate, LabelOracle, Softmax, Uniform, VaDE
+from mixdist.gates import DMVAE, GMM, Consistent, Gate, LabelOracle, LatentGMM, Softmax, Uniform, VaDE
 from mixdist.mixtures import (
     DHSIC,
     MMD,
@@ -234,6 +234,9 @@ def make_gate(case: Case, spec: Spec) -> Gate:
         return Consistent(spec, case.num_experts, annealed, weight=2.0, shift=1.0, warmup_steps=5)
     if case.gate in MODELS:
         return MODELS[case.gate](spec, case.num_experts)
+    if case.gate in ("latents", "latents-all"):
+        learns: Any = "all" if case.gate == "latents-all" else "clusters"
+        return LatentGMM(spec, case.num_experts, 2, MLP([7], "tanh"), temperature=3.0, learns=learns)
     if case.gate == "conv":
         return Softmax(spec, case.num_experts, Conv([3]))
     kind = {"softmax": Softmax, "starved": Starved, "noisy": Noisy, "tied": Tied}[case.gate]

@@ -163,6 +163,15 @@ def test_gates_that_are_models_are_the_same_run(pool: Callable[[int], Pool], cas
     check(pool, replace(case, steps=steps))
 
 
+@pytest.mark.parametrize(
+    ("layout", "gate", "routing"), [((2, 2), "latents", "top2"), ((4, 2), "latents-all", "dense")], ids=str
+)
+def test_gates_over_a_model_s_latents_are_the_same_run(
+    pool: Callable[[int], Pool], layout: tuple[int, int], gate: str, routing: str
+) -> None:
+    check(pool, case_of(layout, gate=gate, routing=routing, steps=8))
+
+
 # Each objective with and without replicas.
 @pytest.mark.parametrize(
     ("layout", "objective"), [*zip(LAYOUTS[1:], cycle(("weighted", "mixture")), strict=False)], ids=str
