@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, Unset, set_parsing_settings
 
 from mixdist.config.complaints import EXAMPLE, explain, said
 from mixdist.config.places import near
 from mixdist.messages import describe_failure, failing_class, last_own_line, one_line
 
 _CLASS = ("class_path", "init_args")
+set_parsing_settings(unset_sentinel=True)  # where None means that nothing is given, null is accepted for any type
 
 
 def plain_parser(prog: str, description: str) -> ArgumentParser:
@@ -70,12 +71,9 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
         sys.path[sys.path.index("")] = os.getcwd()
     with explained(parser):
         parsed: Namespace = parser.parse_args(_nulls_as_json(parser, argv))
-        # While None means that nothing is given, the parser accepts null for any type.
-        set_parsing_settings(unset_sentinel=True)
-        try:
-            parser.validate(parsed)
-        finally:
-            set_parsing_settings(unset_sentinel=False)
+    for name, value in vars(parsed).items():
+        if value is Unset:
+            parsed[name] = None
     return parsed
 
 
