@@ -509,6 +509,7 @@ def test_a_run_resumes_on_three_ranks_and_is_loaded(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("family", ["PoEMVAE", pytest.param("MoPoE", marks=pytest.mark.slow)])
 def test_products_train_and_are_evaluated(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mixdist.mixtures.judges.STEPS", 20)  # how well they judge is another test's
     ended = here("train", "--config", config_of(tmp_path, family), "--out", "run")
     assert ended.code == 0, ended.err
     ended = here("evaluate", "run", "--rows", "20", "--num_samples", "5")
