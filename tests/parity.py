@@ -28,6 +28,7 @@ from mixdist.mixtures import (
     W2,
     Context,
     ExpertEvaluation,
+    ExpertStart,
     MakeExpert,
     Masks,
     Mixture,
@@ -55,6 +56,7 @@ from mixdist.parallel.mesh import Mesh, Placement
 from mixdist.parallel.wire import Wire
 from mixdist.stats import Step, Warmup
 from mixdist.terms import Batch, Field, Gating, Spec
+from mixdist.training import Upcycled
 from tests.two_stage import TwoStage
 
 SEED = 11
@@ -334,6 +336,12 @@ def make_multimodal(case: Case) -> Multimodal:
     return MMVAE(experts, latent=3, samples=3, learn_prior=case.num_experts != 3, **how)
 
 
+def start_of(case: Case) -> ExpertStart | None:
+    if case.trains == "decoder":
+        return Upcycled("nowhere", trains=["decoder"])
+    return PCAStart(clusters="own") if case.expert == "linear" else None
+
+
 def make_mixture(case: Case, mesh: Mesh, wire: Wire) -> Mixture:
     spec, dtype = rows_of(case).spec, getattr(torch, case.dtype)
     if case.family in MULTIMODAL:
@@ -352,10 +360,11 @@ def make_mixture(case: Case, mesh: Mesh, wire: Wire) -> Mixture:
             case.prefetch,
             case.execution,  # type: ignore[arg-type]
             COMPUTE[case.memory],
-            PCAStart(clusters="own") if case.expert == "linear" else None,
+            start_of(case),
         )
     mixture.setup(Context(SEED, dtype, spec, mesh, wire))
-    mixture.start_experts(rows_of(case))
+    if case.trains != "decoder":  # there is no run that they could start from
+        mixture.start_experts(rows_of(case))
     return mixture
 
 
@@ -393,7 +402,8 @@ def run(case: Case) -> dict[str, Any]:
     wire = Wire(mesh.device)
     mixture = make_mixture(case, mesh, wire)
     for owned in mixture.parts.owned():
-        owned.module.requires_grad_(case.trains in ("both", "gate" if owned.expert is None else "experts"))
+        if case.trains not in ("both", "decoder", "gate" if owned.expert is None else "experts"):
+            owned.module.requires_grad_(False)
     engine = make_engine(case, mixture, mesh, wire)
     loader = Loader(rows_of(case), case.batch_size, SEED, 0, mesh.rank, mesh.world_size)
     report: dict[str, Any] = {"speaks": {}, "copies": {}, "steps": [], "bytes": [], "margin": 1.0}

@@ -53,6 +53,7 @@ CASES = [
     few((4, 1), engine="fsdp", optimizer="clipped-sgd", routing="top1", way="ahead", num_experts=3),
     few((4, 2), engine="fsdp-whole", family="mvae", gate="gaussian-each", balance="dhsic", objective="mean"),
     few((2, 1), engine="fsdp", family="mmvae", num_experts=3, gate="dreg-looser", expert="normal", objective="private"),
+    few((4, 1), engine="fsdp", optimizer="clipped-sgd", expert="gaussian", trains="decoder"),
     few((2, 2), engine="fsdp"),
 ]
 SLOW = [

@@ -9,9 +9,11 @@ from itertools import cycle, product
 from typing import Any
 
 import pytest
+import torch
 
+from mixdist.parallel.wire import Wire
 from tests.covering import Row, combined, covering, marked, wanted
-from tests.parity import MODELS, Case, differences, merge, run
+from tests.parity import MODELS, Case, differences, make_mixture, merge, mesh_of, run
 from tests.pool import Pool
 
 LAYOUTS = ((1, 1), (2, 2), (3, 3), (4, 4), (4, 2), (2, 1), (4, 1))
@@ -170,6 +172,27 @@ def test_gates_over_a_model_s_latents_are_the_same_run(
     pool: Callable[[int], Pool], layout: tuple[int, int], gate: str, routing: str
 ) -> None:
     check(pool, case_of(layout, gate=gate, routing=routing, steps=8))
+
+
+@pytest.mark.parametrize(
+    ("layout", "execution", "routing", "way"),
+    [((2, 2), "stacked", "dense", "ahead"), ((4, 2), "loop", "top2", "back"), ((4, 1), "stacked", "top1", "back")],
+    ids=str,
+)
+def test_experts_of_which_a_part_trains_are_the_same_run(
+    pool: Callable[[int], Pool], layout: tuple[int, int], execution: str, routing: str, way: str
+) -> None:
+    memory = "recompute" if execution == "loop" else "whole"
+    options = {"execution": execution, "routing": routing, "way": way, "memory": memory, "steps": 8}
+    case = case_of(layout, trains="decoder", expert="gaussian", num_experts=5, optimizer="clipped-sgd", **options)
+    check(pool, case)
+    mesh = mesh_of(5, 1, 1)
+    owned = make_mixture(case.reference(), mesh, Wire(mesh.device)).parts.owned()
+    begun = {f"weight {one.name} {n}": p for one in owned for n, p in one.module.named_parameters()}
+    ended = reference(case.reference())["speaks"]
+    still = {name for name, first in begun.items() if torch.equal(ended[name], first)}
+    frozen = {name for name in begun if name.startswith("weight expert") and " decoder." not in name}
+    assert still == frozen if routing == "dense" else still >= frozen  # else an expert may get no row
 
 
 # Each objective with and without replicas.

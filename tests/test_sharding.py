@@ -61,6 +61,7 @@ CASES = [
     case_of((4, 2), engine="sharded", routing="top2", gate="starved", num_experts=5, batch_size=3),
     case_of((4, 2), engine="sharded", family="two-stage", num_experts=5, optimizer="clipped-sgd"),
     case_of((4, 1), engine="sharded-offloaded", optimizer="clipped-sgd"),
+    case_of((4, 2), engine="sharded-offloaded", optimizer="clipped-sgd", trains="decoder", execution="stacked"),
     case_of((4, 2), engine="sharded", family="mvae", gate="gaussian-each", balance="dhsic", objective="mean"),
 ]
 

@@ -180,6 +180,17 @@ def test_the_start_is_the_same_bits_on_every_layout(
     assert seen == whole.keys()
 
 
+PART = ["decoder.layers.2"]
+
+
+def test_what_does_not_train_stays_the_model_and_is_not_perturbed(one: str) -> None:
+    (model,) = mixdist.load(one).experts.values()
+    for expert in experts(made("soft", Upcycled(one, noise=0.25, trains=PART))):
+        for name, parameter in expert.named_parameters():
+            assert parameter.requires_grad == torch.is_nonzero((parameter != model.get_parameter(name)).any())
+            assert parameter.requires_grad == name.startswith(PART[0])
+
+
 # Runs
 
 
@@ -194,14 +205,17 @@ def config_of(folder: Path, run: str, family: str, **changes: Any) -> str:
     return write_config(folder / "config.yaml", changed(base, **copy.deepcopy(options | own | changes)))
 
 
+@pytest.mark.parametrize("trains", [None, PART])
 @pytest.mark.parametrize("family", ["soft", "competition"])
 def test_a_run_goes_on_without_the_run_that_it_started_from(
-    one: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one: str, family: str, trains: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(one, "one")
-    config = config_of(tmp_path, "one", family)
+    config = config_of(tmp_path, "one", family, expert_start__init_args={"run": "one", "noise": 0.01, "trains": trains})
     assert (ended := here("train", "--config", config, "--out", "whole")).code == 0, ended.err
+    told = "each expert trains 34 of its 249 parameters (decoder.layers.2); all else stays as in one"
+    assert (told in ended.err) == (trains is not None)
     if family == "competition":
         words = ("train", "--config", config, "--out", "two")
         assert (ended := together(*words, ranks=2, folder=tmp_path)).code == 0, ended.err
@@ -215,21 +229,44 @@ def test_a_run_goes_on_without_the_run_that_it_started_from(
     assert all(torch.equal(value, whole[name]) for name, value in last("again").items())
     assert np.isfinite([float(value.double().sum()) for value in whole.values()]).all()
     assert (ended := here("evaluate", "whole")).code == 0, ended.err
+    if trains:
+        check_kept(last(one), whole, PART[0])
+        other = '["decoder"]'
+        words = ("train", "--resume", "again", "--mixture.expert_start.trains", other)
+        refused(*words, names="expert_start.trains decoder.layers.2 decoder")
     if family == "competition":
         assert all(torch.equal(value, whole[name]) for name, value in last("two").items())
+
+
+def check_kept(model: dict[str, Tensor], ended: dict[str, Tensor], part: str) -> None:
+    """Check that experts moved in one part alone, and have an optimiser's states of that alone."""
+    own = {name.partition(".")[2]: value for name, value in model.items()}
+    for name, value in ended.items():
+        file, _, key = name.partition(".")
+        if not file.startswith("expert"):
+            continue
+        if key.startswith("optimizer."):
+            assert key.startswith(f"optimizer.{part}.")
+        else:
+            assert torch.equal(value, own[key]) != key.startswith(f"model.{part}.")
 
 
 def test_the_page_s_two_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = DOCS / "upcycling.md"
-    one, many, soft = blocks(page, "yaml")
-    for name, block in (("one", one), ("many", many), ("soft", "data: {class_path: mixdist.data.Digits}\n" + soft)):
+    one, many, soft, part = blocks(page, "yaml")
+    start = next(line.strip() for line in many.splitlines() if "Upcycled" in line)
+    parts = many.replace(start, part.strip())
+    soft = "data: {class_path: mixdist.data.Digits}\n" + soft
+    for name, block in (("one", one), ("many", many), ("soft", soft), ("parts", parts)):
         (tmp_path / f"{name}.yaml").write_text(block)
     commands = [line.split()[1:] for line in blocks(page, "bash")[0].splitlines()]
     assert len(commands) == 2
-    for words in (*commands, ["train", "--config", "soft.yaml", "--out", "runs/soft"]):
+    for words in (*commands, *(["train", "--config", f"{n}.yaml", "--out", f"runs/{n}"] for n in ("soft", "parts"))):
         ended = here(*words, "--train.epochs", "1")
         assert ended.code == 0, ended.err
+    assert "each expert trains 8,257 of its 19,793 parameters" in page.read_text()
+    assert "each expert trains 8,257 of its 19,793 parameters (decoder.layers.2, likelihood)" in ended.err
 
 
 @pytest.mark.parametrize(
@@ -252,6 +289,13 @@ def test_the_page_s_two_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("soft", {"expert_start__init_args": {"run": "nowhere"}}, "mixture.expert_start.run (nowhere)"),
         ("soft", {"expert_start__init_args": {"run": "many"}}, "mixture.expert_start many 4 1"),
         ("soft", {"expert_start__init_args": {"run": "one", "noise": -1}}, "mixture.expert_start.noise -1"),
+        ("soft", {"expert_start__init_args": {"run": "one", "trains": ["head"]}}, "trains (head) decoder.layers"),
+        ("soft", {"expert_start__init_args": {"run": "one", "trains": []}}, "mixture.expert_start.trains ([])"),
+        (
+            "competition",
+            {"expert_start__init_args": {"run": "one", "trains": PART}, "starved": "reseed"},
+            "mixture.starved (reseed) mixture.expert_start.trains",
+        ),
         ("competition", {"expert_start": None}, "mixture.start clusters null Upcycled"),
         ("competition", {"expert_start": {"class_path": "mixdist.mixtures.PCAStart"}}, "mixture.start PCAStart"),
         ("competition", {"expert_start__init_args": {"run": "one", "rows": 3}}, "mixture.expert_start 3 rows 4"),

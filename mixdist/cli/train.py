@@ -23,6 +23,7 @@ from mixdist.config.parsing import RESOLVED, config_parser, dump, make_config
 from mixdist.config.upcycled import check_model
 from mixdist.evaluation.evaluate import evaluate
 from mixdist.files import hold, write_file
+from mixdist.mixtures import Mixture
 from mixdist.parallel.agreement import agreed, on_rank_0
 from mixdist.parallel.mesh import Mesh
 from mixdist.report.gallery import draw
@@ -93,6 +94,14 @@ def run_training(
     finally:
         if held is not None:
             held.close()
+
+
+def _tell_start(mixture: Mixture) -> None:
+    """Say how large a part of an expert trains, where that is not all."""
+    experts = list(mixture.parts.experts.values())
+    said = mixture.expert_start.told(experts[0]) if experts and mixture.expert_start is not None else ""
+    if said:
+        print(f"mixdist: {said}", file=sys.stderr, flush=True)
 
 
 def train_parser() -> ArgumentParser:
@@ -230,6 +239,7 @@ def _train(
         log = MetricsLog(run, program.total if resumed else None)
         bar = Progress(program.total_steps, program.total, sys.stderr.isatty())
         loop.recorders, loop.tell = [log, bar], bar.tell
+        _tell_start(session.mixture)
     try:
         loop.fit()
     finally:

@@ -58,6 +58,12 @@ class Competition(HardMixture):
                 f"{given}: set it to mixdist.training.Upcycled, or start to all, split or table"
             )
 
+        if self.rules.starved == "reseed" and expert_start is not None and expert_start.describe():
+            raise ValueError(
+                "mixture.starved (reseed) gives an expert new weights, and with mixture.expert_start.trains it would "
+                "keep most of them as they are drawn: set starved to none or freeze, or leave trains out"
+            )
+
     def start_experts(self, dataset: Samples) -> None:
         """Set the experts' first weights, and the first table where the rules start from clusters."""
         super().start_experts(dataset)

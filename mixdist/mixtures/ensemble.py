@@ -110,7 +110,10 @@ class Ensemble(Mixture):
     def make_expert(self, e: int, round: int = 0) -> Expert:
         """Return an expert with the initial weights of its number (and round of a competition)."""
         make = self.make_experts[e]
-        return self.context.make(lambda: make(self.spec), Purpose.WEIGHTS, e, round, self.key_of(e))
+        expert = self.context.make(lambda: make(self.spec), Purpose.WEIGHTS, e, round, self.key_of(e))
+        if self.expert_start is not None:
+            self.expert_start.prepare(expert)
+        return expert
 
     def key_of(self, e: int) -> str:
         """Return the key of an expert in a config."""

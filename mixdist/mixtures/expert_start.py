@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -61,6 +61,23 @@ class ExpertStart(ABC):
         Raises:
             Agreed: experts cannot begin so; the same message on every rank.
         """
+
+    def prepare(self, expert: Expert) -> None:  # noqa: B027
+        """Freeze what an expert keeps as it begins, by ``requires_grad_(False)``, before it has these weights.
+
+        Called for every expert that is made: on any rank, in a run that goes on, to evaluate.
+
+        Raises:
+            ValueError: an expert has no such part.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Return, as JSON, what must be the same for a checkpoint to be resumed."""
+        return {}
+
+    def told(self, expert: nn.Module) -> str:
+        """Return what a user is told of an expert before the first step, in words; may be empty."""
+        return ""
 
     def start_shared(self, context: Context, shared: Mapping[str, nn.Module]) -> None:  # noqa: B027
         """Set the first parameters of modules that every rank has, such as the gate, in place; every rank calls it.

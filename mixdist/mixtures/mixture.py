@@ -98,7 +98,7 @@ class Mixture(ABC):
 
     def describe(self, stages: Sequence[Stage]) -> dict[str, Any]:
         """Return, as JSON, what must be the same for a checkpoint to be resumed; ``stages`` are the run's phases."""
-        return {"num_experts": self.num_experts}
+        return {"num_experts": self.num_experts, **(self.expert_start.describe() if self.expert_start else {})}
 
     # Training
 

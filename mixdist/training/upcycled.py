@@ -6,11 +6,11 @@ Shape letters: N rows, L latent, K clusters (as many as experts).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -43,14 +43,17 @@ class Upcycled(ExpertStart):
         run: the run's directory. Its mixture has one expert, of the same class and sizes as those here; give it the
             same training rows, so that what was held out stays so.
         weights: of the run's best checkpoint, where it selects one, else the newest; or of the newest in any case.
-        noise: each weight w of an expert becomes w (1 + noise eps), eps standard normal, keyed by seed, expert and
-            place; 0 for none.
+        trains: parts of an expert that learn, as their names in it, such as ``decoder.net`` or ``likelihood``: the
+            others stay the model's, bit for bit, in all experts, and have neither gradients nor optimiser states;
+            unset, all learn.
+        noise: each weight w of an expert that learns becomes w (1 + noise eps), eps standard normal, keyed by seed,
+            expert and place; 0 for none.
         clusters: of a competition's first table: kmeans, each row to the nearest centre; mixture, to the most probable
             component of a diagonal mixture of Gaussians (EM). Both from k-means++, in float64.
         rows: training rows that clusters are fitted to; of more, so many, chosen by the seed. All rows are assigned.
 
     Raises:
-        ValueError: noise that is negative or no number; no rows.
+        ValueError: noise that is negative or no number; no rows; no parts.
 
     Examples:
         >>> from mixdist.training import Upcycled
@@ -63,12 +66,42 @@ class Upcycled(ExpertStart):
     noise: float = 0.0
     clusters: ClusterName = "kmeans"
     rows: int = 20_000
+    trains: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise < 1:
             raise ValueError(f"mixture.expert_start.noise ({self.noise}) must be from 0 to below 1: give 0 for none")
         if self.rows < 1:
             raise ValueError(f"mixture.expert_start.rows ({self.rows}) must be at least 1: give more")
+        if self.trains is not None and (not self.trains or isinstance(self.trains, str)):
+            raise ValueError(
+                f"mixture.expert_start.trains ({self.trains or '[]'}) must be a list with the names of one part or "
+                f"more, such as [decoder.net]: give some, or leave it out for all"
+            )
+
+    def prepare(self, expert: Expert) -> None:
+        if self.trains is None:
+            return
+        parts, found = tuple(self.trains), dict(expert.named_parameters())
+        learn = {name for name in found if any(_within(name, part) for part in parts)}
+        for part in parts:
+            if not any(_within(name, part) for name in found):
+                self._refuse(
+                    f"trains ({part}) is no part of {type(expert).__name__} that has parameters: name some of "
+                    f"{', '.join(_parts(found))}, or of what lies in them"
+                )
+        for name, parameter in found.items():
+            parameter.requires_grad_(parameter.requires_grad and name in learn)
+
+    def describe(self) -> dict[str, Any]:
+        return {} if self.trains is None else {"expert_start.trains": sorted(self.trains)}
+
+    def told(self, expert: nn.Module) -> str:
+        if self.trains is None:
+            return ""
+        own, all_ = (sum(p.numel() for p in expert.parameters() if p.requires_grad or every) for every in (0, 1))
+        parts = ", ".join(self.trains)
+        return f"each expert trains {own:,} of its {all_:,} parameters ({parts}); all else stays as in {self.run}"
 
     @torch.no_grad()
     def start(
@@ -165,6 +198,16 @@ class Upcycled(ExpertStart):
         raise ValueError(f"mixture.expert_start (Upcycled): {why}")
 
 
+def _within(name: str, part: str) -> bool:
+    """Return whether a parameter, by its dotted name, is a part of a module or lies in it."""
+    return name == part or name.startswith(f"{part}.")
+
+
+def _parts(names: Iterable[str]) -> list[str]:
+    """Return the first two words of dotted names, each once."""
+    return list(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
+
+
 def _empty(points_NL: Tensor, num_clusters: int, seed: int) -> Clusters:
     zeros = torch.zeros(num_clusters, points_NL.shape[1], dtype=torch.float64)
     return Clusters(zeros[:, 0].clone(), zeros, zeros.clone())
@@ -172,8 +215,10 @@ def _empty(points_NL: Tensor, num_clusters: int, seed: int) -> Clusters:
 
 @torch.no_grad()
 def perturb(expert: nn.Module, noise: float, seed: int, e: int) -> None:
-    """Multiply each weight by 1 + noise eps: no sum over weights, so the same bits on every layout."""
+    """Multiply each weight that learns by 1 + noise eps: no sum over weights, so the same bits on every layout."""
     for place, parameter in enumerate(expert.parameters()):
+        if not parameter.requires_grad:
+            continue
         draw = Draw(seed, Purpose.CLONE, step=place)
         eps = draw.normal(torch.zeros(1, dtype=torch.int64), [e], tuple(parameter.shape), torch.float64)[0, 0]
         parameter.copy_(parameter.cpu().double() * (1 + noise * eps))
