@@ -45,6 +45,16 @@ def test_a_mistake_on_all_ranks_is_told_once_before_what_torchrun_tells(folder: 
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "CROSS_RANK"])
+def test_a_command_without_its_run_is_told_once_under_a_launcher(folder: Path, variable: str) -> None:
+    """Of torchrun, of DeepSpeed. Ranks started by hand have terminals of their own, and each tells."""
+    ended = together("evaluate", ranks=2, folder=folder, **{variable: "0"})
+    assert ended.code == 1
+    assert ended.err == (
+        "mixdist: evaluate needs a run: name a directory that mixdist train made, as mixdist evaluate RUN\n"
+    )
+
+
 def test_a_mistake_on_one_rank_is_told_once(folder: Path) -> None:
     (folder / "own_rows.py").write_text(OWN_ROWS)
     config = changed(data={"class_path": "own_rows.Rows", "init_args": {"fails_on": 1}})

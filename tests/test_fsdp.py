@@ -424,6 +424,43 @@ def test_what_it_cannot_do_is_one_line(folder: Path, changes: dict[str, Any], na
     assert not (folder / "run").exists()
 
 
+READS = """
+from mixdist.experts import VAE
+
+
+class Keeps(VAE):
+    def __init__(self, spec, latent: int = 2) -> None:
+        super().__init__(spec, latent)
+        self.kept = [next(self.encoder.parameters())]
+
+    def forward(self, rows, eps):
+        terms = super().forward(rows, eps)
+        return terms._replace(loss_R=terms.loss_R + 0 * self.kept[0].sum())
+
+
+class Anneals(VAE):
+    def __init__(self, spec, latent: int = 2) -> None:
+        super().__init__(spec, latent)
+
+    def anneal(self, step) -> None:
+        super().anneal(step)
+        next(self.encoder.parameters()).sum()
+"""
+
+
+@pytest.mark.parametrize("kind", ["Keeps", pytest.param("Anneals", marks=pytest.mark.slow)])
+def test_what_a_step_refuses_leaves_nothing_behind(folder: Path, kind: str) -> None:
+    (folder / "reads.py").write_text(READS)
+    expert = {"class_path": f"reads.{kind}"}
+    made = changed(engine=ENGINE, execution="loop", mesh={"ep_size": 1}, expert=expert)
+    ended = together("train", "--config", write_config(folder / "c.yaml", made), "--out", "run", ranks=2, folder=folder)
+    assert ended.code != 0
+    assert ended.err.startswith("mixdist: parameter encoder."), ended.err
+    assert ended.err.count("\n") == 1
+    assert "is read where its values are not together" in ended.err
+    assert not (folder / "run").exists()
+
+
 def test_without_replicas_nothing_is_cut() -> None:
     mesh = Mesh(Placement.plan(1, 1), Launch(), torch.device("cpu"))
     engine = FSDP(Parts({"gate": nn.Linear(3, 2)}, {0: nn.Linear(2, 2)}), mesh, Wire(mesh.device), torch.optim.Adam)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mixdist.report.metrics import read_metrics
 from tests.launch import changed, here, mlp, refused, together, write_config
+from tests.test_deepspeed import needs_deepspeed, ready
 
 STEPS_EACH, STAGES = 3, ("autoencoder", "classify", "joint")
 TIMES = ("rows_per_s", "waiting_s", "transfer_s", "peak_memory_bytes", "wire_bytes", "wire_bytes_min", "sync_bytes")
@@ -94,6 +96,50 @@ def test_a_run_of_stages_is_the_same_on_any_layout_and_goes_on_in_each(
         ended = together(*words, ranks=ranks, folder=tmp_path) if ranks > 1 else here(*words)
         assert ended.code == 0, ended.err
         assert_same(run, whole, 1e-10 if ranks > 1 else 0.0)
+
+
+NATIVE, FSDP, ZERO = (f"mixdist.engines.{name}" for name in ("Native", "FSDP", "DeepSpeed"))
+CHAIN: Sequence[tuple[int, int, str, dict[str, Any]]] = (
+    (2, 2, NATIVE, {}),
+    (4, 2, ZERO, {"zero": 1}),
+    (2, 2, ZERO, {"zero": 2}),
+    (4, 2, NATIVE, {"shard": "optimizer"}),
+    (2, 1, FSDP, {"unit_bytes": 100}),
+    (1, 1, NATIVE, {}),
+)
+"""Ranks, ep_size and engine of every two steps: engines change inside of stages, between them, and at the start."""
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("gate", "alone"), [("VaDE", True), ("VaDE", False), ("DMVAE", False)])
+def test_engines_change_inside_and_between_stages(
+    gate: str, alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held against the same chain of native engines, in float32: losses to 1e-6, weights and states to 1e-5."""
+    monkeypatch.chdir(tmp_path)
+    ready()
+    config = config_of(tmp_path, gate, alone)
+    for name in ("plain", "chain"):
+        run = tmp_path / name
+        for place, (ranks, ep_size, kind, options) in enumerate(CHAIN):
+            engine = {"class_path": NATIVE} if name == "plain" else {"class_path": kind, "init_args": options}
+            begun = ["--resume", name] if place else ["--config", config, "--out", name, "--dtype", "float32"]
+            words = ["--engine", json.dumps(engine), "--mesh.ep_size", str(ep_size), "--mixture.execution", "loop"]
+            for path in run.glob("checkpoints/step-*"):
+                if int(path.name.removeprefix("step-")) > 2 * place:
+                    shutil.rmtree(path)
+            words = ["train", *begun, *words]
+            ended = together(*words, ranks=ranks, folder=tmp_path) if ranks > 1 else here(*words)
+            assert (ended.code, ended.err) == (0, ""), (name, kind)
+    mine, theirs = ([r["loss"] for r in read_metrics(tmp_path / one)] for one in ("chain", "plain"))
+    assert mine == pytest.approx(theirs, rel=1e-6)
+    assert len(mine) == 2 * len(CHAIN)
+    a, b = tensors(tmp_path / "chain"), tensors(tmp_path / "plain")
+    assert a.keys() == b.keys()
+    wrong = {k: ((a[k] - y).abs().max() / (y.abs().max() or 1.0)).item() for k, y in b.items()}
+    assert {k: v for k, v in wrong.items() if not v <= 1e-5} == {}
 
 
 def test_the_start_is_made_once_before_the_first_joint_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

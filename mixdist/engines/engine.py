@@ -72,6 +72,8 @@ class Engine(ABC):
 
     stacks: bool = True
     """Whether experts may run as one stack, whose parameters are slices of one tensor."""
+    rehearses: bool = False
+    """Whether a step refuses what no check of whole modules finds: its passes are tried once before a phase."""
 
     def __init__(
         self,

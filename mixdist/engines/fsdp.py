@@ -61,7 +61,7 @@ class FSDP(Native):
             check_elementwise(optimizer, "the engine FSDP", "take mixdist.engines.Native with mixture.execution loop")
         self.unit_bytes, self.units, self._made = unit_bytes, None, False
         super().__init__(parts, mesh, wire, optimizer, schedule, clip_norm, "optimizer", offload)
-        self._made = True
+        self._made, self.rehearses = True, self.units is not None
 
     units: Units | None
 

@@ -210,6 +210,17 @@ class Trainer:
         self._upcoming = self._upcoming or self._batch(at.epoch, at.batch)
         ids = self.loader.ids(at.epoch, at.batch)
         inspect(self.mixture, self._upcoming, ids, Moment(self.seed, TRIAL_PHASE), self.phase)
+        if self.engine.rehearses:
+            self._rehearse(self._upcoming)
+
+    def _rehearse(self, batch: RankBatch) -> None:
+        """Do the passes of a step and forget them, so that what they refuse is told before anything is written."""
+        self.engine.zero_grad()
+        self._anneal()
+        with self.engine.accumulating():
+            self.mixture.backward(batch, self.phase.objective, Moment(self.seed, TRIAL_PHASE), self.phase.accumulate)
+        self.engine.zero_grad()
+        self.engine.ready()
 
     def _anneal(self) -> None:
         """Set all schedules for the step of the position."""
