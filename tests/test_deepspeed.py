@@ -34,7 +34,7 @@ from mixdist.parallel.mesh import Mesh, Placement
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Outcome, Parts
 from tests.forks import environment, warm
-from tests.launch import HANG_S, HARD, ROOT, Forks, changed, here, refused, together, write_config
+from tests.launch import HANG_S, HARD, ROOT, Forks, Started, changed, descendants, here, refused, together, write_config
 from tests.parity import (
     ENGINES,
     Case,
@@ -48,7 +48,7 @@ from tests.parity import (
     mesh_of,
 )
 from tests.pool import Pool
-from tests.test_lost import free_port, lose_a_rank
+from tests.test_lost import check_ended, free_port, lose_a_rank
 from tests.test_parity import case_of, models
 from tests.test_sharding import tensors
 
@@ -423,6 +423,31 @@ def test_the_launcher_of_deepspeed_starts_it(folder: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert Path("run/checkpoints/step-000000005").is_dir()
     assert Path("run/config.yaml").read_text().count("mixdist.engines.DeepSpeed") == 1
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL], ids=str)
+def test_ranks_end_with_the_command_that_started_their_launcher(folder: Path, sent: signal.Signals) -> None:
+    """DeepSpeed's own launcher would go on."""
+    config, metrics = config_of(folder), folder / "run" / "metrics.jsonl"
+    words = [
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        free_port(),
+        "--module",
+        "mixdist",
+    ]
+    words += ["train", "--config", config, "--out", "run", "--train.epochs", "5000"]
+    with Started(words, folder, {"DS_ACCELERATOR": "cpu"}) as run:
+        run.until(lambda: metrics.exists() and metrics.stat().st_size > 0)
+        ranks = descendants(run.process.pid)
+        assert len(ranks) >= 3
+        os.kill(run.process.pid, sent)
+        run.process.wait()
+        check_ended(*ranks)
 
 
 def test_what_the_launcher_adds_is_left_out() -> None:

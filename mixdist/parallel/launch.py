@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ def follow_launcher() -> None:
     """
     if {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys():
         end_with_parent()
+    if "CROSS_RANK" in os.environ:
+        _end_with_runner()
 
 
 def end_with_parent() -> None:
@@ -101,3 +106,22 @@ def end_with_parent() -> None:
     """
     with suppress(OSError, AttributeError):  # only Linux has it
         ctypes.CDLL("libc.so.6").prctl(1, int(signal.SIGTERM))
+
+
+def _end_with_runner() -> None:
+    """Send this process SIGTERM when the ``deepspeed`` command ends, which starts the launcher that starts ranks.
+
+    One that gets SIGTERM ends alone: its launcher and the ranks would go on, and hold the run.
+    """
+    with suppress(OSError, AttributeError, IndexError, ValueError):  # as on other systems than Linux
+        runner = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[1])
+        if b"deepspeed" not in Path(f"/proc/{runner}/cmdline").read_bytes():
+            return  # on another host a shell starts the launcher
+        end, ended = os.pidfd_open(runner), select.poll()
+        ended.register(end, select.POLLIN)
+
+        def wait() -> None:
+            ended.poll()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=wait, daemon=True, name="mixdist-runner").start()
