@@ -106,6 +106,16 @@ def test_engines_hold_and_send_what_they_should(pool: Callable[[int], Pool]) -> 
     assert fsdp["sent"]["sync"] > plain["sent"]["sync"]
 
 
+def test_experts_alone_share_states_out_and_send_as_much(pool: Callable[[int], Pool]) -> None:
+    words = ["--hidden", "9", "--turns", "1", "--steps", "1", "--warm-up", "0"]
+    ways = pool(2).run(f"{__name__}:measure", "alone", words, 2)[0]["9"]
+    plain, sharded, _, both = ways.values()
+    assert {one["last_loss"] for one in ways.values()} == {plain["last_loss"]}
+    for one in (sharded, both):
+        assert one["states"] < 0.6 * plain["states"]
+        assert one["sent"] == pytest.approx(plain["sent"], rel=0.01)
+
+
 def check_ways(told: dict[str, Any]) -> None:
     """Three moves of float32 rows of 768 numbers: 8 rows on each of two ranks, half of the experts remote."""
     for routing, copies in (("dense", 2), ("top-1", 1)):
