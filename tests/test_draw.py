@@ -25,6 +25,7 @@ SPEC: Spec = {
 }
 EXPERTS: list[Any] = [
     partial(VAE, likelihood="bernoulli"),
+    partial(VAE, likelihood="continuous_bernoulli", field="image"),
     partial(VAE, likelihood="gaussian", mean="identity"),
     partial(VAE, likelihood="gaussian", mean="sigmoid", scale=0.3, field="image"),
     partial(VAE, likelihood="laplace", mean="identity", field="image"),

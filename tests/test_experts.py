@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.distributions import Bernoulli, Laplace, MultivariateNormal, Normal, kl_divergence
+from torch.distributions import Bernoulli, ContinuousBernoulli, Laplace, MultivariateNormal, Normal, kl_divergence
 
 import mixdist
 from mixdist.cli.main import main
@@ -42,6 +42,7 @@ SPEC: Spec = {
 VAES: list[dict[str, Any]] = [
     {"likelihood": "bernoulli", "network": MLP([5])},
     {"likelihood": "bernoulli", "network": MLP([5, 4], "sigmoid"), "field": "image"},
+    {"likelihood": "continuous_bernoulli", "network": MLP([5]), "field": "image"},
     {"likelihood": "gaussian", "network": MLP([5]), "scale": 0.7},
     {"likelihood": "gaussian", "network": MLP([]), "mean": "identity"},
     {"likelihood": "laplace", "network": MLP([5]), "mean": "identity", "scale": 0.7, "field": "image"},
@@ -123,6 +124,9 @@ def density(expert: Any, options: dict[str, Any], x: Tensor, output: Tensor) -> 
     """Return log p(x | output) and the mean, both (R, D)."""
     if options["likelihood"] == "bernoulli":
         return Bernoulli(logits=output, validate_args=False).log_prob(x), output.sigmoid()
+    if options["likelihood"] == "continuous_bernoulli":
+        judged = ContinuousBernoulli(logits=output, lims=(0.499999, 0.500001), validate_args=False)
+        return judged.log_prob(x), judged.mean
     scale = options["scale"]
     scale = expert.likelihood.log_scale.exp() if scale == "learned" else torch.tensor(scale, dtype=torch.float64)
     mean = output.sigmoid() if options.get("mean") == "sigmoid" else output

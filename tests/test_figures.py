@@ -243,6 +243,7 @@ LEVELS = torch.arange(40).reshape(10, 4) * 6
 KINDS = [
     ("bernoulli", LEVELS, "neither"),
     ("bernoulli", (LEVELS > 99) * 255, "mass"),
+    ("continuous_bernoulli", LEVELS, "density"),
     ("logistic", LEVELS, "mass"),
     ("gaussian", LEVELS, "density"),
     ("laplace", LEVELS, "density"),

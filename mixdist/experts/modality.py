@@ -19,7 +19,7 @@ from mixdist.nets.mlp import MLP, flat
 from mixdist.nets.network import Network
 from mixdist.terms import Batch, ExpertTerms, Posterior, Spec, real_field
 
-ModalityLikelihood = Literal["gaussian", "laplace", "bernoulli", "logistic", "categorical"]
+ModalityLikelihood = Literal["gaussian", "laplace", "bernoulli", "continuous_bernoulli", "logistic", "categorical"]
 
 
 class Modality(Expert):

@@ -37,11 +37,11 @@ class VAE(Expert):
         latent: dimensions of z.
         network: of encoder and decoder; unset, an MLP with one hidden layer of 128.
         likelihood: gaussian and laplace, densities; bernoulli, a mass over 0 and 1 (of grey values a cross-entropy);
-            logistic, a mass over stored levels: :class:`mixdist.nets.likelihood.Likelihood`.
+            continuous_bernoulli, a density on [0, 1]; logistic, a mass over stored levels: :class:`mixdist.nets.likelihood.Likelihood`.
         scale: standard deviation (gaussian), Laplace or logistic scale: a number; learned, one for all; channel or
             pixel, learned for each channel, or for each number of a row; or decoder, which gives one for each number
-            from z. Without effect on bernoulli.
-        mean: sigmoid when x lies in [0, 1], identity otherwise; without effect on bernoulli.
+            from z. Without effect on bernoulli and continuous_bernoulli.
+        mean: sigmoid when x lies in [0, 1], identity otherwise; without effect on those two.
         beta: weight of the KL (Higgins et al. 2017).
         kl_warmup: training steps over which the KL's weight rises linearly from 0; or a :class:`mixdist.stats.Warmup`,
             as ``{epochs: 5}``, or ``{epochs: 20, cycles: 4, rise: 0.5}`` for a cyclical one; 0 for none.

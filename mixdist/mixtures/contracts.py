@@ -222,7 +222,7 @@ def check_range(who: str, likelihood: Likelihood, field: str, x: Tensor) -> None
         return
     (low, high), (least, most) = likelihood.limits, (float(end) for end in x.aminmax())
     if not (least >= low - IN_RANGE and most <= high + IN_RANGE):
-        kind = f"{likelihood.name}{'' if likelihood.name == 'bernoulli' else ' with mean sigmoid'}"
+        kind = f"{likelihood.name}{'' if 'bernoulli' in likelihood.name else ' with mean sigmoid'}"
         raise Fault(
             f"{who} gives {type(likelihood).__name__}.log_prob ({kind}) the field {field!r} with values from "
             f"{least:.6g} to {most:.6g}, expected {low:g} to {high:g}: give the Field in the source a scale (and "

@@ -12,6 +12,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from mixdist.nets.continuous_bernoulli import (
+    continuous_bernoulli_log_prob,
+    continuous_bernoulli_mean,
+    continuous_bernoulli_quantile,
+)
 from mixdist.stats import (
     bernoulli_log_prob,
     laplace_log_prob,
@@ -24,9 +29,11 @@ from mixdist.stats import (
 )
 from mixdist.terms import Field
 
-LikelihoodName = Literal["gaussian", "laplace", "bernoulli", "logistic"]
+LikelihoodName = Literal["gaussian", "laplace", "bernoulli", "continuous_bernoulli", "logistic"]
 MeanName = Literal["sigmoid", "identity"]
 ScaleName = Literal["learned", "channel", "pixel", "decoder"]
+NO_SCALE = "bernoulli", "continuous_bernoulli"
+"""They read the output as logits: one number says all."""
 _FIRST_SCALE = {"gaussian": 1.0, "laplace": 1.0, "logistic": 0.1}
 LEAST_SCALE = 1e-3
 """The floor of scales that are many, in units of x, where none is given: some values of a row may hardly vary."""
@@ -41,7 +48,7 @@ class Likelihood(nn.Module):
     (from 0.1 for logistic), one for all features (``learned``), one for each channel of an image (``channel``), or one
     for each number of a row, so for each pixel and colour (``pixel``); or given by the decoder for each number of a row
     (``decoder``), whose output is then all locations and after them all log scales, which start about the same values.
-    Bernoulli reads the output as logits and accepts x in [0, 1].
+    Bernoulli and continuous Bernoulli read the output as logits and accept x in [0, 1].
 
     With ``components`` K a number is logistic about one of K locations, each with a scale, by probabilities from the
     decoder: P(x) = sum_k pi_k P_k(x) (Salimans et al. 2017, eq. 2, but colours of a pixel are independent given z). The
@@ -51,17 +58,19 @@ class Likelihood(nn.Module):
     to its floor, where a clamp would have none, so a scale can always grow again.
 
     Gaussian and Laplace are densities: their log has no upper limit, and changes by D log s where x is divided by s.
+    Continuous Bernoulli is a density on [0, 1]: Bernoulli's p^x (1 - p)^(1 - x), divided by its integral.
     Logistic is a probability mass over the levels k / (num_levels - 1), and Bernoulli over 0 and 1: never above 0
     nats. Bernoulli of values between 0 and 1, such as grey pixels, is the negative cross-entropy, neither density nor
-    mass (Loaiza-Ganem and Cunningham 2019). A density of pixels that are levels can grow without limit, so it
+    mass (Loaiza-Ganem and Cunningham 2019, who make it one). A density of pixels that are levels can grow without limit, so it
     compares with a mass only where it was trained on levels with uniform noise of a step added: its log plus D log of
     the step is then a lower bound of a mass's (Theis et al. 2016, section 3.1).
 
     Args:
-        name: gaussian, laplace, bernoulli, or logistic: :func:`mixdist.stats.logistic_log_prob`.
+        name: gaussian, laplace, bernoulli, continuous_bernoulli, or logistic:
+            :func:`mixdist.stats.logistic_log_prob`.
         scale: the standard deviation (gaussian) or the scale (laplace, logistic), in units of x; or learned, channel,
             pixel or decoder.
-        mean: sigmoid for data in [0, 1], identity for any real data; without effect on bernoulli.
+        mean: sigmoid for data in [0, 1], identity for any real data; without effect where logits are read.
         num_levels: of the logistic; by default 256.
         floor: the least scale, in units of x; unset, 0.001 for channel, pixel and decoder, none for learned.
         shape: of a row, for channel and pixel.
@@ -118,9 +127,9 @@ class Likelihood(nn.Module):
         self.levels = {"bernoulli": 2, "logistic": self.num_levels}.get(name)
         self.scale, self.num_maps, self.width = scale, 1, math.prod(shape)
         self.floor = LEAST_SCALE if floor is None and scale in ("channel", "pixel", "decoder") else floor
-        if name == "bernoulli":
+        if name in NO_SCALE:
             if first is not None:
-                raise ValueError(f"first_scale ({first}) means nothing for bernoulli, which has no scale: leave it out")
+                raise ValueError(f"first_scale ({first}) means nothing for {name}, which has no scale: leave it out")
             return
         self.first = self._first(first)
         self.log_scale: float | Tensor = math.log(self.first if isinstance(scale, str) else scale)
@@ -148,7 +157,7 @@ class Likelihood(nn.Module):
     @property
     def limits(self) -> tuple[float, float] | None:
         """The range of the x that it can model, or None for all real numbers."""
-        bounded = self.name in ("bernoulli", "logistic") or self.mean_name == "sigmoid"
+        bounded = self.name in (*NO_SCALE, "logistic") or self.mean_name == "sigmoid"
         return (0.0, 1.0) if bounded else None
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
@@ -158,6 +167,8 @@ class Likelihood(nn.Module):
         """
         if self.name == "bernoulli":
             return bernoulli_log_prob(x, output).sum(-1)
+        if self.name == "continuous_bernoulli":
+            return continuous_bernoulli_log_prob(x, output).sum(-1)
         if self.components > 1:
             log_pi, location, log_scales = self._mixture(output)
             log_p = logistic_log_prob(x.unsqueeze(-2), location, log_scales, self.num_levels)
@@ -216,6 +227,8 @@ class Likelihood(nn.Module):
         if self.components > 1:
             log_pi, location, _ = self._mixture(output)
             return (log_pi.exp() * location).sum(-2)
+        if self.name == "continuous_bernoulli":
+            return continuous_bernoulli_mean(output)
         if self.num_maps == 2:
             output = output.chunk(2, dim=-1)[0]
         if self.name == "bernoulli" or self.mean_name == "sigmoid":
@@ -231,6 +244,8 @@ class Likelihood(nn.Module):
         """
         if self.components > 1:
             return self._draw_mixture(output, uniform)
+        if self.name == "continuous_bernoulli":
+            return continuous_bernoulli_quantile(uniform, output)
         mean = self.mean(output)
         if self.name == "bernoulli":
             return (uniform < mean).to(mean.dtype)
