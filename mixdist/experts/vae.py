@@ -37,7 +37,8 @@ class VAE(Expert):
         latent: dimensions of z.
         network: of encoder and decoder; unset, an MLP with one hidden layer of 128.
         likelihood: gaussian and laplace, densities; bernoulli, a mass over 0 and 1 (of grey values a cross-entropy);
-            continuous_bernoulli, a density on [0, 1]; logistic, a mass over stored levels: :class:`mixdist.nets.likelihood.Likelihood`.
+            continuous_bernoulli, a density on [0, 1]; logistic, a mass over stored levels:
+            :class:`mixdist.nets.likelihood.Likelihood`.
         scale: standard deviation (gaussian), Laplace or logistic scale: a number; learned, one for all; channel or
             pixel, learned for each channel, or for each number of a row; or decoder, which gives one for each number
             from z. Without effect on bernoulli and continuous_bernoulli.

@@ -61,7 +61,7 @@ class Likelihood(nn.Module):
     Continuous Bernoulli is a density on [0, 1]: Bernoulli's p^x (1 - p)^(1 - x), divided by its integral.
     Logistic is a probability mass over the levels k / (num_levels - 1), and Bernoulli over 0 and 1: never above 0
     nats. Bernoulli of values between 0 and 1, such as grey pixels, is the negative cross-entropy, neither density nor
-    mass (Loaiza-Ganem and Cunningham 2019, who make it one). A density of pixels that are levels can grow without limit, so it
+    mass (Loaiza-Ganem and Cunningham 2019). A density of pixels that are levels can grow without limit, so it
     compares with a mass only where it was trained on levels with uniform noise of a step added: its log plus D log of
     the step is then a lower bound of a mass's (Theis et al. 2016, section 3.1).
 
