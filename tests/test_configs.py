@@ -68,6 +68,8 @@ def test_a_config_is_read_and_its_networks_fit_its_data(path: Path) -> None:
         mixture = config.mixture
         assert isinstance(mixture, Ensemble)
         expert = mixture.make_experts[0](spec)
+        if mixture.expert_start is not None:
+            mixture.expert_start.prepare(expert)
         assert expert(rows, eps_for(expert)).loss_R.shape == (2,)
         if isinstance(mixture, Soft):
             gate = mixture.make_gate(spec, mixture.num_experts)

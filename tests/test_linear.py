@@ -92,6 +92,26 @@ def test_the_output_begins_as_the_affine_map_and_the_network_learns(network: Net
     assert paths.stackable == network.stackable
 
 
+def test_a_rate_changes_how_fast_the_affine_map_learns_and_nothing_that_it_is() -> None:
+    """Under Adam a step is as long for every number; the rate is a power of two, so that nothing is rounded."""
+    x, begun_as, moved = normal(6, SIZE), [], []
+    for rate in (1.0, 1 / 64, 0.0):
+        torch.manual_seed(0)
+        paths = LinearPaths(MLP([5]), rate).encoder(SHAPE, 4).double()
+        begun_as.append(paths(x).detach())
+        affine = paths.unit * paths.linear.weight.detach()
+        optimizer = torch.optim.Adam([p for p in paths.parameters() if p.requires_grad], 1e-3)
+        paths(x).square().sum().backward()
+        optimizer.step()
+        moved.append(float((paths.unit * paths.linear.weight.detach() - affine).abs().mean()))
+    assert torch.equal(begun_as[0], begun_as[1])
+    assert torch.equal(begun_as[0], begun_as[2])
+    assert moved[:2] == pytest.approx([1e-3, 1e-3 / 64], rel=1e-3)
+    assert moved[2] == 0
+    with pytest.raises(ValueError, match=r"LinearPaths' rate \(2\)"):
+        LinearPaths(MLP([5]), 2)
+
+
 def test_a_stack_of_linear_paths_is_the_loop() -> None:
     spec, noise = faces(4).spec, lambda ids, experts, shape: normal(3, len(ids), *shape)[list(experts)]
     rows = {"id": torch.arange(5), "x": normal(5, *SHAPE)}

@@ -180,6 +180,14 @@ def test_the_start_is_the_same_bits_on_every_layout(
     assert seen == whole.keys()
 
 
+def test_experts_that_are_alike_score_alike_with_the_same_noise(one: str) -> None:
+    mixture, some = made("competition", Upcycled(one)), batch(rows(), 50)
+    for same_noise in (True, False):
+        score, own = Elbo(same_noise=same_noise), enumerate(experts(mixture))
+        columns = [score.column(e, expert, None, some, Moment(SEED), torch.float64) for e, expert in own]
+        assert all(torch.equal(columns[0], column) == same_noise for column in columns[1:])
+
+
 PART = ["decoder.layers.2"]
 
 
@@ -212,7 +220,10 @@ def test_a_run_goes_on_without_the_run_that_it_started_from(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(one, "one")
-    config = config_of(tmp_path, "one", family, expert_start__init_args={"run": "one", "noise": 0.01, "trains": trains})
+    options: dict[str, Any] = {"expert_start__init_args": {"run": "one", "noise": 0.01, "trains": trains}}
+    if family == "competition":
+        options["score__init_args"] = {"same_noise": trains is not None}
+    config = config_of(tmp_path, "one", family, **options)
     assert (ended := here("train", "--config", config, "--out", "whole")).code == 0, ended.err
     told = "each expert trains 34 of its 249 parameters (decoder.layers.2); all else stays as in one"
     assert (told in ended.err) == (trains is not None)

@@ -148,6 +148,8 @@ class Elbo(Score):
 
     Args:
         normalized: compare as discriminators do, by each expert's part of the training set.
+        same_noise: all experts draw their sample of a row from the same noise. Where they share an encoder they then
+            have the same z, and the spread of its draws, often larger than what experts differ by, decides nothing.
 
     Examples:
         >>> import torch
@@ -162,15 +164,19 @@ class Elbo(Score):
         1.0
     """
 
-    def __init__(self, normalized: bool = False) -> None:
-        self.normalized = normalized
+    def __init__(self, normalized: bool = False, same_noise: bool = False) -> None:
+        self.normalized, self.same_noise = normalized, same_noise
+
+    def describe(self) -> dict[str, Any]:
+        return {"same_noise": True} if self.same_noise else {}
 
     def column(
         self, e: int, expert: Expert, discriminator: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
     ) -> Tensor:
         eps = None
         if expert.noise_shape is not None:
-            eps = at.draw(Purpose.POSTERIOR).normal(rows["id"], [e], expert.noise_shape, dtype)[0]
+            number = 0 if self.same_noise else e
+            eps = at.draw(Purpose.POSTERIOR).normal(rows["id"], [number], expert.noise_shape, dtype)[0]
         terms = expert(rows, eps)
         if terms.log_px_R is None:
             return -terms.loss_R

@@ -132,10 +132,9 @@ class VAE(Expert):
         self.check_linear()
         assert isinstance(self.encoder, Paths)
         assert isinstance(self.decoder, Paths)
-        inward, outward, floor = self.encoder.linear, self.decoder.linear, self.likelihood.floor or 0.0
-        weight_DM, bias_M, log_var_M = model.encoder()
-        inward.weight.copy_(torch.cat([weight_DM, torch.zeros_like(weight_DM)], dim=1))
-        inward.bias.copy_(torch.cat([bias_M, log_var_M]))
+        floor, (weight_DM, bias_M, log_var_M) = self.likelihood.floor or 0.0, model.encoder()
+        inward_D2M = torch.cat([weight_DM, torch.zeros_like(weight_DM)], dim=1)
+        self.encoder.set_linear(inward_D2M, torch.cat([bias_M, log_var_M]))
         scale_D = model.noise.sqrt().expand(len(model.mean_D))
         if each:  # a number that does not vary at all begins where its scale can still fall
             scale_D = model.value_noise().sqrt().clamp(min=2 * floor)
@@ -143,8 +142,7 @@ class VAE(Expert):
         weight_MD, bias_D = model.decoder()
         if self.likelihood.num_maps == 2:
             weight_MD, bias_D = torch.cat([weight_MD, torch.zeros_like(weight_MD)], dim=1), torch.cat([bias_D, raw_D])
-        outward.weight.copy_(weight_MD)
-        outward.bias.copy_(bias_D)
+        self.decoder.set_linear(weight_MD, bias_D)
 
     def encode(self, rows: Batch) -> tuple[Tensor, Tensor]:
         """Return mean and log variance of q(z|x), each (R, L)."""

@@ -23,9 +23,13 @@ class LinearPaths(Network):
 
     Args:
         network: the other network; its modules end in a linear layer or a convolution, without an activation after it.
+        rate: how fast the affine maps learn beside the network, under Adam and others whose steps do not grow with the
+            gradient: W and b are kept divided by it. Weights that begin as principal components are small, and of many
+            inputs; at the rate of a network they are lost in the first steps. 0: they stay as they begin.
 
     Raises:
-        ValueError: a module of the network that has no layers, or whose output is not 0 with its last layer at 0.
+        ValueError: a rate that is negative or above 1; a module of the network that has no layers, or whose output is
+            not 0 with its last layer at 0.
 
     Examples:
         >>> import torch
@@ -36,36 +40,47 @@ class LinearPaths(Network):
         True
     """
 
-    def __init__(self, network: Network) -> None:
-        self.network, self.stackable = network, network.stackable
+    def __init__(self, network: Network, rate: float = 1.0) -> None:
+        if not 0 <= rate <= 1:
+            raise ValueError(f"LinearPaths' rate ({rate}) must be from 0 to 1: give 0.02, for example")
+        self.network, self.rate, self.stackable = network, rate, network.stackable
 
     def encoder(self, shape: tuple[int, ...], num_outputs: int) -> Paths:
-        return Paths(self.network.encoder(shape, num_outputs), math.prod(shape), num_outputs)
+        return Paths(self.network.encoder(shape, num_outputs), math.prod(shape), num_outputs, self.rate)
 
     def decoder(self, num_inputs: int, shape: tuple[int, ...], num_maps: int = 1) -> Paths:
         net = self.network.decoder(num_inputs, shape, num_maps)
-        return Paths(net, num_inputs, num_maps * math.prod(shape))
+        return Paths(net, num_inputs, num_maps * math.prod(shape), self.rate)
 
 
 class Paths(nn.Module):
-    """net(x) + x W + b, the first term 0 until the first step.
+    """net(x) + c (x W + b), the first term 0 until the first step; c is the rate, or 1 where that is 0.
 
     Args:
         net: maps (R, num_in) to (R, num_out).
         num_in: numbers taken.
         num_out: numbers given.
+        rate: of the affine map, beside 1 for the net.
     """
 
-    def __init__(self, net: nn.Module, num_in: int, num_out: int) -> None:
+    def __init__(self, net: nn.Module, num_in: int, num_out: int, rate: float = 1.0) -> None:
         super().__init__()
         _silence(net, num_in)
-        self.net, self.linear = net, Affine(num_in, num_out)
+        self.net, self.linear, self.unit = net, Affine(num_in, num_out), rate or 1.0
+        self.set_linear(self.linear.weight.detach().clone(), self.linear.bias.detach().clone())
+        self.linear.requires_grad_(rate > 0)
+
+    @torch.no_grad()
+    def set_linear(self, weight: Tensor, bias: Tensor) -> None:
+        """Set the affine map to x W + b."""
+        self.linear.weight.copy_(weight / self.unit)
+        self.linear.bias.copy_(bias / self.unit)
 
     def forward(self, x: Tensor) -> Tensor:
         y, linear = self.net(x), self.linear(x)
-        if linear.dim() == 3:
+        if linear.dim() == 3 or self.unit != 1.0:
             # Of one row, both biases of a stack would get one tensor as their gradient: added to and clipped twice.
-            linear = linear * 1.0
+            linear = linear * self.unit
         return y + linear
 
 
