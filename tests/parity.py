@@ -299,8 +299,9 @@ PENALTIES = {
 
 def make_mvae(case: Case) -> MVAE:
     """A mixture with one decoder; its masks are named as the gate, its penalty as the balance."""
-    kind, _, rates = case.gate.partition("-")
-    masks = functools.partial(Masks, kind=kind, rates=rates, rate=0.3, kl="sigmoid") if rates else None
+    kind, rates, off = [*case.gate.split("-"), "", ""][:3]
+    options: dict[str, Any] = {"off_above": 0.303, "off_after": 3} if off else {}
+    masks = functools.partial(Masks, kind=kind, rates=rates, rate=0.3, kl="sigmoid", **options) if rates else None
     return MVAE(
         functools.partial(Component, latent=2, features=6, network=MLP([7], "tanh")),
         case.num_experts,
@@ -426,6 +427,8 @@ def run(case: Case) -> dict[str, Any]:
             keep(report, mixture, mesh, "gradient", gradient)
     engine.ready()
     keep(report, mixture, mesh, "weight", lambda p: p)
+    if isinstance(mixture, MVAE):
+        report["decided"] = mixture.masks.on()
     if isinstance(mixture, Soft):
         judge(report, case, mixture)
     if isinstance(mixture, (MVAE, Multimodal)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,16 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from mixdist.data import RankBatch
 from mixdist.experts import Component
-from mixdist.mixtures import DHSIC, MMD, MVAE, W2, Masks, MutualPosterior, Penalty
+from mixdist.mixtures import DHSIC, MMD, MVAE, W2, Masks, MutualPosterior, Penalty, WeightedLoss
 from mixdist.mixtures.dirichlet import NUM_UNIFORM, dirichlet_kl, log_weights
 from mixdist.nets import MLP, Conv
+from mixdist.noise import Moment
 from mixdist.report.metrics import read_metrics
 from mixdist.terms import Field
 from tests.launch import changed, here, mlp, refused, together, write_config
+from tests.test_figures import ready
 
 
 def generator(seed: int) -> torch.Generator:
@@ -206,6 +210,81 @@ def test_one_component_is_a_vae(tmp_path: Path) -> None:
     assert (a > 0.01).all()
 
 
+@pytest.mark.parametrize("execution", ["loop", "stacked"])
+def test_without_components_that_are_off_it_is_the_mixture_of_the_others(execution: Any) -> None:
+    """Loss, penalty and gradients; and no row runs through what is off."""
+    spec = {"id": Field((), torch.int64), "x": Field((6,), torch.float64)}
+    batch = RankBatch(
+        {"id": torch.arange(20), "x": torch.rand(20, 6, dtype=torch.float64, generator=generator(3))}, [20]
+    )
+
+    def made(num_experts: int, off_above: float | None) -> MVAE:
+        make = functools.partial(Masks, rates="each", off_above=off_above)
+        component = functools.partial(Component, latent=2, features=6, network=MLP([7], "tanh"))
+        return ready(
+            MVAE(component, num_experts, MLP([8], "tanh"), masks=make, penalty=DHSIC(5.0), execution=execution), spec
+        )  # type: ignore[return-value]
+
+    few, many = made(2, None), made(5, 0.5)
+    many.masks.above_E[2:] = 500
+    ran: list[int] = []
+    for component in many.bank.owned().values():
+        component.encoder.register_forward_hook(lambda module, given, _: ran.append(given[0].shape[:-1].numel()))
+    found, wanted = (one.backward(batch, WeightedLoss(), Moment(7)) for one in (many, few))
+    for name in ("rows", "penalty"):
+        torch.testing.assert_close(found.parts[name], wanted.parts[name], rtol=1e-12, atol=0)
+    assert sum(ran) == 40
+    theirs = {f"{o.name} {name}": p.grad for o in few.parts.owned() for name, p in o.module.named_parameters()}
+    for owned in many.parts.owned():
+        for name, parameter in owned.module.named_parameters():
+            if owned.expert is not None and owned.expert > 1:
+                assert parameter.grad is None or not parameter.grad.any()
+            elif owned.name != "masks":
+                torch.testing.assert_close(parameter.grad, theirs[f"{owned.name} {name}"], rtol=1e-10, atol=1e-14)
+
+
+def test_a_component_is_off_after_so_many_steps_in_a_row_and_one_stays() -> None:
+    masks = Masks(3, rates="each", rate=0.3, off_above=0.5, off_after=2)
+
+    def step(number: int, *rates: float) -> list[bool]:
+        masks.logit_P.data = torch.tensor(rates).logit()
+        masks.count(Moment(0, 0, number))
+        masks.count(Moment(0, 0, number))  # a step that was tried before counts once
+        return masks.on()
+
+    assert step(0, 0.6, 0.6, 0.4) == [True, True, True]
+    assert step(1, 0.4, 0.6, 0.6) == [True, False, True]
+    assert step(2, 0.6, 0.1, 0.4) == [True, False, True]  # for good
+    assert step(3, 0.8, 0.1, 0.7) == [False, False, True]
+    assert step(4, 0.8, 0.1, 0.9) == [False, False, True]
+    assert masks.kept()[:2].tolist() == [0.0, 0.0] == masks.mean()[:2].tolist()
+
+
+def test_a_run_goes_on_with_components_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    import mixdist
+    from mixdist.data import Digits
+
+    monkeypatch.chdir(tmp_path)
+    config = config_of(tmp_path, masks=masks(rates="each", off_above=0.05, off_after=2))
+    ended = here("train", "--config", config, "--out", "whole", "--pictures", "true", "--train.ema", "0.5")
+    assert ended.code == 0, ended.err
+    assert [record["components_on"] for record in read_metrics(Path("whole"))] == [3, 1, 1]
+    shutil.copytree("whole", "again")
+    shutil.rmtree("again/checkpoints/step-000000003")
+    ended = together("train", "--resume", "again", "--pictures", "false", ranks=2, folder=tmp_path)
+    assert ended.code == 0, ended.err
+    np.testing.assert_allclose(losses("again"), losses("whole"), rtol=1e-10)
+    for words in (("evaluate", "whole", "--rows", "50"), ("evaluate", "whole", "--rows", "50", "--ema")):
+        ended = here(*words)
+        assert ended.code == 0, ended.err
+    model = mixdist.load("whole", ema=True)
+    weights = model.weights(Digits().load().test.rows["x"][:5])
+    assert ((weights == 0).sum(1) == 2).all()
+    assert model.sample(3).isfinite().all()
+
+
 def test_a_run_resumes_on_two_ranks_and_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
@@ -241,6 +320,9 @@ def test_a_run_resumes_on_two_ranks_and_is_loaded(tmp_path: Path, monkeypatch: p
     [
         ({"num_experts": 1, "masks": masks()}, "mixture.masks gumbel"),
         ({"masks": masks(rate=1.5)}, "mixture.masks.rate 1.5"),
+        ({"masks": masks(rates="each", off_above=1.5)}, "mixture.masks.off_above 1.5"),
+        ({"masks": masks(rates="each", off_above=0.5, off_after=0)}, "mixture.masks.off_after 0"),
+        ({"masks": masks(off_above=0.5)}, "mixture.masks.off_above shared"),
         ({"penalty": {"class_path": "mixdist.mixtures.DHSIC", "init_args": {"weight": -1.0}}}, "DHSIC weight -1.0"),
         ({"kl_weight": -2.0}, "mixture.kl_weight -2.0"),
         ({"component": {"class_path": "mixdist.experts.Component", "init_args": {"label": "z"}}}, "Component 'z'"),

@@ -120,6 +120,28 @@ def test_mixtures_with_one_decoder_are_the_same_run(pool: Callable[[int], Pool],
     check(pool, case)
 
 
+OFF = {"family": "mvae", "gate": "gumbel-each-off", "num_experts": 5, "steps": 8}
+GOING_OFF = [
+    case_of((2, 2), **OFF, balance="dhsic"),
+    case_of((4, 4), **OFF, balance="mmd", accumulate=3, batch_size=3, execution="stacked"),
+    *(
+        pytest.param(case_of(layout, **OFF | more), marks=pytest.mark.slow)
+        for layout in LAYOUTS[1:]
+        for more in (
+            {"accumulate": 3, "balance": "root", "memory": "recompute"},
+            {"gate": "gaussian-each-off", "objective": "sum", "balance": "w2", "execution": "stacked"},
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("case", GOING_OFF, ids=str)
+def test_components_go_off_alike(pool: Callable[[int], Pool], case: Case) -> None:
+    """Some, not all, and not at the first step."""
+    check(pool, case)
+    assert 0 < sum(reference(case.reference())["decided"]) < case.num_experts
+
+
 @pytest.mark.parametrize("case", marked(covering(MULTIMODAL, possible), case_of, steps=8))
 def test_mixtures_of_modalities_are_the_same_run(pool: Callable[[int], Pool], case: Case) -> None:
     check(pool, case)

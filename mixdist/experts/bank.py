@@ -266,24 +266,28 @@ class ExpertBank(nn.Module):
         shape = self._first.noise_shape
         if seen is None:
             eps = None if noise is None or shape is None else noise(rows["id"], self.ids, shape)
-            return _map(lambda field: field.transpose(0, 1), self._call_stack(rows, eps))
-        # Every expert gets as many rows as the busiest, real ones: what it says of those that fill up is not read.
+            return _map(lambda field: field.transpose(0, 1), self._call_stack(self.stack, rows, eps))
+        # Experts without rows do not run; the others get as many as the busiest, real ones: what they say of those that
+        # fill up is not read.
         num_rows, most = len(rows["id"]), max(seen.counts)
-        order_EM = seen.mask_RE.T.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
+        some = [i for i, count in enumerate(seen.counts) if count or not most]
+        whole = len(some) == len(self.ids)
+        mask_ER = seen.mask_RE.T if whole else seen.mask_RE.T[some]
+        stack = self.stack if whole else {name: stacked[some] for name, stacked in self.stack.items()}
+        order_EM = mask_ER.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
         taken = {name: column[order_EM] for name, column in rows.items()}
-        eps = None if noise is None or shape is None else noise(taken["id"], self.ids, shape)
-        row_T, expert_T = seen.pairs_of(range(len(self.ids)))
-        seen_EM = torch.arange(most, device=order_EM.device) < seen.mask_RE.sum(0)[:, None]
+        eps = None if noise is None or shape is None else noise(taken["id"], [self.ids[i] for i in some], shape)
+        seen_EM = torch.arange(most, device=order_EM.device) < mask_ER.sum(1)[:, None]
         place_T = places(seen_EM, sum(seen.counts))
 
         def place(field: Tensor) -> Tensor:
             full = field.new_zeros(num_rows, len(self.ids), *field.shape[2:])
-            return full.index_put((row_T, expert_T), field.flatten(0, 1)[place_T])
+            return full.index_put((seen.row_T, seen.expert_T), field.flatten(0, 1)[place_T])
 
-        return _map(place, self._call_stack(taken, eps))
+        return _map(place, self._call_stack(stack, taken, eps))
 
-    def _call_stack(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
-        return self._cast(lambda: functional_call(self._first, self.stack, (rows, eps)), rows)
+    def _call_stack(self, stack: Mapping[str, Tensor], rows: Batch, eps: Tensor | None) -> ExpertTerms:
+        return self._cast(lambda: functional_call(self._first, dict(stack), (rows, eps)), rows)
 
     def _cast(self, call: Callable[[], ExpertTerms], rows: Batch) -> ExpertTerms:
         if not self.compute.bf16:

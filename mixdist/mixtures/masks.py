@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mixdist.noise import Moment
+
 Kind = Literal["none", "gaussian", "gumbel"]
 KINGMA = (1.16145124, -1.50204118, 0.58629921)
 """c1, c2, c3 of equation 19 (Kingma et al. 2015, appendix C), for t from 0 to 1."""
@@ -29,6 +31,9 @@ class Masks(nn.Module):
     - gumbel: m = sigmoid((logit(1 - p) + logit u) / T), which is equation 22 with the difference of its two Gumbel
       numbers; costs -``entropy`` H(p) for each rate (equations 23, 24), H(p) the entropy of the rate, nats.
 
+    With ``off_above`` a component is off for good once its rate has been above it in so many steps one after another:
+    its mask is then 0, no row is sent to it and it costs nothing. The one with the least rate stays on.
+
     Args:
         num_components: E.
         kind: none, gaussian or gumbel.
@@ -38,9 +43,12 @@ class Masks(nn.Module):
         kl: of gaussian masks, as above.
         entropy: weight of H of gumbel masks.
         learned: whether the rates learn.
+        off_above: the rate above which a component goes off, between 0 and 1; unset, none does.
+        off_after: for how many steps in a row its rate must have been above it.
 
     Raises:
-        ValueError: a rate or temperature out of range; learned rates of a single component, which equation 16 cancels.
+        ValueError: a rate or temperature out of range; learned rates of a single component, which equation 16 cancels;
+            components that go off without rates of their own that learn.
 
     Examples:
         >>> from mixdist.mixtures import Masks
@@ -58,6 +66,8 @@ class Masks(nn.Module):
         kl: Literal["polynomial", "sigmoid"] = "polynomial",
         entropy: float = 1.0,
         learned: bool = True,
+        off_above: float | None = None,
+        off_after: int = 500,
     ) -> None:
         super().__init__()
         if num_components == 1 and kind != "none" and learned:
@@ -69,10 +79,18 @@ class Masks(nn.Module):
             raise ValueError(f"mixture.masks.rate ({rate}) must be between 0 and 1: give 0.1, for example")
         if not 0 < temperature < math.inf:
             raise ValueError(f"mixture.masks.temperature ({temperature}) must be above 0: give 0.1 as the text does")
+        if off_above is not None:
+            self._check_off(off_above, off_after, kind, rates, learned)
+        self.off_above, self.off_after = off_above, off_after
         self.kind, self.temperature, self.kl, self.entropy = kind, temperature, kl, entropy
         self.num_components = num_components
         self.ones_E: Tensor
         self.register_buffer("ones_E", torch.ones(num_components), persistent=False)  # says which device this is on
+        if off_above is not None:
+            self.above_E: Tensor  # steps in a row with a rate above
+            self.register_buffer("above_E", torch.zeros(num_components, dtype=torch.int64))
+            self.counted_2: Tensor  # phase and step that was counted last: a step that is tried before counts once
+            self.register_buffer("counted_2", torch.full((2,), -1))
         if kind != "none":
             num = 1 if rates == "shared" else num_components
             logit_P = torch.full((num,), math.log(rate / (1.0 - rate)))
@@ -82,6 +100,40 @@ class Masks(nn.Module):
             else:
                 self.register_buffer("logit_P", logit_P, persistent=False)
 
+    @staticmethod
+    def _check_off(off_above: float, off_after: int, kind: Kind, rates: str, learned: bool) -> None:
+        if not 0 < off_above < 1:
+            raise ValueError(f"mixture.masks.off_above ({off_above}) must be between 0 and 1: give 0.5, for example")
+        if off_after < 1:
+            raise ValueError(f"mixture.masks.off_after ({off_after}) must be at least 1: give a number of steps")
+        if kind == "none" or rates != "each" or not learned:
+            raise ValueError(
+                f"mixture.masks.off_above ({off_above}) needs a rate of each component that learns, not kind {kind} "
+                f"with rates {rates}, learned {learned}: set kind to gumbel, rates to each, learned to true"
+            )
+
+    @torch.no_grad()
+    def count(self, at: Moment) -> None:
+        """Count a step's rates, which are the same on every rank."""
+        if self.off_above is None or self.counted_2.tolist() == [at.phase, at.step]:
+            return
+        rate_E, off_E = self.rates(), self.above_E >= self.off_after
+        above_E = torch.where(off_E, self.above_E, torch.where(rate_E > self.off_above, self.above_E + 1, 0))
+        if bool((above_E >= self.off_after).all()):
+            above_E[rate_E.masked_fill(off_E, torch.inf).argmin()] = 0
+        self.above_E.copy_(above_E)
+        self.counted_2.copy_(torch.tensor([at.phase, at.step]))
+
+    def on(self) -> list[bool]:
+        """Return which components are on."""
+        if self.off_above is None:
+            return [True] * self.num_components
+        return (self.above_E < self.off_after).tolist()
+
+    def only_on(self, value: Tensor, off: float) -> Tensor:
+        """Return values (..., E) with ``off`` at components that are off."""
+        return value if self.off_above is None else value.masked_fill(self.above_E >= self.off_after, off)
+
     def rates(self) -> Tensor:
         """Return p of each component, (E,); zeros without masks."""
         if self.kind == "none":
@@ -89,14 +141,16 @@ class Masks(nn.Module):
         return torch.sigmoid(self.logit_P).expand(self.num_components)
 
     def log_masks(self, uniform_BE: Tensor) -> Tensor:
-        """Return log m, (B, E), given independent uniform numbers on (0, 1); zeros without masks."""
+        """Return log m, (B, E), of independent uniform numbers on (0, 1): 0 without masks, -inf of what is off."""
         if self.kind == "none":
             return torch.zeros_like(uniform_BE)
         if self.kind == "gumbel":
             logit_u = torch.special.logit(uniform_BE)
-            return nn.functional.logsigmoid((logit_u - self.logit_P) / self.temperature)
-        deviation = torch.exp(0.5 * self._log_t())
-        return torch.log((1.0 + deviation * torch.special.ndtri(uniform_BE)).clamp(min=1e-6))
+            found = nn.functional.logsigmoid((logit_u - self.logit_P) / self.temperature)
+        else:
+            deviation = torch.exp(0.5 * self._log_t())
+            found = torch.log((1.0 + deviation * torch.special.ndtri(uniform_BE)).clamp(min=1e-6))
+        return self.only_on(found, -math.inf)
 
     def _log_t(self) -> Tensor:
         """Return log t = logit p of gaussian masks: at most 0 under equation 19, which falls without end above."""
@@ -117,8 +171,8 @@ class Masks(nn.Module):
         return -(0.5 * log_t + KINGMA[0] * t + KINGMA[1] * t**2 + KINGMA[2] * t**3).sum()
 
     def mean(self) -> Tensor:
-        """Return the mean of each component's mask, (E,): 1 - p of gumbel masks as T goes to 0, else 1."""
-        return 1.0 - self.rates() if self.kind == "gumbel" else self.ones_E
+        """Return the mean of each component's mask, (E,): 1 - p of gumbel masks as T goes to 0, else 1; 0 when off."""
+        return self.only_on(1.0 - self.rates() if self.kind == "gumbel" else self.ones_E, 0.0)
 
     def kept(self) -> Tensor:
         """Return the probability that each component is kept, P(m >= KEPT), (E,): its sum is the selected K.
@@ -132,4 +186,4 @@ class Masks(nn.Module):
             found = torch.sigmoid(-self.logit_P - self.temperature * math.log(least / (1.0 - least)))
         else:
             found = torch.special.ndtr((1.0 - KEPT[self.kind]) * torch.exp(-0.5 * self._log_t()))
-        return found.expand(self.num_components)
+        return self.only_on(found.expand(self.num_components), 0.0)

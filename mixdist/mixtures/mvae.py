@@ -62,9 +62,10 @@ class MVAE(Gateless):
         1/N sum_n [-log p(x_n|s_n) + c sum_i KL(q(z_ni|x_n) || N(0, I)) + KL(Dir(a_n) || Dir(b, ..., b))]
         + weight r(z) + cost of the masks' rates,
 
-    with c = kl_weight / E (``kl: mean``, the text of equations 9, 18 and 24) or kl_weight (``sum``, as in equations 30
-    and 31; with kl_weight 1 and no penalty or masks only this is a bound of -log p(x), equation 8). All terms of a row
-    are computed at the row's own rank from small numbers that come back; features are summed over experts on the way.
+    with c = kl_weight / E (``kl: mean``, the text of equations 9, 18 and 24; of the components that are on) or
+    kl_weight (``sum``, as in equations 30 and 31; with kl_weight 1 and no penalty or masks only this is a bound of
+    -log p(x), equation 8). All terms of a row are computed at the row's own rank from small numbers that come back;
+    features are summed over experts on the way. A component that its masks have put off gets no rows and costs nothing.
 
     With one component and no masks it is a plain VAE, and the penalties make it InfoVAE, WAE and others: docs/mvae.md.
 
@@ -117,7 +118,7 @@ class MVAE(Gateless):
         self.network = MLP([500, 500], "elu") if decoder is None else decoder
         self.likelihood_options = likelihood, scale, mean
         self.make_masks, self.penalty, self.prior = masks or no_masks, penalty, prior
-        self.kl_each = kl_weight / num_experts if kl == "mean" else kl_weight
+        self.kl_weight, self.kl_mean = kl_weight, kl == "mean"
 
     def setup(self, context: Context) -> None:
         super().setup(context)
@@ -150,6 +151,7 @@ class MVAE(Gateless):
     def backward(
         self, batch: RankBatch, objective: Objective, at: Moment, num_parts: int = 1, upcoming: RankBatch | None = None
     ) -> Outcome:
+        self.masks.count(at)
         parts = batch.split(num_parts)
         slopes: list[tuple[Tensor, ...] | None] = [None] * num_parts
         penalty = torch.zeros((), dtype=torch.float64, device=batch.rows["id"].device)
@@ -182,6 +184,13 @@ class MVAE(Gateless):
         parts_of_loss = {name: value.double() for name, value in named.items()}
         return Outcome(torch.stack(list(parts_of_loss.values())).sum(), parts_of_loss, sums)
 
+    def send(self, batch: RankBatch) -> Route:
+        """Start sending this rank's rows to all components that are on."""
+        on = self.masks.on()
+        if all(on):
+            return super().send(batch)
+        return self.dispatch.send_to(batch.rows, self.fields_P, on, batch.counts)
+
     def latents(self, terms: ExpertTerms, route: Route) -> Latents:
         """Bring the small numbers of all components to the rows' own ranks, in one move."""
         told, size = terms.features, terms.features["z_RL"].shape[-1]
@@ -189,7 +198,7 @@ class MVAE(Gateless):
         small = torch.stack([told["a_R"], terms.loss_R], dim=-1)
         moved = self.dispatch.combine(torch.cat([small, *(told[n] for n in WIDE)], dim=-1), route)
         a, kl, *wide = moved.split([1, 1, size, size, size], dim=-1)
-        return Latents(a[..., 0], kl[..., 0], *wide)
+        return Latents(self.masks.only_on(a[..., 0], 1.0), kl[..., 0], *wide)  # any a that has a logarithm
 
     def rows_of(
         self, batch: RankBatch, route: Route, terms: ExpertTerms, latents: Latents, at: Moment
@@ -198,12 +207,22 @@ class MVAE(Gateless):
         log_b_BE = self.draw_weights(batch.rows["id"], latents.a_BE, at)
         summed_BH = self.dispatch.combine_sum(terms.features["feature_RH"], log_b_BE.exp(), route)
         log_px_B = self.decoder.log_prob(self.values(batch.rows, (self.field,))[self.field], summed_BH)
-        loss_B = self.kl_each * latents.kl_BE.sum(-1) + self.prior_kl(latents.a_BE) - log_px_B
+        each = self.kl_weight / sum(self.masks.on()) if self.kl_mean else self.kl_weight
+        loss_B = each * latents.kl_BE.sum(-1) + self.prior_kl(latents.a_BE) - log_px_B
         return log_b_BE, loss_B, log_px_B
 
     def prior_kl(self, a_BE: Tensor) -> Tensor:
-        """Return KL(Dir(a) || Dir(b, ..., b)), (B,) nats; 0 for one component, whose weight is always 1."""
-        return dirichlet_kl(a_BE, self.prior) if self.num_experts > 1 else torch.zeros_like(a_BE[:, 0])
+        """Return KL(Dir(a) || Dir(b, ..., b)) of the components that are on, (B,) nats.
+
+        It is 0 for one, whose weight is always 1.
+        """
+        a_BE = self.of_on(a_BE)
+        return dirichlet_kl(a_BE, self.prior) if a_BE.shape[1] > 1 else torch.zeros_like(a_BE[:, 0])
+
+    def of_on(self, field_BE: Tensor) -> Tensor:
+        """Return the part of a field (B, E, ...) that is of components that are on."""
+        on = self.masks.on()
+        return field_BE if all(on) else field_BE[:, torch.tensor(on, device=field_BE.device)]
 
     def draw_weights(self, ids_B: Tensor, a_BE: Tensor, at: Moment) -> Tensor:
         """Return log b of rows, (B, E): Dirichlet draws under masks, keyed by row and component."""
@@ -224,16 +243,18 @@ class MVAE(Gateless):
     def summed_at_means(self, route: Route, weight_BE: Tensor) -> Tensor:
         """Return the weighted sum of features at the means of q(z|x), (B, H)."""
 
-        def silence(ids: Tensor, experts: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-            return torch.zeros(len(experts), len(ids), *shape, dtype=self.dtype, device=ids.device)
+        def silence(ids: Tensor, experts: Sequence[int], shape: Sequence[int], of_T: Tensor | None = None) -> Tensor:
+            lead = (len(experts), ids.shape[-1]) if of_T is None else (len(ids),)
+            return torch.zeros(*lead, *shape, dtype=self.dtype, device=ids.device)
 
-        terms = self.bank(self.values(route.rows(), self.bank.fields), silence, route.mask_Re)
+        terms = self.bank(self.values(route.rows(), self.bank.fields), silence, route.mask_Re, route.seen_e)
         return self.dispatch.combine_sum(terms.features["feature_RH"], weight_BE, route)
 
     def _penalty(self, wide: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
         """Return the penalty of the global batch with its weight, the same on every rank."""
         assert self.penalty is not None
-        gathered = self.dispatch.over_batch.gather(torch.stack(list(wide), dim=1), counts).unbind(1)
+        on = [self.of_on(one) for one in wide]
+        gathered = self.dispatch.over_batch.gather(torch.stack(on, dim=1), counts).unbind(1)
         return self.penalty.weight * self.penalty(*gathered)
 
     def _penalty_first(
@@ -256,7 +277,8 @@ class MVAE(Gateless):
         """Return mean log p(x|s), the components' KL and weights, and what the masks select."""
         told: dict[str, Any] = Mixture.record(self, outcome, num_rows)
         rates, kept = self.masks.rates().detach(), self.masks.kept().detach()
-        return told | {"drop_rate": rates.tolist(), "selected_components": float(kept.sum())}
+        told |= {"drop_rate": rates.tolist(), "selected_components": float(kept.sum())}
+        return told if self.masks.off_above is None else told | {"components_on": sum(self.masks.on())}
 
     # Results
 

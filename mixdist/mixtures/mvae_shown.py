@@ -40,11 +40,12 @@ def mvae_pictures(mixture: MVAE, dataset: Samples, seed: int) -> list[Picture]:
     latents = mixture.latents(mixture.expert_terms(route, Moment(seed)), route)
     weights = [mixture.mean_weights(latents.a_BE)]
     one_hot = torch.eye(mixture.num_experts, dtype=mixture.dtype, device=device)
-    weights += list(one_hot[:, None].expand(-1, batch.size, -1))
+    shown = [e for e, on in enumerate(mixture.masks.on()) if on]
+    weights += list(one_hot[shown, None].expand(-1, batch.size, -1))
     made = [mixture.decoder.decode(mixture.summed_at_means(route, one)) for one in weights]
     x = mixture.values(rows, (mixture.field,))[mixture.field]
     images = [one.float().cpu().numpy() for one in (x, *made)]
-    titles = ["originals", "reconstructions", *(f"component {e}: alone" for e in range(mixture.num_experts))]
+    titles = ["originals", "reconstructions", *(f"component {e}: alone" for e in shown)]
     return [Rows("components.png", images, titles)]
 
 

@@ -78,6 +78,12 @@ class Dispatch:
         pending = self._start(parts, arrivals.rows, specs_P)
         return Route(arrivals.rows, specs_P[me], parts[me], pending, me, self._here, len(rows["id"]), sent, arrivals)
 
+    def send_to(self, rows: Batch, fields: Fields, on: Sequence[bool], counts: Sequence[int]) -> Route:
+        """Start sending every row to the experts that are on, and to no other, as ``send`` does to all."""
+        arrivals = Arrivals.of_experts(on, self.experts, [counts[rank] for rank in self.members], self.mesh.member)
+        routed_BE = torch.tensor(on, device=rows["id"].device).expand(len(rows["id"]), -1)
+        return self.send_some(rows, fields, routed_BE, arrivals)
+
     def _specs(self, fields: Fields) -> list[Spec]:
         """Return the fields that go to each member of the EP group."""
         lists = [fields] * len(self.experts) if all(isinstance(name, str) for name in fields) else fields
@@ -185,10 +191,17 @@ class Dispatch:
     def combine_sum(self, field: Tensor, weights: Tensor, route: Route) -> Tensor:
         """Return sum over experts of weights (B, E) times the experts' field (R, e, ...), at the rows' ranks: (B, ...).
 
-        A rank's own experts are summed before anything is sent. Dense routing only.
+        A rank's own experts are summed before anything is sent. Experts that do not see a row add nothing to it.
         """
-        assert route.sent is None
         local = torch.einsum("re,re...->r...", self.spread(weights, route), field)
+        if route.sent is not None:
+            parts, shapes = route.by_member(local), [(len(pairs.rows), *local.shape[1:]) for pairs in route.sent]
+            received = [len(pairs.rows) for pairs in route.sent]
+            self._count(local, costs.pairs(route.counts, received, route.me, local.shape[1:].numel()))
+            summed = local.new_zeros(route.num_own, *local.shape[1:])
+            for pairs, part in zip(route.sent, self._move(parts, shapes), strict=True):
+                summed = summed.index_add(0, pairs.rows, part)
+            return summed
         if self.mesh.ep_group is None:
             return local
         shapes = [(route.num_own, *local.shape[1:])] * len(route.counts)

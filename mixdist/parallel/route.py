@@ -35,6 +35,25 @@ class Arrivals(NamedTuple):
     sent_pairs: list[int]
     seen: int
 
+    @staticmethod
+    def of_experts(on: Sequence[bool], experts: Sequence[range], counts_P: Sequence[int], me: int) -> Arrivals:
+        """Return what arrives where some experts see every row and the others none: no rank has to ask.
+
+        Args:
+            on: which experts see rows, (E,).
+            experts: of each member.
+            counts_P: rows of each member.
+            me: this member.
+        """
+        here, own = [on[e] for e in experts[me]], counts_P[me]
+        return Arrivals(
+            rows=[n * any(here) for n in counts_P],
+            pairs=[[n * one for one in here] for n in counts_P],
+            sent_rows=[own * any(on[e] for e in theirs) for theirs in experts],
+            sent_pairs=[own * one for one in on],
+            seen=own * any(on),
+        )
+
 
 class Pairs(NamedTuple):
     """The rows that this rank sends to one member when not every expert sees every row.
