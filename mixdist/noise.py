@@ -61,6 +61,7 @@ class Purpose(IntEnum):
     JUDGE = 23  # classifiers that judge what is generated: weights, order of rows
     CLONE = 24  # what tells clones of one trained expert apart
     BINARISE = 25  # whether a number between 0 and 1 becomes 1
+    EXPLORATION = 26  # which expert a competition gives a row, where that is not the best
 
 
 class Kind(IntEnum):
@@ -99,8 +100,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor | int], key: tuple[Tens
     if (device := counter[0].device).type != "cpu":
         rounds = compiled(device) if device.type == "cuda" else _rounds
         return rounds(cast(Words, counter), cast(tuple[Tensor, Tensor], key))
-    # NumPy does the same 120 small operations in 0.5 to 0.7 of torch's time on a CPU. Its scalars would warn that they
-    # wrap, hence at least one axis.
+    # NumPy takes 0.5 to 0.7 of torch's time on a CPU. Its scalars would warn that they wrap, hence at least one axis.
     c0, c1, c2, c3, k0, k1 = (np.atleast_1d(w.numpy()) if isinstance(w, Tensor) else w for w in (*counter, *key))
     return cast(Words, tuple(map(torch.from_numpy, _rounds((c0, c1, c2, c3), (k0, k1)))))
 

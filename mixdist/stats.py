@@ -310,6 +310,23 @@ def ramp(step: int, steps: int | Warmup) -> float:
     return min(1.0, step / steps) if steps else 1.0
 
 
+def annealed(step: int, steps: int | Warmup, first: float, last: float) -> float:
+    """Return first^(1 - u) last^u with u = ramp(step, steps); ``first`` where ``steps`` is 0."""
+    u = ramp(step, steps) if steps else 0.0  # on the host: every rank and every resumed run has the same number
+    return float(first ** (1 - u) * last**u)
+
+
+def temperatures(kind: str, first: float, final: float | None, steps: int | Warmup) -> tuple[float, float]:
+    """Return the first and the last temperature of a schedule; ``ValueError`` where they make none."""
+    for name, value in (("temperature", first), ("final_temperature", final)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{kind}'s {name} ({value}) must be above 0 and finite: give 1 for none")
+    check_steps(f"{kind}'s anneal_steps", steps)
+    if bool(steps) != (final is not None):
+        raise ValueError(f"{kind}'s final_temperature ({final}) and anneal_steps ({steps}) go together: give both")
+    return first, first if final is None else final
+
+
 def check_steps(name: str, steps: int | Warmup) -> None:
     """Check the length of a ramp.
 

@@ -59,6 +59,7 @@ class Contest:
     start: str = "all"
     starved: str = "none"
     score: str = "fresh"
+    given: str = "score"
     expert: str = "bernoulli"
     optimizer: str = "adam"
     batch_size: int = 10
@@ -125,6 +126,14 @@ def make_experts(case: Contest) -> MakeExpert | list[MakeExpert]:
     return [maker(kind) for kind in kinds] if case.expert == "unlike" else maker(case.expert)
 
 
+def given_by(case: Contest) -> dict[str, Any]:
+    """Rules by which samples are given: as the score has it, the text's, with shares taken anew, drawn."""
+    if case.given == "drawn" and case.score != "fixed":  # which keeps its table
+        return {"by_shares": True, "e_steps": 2, "temperature": 3.0, "anneal_rounds": case.rounds}
+    rules: dict[str, dict[str, Any]] = {"score": {}, "text": {"by_shares": False}}
+    return rules.get(case.given, {"by_shares": True, "e_steps": 5})
+
+
 def make_mixture(case: Contest, mesh: Mesh, wire: Wire) -> Competition:
     mixture = Competition(
         make_experts(case),
@@ -139,6 +148,7 @@ def make_mixture(case: Contest, mesh: Mesh, wire: Wire) -> Competition:
         delivery=case.delivery,
         placement=case.placement,
         block=case.block,
+        **given_by(case),
     )
     mixture.setup(Context(SEED, torch.float64, data().spec, mesh, wire))
     return mixture

@@ -260,7 +260,8 @@ COMPUTE["again"] = Compute(recompute=True)
 def make_objective(case: Case) -> Objective:
     balances: dict[str, Balance | None] = {"none": None, "variance": VarianceBalance(0.1), "kl": KLBalance(2.0, 10)}
     if case.objective == "tempered":
-        return SoftMinLoss(balances[case.balance], temperature=3.0)
+        annealed: dict[str, Any] = {"final_temperature": 0.5, "anneal_steps": 12}
+        return SoftMinLoss(balances[case.balance], temperature=3.0, **annealed)
     if case.objective == "sharpened":
         return WeightedLoss(balances[case.balance], entropy_bonus=-0.3, entropy_steps=12)
     kind = {"weighted": WeightedLoss, "mixture": SoftMinLoss, "gate": GateLoss}[case.objective]

@@ -36,11 +36,13 @@ from tests.pool import Pool
 TOLERANCE = 1e-10  # of means over ranks
 STEP = 1e-12  # of a step's loss and gradients, from the same weights
 DECIDED = ("step", "phase", "round", "epoch", "counts", "changed", "objective_rose", "starved", "starved_rule")
+DECIDED += ("e_steps", "temperature")
 
 # Every pair of these is covered by some case; every value by one that runs by default.
 OPTIONS: dict[str, Sequence[Any]] = {
     "layout": ((2, 2), (3, 3), (4, 4), (4, 2), (2, 1)),
     "score": ("fresh", "kept", "elbo", "normalised", "likelihood", "oracle", "random", "fixed"),
+    "given": ("score", "text", "shares", "drawn"),
     "num_experts": (4, 5),
     "start": ("all", "split", "table"),
     "starved": ("none", "freeze", "reseed"),
@@ -254,8 +256,8 @@ def test_the_objective_with_shares_is_equation_3(score: str, by_shares: bool) ->
     made.mixture.rules = made.rules = replace(made.rules, by_shares=by_shares)
     kept: list[tuple[torch.Tensor, Any]] = []
     decide = made.scoring._decide
-    made.scoring._decide = lambda scores, homes, log_z, table: (  # type: ignore
-        kept.append((scores, table)) or decide(scores, homes, log_z, table)
+    made.scoring._decide = lambda scores, homes, log_z, table, round: (  # type: ignore
+        kept.append((scores, table)) or decide(scores, homes, log_z, table, round)
     )
     rounds = [(record, made.table) for record in records_of(made) if "round" in record]
     assert len(rounds) == len(kept) == 3

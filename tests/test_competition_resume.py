@@ -63,6 +63,10 @@ CONFIG: dict[str, Any] = {
             "rounds": 3,
             "starved": "freeze",
             "starved_below": 0.3,
+            "temperature": 2.0,
+            "anneal_rounds": 3,
+            "by_shares": True,
+            "e_steps": 3,
             "block": 90,
             "score": {
                 "class_path": "mixdist.competition.Discriminators",

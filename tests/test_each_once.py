@@ -78,6 +78,9 @@ ROUNDS: Table = {
     "mixture.score": ("mixdist.competition.Elbo", "score Discriminators Elbo"),
     "mixture.start": ("split", "start all split"),
     "mixture.by_shares": ("true", "by_shares False True"),
+    "mixture.temperature": ("1.5", "temperature 1.0 1.5"),
+    "mixture.anneal_rounds": ("1", "anneal_rounds 2 1"),
+    "mixture.e_steps": ("2", "e_steps (2) by_shares"),
     "mixture.starved": ("freeze", "starved none freeze"),
     "mixture.starved_below": ("0.5", "starved_below 0.1 0.5"),
     "mixture.block": ("60", "block 2000 60"),
@@ -294,7 +297,9 @@ def rounds_of(*words: str) -> Seen:
 @pytest.fixture(scope="module")
 def contest(folder: Path) -> Seen:
     """A competition whose discriminators take 2 of 3 batches a round, so that passes go on in the next one."""
-    config = changed(HARD, rounds=4, train__epochs=2, checkpoint={"every": 1, "keep": 100})
+    config = changed(
+        HARD, rounds=4, temperature=1.0, anneal_rounds=2, train__epochs=2, checkpoint={"every": 1, "keep": 100}
+    )
     score = {"network": mlp(4), "batch_size": 50, "batches": 2, "fresh": False}
     config["mixture"]["init_args"]["score"]["init_args"] = score
     config["pretrain"] = [{"epochs": 2, "batch_size": 30}]

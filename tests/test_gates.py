@@ -293,7 +293,7 @@ REFUSED: list[tuple[Callable[..., Gate], dict[str, Any], str]] = [
     (Softmax, {"final_temperature": -1.0, "anneal_steps": 5}, r"'s final_temperature \(-1.0\) must be positive"),
     (Softmax, {"noise": -0.5}, r"'s noise \(-0.5\) must be a number from 0: give 0 for none"),
     (Softmax, {"noise": 1.0, "final_noise": math.inf, "anneal_steps": 5}, r"'s final_noise \(inf\) must be a number"),
-    (Softmax, {"final_noise": 0.0, "anneal_steps": -5}, r"'s anneal_steps \(-5\) must be a number from 0"),
+    (Softmax, {"final_noise": 0.0, "anneal_steps": -5}, r"'s anneal_steps \(-5\) must be a number of training steps"),
     (Softmax, {"final_temperature": 0.5}, r"'s final_temperature \(0.5\) is never reached .*: set anneal_steps"),
     (Softmax, {"anneal_steps": 5}, r"'s anneal_steps \(5\) has nothing to anneal: set final_temperature or"),
     (_consistent, {"field": "x"}, r" needs an image \(channels, height, width\), not 'x': the data has .*: set field"),

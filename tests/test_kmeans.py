@@ -46,6 +46,7 @@ CONFIG: dict[str, Any] = {
             "start": "all",
             "block": 500,
             "score": {"class_path": "mixdist.competition.Elbo"},
+            "by_shares": False,
         },
     },
     "dtype": "float64",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from mixdist.mixtures.objectives import (
     VarianceBalance,
     WeightedLoss,
 )
+from mixdist.stats import Step, Warmup
 
 OBJECTIVES = [WeightedLoss(), SoftMinLoss(), SoftMinLoss(temperature=3.0)]
 BALANCES = [VarianceBalance(0.3), KLBalance(0.7)]
@@ -86,6 +89,23 @@ def test_a_temperature_shares_rows_among_experts() -> None:
     of = [SoftMinLoss(temperature=t).rows(log_resp, losses) for t in (1.0, 10.0, 1e7)]
     assert (of[0] < of[1]).all()
     torch.testing.assert_close(of[2], WeightedLoss().rows(log_resp, losses), rtol=1e-5, atol=1e-5)
+
+
+def test_a_temperature_goes_from_soft_to_hard() -> None:
+    """T_u = 8^(1 - u) 0.1^u; the loss falls with it, from near the weighted loss to near the least."""
+    log_resp, losses = _inputs(rows=100)
+    objective = SoftMinLoss(temperature=1e6, final_temperature=1e-3, anneal_steps=Warmup(epochs=2.5))
+    found = []
+    for number in range(7):
+        objective.anneal(Step(10 * number, Fraction(number, 2)))
+        assert objective.temperature == pytest.approx(1e6 ** (1 - min(1, number / 5)) * 1e-3 ** min(1, number / 5))
+        found.append(objective.rows(log_resp, losses).detach())
+    assert all((later < before).all() for before, later in itertools.pairwise(found[:6]))
+    torch.testing.assert_close(found[0], WeightedLoss().rows(log_resp, losses).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[6], losses.detach().min(1).values, rtol=1e-2, atol=1e-2)
+    for wrong in ({"final_temperature": 0.5}, {"anneal_steps": 3}, {"final_temperature": -1.0, "anneal_steps": 3}):
+        with pytest.raises(ValueError, match="SoftMinLoss's final_temperature"):
+            SoftMinLoss(**wrong)  # type: ignore[arg-type]
 
 
 def test_mixture_likelihood_lies_between_the_least_and_the_weighted_loss() -> None:

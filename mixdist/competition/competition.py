@@ -51,6 +51,7 @@ class Competition(HardMixture):
     ) -> None:
         super().__init__(expert, num_experts, compute, Rules(**rules))
         self.expert_start = expert_start
+        self.rules.check()
         if self.rules.start == "clusters" and not (expert_start is not None and expert_start.assigns):
             given = "null" if expert_start is None else type(expert_start).__name__
             raise ValueError(
@@ -75,7 +76,11 @@ class Competition(HardMixture):
 
     def describe(self, stages: Sequence[Stage]) -> dict[str, Any]:
         """Return what a run goes on with: the number of experts, rules that are part of the run, epochs of a round."""
-        kept = {name: getattr(self.rules, name) for name in ("start", "by_shares", "starved", "starved_below", "block")}
+        kept = {name: getattr(self.rules, name) for name in ("start", "starved", "starved_below", "block")}
+        kept["by_shares"] = self.rules.counts_shares
+        # Those that are as they were before there was a choice are not named: runs of that time go on.
+        later = {"e_steps": 1, "temperature": 0.0, "anneal_rounds": 0}
+        kept |= {name: value for name, first in later.items() if (value := getattr(self.rules, name)) != first}
         score = self.rules.score
         told = {"score": type(score).__name__} | {f"score.{name}": value for name, value in score.describe().items()}
         return {**super().describe(stages), **told, **kept, "epochs": stages[-1].epochs}

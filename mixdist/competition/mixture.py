@@ -33,7 +33,7 @@ class HardMixture(Ensemble):
     """Experts, their discriminators, and each one's normaliser over the training set; seed document 004.
 
     As a density of x it is sum_j alpha_j p_j(x), with alpha_j the shares of the training set. A row goes to
-    argmax_j p_j(x), which is the most probable expert under that density only with ``by_shares``.
+    argmax_j alpha_j p_j(x), the most probable expert under that density, where shares count; else to argmax_j p_j(x).
 
     Args:
         expert: class of mixdist.experts, or your own Expert, for all of them; or a list with one for each expert.
@@ -150,7 +150,7 @@ class HardMixture(Ensemble):
     def decide(self, scores_BE: Tensor) -> Tensor:
         """Return the log weights of all experts, 0 for the winner, given scores before normalisation, (B, E)."""
         scores_BE = scores_BE.double() - self.log_z_E
-        return won(scores_BE + self.share_E.log() if self.rules.by_shares else scores_BE)
+        return won(scores_BE + self.share_E.log() if self.rules.counts_shares else scores_BE)
 
     def scores(self, rows: Batch, at: Moment) -> Tensor:
         """Return the scores of rows by this rank's experts, before normalisation, (R, e)."""

@@ -22,10 +22,10 @@ from torch import Tensor
 from mixdist.competition.delivery import Brought, Reader, bring, prefetched
 from mixdist.competition.entrant import Entrant
 from mixdist.competition.mixture import HardMixture
-from mixdist.competition.table import winners
+from mixdist.competition.table import log_shares, winners
 from mixdist.data import Epoch, Samples, share
 from mixdist.data.order import digest
-from mixdist.noise import DISCRIMINATOR_PHASE, SCORING_PHASE, Moment
+from mixdist.noise import DISCRIMINATOR_PHASE, SCORING_PHASE, Moment, Purpose
 from mixdist.parallel.agreement import Agreed, agreed, gather_json
 from mixdist.parallel.collectives import move
 from mixdist.terms import Batch
@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
     """What a scoring decides, the same on every rank.
 
     Args:
-        expert_N: each sample's best expert.
+        expert_N: each sample's expert: the best, or one drawn by the scores.
         best_N: its score there, nats; None unless requested.
         log_z_E: each expert's normaliser; 0 where the score has none.
         objective: F = -1/N sum_i [log N + s_{c(i)}(x_i)] with the new table c: the empirical loss of seed document
@@ -44,6 +44,7 @@ class Verdict(NamedTuple):
             dP_d^j by dP_d = alpha_j dP_d^j between the two. Where scores are log p_j it is -1/N times the
             log-likelihood of rows and table together.
         objective_before: F with the table of the round before; None before the first, and where infinite.
+        e_steps: how often the samples were given, with shares taken anew each time.
     """
 
     expert_N: NDArray[np.integer[Any]]
@@ -51,6 +52,7 @@ class Verdict(NamedTuple):
     log_z_E: Tensor
     objective: float | None
     objective_before: float | None
+    e_steps: int
 
 
 class Scoring:
@@ -167,7 +169,7 @@ class Scoring:
         for e in sorted(e for e, (is_bad, _) in by_expert.items() if is_bad):
             raise Agreed(f"round {round}: expert {e} gives a sample a score that is not a number: lower learning rates")
         log_z_E = log_z_e.new_tensor([by_expert[e][1] for e in sorted(by_expert)])
-        return self._decide(scores_Ne.to(columns_Ne.dtype), homes, log_z_E, table)
+        return self._decide(scores_Ne.to(columns_Ne.dtype), homes, log_z_E, table, round)
 
     def _columns(self, entrants: Mapping[int, Entrant], round: int) -> Tensor:
         """Score all samples by this rank's experts, (N, e), before normalisation."""
@@ -192,12 +194,14 @@ class Scoring:
             columns_Ne = self.context.wire.all_reduce(columns_Ne, self.mesh.replica_group)
         return columns_Ne
 
-    def _decide(self, scores_Ne: Tensor, homes: Sequence[Sequence[int]], log_z_E: Tensor, table: Any) -> Verdict:
-        """Choose the best expert of each sample of this member's part, and learn of the other parts."""
+    def _decide(
+        self, scores_Ne: Tensor, homes: Sequence[Sequence[int]], log_z_E: Tensor, table: Any, round: int
+    ) -> Verdict:
+        """Choose the expert of each sample of this member's part, and learn of the other parts."""
         mesh, num = self.mesh, self.num_samples
         parts = [share(num, p, len(homes)) for p in range(len(homes))]
         scores_nE = self._exchange(scores_Ne, homes, parts).cpu().numpy()
-        expert_n = agreed(lambda: winners(scores_nE + self._log_shares(table, scores_nE.shape[1])), mesh.world)
+        expert_n, e_steps = self._given(scores_nE, parts[mesh.member], table, round)
         best_n = np.take_along_axis(scores_nE, expert_n[:, None], 1)[:, 0].astype(np.float64)
         sums = [-best_n.sum()]
         if table is not None:
@@ -210,14 +214,38 @@ class Scoring:
         kind = np.uint8 if scores_nE.shape[1] <= 256 else np.int16
         expert_N = self._gather(expert_n.astype(kind), parts).astype(np.int64)
         best_N = self._gather(best_n, parts) if self.needs_best else None
-        return Verdict(expert_N, best_N, log_z_E, objective, before)
+        return Verdict(expert_N, best_N, log_z_E, objective, before, e_steps)
 
-    def _log_shares(self, table: Any, num_experts: int) -> NDArray[np.float64]:
-        """Return log alpha of the table before, (E,); zeros before the first, and where shares do not count."""
-        if table is None or not self.mixture.rules.by_shares:
-            return np.zeros(num_experts)
-        with np.errstate(divide="ignore"):  # an expert without samples wins none
-            return np.log(np.bincount(table, minlength=num_experts) / len(table))
+    def _given(self, scores_nE: NDArray[Any], part: range, table: Any, round: int) -> tuple[NDArray[np.int64], int]:
+        """Return the expert of each sample of a part, and how often samples were given, at most until none moved."""
+        rules, num_experts = self.mixture.rules, scores_nE.shape[1]
+        scores_nE = scores_nE + self._noise(part, num_experts, round)
+
+        def given(counts_E: NDArray[Any] | None) -> NDArray[np.int64]:
+            shares_E = log_shares(counts_E if rules.counts_shares else None, num_experts)
+            return agreed(lambda: winners(scores_nE + shares_E), self.mesh.world)
+
+        expert_n = given(None if table is None else np.bincount(table, minlength=num_experts))
+        for done in range(1, rules.e_steps):
+            counts = gather_json(np.bincount(expert_n, minlength=num_experts).tolist(), self.mesh.ep_group)
+            before_n, expert_n = expert_n, given(np.sum(counts, axis=0))
+            if not any(gather_json(bool((expert_n != before_n).any()), self.mesh.ep_group)):
+                return expert_n, done + 1
+        return expert_n, rules.e_steps
+
+    def _noise(self, part: range, num_experts: int, round: int) -> NDArray[np.float64]:
+        """Return T times Gumbel noise of samples and experts, (n, E): the best is then a draw from a softmax.
+
+        argmax_j (a_j + T g_j) is j with probability exp(a_j / T) / sum_i exp(a_i / T), g_j = -log(-log u_j).
+        """
+        temperature = self.mixture.rules.temperature_of(round)
+        if not temperature:
+            return np.zeros((1, 1))
+        draw = Moment(self.context.seed, SCORING_PHASE + round).draw(Purpose.EXPLORATION)
+        ids_n = self.dataset.ids[part.start : part.stop]
+        u_En = draw.uniform(ids_n, range(num_experts), (1,), torch.float64)[..., 0]
+        noise_nE: NDArray[np.float64] = -temperature * (-u_En.log()).log().T.numpy()
+        return noise_nE
 
     def _exchange(self, scores_Ne: Tensor, homes: Sequence[Sequence[int]], parts: Sequence[range]) -> Tensor:
         """Bring all experts' scores of this member's part here, experts ascending: (n, E)."""

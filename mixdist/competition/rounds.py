@@ -263,7 +263,8 @@ class Rounds:
         stopped = at.round > 0 and not begins and changed is not None and changed < rules.stop_below
         self.table, self.changed = table, changed
         self.position = replace(at, round=at.round + 1, epoch=0, total=at.total + 1, stopped=stopped)
-        told, self.objective = objectives(verdict, entropies, rules.by_shares, self.objective)
+        told, self.objective = objectives(verdict, entropies, rules.counts_shares, self.objective)
+        told |= {"e_steps": verdict.e_steps, "temperature": rules.temperature_of(at.round)}
         record = self._report(table, told, changed, starved_experts, rule)
         return Advance(True, record, in_words(record), table_files(table), selectable=True)
 

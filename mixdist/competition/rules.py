@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,7 +31,14 @@ class Rules:
         score: class of mixdist.competition, or your own Score.
         by_shares: a sample goes to argmax_j alpha_j p_j(x), with alpha the shares of the table before, which lowers
             equation 3's sum, F + H(alpha); with the score Likelihood it is classification EM (Celeux and Govaert 1992).
-            By default it goes to argmax_j p_j(x) (theorem 2), which lowers F.
+            Without, it goes to argmax_j p_j(x) (theorem 2), which lowers F. Unset, as the score has it: with, for ELBOs
+            and likelihoods that are not normalised, so that tables ascend the mixture's log-likelihood; else without.
+        e_steps: how often a scoring gives the samples, at most, with shares taken anew each time and scores as they
+            are: no expert trains between. Each lowers F + H(alpha); it ends where no sample moves.
+        temperature: T of the first scoring. A sample goes to expert j with probability softmax_j((log alpha_j +
+            s_j(x)) / T), drawn by the row and the round, so that experts of like score share rows: classification
+            annealing EM (Celeux and Govaert 1992), with T = 1 stochastic EM. 0: to the best.
+        anneal_rounds: rounds over which T falls linearly to 0; with fewer rounds in all, the last table is a draw.
         starved: what happens to an expert with few samples: nothing; freeze, it does not train until it wins more;
             reseed, it gets new weights and an even share of the samples whose best score is worst.
         starved_below: few is less than this part of an even share.
@@ -47,7 +55,10 @@ class Rules:
     start: Literal["all", "split", "table", "clusters"] = "all"
     table: str | None = None
     score: Score = field(default_factory=_discriminators)  # type: ignore[assignment]
-    by_shares: bool = False
+    by_shares: bool | None = None
+    e_steps: int = 1
+    temperature: float = 0.0
+    anneal_rounds: int = 0
     starved: StarvedRule = "none"
     starved_below: float = 0.1
     stop_below: float = 0.0
@@ -56,7 +67,7 @@ class Rules:
     block: int = 2000
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "block"):
+        for name in ("rounds", "block", "e_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"mixture.{name} ({getattr(self, name)}) must be at least 1: give 1 or more")
         for name in ("starved_below", "stop_below"):
@@ -66,4 +77,39 @@ class Rules:
             raise ValueError(
                 f"mixture.start ({self.start}) and mixture.table ({self.table}) do not fit: give both to start "
                 f"from a table, or neither"
+            )
+        for name in ("temperature", "anneal_rounds"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"mixture.{name} ({getattr(self, name)}) must be a number from 0: give 0 for none")
+        if bool(self.temperature) != bool(self.anneal_rounds):
+            raise ValueError(
+                f"mixture.temperature ({self.temperature}) and mixture.anneal_rounds ({self.anneal_rounds}) belong "
+                f"together: give both, or neither"
+            )
+
+    @property
+    def counts_shares(self) -> bool:
+        """Whether shares count when samples are given."""
+        return self.score.by_shares if self.by_shares is None else self.by_shares
+
+    def temperature_of(self, round: int) -> float:
+        """Return T of the scoring that ends a round, max(0, 1 - round / anneal_rounds) of the first; 0 for the best."""
+        return self.temperature * max(0.0, 1 - round / self.anneal_rounds) if self.anneal_rounds else 0.0
+
+    def check(self) -> None:
+        """Refuse rules that would be passed over.
+
+        Raises:
+            ValueError: they need another score, or shares.
+        """
+        kind = type(self.score).__name__
+        if self.e_steps > 1 and not self.counts_shares:
+            raise ValueError(
+                f"mixture.e_steps ({self.e_steps}) changes nothing where shares do not count, as with {kind}: set "
+                f"by_shares to true, or e_steps to 1"
+            )
+        if self.temperature and self.score.keeps:
+            raise ValueError(
+                f"mixture.temperature ({self.temperature}) means nothing with {kind}, which keeps the table: "
+                f"leave it out"
             )

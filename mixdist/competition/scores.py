@@ -24,17 +24,19 @@ from mixdist.terms import Batch, Spec, label_classes
 
 class Score(ABC):
     """Gives s_j(x), the score of rows for expert j, nats; a sample belongs to argmax_j of it, or of it plus log alpha_j
-    with the competition's ``by_shares``.
+    where shares count.
 
     Attributes:
         normalized: whether log Z_j = logsumexp_i s_j(x_i) over the whole training set is taken off: the score then
             sums to 1 over the training set in exp, for each expert.
         keeps: whether samples stay where they are; scores are then for rows that have no place yet.
+        by_shares: whether shares count when samples are given, where the competition's ``by_shares`` is unset.
         fields: the fields of a row that it reads beyond those of the experts.
     """
 
     normalized: bool = False
     keeps: bool = False
+    by_shares: bool = False
     fields: tuple[str, ...] = ()
 
     def check(self, spec: Spec, num_experts: int, template: Expert) -> None:  # noqa: B027
@@ -144,10 +146,11 @@ class Discriminators(Score):
 class Elbo(Score):
     """The expert's ELBO from one posterior sample, log p(x|z) - KL, or its log p(x) where it has no latent variables.
 
-    With :class:`mixdist.experts.Centroid` it is k-means: argmax_j -||x - mu_j||^2 / 2 (seed document 004, section 6).
+    Shares count unless the competition's ``by_shares`` says otherwise. Without, with
+    :class:`mixdist.experts.Centroid`, it is k-means: argmax_j -||x - mu_j||^2 / 2 (seed document 004, section 6).
 
     Args:
-        normalized: compare as discriminators do, by each expert's part of the training set.
+        normalized: compare as discriminators do, by each expert's part of the training set; shares then do not count.
         same_noise: all experts draw their sample of a row from the same noise. Where they share an encoder they then
             have the same z, and the spread of its draws, often larger than what experts differ by, decides nothing.
 
@@ -165,7 +168,7 @@ class Elbo(Score):
     """
 
     def __init__(self, normalized: bool = False, same_noise: bool = False) -> None:
-        self.normalized, self.same_noise = normalized, same_noise
+        self.normalized, self.same_noise, self.by_shares = normalized, same_noise, not normalized
 
     def describe(self) -> dict[str, Any]:
         return {"same_noise": True} if self.same_noise else {}
@@ -184,14 +187,14 @@ class Elbo(Score):
 
 
 class Likelihood(Score):
-    """log p_j(x), importance-sampled: maximum likelihood of the table with equal weights for all experts.
+    """log p_j(x), importance-sampled: with shares, which count by default, the table of highest likelihood.
 
-    With the competition's ``by_shares`` it is log alpha_j + log p_j(x): hard EM, the C-step of classification EM
-    (Celeux and Govaert 1992), of which the other is the case of equal proportions.
+    log alpha_j + log p_j(x) decides: hard EM, the C-step of classification EM (Celeux and Govaert 1992). With the
+    competition's ``by_shares: false`` it is log p_j(x), the case of equal proportions.
 
     Args:
         num_samples: S for each sample and expert.
-        normalized: compare as discriminators do, by each expert's part of the training set.
+        normalized: compare as discriminators do, by each expert's part of the training set; shares then do not count.
 
     Raises:
         ValueError: no sample at all.
@@ -206,7 +209,7 @@ class Likelihood(Score):
     def __init__(self, num_samples: int = 20, normalized: bool = False) -> None:
         if num_samples < 1:
             raise ValueError(f"Likelihood's num_samples ({num_samples}) must be at least 1: give 20 or more")
-        self.num_samples, self.normalized = num_samples, normalized
+        self.num_samples, self.normalized, self.by_shares = num_samples, normalized, not normalized
 
     def check(self, spec: Spec, num_experts: int, template: Expert) -> None:
         if not template.can("log_weights"):

@@ -167,6 +167,15 @@ def winners(scores_NE: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
     return best
 
 
+def log_shares(counts_E: NDArray[np.integer[Any]] | None, num_experts: int) -> NDArray[np.float64]:
+    """Return log alpha, alpha_j = counts_j / N, (E,), -inf for an expert without samples; zeros without counts."""
+    if counts_E is None:
+        return np.zeros(num_experts)
+    with np.errstate(divide="ignore"):  # an expert without samples wins none
+        found: NDArray[np.float64] = np.log(counts_E / counts_E.sum())
+    return found
+
+
 def starved(counts_E: NDArray[np.int64], below: float) -> list[int]:
     """Name the experts with fewer than ``below`` times an even share of the samples.
 

@@ -17,6 +17,7 @@ from mixdist.gates.gaussians import ClusterName, Clusters, fit_clusters, log_joi
 from mixdist.gates.latent import check_enough
 from mixdist.nets.mlp import MLP, flat
 from mixdist.nets.network import Network
+from mixdist.stats import Warmup, annealed, temperatures
 from mixdist.terms import Batch, Gating, Spec, misfit, real_field
 
 
@@ -36,6 +37,10 @@ class LatentGMM(Gate):
         start: kmeans or mixture.
         start_rows: training rows that the clusters start from; of more, so many, chosen by the seed.
         temperature: t; above 1 softer, below 1 harder.
+        final_temperature: t after ``anneal_steps``, to which it goes geometrically; evaluation has this one at any
+            step. Unset, ``temperature`` stays.
+        anneal_steps: training steps of a phase over which t gets there, or a :class:`mixdist.stats.Warmup`, as
+            ``{epochs: 5}``.
         learns: clusters alone, or the encoder too (all).
 
     Raises:
@@ -61,14 +66,18 @@ class LatentGMM(Gate):
         start_rows: int = 20_000,
         temperature: float = 1.0,
         learns: Literal["clusters", "all"] = "clusters",
+        final_temperature: float | None = None,
+        anneal_steps: int | Warmup = 0,
     ) -> None:
         super().__init__()
         self.shape = real_field(spec, field, "LatentGMM").shape
-        for name, value in (("latent", latent), ("start_rows", start_rows), ("temperature", temperature)):
+        self.temperatures = temperatures("LatentGMM", temperature, final_temperature, anneal_steps)
+        for name, value in (("latent", latent), ("start_rows", start_rows)):
             if not 0 < value < math.inf:
                 raise ValueError(f"LatentGMM's {name} ({value}) must be a number above 0: give one")
         self.field, self.fields, self.num_latents, self.num_clusters = field, (field,), latent, num_experts
-        self.begins, self.start_rows, self.temperature, self.trained = start, start_rows, temperature, False
+        self.begins, self.start_rows, self.trained = start, start_rows, False
+        self.temperature, self.anneal_steps = temperature, anneal_steps
         self.encoder = (MLP([128]) if network is None else network).encoder(self.shape, 2 * latent)
         self.encoder.requires_grad_(learns == "all")
         self.logits_K = nn.Parameter(torch.zeros(num_experts))
@@ -84,8 +93,12 @@ class LatentGMM(Gate):
         """Return the mixture in the latents."""
         return Clusters(torch.log_softmax(self.logits_K, dim=0), self.mean_KL, self.log_var_KL)
 
+    def anneal(self, step: int) -> None:
+        self.temperature = annealed(step, self.anneal_steps, *self.temperatures)
+
     def forward(self, rows: Batch, eps: Tensor | None) -> Gating:
-        return Gating(torch.log_softmax(log_joint(self.seen(rows), self.clusters()) / self.temperature, dim=-1))
+        temperature = self.temperature if self.training else self.temperatures[1]
+        return Gating(torch.log_softmax(log_joint(self.seen(rows), self.clusters()) / temperature, dim=-1))
 
     def take_model(self, tensors: Mapping[str, Tensor]) -> None:
         own = {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}

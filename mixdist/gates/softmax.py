@@ -14,7 +14,7 @@ from torch import Tensor
 from mixdist.gates.gate import Gate
 from mixdist.nets.mlp import MLP, Affine, flat
 from mixdist.nets.network import Network
-from mixdist.stats import ramp
+from mixdist.stats import Warmup, annealed, check_steps, ramp
 from mixdist.terms import Batch, Gating, Spec, real_field
 
 
@@ -35,7 +35,8 @@ class Softmax(Gate):
         final_temperature: the temperature after ``anneal_steps``; unset, ``temperature`` stays.
         noise: standard deviation of the noise on the logits, drawn anew for each row and expert at every step.
         final_noise: the standard deviation after ``anneal_steps``; unset, ``noise`` stays.
-        anneal_steps: training steps of a phase over which temperature and noise reach their final values.
+        anneal_steps: training steps of a phase over which temperature and noise reach their final values; or a
+            :class:`mixdist.stats.Warmup`, as ``{epochs: 5}``.
 
     Raises:
         ValueError: a missing field, a temperature that is not positive, negative noise, or final values without steps.
@@ -60,14 +61,14 @@ class Softmax(Gate):
         final_temperature: float | None = None,
         noise: float = 0.0,
         final_noise: float | None = None,
-        anneal_steps: int = 0,
+        anneal_steps: int | Warmup = 0,
     ) -> None:
         super().__init__()
         kind = type(self).__name__
         shape = real_field(spec, field, kind).shape
         given = {"temperature": temperature, "final_temperature": final_temperature, "noise": noise}
-        given |= {"final_noise": final_noise, "anneal_steps": anneal_steps}
-        _check_schedule(kind, {name: value for name, value in given.items() if value is not None})
+        given["final_noise"] = final_noise
+        _check_schedule(kind, {name: value for name, value in given.items() if value is not None}, anneal_steps)
         self.field, self.fields, self.anneal_steps = field, (field,), anneal_steps
         self.temperatures = temperature, temperature if final_temperature is None else final_temperature
         self.noises = noise, noise if final_noise is None else final_noise
@@ -85,10 +86,8 @@ class Softmax(Gate):
         self.net = network.encoder(shape, num_experts)
 
     def anneal(self, step: int) -> None:
-        # Computed on the host and rounded once, so that every rank and every resumed run sets the same number.
-        u = ramp(step, self.anneal_steps)
-        (hot, cold), (loud, quiet) = self.temperatures, self.noises
-        self.temperature.fill_(hot ** (1 - u) * cold**u)
+        u, (loud, quiet) = ramp(step, self.anneal_steps), self.noises
+        self.temperature.fill_(annealed(step, self.anneal_steps, *self.temperatures))
         self.noise.fill_((1 - u) * loud + u * quiet)
 
     def logits(self, rows: Batch) -> Tensor:
@@ -105,8 +104,8 @@ class Softmax(Gate):
         return Gating(torch.log_softmax(logits_BE / self.temperature, dim=-1))
 
 
-def _check_schedule(kind: str, given: Mapping[str, float]) -> None:
-    steps = given["anneal_steps"]
+def _check_schedule(kind: str, given: Mapping[str, float], steps: int | Warmup) -> None:
+    check_steps(f"{kind}'s anneal_steps", steps)
     for name, value in given.items():
         if "temperature" in name and not 0 < value < math.inf:
             raise ValueError(f"{kind}'s {name} ({value}) must be positive: give 1 for a plain softmax")

@@ -1,5 +1,6 @@
 """Mixtures: one training step for each family, over gate, experts and dispatch."""
 
+from mixdist.mixtures.clustered import ClusterStart
 from mixdist.mixtures.context import Context
 from mixdist.mixtures.declared import check_fields
 from mixdist.mixtures.ensemble import Ensemble, MakeExpert, Scores
@@ -35,6 +36,7 @@ __all__ = [
     "MVAE",
     "W2",
     "Balance",
+    "ClusterStart",
     "Context",
     "Ensemble",
     "Evaluation",

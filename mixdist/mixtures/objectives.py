@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from mixdist.stats import Warmup, check_steps, entropy, ramp
+from mixdist.stats import Warmup, annealed, check_steps, entropy, ramp, temperatures
 
 
 class Balance:
@@ -203,16 +203,21 @@ class SoftMinLoss(Objective):
     A larger T lets experts share rows: expert e learns from row n with weight r_ne exp(-l_ne / T) / sum_f r_nf
     exp(-l_nf / T), the tempered posterior of deterministic annealing (Ueda and Nakano 1998), and L goes to the weighted
     loss as T grows. Losses of images differ by hundreds of nats between experts, so that with T = 1 a row usually
-    trains a single expert.
+    trains a single expert. T may be annealed within a phase, from soft to hard: it goes geometrically from
+    ``temperature`` to ``final_temperature``. L rises with T, and is at most the weighted loss; as T goes to 0 it goes
+    to the least of the losses.
 
     Args:
         balance: as in :class:`Objective`.
         entropy_bonus: as in :class:`Objective`.
         entropy_steps: as in :class:`Objective`.
         temperature: T, nats.
+        final_temperature: T after ``anneal_steps``; unset, it stays.
+        anneal_steps: training steps of a phase over which T gets there, or a :class:`mixdist.stats.Warmup`, as
+            ``{epochs: 5}``.
 
     Raises:
-        ValueError: a temperature that is not finite and above 0.
+        ValueError: a temperature that is not finite and above 0; a final one without steps, or steps without one.
 
     Examples:
         >>> import torch
@@ -230,11 +235,16 @@ class SoftMinLoss(Objective):
         entropy_bonus: float = 0.0,
         entropy_steps: int = 0,
         temperature: float = 1.0,
+        final_temperature: float | None = None,
+        anneal_steps: int | Warmup = 0,
     ) -> None:
         super().__init__(balance, entropy_bonus, entropy_steps)
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"SoftMinLoss's temperature ({temperature}) must be above 0: give 1 for a likelihood's")
-        self.temperature = temperature
+        self.temperatures = temperatures("SoftMinLoss", temperature, final_temperature, anneal_steps)
+        self.temperature, self.anneal_steps = temperature, anneal_steps
+
+    def anneal(self, step: int) -> None:
+        super().anneal(step)
+        self.temperature = annealed(step, self.anneal_steps, *self.temperatures)
 
     def expert_rows(self, log_resp_BE: Tensor, losses_BE: Tensor) -> Tensor:
         return -self.temperature * torch.logsumexp(log_resp_BE - losses_BE / self.temperature, dim=-1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,13 +18,13 @@ from torch import Tensor, nn
 from mixdist.data import Samples
 from mixdist.experts import Expert
 from mixdist.gates import Gate
-from mixdist.gates.gaussians import ClusterName, Clusters, fit_clusters, log_joint
+from mixdist.gates.gaussians import ClusterName, Clusters, fit_clusters
 from mixdist.mixtures import Context, ExpertStart
-from mixdist.mixtures.row_pass import chosen, gathered
-from mixdist.noise import Draw, Purpose, weights_seed
+from mixdist.mixtures.clustered import clustered
+from mixdist.noise import Draw, Purpose
 from mixdist.parallel.agreement import Agreed, agreed
 from mixdist.parallel.collectives import OverBatch
-from mixdist.terms import Batch, misfit
+from mixdist.terms import misfit
 from mixdist.training.checkpoint import CheckpointStore, read_tensors, tensors_of
 from mixdist.training.manifest import file_name, read_manifest
 from mixdist.training.selection import Which, choose_checkpoint
@@ -131,21 +130,16 @@ class Upcycled(ExpertStart):
         mesh, tensors = context.mesh, self._read(context)
         assert isinstance(expert, Expert)
         agreed(lambda: self._ready(expert, tensors), mesh.world)
-        rows = partial(gathered, context, over_batch, dataset, expert.fields)
-        some = chosen(context.seed, 0, len(dataset), self.rows)
-        points_NL = rows(some, lambda batch: expert.posterior(batch).mean_RL)
-        seed = weights_seed(context.seed, Purpose.START, 3)
-        # On rank 0 alone: closed forms may round otherwise on another processor.
-        fit = self._fit if mesh.rank == 0 else _empty
-        found = agreed(lambda: fit(points_NL, num_experts, seed), mesh.world)
-        clusters = Clusters(*(one.to(mesh.device) for one in found))
-        over_batch.copy_first(clusters)
-
-        def nearest(batch: Batch) -> Tensor:
-            return log_joint(expert.posterior(batch).mean_RL.double(), clusters).argmax(-1)
-
-        expert_N: np.ndarray = rows(torch.arange(len(dataset)), nearest).cpu().numpy()
-        return expert_N
+        return clustered(
+            context,
+            over_batch,
+            dataset,
+            expert.fields,
+            lambda rows: expert.posterior(rows).mean_RL,
+            lambda points_NL, seed: self._fit(points_NL, num_experts, seed),
+            num_experts,
+            self.rows,
+        )
 
     def _read(self, context: Context) -> dict[str, Tensor]:
         """Return the trained model's tensors by name; every rank calls it."""
@@ -206,11 +200,6 @@ def _within(name: str, part: str) -> bool:
 def _parts(names: Iterable[str]) -> list[str]:
     """Return the first two words of dotted names, each once."""
     return list(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
-
-
-def _empty(points_NL: Tensor, num_clusters: int, seed: int) -> Clusters:
-    zeros = torch.zeros(num_clusters, points_NL.shape[1], dtype=torch.float64)
-    return Clusters(zeros[:, 0].clone(), zeros, zeros.clone())
 
 
 @torch.no_grad()
