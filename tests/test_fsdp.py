@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from mixdist.parallel.mesh import Mesh, Placement
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Outcome, Parts
 from tests.covering import every_value
-from tests.launch import HARD, begin, changed, here, refused, together, write_config
+from tests.launch import HARD, begin, changed, here, refused, together, torchrun, write_config
 from tests.parity import (
     SEED,
     Case,
@@ -301,6 +302,31 @@ def test_parts_run_by_themselves_and_parameters_read_elsewhere_are_refused(
             assert ("raise engine.unit_bytes (1)" in said) == (name != "shift" and unit_bytes == 1)
             assert "shard: optimizer" in said
             assert "\n" not in said
+
+
+APART = """
+from mixdist.experts import VAE
+
+
+class Apart(VAE):
+    def forward(self, rows, eps):
+        terms = super().forward(rows, eps)
+        return terms._replace(loss_R=terms.loss_R + 1e-9 * self.encoder.layers[0].weight.square().sum())
+"""
+
+
+@pytest.mark.slow
+def test_what_ranks_without_rank_0_refuse_is_told_once(folder: Path) -> None:
+    """By one of them: rank 0 has another expert, and waits for them in the middle of a step."""
+    (folder / "apart.py").write_text(APART)
+    experts = [{"class_path": name, "init_args": {"latent": 2}} for name in ("mixdist.experts.VAE", "apart.Apart")]
+    engine = {"class_path": "mixdist.engines.FSDP", "init_args": {"unit_bytes": 1}}
+    config = changed(engine=engine, mesh={"ep_size": 2}, expert=experts, num_experts=2)
+    ended = torchrun("train", "--config", write_config(folder / "c.yaml", config), ranks=4, folder=folder)
+    assert ended.code == 1  # torchrun's own
+    (told,) = re.findall(r"mixdist: (.*)", ended.err)
+    assert re.match(r"rank [13]: parameter encoder\.layers\.0\.weight of expert 1 is read where", told)
+    assert not (folder / "runs").exists()
 
 
 def test_what_a_schedule_reads_is_told_as_it_is() -> None:

@@ -73,8 +73,8 @@ def end_rank(error: Exception, launch: Launch | None, meets: bool) -> int:
     if isinstance(error, SharedError):
         if first:
             report(text)
-        if Meeting.last is not None:
-            Meeting.last.tell()
+        if Meeting.last is not None and not Meeting.last.tell():
+            report(f"rank {Meeting.last.launch.rank}: {text}")
     elif isinstance(error, SingleRankError) or (not meets and (first or not has_launcher())):
         report(text)
     elif meets:

@@ -213,18 +213,26 @@ class Meeting:
             time.sleep(1.0)  # a launcher ends all with the first
             os._exit(USER_ERROR)
 
-    def tell(self) -> None:
+    def tell(self) -> bool:
         """Say on rank 0 that it has printed the error; wait on another until it has, or has ended.
 
         Rank 0 stays until the others are done with the store, which may end with it.
+
+        Returns:
+            whether it is printed; not so on one rank where rank 0 does not know the error: that one must print it.
         """
         with suppress(RuntimeError):  # the store went with rank 0
             if self.launch.rank == 0:
                 self._write("told", True)
                 self._until("left", self.launch.world_size - len(self._missing()) - 1, LEAVE_S)
             else:
-                self._wait("told", time.monotonic() + LINGER_S)
+                told = self._wait("told", time.monotonic() + LINGER_S)
                 self._count("left", 1)
+                if not told and self._count("tells", 1) == 1:
+                    return False
+                if not told:
+                    time.sleep(1.0)  # another prints it now, and a launcher ends all with the first
+        return True
 
     def _missing(self) -> list[int]:
         return [rank for rank in range(self.launch.world_size) if not self._has(f"here/{rank}")]
