@@ -30,7 +30,14 @@ def free_port() -> str:
 def start(rank: int, port: str, folder: Path, *own: str) -> Started:
     """Start one rank of three by hand, without a launcher that would end the others itself."""
     env = {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    words = ["--log_every=1", "--mixture.num_experts=3", f"--mesh.timeout_s={TIMEOUT_S}", "--out=run", *own]
+    words = [
+        "--log_every=1",
+        "--pretrain=[]",
+        "--mixture.num_experts=3",
+        f"--mesh.timeout_s={TIMEOUT_S}",
+        "--out=run",
+        *own,
+    ]
     return Forks(["mixdist", "train", f"--config={CONFIG}", *words], folder, env)
 
 
@@ -68,7 +75,7 @@ def lose_a_rank(tmp_path: Path, sent: signal.Signals, lost: int, *words: str) ->
 
 def test_ranks_end_with_their_torchrun(tmp_path: Path) -> None:
     metrics = tmp_path / "run" / "metrics.jsonl"
-    words = ("train", "--config", str(CONFIG), "--log_every=1", "--train.epochs=5000", "--out=run")
+    words = ("train", "--config", str(CONFIG), "--log_every=1", "--pretrain=[]", "--train.epochs=5000", "--out=run")
     with start_torchrun(*words, ranks=2, folder=tmp_path) as run:
         run.until(lambda: metrics.exists() and metrics.stat().st_size > 0)
         ranks = descendants(run.process.pid)

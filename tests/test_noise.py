@@ -64,7 +64,7 @@ def test_keys_and_weight_seeds_are_all_different() -> None:
 
 def test_purposes_keep_their_numbers() -> None:
     names = "WEIGHTS POSTERIOR GATE ORDER PRIOR DATA IMPORTANCE RIVAL OBSERVATION DISCRIMINATOR CHANCE BLOCKS AUGMENT "
-    names += "SPLIT MOSAIC DEQUANTISE START MIXING MASK DECODER PRIVATE SUBSET JUDGE CLONE BINARISE"
+    names += "SPLIT MOSAIC DEQUANTISE START MIXING MASK DECODER PRIVATE SUBSET JUDGE CLONE BINARISE EXPLORATION"
     assert {purpose.name: purpose.value for purpose in Purpose} == {n: i + 1 for i, n in enumerate(names.split())}
 
 
