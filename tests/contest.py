@@ -334,10 +334,12 @@ def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def tensors(report: dict[str, Any]) -> dict[str, Tensor]:
-    """Everything of a report that is compared by the rule."""
+    """Everything of a report that is compared by the rule.
+
+    Each figure of all records is one tensor: near a switch of sign an objective is a small difference of large numbers.
+    """
     figures = {}
-    for i, record in enumerate(report["records"]):
-        for name in ("loss", "objective", "objective_trained"):
-            if record.get(name) is not None:
-                figures[f"record {i} {name}"] = torch.tensor(record[name], dtype=torch.float64)
+    for name in ("loss", "objective", "objective_trained"):
+        told = [record[name] for record in report["records"] if record.get(name) is not None]
+        figures[f"record {name}"] = torch.tensor(told, dtype=torch.float64)
     return {**report["scores"], **report["log_z"], **report["experts"], **figures}

@@ -57,8 +57,9 @@ needs_deepspeed = pytest.mark.skipif(
     not INSTALLED, reason="deepspeed is not installed: pip install 'mixdist[deepspeed]'"
 )
 
-ROUNDING = 2e-7
-"""Of 20 steps in float32, by the rule of tests/parity.py: 1.3e-7 was the most, most weights do not differ at all."""
+ROUNDING = 1e-6
+"""Of 20 steps in float32, by the rule of tests/parity.py; most weights do not differ at all. The most was 1.3e-7 on one
+processor and 7.3e-7 on another, whose kernels round otherwise; contract 1 has 1e-5."""
 ANOTHER_ORDER = 1e-4
 """Where more than two ranks sum slices by themselves, in another order; Adam divides by gradients near 0: 6.3e-5."""
 
