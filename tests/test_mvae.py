@@ -20,7 +20,7 @@ from mixdist.experts import Component
 from mixdist.mixtures import DHSIC, MMD, MVAE, W2, Masks, MutualPosterior, Penalty, WeightedLoss
 from mixdist.mixtures.dirichlet import NUM_UNIFORM, dirichlet_kl, log_weights
 from mixdist.nets import MLP, Conv
-from mixdist.noise import Moment
+from mixdist.noise import TRIAL_PHASE, Moment
 from mixdist.report.metrics import read_metrics
 from mixdist.terms import Field
 from tests.launch import changed, here, mlp, refused, together, write_config
@@ -249,7 +249,7 @@ def test_a_component_is_off_after_so_many_steps_in_a_row_and_one_stays() -> None
     def step(number: int, *rates: float) -> list[bool]:
         masks.logit_P.data = torch.tensor(rates).logit()
         masks.count(Moment(0, 0, number))
-        masks.count(Moment(0, 0, number))  # a step that was tried before counts once
+        masks.count(Moment(0, TRIAL_PHASE, number))  # a step that is only tried does not count
         return masks.on()
 
     assert step(0, 0.6, 0.6, 0.4) == [True, True, True]

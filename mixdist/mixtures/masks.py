@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mixdist.noise import Moment
+from mixdist.noise import TRIAL_PHASE, Moment
 
 Kind = Literal["none", "gaussian", "gumbel"]
 KINGMA = (1.16145124, -1.50204118, 0.58629921)
@@ -89,8 +89,6 @@ class Masks(nn.Module):
         if off_above is not None:
             self.above_E: Tensor  # steps in a row with a rate above
             self.register_buffer("above_E", torch.zeros(num_components, dtype=torch.int64))
-            self.counted_2: Tensor  # phase and step that was counted last: a step that is tried before counts once
-            self.register_buffer("counted_2", torch.full((2,), -1))
         if kind != "none":
             num = 1 if rates == "shared" else num_components
             logit_P = torch.full((num,), math.log(rate / (1.0 - rate)))
@@ -114,15 +112,14 @@ class Masks(nn.Module):
 
     @torch.no_grad()
     def count(self, at: Moment) -> None:
-        """Count a step's rates, which are the same on every rank."""
-        if self.off_above is None or self.counted_2.tolist() == [at.phase, at.step]:
+        """Count a step's rates, which are the same on every rank; a step that is only tried does not count."""
+        if self.off_above is None or at.phase == TRIAL_PHASE:
             return
         rate_E, off_E = self.rates(), self.above_E >= self.off_after
         above_E = torch.where(off_E, self.above_E, torch.where(rate_E > self.off_above, self.above_E + 1, 0))
         if bool((above_E >= self.off_after).all()):
             above_E[rate_E.masked_fill(off_E, torch.inf).argmin()] = 0
         self.above_E.copy_(above_E)
-        self.counted_2.copy_(torch.tensor([at.phase, at.step]))
 
     def on(self) -> list[bool]:
         """Return which components are on."""
