@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -32,6 +34,17 @@ def counted(number: int, noun: str) -> str:
 def format_error(error: Exception) -> str:
     """Return an error as one line."""
     return one_line(str(error)) + (": fix it and try again" if isinstance(error, OSError) else "")
+
+
+@contextmanager
+def within(part: str) -> Iterator[None]:
+    """Name the part of a run in front of an error for users that is raised inside; an empty part is not named."""
+    try:
+        yield
+    except ValueError as error:
+        if part:
+            error.args = (f"in {part}: {error}",)
+        raise
 
 
 def last_own_line(error: BaseException) -> str:

@@ -139,7 +139,7 @@ def test_an_expert_that_is_not_finite_is_named(folder: Path) -> None:
     ended = here("train", "--config", config, "--out", "run")
     assert [line.partition(":")[0] for line in ended.out.splitlines()] == ["round 0"]
     line = complaint(ended._replace(out=""))
-    assert line.startswith("round 1: the loss of expert 0 ")
+    assert line.startswith("in round 1: the loss of expert 0 ")
     assert "is not finite in its step 4" in line
     assert [json.loads(text)["step"] for text in (folder / "run/metrics.jsonl").read_text().splitlines()] == [1, 2]
 
@@ -153,7 +153,7 @@ def test_one_rank_that_is_not_finite_ends_all(sick: str, folder: Path) -> None:
     ended = together("train", "--config", config, "--out", "run", ranks=2, folder=folder)
     assert ended.code == 1  # torchrun's own
     told = [line for line in ended.err.splitlines() if line.startswith("mixdist: ")]
-    where = "round 1" if sick == "expert" else "round 0"
+    where = "in round 1" if sick == "expert" else "in round 0"
     assert len(told) == 1, ended.err
     assert re.match(rf"mixdist: {where}: the loss of {sick} [012] is not finite in its step ", told[0])
     assert "does not answer" not in ended.err
@@ -167,7 +167,7 @@ def test_a_score_that_is_no_number_names_the_expert(folder: Path) -> None:
     )
     config = write_config(folder / "c.yaml", changed(HARD, score="odd.Odd"))
     line = complaint(here("train", "--config", config, "--out", "run"))
-    assert line == "round 0: expert 1 gives a sample a score that is not a number: lower learning rates"
+    assert line == "in round 0: expert 1 gives a sample a score that is not a number: lower learning rates"
 
 
 # What can be done with a run.

@@ -32,6 +32,7 @@ from mixdist.nets.likelihood import Likelihood
 from mixdist.noise import Purpose
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Batch, ExpertTerms, Field, Gating, Outcome, Posterior, Spec
+from mixdist.training.loop import Loop
 from mixdist.training.phases import Phase
 from mixdist.training.trainer import Trainer
 from tests.errors import error_of
@@ -661,7 +662,8 @@ def test_a_later_phase_is_checked_too() -> None:
     for _ in range(3):
         trainer.advance()
     assert trainer.position.phase == 1
-    error_of(trainer.advance, "Later.forward", "loss_R", "(8, 6)")
+    line = error_of(trainer.advance, "Later.forward", "loss_R", "(8, 6)")
+    assert line.startswith("in train: mixture.expert: ")  # the phase has the name of its key
 
 
 def annealed(anneal: Callable[..., Any]) -> Any:
@@ -1029,7 +1031,33 @@ def test_each_round_is_checked() -> None:
         rounds.advance()
     for entrant in rounds.entrants.values():
         entrant.expert.late = True  # type: ignore[assignment]
-    error_of(rounds.advance, "Later.forward", "(8, 6)")
+    assert error_of(rounds.advance, "Later.forward", "(8, 6)").startswith("in round 2: mixture.expert")
+
+
+@pytest.mark.parametrize("part", ["pretrain[0]", "pretrain[1]", "train"])
+@pytest.mark.parametrize(("kind", "words"), [("schedule", "step 1"), ("loss", "not finite")])
+def test_what_goes_wrong_in_a_phase_names_it(part: str, kind: str, words: str) -> None:
+    """A step is that of the phase or of the run: alone it says too little."""
+
+    class Late(Auto):
+        phase, last = -1, 0
+
+        def anneal(self, step: int) -> None:
+            self.phase += step == 0 < self.last or self.phase < 0
+            self.last = step
+            if kind == "schedule" and self.bad:
+                raise KeyError("nix")
+
+        @property
+        def bad(self) -> bool:
+            return self.last == 1 and self.phase == ["pretrain[0]", "pretrain[1]", "train"].index(part)
+
+        def out(self, rows: Batch, error: Tensor) -> Any:
+            return ExpertTerms(error.sum(1) * (math.nan if self.bad else 1))
+
+    trainer = make(expert=Late)
+    trainer.phases.extend(trainer.phases * 2)
+    assert error_of(Loop(trainer, trainer.mesh).fit, words).startswith(f"in {part}: ")
 
 
 # What is right.
@@ -1151,7 +1179,8 @@ def test_an_evaluation_checks_gate_and_experts_as_they_are_there() -> None:
 
     trainer = make(gate=Raw)
     trainer.begin()
-    error_of(lambda: evaluate(trainer.mixture, rows(), 16, 0), "Raw.forward", "log_softmax")
+    line = error_of(lambda: evaluate(trainer.mixture, rows(), 16, 0), "Raw.forward", "log_softmax")
+    assert line.startswith("in evaluation: mixture.gate: ")
 
 
 def test_what_measures_a_family_is_checked() -> None:

@@ -87,7 +87,7 @@ class Entrants(dict[int, Entrant]):
         """
         found = [bad for bad in gather_json(self.bad, self.mesh.world) if bad]
         if found:
-            raise Agreed(f"{where}: {found[0]}")
+            raise Agreed(f"in {where}: {found[0]}")
 
     def balance(self, load_E: NDArray[np.float64], phase: Phase, round: int) -> None:
         """Place experts by load, the longest first, if moving them takes less time than it saves.

@@ -167,7 +167,9 @@ class Scoring:
         gathered = gather_json(list(zip(entrants, bad, log_z_e.tolist(), strict=True)), self.mesh.world)
         by_expert = {e: (is_bad, log_z) for rank in gathered for e, is_bad, log_z in rank}
         for e in sorted(e for e, (is_bad, _) in by_expert.items() if is_bad):
-            raise Agreed(f"round {round}: expert {e} gives a sample a score that is not a number: lower learning rates")
+            raise Agreed(
+                f"in round {round}: expert {e} gives a sample a score that is not a number: lower learning rates"
+            )
         log_z_E = log_z_e.new_tensor([by_expert[e][1] for e in sorted(by_expert)])
         return self._decide(scores_Ne.to(columns_Ne.dtype), homes, log_z_E, table, round)
 

@@ -6,7 +6,7 @@ Shape letters: N samples, E all experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from mixdist.competition.delivery import OwnReader, WireReader, pieces_of_epoch
 from mixdist.competition.entrants import Entrants, try_engines
 from mixdist.competition.history import History, in_words, objectives, table_files
 from mixdist.competition.mixture import HardMixture
+from mixdist.competition.position import RoundPosition
 from mixdist.competition.reassign import Scoring, Verdict
 from mixdist.competition.table import Assignment, reseeded, starved
 from mixdist.data import Epoch, Samples
 from mixdist.engines import EngineFactory
 from mixdist.engines.solo import solo_of
+from mixdist.messages import within
 from mixdist.noise import TRIAL_PHASE, Moment
 from mixdist.training.checkpoint import Saved
 from mixdist.training.loop import Advance
@@ -32,25 +34,6 @@ from mixdist.training.phases import Phase, check_alike, phase_keys, with_default
 from mixdist.training.resume import check_progress
 
 TABLE = "assignment.npy"
-
-
-@dataclass(frozen=True)
-class RoundPosition:
-    """Where a competition is.
-
-    Args:
-        phase: number of the phase; the last one is the rounds.
-        round: within them, from 1; 0 is the scoring of experts that pretrained on all samples.
-        epoch: within the phase of pretraining, or within the round.
-        total: epochs and scorings done in the run.
-        stopped: the last round moved too few samples for another.
-    """
-
-    phase: int = 0
-    round: int = 0
-    epoch: int = 0
-    total: int = 0
-    stopped: bool = False
 
 
 class Rounds:
@@ -160,7 +143,8 @@ class Rounds:
     def _inspect(self) -> None:
         """Check them once a phase and round."""
         if not self.finished and self._inspected != (at := (self.position.phase, self.position.round)):
-            inspect_entrants(self.mixture, self.entrants, self.dataset, self.phase, Moment(self.seed, TRIAL_PHASE))
+            with within(self._part):
+                inspect_entrants(self.mixture, self.entrants, self.dataset, self.phase, Moment(self.seed, TRIAL_PHASE))
             self._inspected = at
 
     def ready(self) -> None:
@@ -218,7 +202,12 @@ class Rounds:
 
     def _agree(self) -> None:
         """Fail on every rank where an expert of some rank went wrong."""
-        self.entrants.agree(f"pretrain[{self.position.phase}]" if self.pretraining else f"round {self.position.round}")
+        self.entrants.agree(self._part)
+
+    @property
+    def _part(self) -> str:
+        """What errors call the part of the run that the position is in."""
+        return f"pretrain[{self.position.phase}]" if self.pretraining else f"round {self.position.round}"
 
     def _own(self, e: int) -> Tensor:
         """Return the positions that an expert trains on."""

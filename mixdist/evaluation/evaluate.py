@@ -9,6 +9,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from mixdist.data import Loader, Samples
+from mixdist.messages import within
 from mixdist.mixtures import Evaluation, Mixture, Request
 from mixdist.mixtures.inspection import inspect
 from mixdist.noise import EVALUATION_PHASE, TRIAL_PHASE, Moment
@@ -46,7 +47,8 @@ def evaluate(
     loader = Loader(dataset, batch_size, seed, 0, mesh.rank, mesh.world_size, ordered=True)
     at, first = Moment(seed, EVALUATION_PHASE), loader.batch(0, 0).to(mesh.device)
     with _untrained(mixture):
-        inspect(mixture, first, loader.ids(0, 0), Moment(seed, TRIAL_PHASE))
+        with within("evaluation"):
+            inspect(mixture, first, loader.ids(0, 0), Moment(seed, TRIAL_PHASE))
         study = mixture.study(dataset, Request(at, batch_size, num_samples, shares_from))
         study.start()
         for index in range(loader.num_batches):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from mixdist.data import Loader, RankBatch, Samples
 from mixdist.engines import Engine, EngineFactory, Native, NotFinite, Totals
+from mixdist.messages import within
 from mixdist.mixtures import Mixture
 from mixdist.mixtures.inspection import inspect
 from mixdist.mixtures.schedules import anneal, anneal_module
@@ -81,6 +83,11 @@ class Trainer:
         """Whether the last phase has ended."""
         return self.position.epoch >= self.phase.epochs
 
+    def _named(self) -> AbstractContextManager[None]:
+        """Name the phase in errors, by its key in the config; a run of one phase has nothing to name."""
+        keys = phase_keys(self.phases)
+        return within(keys[self.position.phase] if len(keys) > 1 else "")
+
     def _batches(self, phase: Phase) -> int:
         return -(-len(self.dataset) // phase.batch_size)
 
@@ -90,7 +97,8 @@ class Trainer:
         Raises:
             Agreed: something breaks its contract.
         """
-        self._inspect()
+        with self._named():
+            self._inspect()
         self._rows, self._seconds = 0, 0.0
 
     def advance(self) -> Advance:
@@ -99,11 +107,12 @@ class Trainer:
         Raises:
             NotFinite: a loss or gradient is not finite; names the expert.
         """
-        self._inspect()
-        begin = time.perf_counter()  # rows_per_s is of training alone, not of saves between steps
-        at = self.position
-        logged = (at.total + 1) % self.log_every == 0 or at.total in (0, self.total_steps - 1)
-        totals, batch, rate = self._step(logged)
+        with self._named():
+            self._inspect()
+            begin = time.perf_counter()  # rows_per_s is of training alone, not of saves between steps
+            at = self.position
+            logged = (at.total + 1) % self.log_every == 0 or at.total in (0, self.total_steps - 1)
+            totals, batch, rate = self._step(logged)
         record = self._record(totals, batch, rate, self._seconds + time.perf_counter() - begin) if logged else None
         self._seconds = 0.0 if logged else self._seconds + time.perf_counter() - begin
         main, ended = at.phase + 1 == len(self.phases), self._move_on()
