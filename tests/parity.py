@@ -49,7 +49,7 @@ from mixdist.mixtures.objectives import (
     WeightedLoss,
 )
 from mixdist.mixtures.routing import TopK
-from mixdist.nets import MLP, Conv, LinearPaths, Text
+from mixdist.nets import MLP, Conv, Deconv, LinearPaths, Text
 from mixdist.noise import Draw, Moment, Purpose
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement
@@ -300,13 +300,15 @@ PENALTIES = {
 
 def make_mvae(case: Case) -> MVAE:
     """A mixture with one decoder; its masks are named as the gate, its penalty as the balance."""
+    conv = case.expert == "conv"
     kind, rates, off = [*case.gate.split("-"), "", ""][:3]
     options: dict[str, Any] = {"off_above": 0.303, "off_after": 3} if off else {}
     masks = functools.partial(Masks, kind=kind, rates=rates, rate=0.3, kl="sigmoid", **options) if rates else None
+    network, features = (Conv([2, 3], activation="tanh"), 8) if conv else (MLP([7], "tanh"), 6)
     return MVAE(
-        functools.partial(Component, latent=2, features=6, network=MLP([7], "tanh")),
+        functools.partial(Component, latent=2, features=features, network=network),
         case.num_experts,
-        MLP([8], "tanh"),
+        Deconv([2, 2, 2], [3, 2], activation="tanh") if conv else MLP([8], "tanh"),
         masks=masks,
         penalty=PENALTIES[case.balance],
         kl="sum" if case.objective == "sum" else "mean",

@@ -327,6 +327,7 @@ def test_a_run_resumes_on_two_ranks_and_is_loaded(tmp_path: Path, monkeypatch: p
         ({"kl_weight": -2.0}, "mixture.kl_weight -2.0"),
         ({"component": {"class_path": "mixdist.experts.Component", "init_args": {"label": "z"}}}, "Component 'z'"),
         ({"decoder": {"class_path": "mixdist.nets.Conv", "init_args": {"channels": [4] * 9}}}, "channels"),
+        ({"decoder": {"class_path": "mixdist.nets.Deconv"}}, "Deconv feature 16384 8"),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mixdist.nets import MLP, Conv, Network
+from mixdist.nets import MLP, Conv, Deconv, Network
 from mixdist.nets.mlp import Affine
 from tests.test_experts import close, random
 
@@ -146,3 +147,57 @@ def test_what_is_refused_is_named_in_one_line(network: Network, shape: tuple[int
         with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
             make()
         assert all(part in str(caught.value) for part in named)
+
+
+DECONV_SIZES = [
+    ((4, 8, 8), (3, 64, 64), 6, [2, 1, 2, 1, 2, 1, 1]),
+    ((4, 8, 8), (3, 32, 32), 6, [2, 1, 1, 2, 1, 1, 1]),
+    ((4, 7, 7), (1, 28, 28), 1, [2, 2]),
+    ((4, 5, 3), (2, 33, 20), 2, [2, 2, 2]),
+    ((4, 6, 5), (1, 6, 5), 0, [1]),
+]
+
+
+@pytest.mark.parametrize("norm", ["none", "group"])
+@pytest.mark.parametrize(("feature", "image", "hidden", "strides"), DECONV_SIZES)
+def test_a_feature_map_becomes_an_image(
+    feature: tuple[int, int, int], image: tuple[int, int, int], hidden: int, strides: list[int], norm: Any
+) -> None:
+    """Each layer is the transpose of a convolution, and doublings are spread over the layers."""
+    decoder = Deconv(feature, [8] * hidden, norm).decoder(math.prod(feature), image, num_maps=2)
+    convs = [layer for layer in decoder.modules() if isinstance(layer, nn.ConvTranspose2d)]
+    assert [layer.stride[0] for layer in convs] == strides
+    assert sum(isinstance(layer, nn.ReLU) for layer in decoder.modules()) == hidden
+    x = random(3, math.prod(feature)).float()
+    with torch.no_grad():
+        assert decoder(x).shape == (3, 2 * math.prod(image))
+        assert decoder(x[:0]).shape == (0, 2 * math.prod(image))
+        torch.testing.assert_close(decoder(x)[1:2], decoder(x[1:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_deconvolution_keeps_the_scale_of_a_signal() -> None:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        decoder = Deconv((16, 8, 8), [16] * 6).decoder(16 * 64, (3, 64, 64))
+        assert 0.2 < decoder(torch.randn(4, 16 * 64)).std() < 5
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "named"),
+    [
+        (Deconv, (6,), ["Deconv needs images", "(6,)"]),
+        (partial(Deconv, (4, 8, 8)), (3, 32, 32), ["feature [4, 8, 8] has 256 numbers", "500 come in", "features to"]),
+        (partial(Deconv, (5, 10, 10)), (1, 28, 28), ["[5, 10, 10]", "28x28", "7x7"]),
+        (partial(Deconv, (500, 1, 1), [4]), (3, 32, 32), ["channels [4]", "5 doublings", "at least 4"]),
+        (partial(Deconv, (4, 8)), (3, 32, 32), ["feature [4, 8]", "[256, 8, 8]"]),
+        (partial(Deconv, (500, 1, 1), [4, 0]), (3, 2, 2), ["channels [4, 0]"]),
+    ],
+)
+def test_a_feature_map_that_does_not_fit_is_named_in_one_line(
+    make: Callable[..., Deconv], shape: tuple[int, ...], named: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
+        make().decoder(500, shape)
+    assert all(part in str(caught.value) for part in named)
+    with pytest.raises(ValueError, match="Conv for an encoder"):
+        Deconv().encoder((3, 32, 32), 4)

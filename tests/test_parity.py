@@ -96,9 +96,10 @@ MVAES = {
     "gate": ("none", "gaussian-shared", "gaussian-each", "gumbel-shared", "gumbel-each"),
     "balance": ("none", "dhsic", "root", "mmd", "w2", "mutual"),
     "objective": ("mean", "sum"),
+    "expert": ("mlp", "conv"),
     "batch_size": (16, 13, 3),
 }
-"""Of mixtures with one decoder; the gate names the masks, the balance the penalty."""
+"""Of mixtures with one decoder; the gate names the masks, the balance the penalty, the expert all networks."""
 
 
 MULTIMODAL = {

@@ -53,10 +53,10 @@ class Conv(Network):
         self.activation, self.kernel = activation, kernel
 
     def encoder(self, shape: tuple[int, ...], num_outputs: int) -> ConvEncoder:
-        return ConvEncoder(self, _image_shape(shape), num_outputs)
+        return ConvEncoder(self, image_shape(shape, "Conv"), num_outputs)
 
     def decoder(self, num_inputs: int, shape: tuple[int, ...], num_maps: int = 1) -> ConvDecoder:
-        channels, height, width = _image_shape(shape)
+        channels, height, width = image_shape(shape, "Conv")
         return ConvDecoder(self, num_inputs, (num_maps * channels, height, width))
 
     def sizes(self, image: tuple[int, int, int]) -> list[tuple[int, int]]:
@@ -90,12 +90,7 @@ class Conv(Network):
 
     def after(self, width: int) -> list[nn.Module]:
         """Return norm and activation of a convolution with ``width`` channels."""
-        activation = ACTIVATIONS[self.activation]()
-        if self.norm == "none":
-            return [activation]
-        # Groups of one channel would remove the mean of every plane, which at 1x1 is all that it has.
-        groups = next(g for g in (8, 4, 2, 1) if g == 1 or (width % g == 0 and width // g >= 4))
-        return [nn.GroupNorm(groups, width), activation]
+        return norm_and_activation(width, self.norm, ACTIVATIONS[self.activation]())
 
 
 class ConvEncoder(nn.Module):
@@ -121,7 +116,7 @@ class ConvEncoder(nn.Module):
         levels: list[nn.Module] = []
         for num_in, width, size in zip((image[0], *net.channels), net.channels, sizes, strict=False):
             down = nn.Conv2d(num_in, width, net.kernel, _STRIDE, padding=net.padding(size))
-            _start(down, num_in * net.kernel**2)
+            start_conv(down, num_in * net.kernel**2)
             levels += [down, *net.after(width)]
             if net.residual:
                 levels.append(Residual(net, width))
@@ -161,7 +156,7 @@ class ConvDecoder(nn.Module):
                 levels.append(Residual(net, width))
             more = ((sizes[i][0] + net.kernel) % 2, (sizes[i][1] + net.kernel) % 2)
             up = nn.ConvTranspose2d(width, num_out, net.kernel, _STRIDE, net.padding(sizes[i]), more)
-            _start(up, width * net.kernel**2 / _STRIDE**2)
+            start_conv(up, width * net.kernel**2 / _STRIDE**2)
             levels += [up, *net.after(num_out)] if i else [up]
         self.levels = nn.Sequential(*levels)
 
@@ -176,24 +171,39 @@ class Residual(nn.Module):
     def __init__(self, net: Conv, width: int) -> None:
         super().__init__()
         first, second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        _start(first, width * 3**2)
-        _start(second, width * 3**2, _BRANCH_GAIN)
+        start_conv(first, width * 3**2)
+        start_conv(second, width * 3**2, _BRANCH_GAIN)
         self.branch = nn.Sequential(first, *net.after(width), second)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.branch(x)
 
 
-def _image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+def norm_and_activation(width: int, norm: NormName, activation: nn.Module) -> list[nn.Module]:
+    """Return what stands after a convolution with ``width`` channels."""
+    if norm == "none":
+        return [activation]
+    # Groups of one channel would remove the mean of every plane, which at 1x1 is all that it has.
+    groups = next(g for g in (8, 4, 2, 1) if g == 1 or (width % g == 0 and width // g >= 4))
+    return [nn.GroupNorm(groups, width), activation]
+
+
+def image_shape(shape: tuple[int, ...], network: str) -> tuple[int, int, int]:
+    """Return channels, height and width of rows.
+
+    Raises:
+        ValueError: they are no images; the message names the network.
+    """
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(
-            f"network Conv needs images (channels, height, width), but rows have shape {shape}: "
+            f"network {network} needs images (channels, height, width), but rows have shape {shape}: "
             "set field to one that holds images, or use mixdist.nets.MLP"
         )
     return shape[0], shape[1], shape[2]
 
 
-def _start(conv: nn.Conv2d | nn.ConvTranspose2d, num_inputs: float, gain: float = 1.0) -> None:
+def start_conv(conv: nn.Conv2d | nn.ConvTranspose2d, num_inputs: float, gain: float = 1.0) -> None:
+    """Draw a convolution's weights from U(-a, a), a = gain sqrt(6 / n), n the inputs of one output; no biases."""
     bound = gain * math.sqrt(6 / num_inputs)
     nn.init.uniform_(conv.weight, -bound, bound)
     assert conv.bias is not None
