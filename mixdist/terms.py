@@ -205,6 +205,7 @@ class Parts:
         stack: if experts run as one stack, the tensors that their parameters are slices of, by the parameter's name;
             the leading axis is that of ``experts``.
         micro_batch: rows that an expert runs at once, so that its replicas may run it unequally often; None for all.
+        bf16: experts run under bfloat16 autocast.
 
     Raises:
         ValueError: a shared module's name that cannot name a file of a checkpoint.
@@ -214,6 +215,7 @@ class Parts:
     experts: dict[int, nn.Module] = field(default_factory=dict)
     stack: dict[str, Tensor] = field(default_factory=dict)
     micro_batch: int | None = None
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         for name in self.shared:

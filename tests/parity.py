@@ -254,7 +254,7 @@ def make_routing(case: Case) -> TopK | None:
 
 
 COMPUTE = {"whole": Compute(), "pieces": Compute(micro_batch=2), "recompute": Compute(micro_batch=3, recompute=True)}
-COMPUTE["again"] = Compute(recompute=True)
+COMPUTE |= {"again": Compute(recompute=True), "bf16": Compute(bf16=True)}
 
 
 def make_objective(case: Case) -> Objective:
@@ -377,6 +377,10 @@ ENGINES: dict[str, EngineFactory] = {
     "native": Native,
     "sharded": functools.partial(Native, shard="optimizer"),
     "offloaded": functools.partial(Native, offload="optimizer"),
+    "bf16": functools.partial(Native, bf16_weights=True),
+    "bf16-sharded": functools.partial(Native, bf16_weights=True, shard="optimizer"),
+    "bf16-offloaded": functools.partial(Native, bf16_weights=True, offload="optimizer"),
+    "bf16-sharded-offloaded": functools.partial(Native, bf16_weights=True, shard="optimizer", offload="optimizer"),
     "fsdp": functools.partial(FSDP, unit_bytes=1),
     "fsdp-whole": FSDP,
     "fsdp-offloaded": functools.partial(FSDP, offload="optimizer", unit_bytes=100),

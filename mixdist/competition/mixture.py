@@ -92,7 +92,7 @@ class HardMixture(Ensemble):
     @property
     def parts(self) -> Parts:
         """Nothing is shared; the experts are this rank's own."""
-        return Parts({}, dict(self.bank.owned()))
+        return self.bank.parts({})
 
     def receive(self, experts: Mapping[int, Expert], discriminators: Mapping[int, Discriminator]) -> None:
         """Take this rank's experts and discriminators, as training left them."""

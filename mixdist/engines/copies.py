@@ -15,6 +15,8 @@ from mixdist.parallel.agreement import gather_json
 from mixdist.parallel.costs import balanced
 from mixdist.parallel.wire import Group, Wire
 
+NO_BYTES = torch.empty(0, dtype=torch.uint8)
+
 
 class Copies:
     """Tensors that every rank of a group holds and steps alike; their gradients are summed everywhere.
@@ -52,7 +54,7 @@ class Copies:
 
 
 class Shards(Copies):
-    """Tensors of which each is stepped by one member of the group, its owner, and sent to the others.
+    """Tensors of which each is stepped by one member of the group, its owner, and sent to the others as it is.
 
     Each gradient is summed at its owner alone, in the order of ranks; on the other ranks it is None afterwards. Both
     ways together send what one reduction for everybody does.
@@ -108,20 +110,23 @@ class Shards(Copies):
     def start_spread(self) -> Callable[[], None]:
         if self.group is None or not self.tensors:
             return nothing
-        sent_P = self._but_mine([self.numel_P[self.me]] * len(self.of_P))
-        flat = self._flat(self.owned * (len(self.of_P) - 1))
-        received_P = self._but_mine(self.numel_P)
-        pending = self.wire.all_gather(flat, sent_P, received_P, self.group)
+        # Bytes, as weights may be bfloat16 beside others that are not.
+        bytes_P = [sum(t.numel() * t.element_size() for t in part) for part in self.of_P]
+        sent_P = self._but_mine([bytes_P[self.me]] * len(self.of_P))
+        flat = torch.cat([NO_BYTES.to(self.tensors[0].device), *(as_bytes(t) for t in self.owned)])
+        received_P = self._but_mine(bytes_P)
+        pending = self.wire.all_gather(flat.repeat(len(self.of_P) - 1), sent_P, received_P, self.group)
         rest = [t for p, part in enumerate(self.of_P) for t in part if p != self.me]
-        return lambda: put(rest, pending.wait())
+        return lambda: put_bytes(rest, pending.wait())
 
     def _but_mine(self, numbers_P: Sequence[int]) -> list[int]:
         return [0 if p == self.me else n for p, n in enumerate(numbers_P)]
 
-    def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the numbers of tensors as one; a member may have none."""
-        empty = self.tensors[0].new_empty(0)
-        return torch.cat([empty, *(t.reshape(-1) for t in tensors)])
+    def _flat(self, grads: Sequence[Tensor]) -> Tensor:
+        """Return the numbers of gradients as one; a member may have none."""
+        first = self.tensors[0]
+        empty = torch.empty(0, dtype=first.grad_dtype, device=first.device)
+        return torch.cat([empty, *(g.reshape(-1) for g in grads)])
 
 
 def bring(state: dict[str, Tensor], group: Group, wire: Wire) -> dict[str, Tensor]:
@@ -136,7 +141,7 @@ def bring(state: dict[str, Tensor], group: Group, wire: Wire) -> dict[str, Tenso
         return state
     state = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     kinds = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in state.items()]
-    flat = torch.cat([torch.empty(0, dtype=torch.uint8), *(t.reshape(-1).view(torch.uint8) for t in state.values())])
+    flat = torch.cat([NO_BYTES, *(as_bytes(t) for t in state.values())])
     kinds_P, bytes_P = zip(*gather_json([kinds, len(flat)], group), strict=True)
     me, rest = dist.get_rank(group), [0] * (len(bytes_P) - 1)
     sent_P, received_P = [len(flat) if me else 0, *rest], [0, *(rest if me else bytes_P[1:])]
@@ -145,9 +150,9 @@ def bring(state: dict[str, Tensor], group: Group, wire: Wire) -> dict[str, Tenso
         return {}
     for kinds, part in zip(kinds_P[1:], received.split(received_P)[1:], strict=True):
         for name, dtype, shape in kinds:
-            numel = torch.Size(shape).numel() * getattr(torch, dtype).itemsize
-            state[name] = part[:numel].clone().view(getattr(torch, dtype)).reshape(shape)
-            part = part[numel:]
+            num_bytes = torch.Size(shape).numel() * getattr(torch, dtype).itemsize
+            state[name] = part[:num_bytes].clone().view(getattr(torch, dtype)).reshape(shape)
+            part = part[num_bytes:]
     return state
 
 
@@ -161,6 +166,19 @@ def put(tensors: Sequence[Tensor], flat: Tensor) -> None:
     """Write numbers into tensors, one after another."""
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor's numbers, in their order."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+@torch.no_grad()
+def put_bytes(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    """Write bytes into tensors, one after another."""
+    for tensor, part in zip(tensors, flat.split([t.numel() * t.element_size() for t in tensors]), strict=True):
+        aligned = part if part.storage_offset() % tensor.element_size() == 0 else part.clone()
+        tensor.copy_(aligned.view(tensor.dtype).view_as(tensor))
 
 
 def nothing() -> None:

@@ -165,8 +165,10 @@ EngineFactory = Callable[[Parts, Mesh, Wire, OptimizerFactory, ScheduleFactory |
 
 def takes_stacks(factory: EngineFactory | None) -> bool:
     """Return whether engines that a factory makes can run a stack, as far as its class is known."""
-    made = [factory.func, *factory.args] if isinstance(factory, partial) else [factory]
-    return all(getattr(one, "stacks", True) for one in made)
+    if not isinstance(factory, partial):
+        return getattr(factory, "stacks", True)
+    rounds = factory.keywords.get("bf16_weights", False)  # of Native: of each expert's own weights
+    return not rounds and all(getattr(one, "stacks", True) for one in (factory.func, *factory.args))
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

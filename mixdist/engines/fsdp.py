@@ -59,15 +59,15 @@ class FSDP(Native):
             raise ValueError(f"engine.unit_bytes ({unit_bytes}) must be at least 1: give bytes of parameters")
         if mesh.replica_group is not None:
             check_elementwise(optimizer, "the engine FSDP", "take mixdist.engines.Native with mixture.execution loop")
-        self.unit_bytes, self.units, self._made = unit_bytes, None, False
+        self.unit_bytes, self.units = unit_bytes, None
         super().__init__(parts, mesh, wire, optimizer, schedule, clip_norm, "optimizer", offload)
-        self._made, self.rehearses = True, self.units is not None
+        self.rehearses = self.units is not None
 
     units: Units | None
 
     def zero_grad(self) -> None:
         """Cut the experts, if they are whole, and clear every gradient."""
-        if self.units is not None and self._made:
+        if self.units is not None:
             self.units.cut()
             self.units.zero_grad()
         super().zero_grad()

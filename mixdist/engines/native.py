@@ -23,7 +23,7 @@ from mixdist.engines.engine import (
     square,
     start_totals,
 )
-from mixdist.engines.offload import Offloaded, check_steps_on_cpu
+from mixdist.engines.masters import Masters, bfloat16_weights, check_steps_on_cpu
 from mixdist.engines.solo import Solo, SoloFactory
 from mixdist.engines.state import Slot, check_elementwise, fast_forward, kind, read_optimizer, write_optimizer
 from mixdist.parallel.agreement import gather_json
@@ -48,9 +48,13 @@ class Native(Engine):
             all for what is shared, an expert's replicas for its own. The gradient is summed there, the new value sent
             to the others. Checkpoints are the same files.
         offload: optimizer: optimiser states are in CPU memory, where the optimiser steps.
+        bf16_weights: weights of experts' linear and convolutional layers are bfloat16 while steps are taken. The
+            optimiser steps float32 masters, which are where its states are; gradients are float32. Where experts run
+            under bfloat16 autocast it is the same run.
 
     Raises:
-        ValueError: shard or offload is something else, or the optimiser cannot step in CPU memory, or not a stack.
+        ValueError: shard or offload is something else, the optimiser cannot step in CPU memory, or not a stack, or
+            experts cannot have bfloat16 weights.
     """
 
     def __init__(
@@ -63,22 +67,26 @@ class Native(Engine):
         clip_norm: float | None = None,
         shard: Literal["none", "optimizer"] = "none",
         offload: Literal["none", "optimizer"] = "none",
+        bf16_weights: bool = False,
     ) -> None:
         super().__init__(parts, mesh, wire, optimizer, schedule, clip_norm)
         check_options(shard=shard, offload=offload)
+        self.weights = bfloat16_weights(parts) if bf16_weights else None
         if parts.stack and any(owned.expert is not None for owned, _ in self.trained):
             check_elementwise(optimizer, "a stack of experts", "set mixture.execution to loop")
         self.shard = shard == "optimizer"
         self.shared, self.own = self._copies()
         owned = [*self.shared.owned, *self.own.owned]
-        self.offloaded = Offloaded(owned) if offload == "optimizer" else None
-        self._stepped = self.offloaded.copies if self.offloaded else {tensor: tensor for tensor in owned}
+        rounded = set(self.weights.tensors if self.weights else ())
+        copied = owned if offload == "optimizer" else [tensor for tensor in owned if tensor in rounded]
+        self.masters = Masters(copied, offload == "optimizer")
+        self._stepped = {tensor: tensor for tensor in owned} | self.masters.copies
         self.optimizers = {
             # An optimiser wants something to step; all ranks ask theirs for its rate and kind.
             module.name: optimizer([self._stepped[t] for t in tensors if t in self._stepped] or [nn.Parameter(EMPTY)])
             for module, tensors in self._tensors()
         }
-        if self.offloaded:
+        if offload == "optimizer":
             check_steps_on_cpu(*self.optimizers.values())
         self.schedules = [schedule(o) for o in self.optimizers.values()] if schedule else []
         self._slices = [
@@ -87,18 +95,29 @@ class Native(Engine):
             if (slices := [m.get_parameter(name) for m in parts.experts.values()])[0].requires_grad
         ]
         self._gathered: dict[str, dict[str, Tensor]] = {}
-        self.zero_grad()
+        self._clear()
 
     @classmethod
     def solo(cls, **options: Any) -> SoloFactory:
         """Return what makes the engine of a module that trains by itself: its states have owners, or are offloaded."""
         if cls is not Native:  # what else a subclass does would be passed over
             return super().solo(**options)
+        if options.pop("bf16_weights", False):
+            raise ValueError(
+                "engine.bf16_weights (true) is for experts that train together, and in a competition each trains by "
+                "itself: leave it out"
+            )
         check_options(**options)
         return partial(Solo, **{name: value == "optimizer" for name, value in options.items()})
 
     def zero_grad(self) -> None:
         """Clear every gradient: the next backward pass puts its own there, without a pass over memory to add them."""
+        if self.weights and not self.weights.rounded:
+            self.masters.fetch_values()
+            self.weights.round()
+        self._clear()
+
+    def _clear(self) -> None:
         self._gathered = {}
         for _, parameters in self.trained:
             for parameter in parameters:
@@ -114,14 +133,10 @@ class Native(Engine):
         check_finite(totals.outcome, squares, [o.name for o, _ in self.trained if o.expert is None], step)
         if self.clip_norm is not None and totals.grad_norm > self.clip_norm:
             torch._foreach_mul_([g for _, ps in self.trained for g in gradients(ps)], self.clip_norm / totals.grad_norm)
-        if self.offloaded:
-            self.offloaded.fetch()
+        self.masters.fetch()
         for optimizer in self.optimizers.values():
             optimizer.step()
-        if self.offloaded:
-            self.offloaded.put()
-        for arrive in [copies.start_spread() for copies in (self.shared, self.own)]:
-            arrive()
+        self._put()
         for schedule in self.schedules:
             schedule.step()
         return totals
@@ -136,7 +151,19 @@ class Native(Engine):
     def learning_rate(self) -> float:
         return next((float(o.param_groups[0]["lr"]) for o in self.optimizers.values()), 0.0)
 
+    def _put(self) -> None:
+        """Put what was stepped in its place, on every rank that holds a copy."""
+        self.masters.put()
+        for arrive in [copies.start_spread() for copies in (self.shared, self.own)]:
+            arrive()
+
+    def ready(self) -> None:
+        if self.weights and self.weights.rounded:
+            self.weights.widen()
+            self._put()
+
     def gather(self) -> None:
+        self.ready()
         for owned, _ in self.trained if self.shard else ():
             self._gathered[owned.name] = self._bring(owned, self._own_state(owned))
 
@@ -155,6 +182,7 @@ class Native(Engine):
             write_optimizer(optimizer, self._slots(owned), state)
 
     def close(self) -> None:
+        self.ready()
         self._gathered = {}
 
     def _copies(self) -> tuple[Copies, Copies]:
@@ -213,7 +241,7 @@ class Native(Engine):
         for _, parameters in self.trained:
             for parameter in parameters:
                 if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+                    parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
 
     def _totals(self, outcome: Outcome, reduced: Callable[[], None]) -> tuple[Totals, Tensor]:
         """Return what a step was over all ranks, and squared norms, (E + 1,).

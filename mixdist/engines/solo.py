@@ -19,7 +19,7 @@ from mixdist.engines.engine import (
     square,
     trainable,
 )
-from mixdist.engines.offload import Offloaded, check_steps_on_cpu
+from mixdist.engines.masters import Masters, check_steps_on_cpu
 from mixdist.engines.state import Slot, fast_forward, kind, read_optimizer, write_optimizer
 from mixdist.parallel.wire import Group, Wire
 
@@ -73,11 +73,11 @@ class Solo:
         self.sharded = shard and group is not None
         shards = partial(Shards, turn=turn)
         self.copies = (shards if self.sharded else Copies)(self.parameters, group, wire)
-        self.offloaded = Offloaded(self.copies.owned) if offload else None
-        self._stepped = self.offloaded.copies if self.offloaded else {tensor: tensor for tensor in self.copies.owned}
+        self.masters = Masters(self.copies.owned if offload else (), offload)
+        self._stepped = {tensor: tensor for tensor in self.copies.owned} | self.masters.copies
         # An optimiser wants something to step, also on a rank that owns nothing.
         self.optimizer = optimizer(list(self._stepped.values()) or [nn.Parameter(torch.empty(0))])
-        if self.offloaded:
+        if offload:
             check_steps_on_cpu(self.optimizer)
         self.schedule = schedule(self.optimizer) if schedule else None
         self.steps = self.epochs = 0
@@ -111,11 +111,9 @@ class Solo:
         grads = gradients(self.copies.owned)
         if grads and self.clip_norm is not None and finite[-1] > self.clip_norm:
             torch._foreach_mul_(grads, self.clip_norm / finite[-1])
-        if self.offloaded:
-            self.offloaded.fetch()
+        self.masters.fetch()
         self.optimizer.step()
-        if self.offloaded:
-            self.offloaded.put()
+        self.masters.put()
         self.copies.start_spread()()
         self.steps += 1
         return float(loss_now)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mixdist.experts.expert import Expert
 from mixdist.experts.seen import Seen
-from mixdist.terms import Batch, ExpertTerms, places
+from mixdist.terms import Batch, ExpertTerms, Parts, places
 
 Execution = Literal["loop", "stacked"]
 Noise = Callable[..., Tensor]
@@ -112,6 +112,11 @@ class ExpertBank(nn.Module):
     def owned(self) -> dict[int, Expert]:
         """The experts by their global numbers."""
         return {int(e): cast(Expert, expert) for e, expert in self.experts.items()}
+
+    def parts(self, shared: dict[str, nn.Module]) -> Parts:
+        """Return these experts and what a mixture shares, as an engine takes them."""
+        compute = self.compute
+        return Parts(shared, dict(self.owned()), self.stack, compute.micro_batch, compute.bf16)
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -101,7 +101,7 @@ class Multimodal(Gateless):
 
     @property
     def parts(self) -> Parts:
-        return Parts({"prior": self.prior} if self.learn_prior else {}, dict(self.bank.owned()))
+        return self.bank.parts({"prior": self.prior} if self.learn_prior else {})
 
     def check_data(self, splits: Mapping[str, Samples]) -> None:
         """Check the experts together, and where rows are in memory that each has a modality."""

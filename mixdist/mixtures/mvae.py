@@ -141,7 +141,7 @@ class MVAE(Gateless):
     def parts(self) -> Parts:
         learned = {"masks": self.masks} if any(True for _ in self.masks.parameters()) else {}
         shared = {"decoder": self.decoder, **learned}
-        return Parts(shared, dict(self.bank.owned()), self.bank.stack, self.compute.micro_batch)
+        return self.bank.parts(shared)
 
     def key_of(self, e: int) -> str:
         return "mixture.component"

@@ -151,7 +151,7 @@ class Soft(Ensemble):
     @property
     def parts(self) -> Parts:
         """The gate is shared; the experts are this rank's own."""
-        return Parts({"gate": self.gate}, dict(self.bank.owned()), self.bank.stack, self.compute.micro_batch)
+        return self.bank.parts({"gate": self.gate})
 
     def backward(
         self, batch: RankBatch, objective: Objective, at: Moment, num_parts: int = 1, upcoming: RankBatch | None = None

@@ -36,6 +36,9 @@ class Affine(nn.Module):
     W is drawn from U(-a, a) with a = sqrt(6 / (in + out)) (Glorot and Bengio 2010, eq. 16); b starts at zero.
     """
 
+    autocast_weights = True
+    """Its parameters are read by products alone, which autocast rounds to bfloat16 (``engines/masters.py``)."""
+
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_in, num_out))

@@ -24,7 +24,7 @@ from mixdist.engines.engine import (
     square,
     start_totals,
 )
-from mixdist.engines.offload import check_steps_on_cpu
+from mixdist.engines.masters import check_steps_on_cpu
 from mixdist.engines.state import check_elementwise, fast_forward, kind
 from mixdist.parallel.agreement import agreed, gather_json
 from mixdist.parallel.mesh import Mesh
