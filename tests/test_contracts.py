@@ -1172,6 +1172,33 @@ def test_an_optional_method_is_checked_before_an_evaluation(name: str) -> None:
     error_of(lambda: evaluate(trainer.mixture, rows(), 16, 0), *words.split())
 
 
+def model_gate(**methods: Any) -> Any:
+    return type("Mine", (Plain,), {"num_drawn": 2, **methods})
+
+
+GATE_ABILITIES: dict[str, tuple[Any, str]] = {
+    "reconstruct": (model_gate(reconstruct=lambda self, rows: rows["x"][:, :3]), "Mine.reconstruct (8, 3) (8, 6)"),
+    "embed": (model_gate(latent=4, embed=lambda self, rows: rows["x"]), "Mine.embed (8, 6) (8, 4)"),
+    "log_weights": (model_gate(log_weights=lambda self, rows, eps: rows["x"].sum(1)), "Mine.log_weights (8,) (8, 1)"),
+    "log_weights of z": (
+        model_gate(latent=2, log_weights=lambda self, rows, eps: eps.sum((1, 2))),
+        "Mine.log_weights (8,) (8, 2)",
+    ),
+    "sample": (model_gate(sample=lambda self, cluster, eps: eps), "Mine.sample (8, 2) (8, 6)"),
+    "draw": (model_gate(draw=lambda self, cluster, eps, uniform: torch.rand_like(uniform)), "Mine.draw generator"),
+    "log_pi of another size": (model_gate(log_pi=lambda self: self.net.bias[:2]), "Mine.log_pi (2,) (3,)"),
+    "weights": (model_gate(log_pi=lambda self: torch.ones(3)), "Mine.log_pi sum to 8.155 log_softmax"),
+}
+
+
+@pytest.mark.parametrize("name", GATE_ABILITIES)
+def test_an_optional_method_of_a_gate_is_checked_too(name: str) -> None:
+    kind, words = GATE_ABILITIES[name]
+    trainer = make(gate=kind)
+    trainer.begin()
+    error_of(lambda: evaluate(trainer.mixture, rows(), 16, 0), "mixture.gate", *words.split())
+
+
 def test_an_evaluation_checks_gate_and_experts_as_they_are_there() -> None:
     class Raw(Plain):
         def out(self, rows: Batch, logits: Tensor) -> Any:

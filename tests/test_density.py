@@ -172,7 +172,34 @@ def test_experts_that_do_not_draw_are_refused(tmp_path: Path, monkeypatch: pytes
     assert here("train", "--config", write_config(tmp_path / "c.yaml", config), "--out", "run").code == 0
     ended = here("evaluate", "run", "--kde", "10")
     assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
-    assert "--kde (10)" in ended.err
+    assert all(word in ended.err for word in ("--kde (10)", "Regressor", "Softmax", "VaDE", "leave --kde out"))
+
+
+GATE_LOSS, SILENT = "mixdist.mixtures.GateLoss", "mixdist.experts.Silent"
+
+
+def test_a_gate_alone_has_a_kernel_density(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of samples of its clusters; near its own exact density, where there are many samples; alike on two ranks."""
+    monkeypatch.chdir(tmp_path)
+    blobs = {"num_classes": 3, "rows": 600, "test_rows": 200, "spread": 0.2}
+    gate = {"class_path": "mixdist.gates.GMM", "init_args": {"start": "em", "start_rows": 300}}
+    changes = {
+        "data": {"class_path": "mixdist.data.Blobs", "init_args": blobs},
+        "gate": gate,
+        "num_experts": 3,
+        "expert": {"class_path": SILENT},
+        "train__objective": {"class_path": GATE_LOSS},
+    }
+    assert here("train", "--config", write_config(tmp_path / "c.yaml", changed(**changes)), "--out", "run").code == 0
+    one = evaluated("--kde", "3000")
+    figures, kde = one["figures"], one["protocol"]["kde"]
+    assert figures["kde_log_likelihood"] == pytest.approx(figures["gate_log_likelihood"], abs=0.15)
+    assert sum(kde["samples_of_clusters"]) == 3000
+    assert min(kde["samples_of_clusters"]) > 500
+    ended = together("evaluate", "run", "--kde", "3000", ranks=2, folder=tmp_path)
+    assert ended.code == 0, ended.err
+    two = json.loads(Path("run/evaluation.json").read_text())
+    assert two["figures"]["kde_log_likelihood"] == pytest.approx(figures["kde_log_likelihood"], rel=1e-4)
 
 
 def test_a_soft_mixture_has_a_kernel_density(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,23 @@ def test_gmm_samples_have_its_moments(covariance: str) -> None:
     assert error.abs().max() < 0.04
 
 
+@pytest.mark.parametrize("make", [vade, dmvae, lambda: GMM(SPEC, 4)], ids=["VaDE", "DMVAE", "GMM"])
+def test_what_is_drawn_has_the_mean_of_the_samples(make: Callable[[], Gate]) -> None:
+    """At the same z: drawn rows vary about what ``sample`` returns, by the noise of p(x|z), which a GMM has not."""
+    gate = scattered(make).eval()
+    generator = torch.Generator().manual_seed(2)
+    eps = torch.randn(1, gate.num_drawn, dtype=torch.float64, generator=generator).expand(20_000, -1)
+    cluster = torch.full((len(eps),), 2)
+    uniform = torch.rand(len(eps), 3, dtype=torch.float64, generator=generator)
+    with torch.no_grad():
+        mean, drawn = gate.sample(cluster, eps), gate.draw(cluster, eps, uniform)
+    assert drawn.shape == mean.shape
+    off = (drawn - mean).flatten(1)
+    assert (off.mean(0).abs() <= 5 * off.std(0) / math.sqrt(len(off))).all()
+    assert bool(off.any()) == (gate.latent is not None)
+    torch.testing.assert_close(gate.log_pi().exp().sum().item(), 1.0)
+
+
 # Bounds
 
 
@@ -343,6 +360,7 @@ def test_what_a_gate_that_is_a_model_shows(tmp_path: Path, monkeypatch: pytest.M
     assert torch.equal(model.generate(4, cluster=2), model.generate(9, cluster=2)[:4])
     assert not torch.equal(model.generate(4, cluster=2), model.generate(4, cluster=3))
     assert model.generate(4, cluster=2).shape == (4, 1, 8, 8)
+    assert set(model.generate(4, cluster=2, observed=True).unique().tolist()) == {0.0, 1.0}  # of a Bernoulli likelihood
     for call in (lambda: model.generate(4, cluster=9), lambda: model.generate(-1, cluster=0)):
         with pytest.raises(ValueError, match=r"cluster|num_samples"):
             call()

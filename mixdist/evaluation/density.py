@@ -27,7 +27,8 @@ class KernelDensity(NamedTuple):
         log_density_N: of each row, nats, in units of values, as the model sees them; NaN for rows not reported.
         reported: the places of the rows reported.
         num_samples: S.
-        counts_E: samples of each expert.
+        counts_E: samples of each expert, or of each cluster of a gate.
+        drawn_of: expert or cluster.
         bandwidth: standard deviation of the kernel, in units of values.
         at_edge: the best bandwidth was the first or last one tried, so the number is not to be trusted.
         chosen_on: training rows that chose the bandwidth; none of them is reported.
@@ -37,6 +38,7 @@ class KernelDensity(NamedTuple):
     reported: np.ndarray
     num_samples: int
     counts_E: list[int]
+    drawn_of: str
     bandwidth: float
     at_edge: bool
     chosen_on: int
@@ -45,8 +47,8 @@ class KernelDensity(NamedTuple):
         """Return, as JSON, how it was taken."""
         return {
             "samples": self.num_samples,
-            "samples_of_experts": self.counts_E,
-            "drawn": "x of the whole mixture, with the noise of p(x|z); as many of each expert as samples_of_experts",
+            (counts := f"samples_of_{self.drawn_of}s"): self.counts_E,
+            "drawn": f"x of the whole mixture, with the noise of p(x|z); as many of each {self.drawn_of} as {counts}",
             "bandwidth": self.bandwidth,
             "bandwidth_at_edge": self.at_edge,
             "bandwidth_chosen_on": f"{self.chosen_on} training rows, none of them among those reported",
@@ -90,7 +92,9 @@ def kernel_density(
     log_density, bandwidth, at_edge = on_rank_0(estimate, mixture.context.mesh)
     log_density_N = np.full(len(dataset), np.nan)
     log_density_N[reported] = log_density
-    return KernelDensity(log_density_N, reported.numpy(), num_samples, counts_E, bandwidth, at_edge, len(held_out))
+    return KernelDensity(
+        log_density_N, reported.numpy(), num_samples, counts_E, mixture.drawn_of, bandwidth, at_edge, len(held_out)
+    )
 
 
 def check_draws(mixture: Mixture, num_samples: int) -> None:
@@ -103,9 +107,17 @@ def check_draws(mixture: Mixture, num_samples: int) -> None:
         raise ValueError(f"--kde ({num_samples}) must be 0 or more: give 10000 for a usual estimate, 0 for none")
     if num_samples and mixture.drawn_field is None:
         raise ValueError(
-            f"--kde ({num_samples}) needs samples of the mixture, and {type(mixture).__name__} with these experts "
-            f"draws none: set --kde 0"
+            f"--kde ({num_samples}) needs samples with the noise of p(x|z), and {_drawless(mixture)}: leave --kde out"
         )
+
+
+def _drawless(mixture: Mixture) -> str:
+    """Say what of a mixture draws no samples."""
+    experts = ", ".join({type(one).__name__: None for one in mixture.parts.experts.values()})
+    gate = getattr(mixture, "gate", None)
+    and_gate = "" if gate is None else f" nor its gate ({type(gate.model).__name__}) draws any, as VAE or the gate VaDE"
+    told = f"neither experts ({experts}){and_gate}" if and_gate else f"its experts ({experts}) draw none"
+    return f"of {type(mixture).__name__} {told}"
 
 
 def _flat(dataset: Samples, name: str, index: torch.Tensor) -> np.ndarray:

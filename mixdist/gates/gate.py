@@ -142,6 +142,20 @@ class Gate(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} does not sample")
 
+    def log_pi(self) -> Tensor:
+        """Return the log weights of the clusters in p(x), (K,)."""
+        raise NotImplementedError(f"{type(self).__name__} has no log_pi")
+
+    def draw(self, cluster: Tensor, eps: Tensor, uniform: Tensor) -> Tensor:
+        """Return x ~ p(x|z) of clusters (S,), noise and all, for the z of ``sample``: (S, *shape of x).
+
+        Args:
+            cluster: the number of each.
+            eps: as of ``sample``.
+            uniform: independent numbers, uniform on (0, 1), in the shape of the result.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not draw")
+
     def log_weights(self, rows: Batch, eps: Tensor | None) -> Tensor:
         """Return log p(x, z) - log q(z|x) for S posterior samples of each row: (B, S) nats, eps (B, S, L).
 

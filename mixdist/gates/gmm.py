@@ -87,6 +87,9 @@ class GMM(Gate):
         assert self.upper_KDD is not None
         return self.upper_KDD.triu(1) + torch.diag_embed(self.log_diagonal_KD.exp())
 
+    def log_pi(self) -> Tensor:
+        return torch.log_softmax(self.logits_K, 0)
+
     def log_joint(self, rows: Batch) -> Tensor:
         """Return log pi_k + log N(x; m_k, S_k), (B, K) nats."""
         x = flat(rows[self.field], self.shape)
@@ -96,7 +99,7 @@ class GMM(Gate):
         else:
             white_BKD = torch.einsum("bkd,kde->bke", off_BKD, self.factors())
         constant_K = self.log_diagonal_KD.sum(-1) - 0.5 * self.mean_KD.shape[1] * math.log(2.0 * math.pi)
-        return torch.log_softmax(self.logits_K, 0) + constant_K - 0.5 * white_BKD.square().sum(-1)
+        return self.log_pi() + constant_K - 0.5 * white_BKD.square().sum(-1)
 
     def forward(self, rows: Batch, eps: Tensor | None) -> Gating:
         log_joint_BK = self.log_joint(rows)
@@ -120,6 +123,9 @@ class GMM(Gate):
             transposed = self.factors().mT[cluster]
             off = torch.linalg.solve_triangular(transposed, eps[..., None], upper=False)[..., 0]
         return (self.mean_KD[cluster] + off).reshape(-1, *self.shape)
+
+    def draw(self, cluster: Tensor, eps: Tensor, uniform: Tensor) -> Tensor:
+        return self.sample(cluster, eps)  # without latents there is no more noise
 
     # EM
 

@@ -80,10 +80,6 @@ class LatentGate(Gate):
         self.mean_KL = nn.Parameter(spread * torch.randn(num_experts, latent))
         self.log_var_KL = nn.Parameter(torch.zeros(num_experts, latent))
 
-    def log_pi(self) -> Tensor:
-        """Return the log weights of the clusters, (K,)."""
-        raise NotImplementedError(f"{type(self).__name__} has no log_pi")
-
     def clusters(self) -> Clusters:
         """Return the prior of z."""
         return Clusters(self.log_pi(), self.mean_KL, self.log_var_KL)
@@ -142,8 +138,16 @@ class LatentGate(Gate):
     def reconstruct(self, rows: Batch) -> Tensor:
         return self.decode(self.embed(rows))
 
+    def of_cluster(self, cluster: Tensor, eps: Tensor) -> Tensor:
+        """Return z of clusters (S,), (S, L), from standard normal numbers."""
+        return self.mean_KL[cluster] + torch.exp(0.5 * self.log_var_KL[cluster]) * eps
+
     def sample(self, cluster: Tensor, eps: Tensor) -> Tensor:
-        return self.decode(self.mean_KL[cluster] + torch.exp(0.5 * self.log_var_KL[cluster]) * eps)
+        return self.decode(self.of_cluster(cluster, eps))
+
+    def draw(self, cluster: Tensor, eps: Tensor, uniform: Tensor) -> Tensor:
+        output = self.decoder(self.of_cluster(cluster, eps)).to(uniform.dtype)
+        return self.likelihood.draw(output, flat(uniform, self.shape)).reshape(-1, *self.shape)
 
     def log_weights(self, rows: Batch, eps: Tensor | None) -> Tensor:
         assert eps is not None

@@ -1,6 +1,6 @@
-"""What an expert's optional methods must return, checked before an evaluation uses them.
+"""What optional methods of experts and gates must return, checked before an evaluation uses them.
 
-Shape letters: n rows of the check, S importance samples.
+Shape letters: n rows of the check, S importance samples, K clusters.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from mixdist.experts import Expert
+from mixdist.gates import Gate
 from mixdist.mixtures.contracts import Rows
-from mixdist.mixtures.probe import Columns, Probe, check_column, shown
+from mixdist.mixtures.probe import COARSE, Columns, Fault, Probe, check_column, shown
 from mixdist.terms import Spec
 
 NUM_SAMPLES = 2
@@ -62,6 +63,45 @@ def check_abilities(key: str, expert: Expert, rows: Rows, spec: Spec, draw: Draw
     probe("sample", shape, draw(noise))
     if shape is not None:
         probe("draw", shape, draw(noise), torch.special.ndtr(draw(shape)))
+
+
+def check_gate_abilities(key: str, gate: Gate, rows: Rows, spec: Spec, draw: Draws, num_clusters: int) -> None:
+    """Check the optional methods that a gate has; arguments and errors as for ``check_abilities``."""
+    field, noise = getattr(gate, "field", "x"), draw((gate.num_drawn,))
+    values, shape = rows.of(gate), spec[field].shape if field in spec else None
+    cluster = torch.arange(len(noise), device=noise.device) % num_clusters
+
+    def probe(method: str, wanted: tuple[int, ...] | None, *args: Any) -> None:
+        if wanted is None or not gate.can(method):
+            return
+
+        def read(result: Any, num_rows: int) -> Columns:
+            return {"its result": check_column("its result", result, (num_rows, *wanted), "one result for each row")}
+
+        who = f"{key}: {type(gate).__name__}.{method}"
+        Probe(who, lambda one, *given: getattr(one, method)(*given), (gate,), read, takes_none=rows.takes_none)(*args)
+
+    probe("reconstruct", shape, values)
+    probe("embed", None if gate.latent is None else (gate.latent,), values)
+    if gate.latent is None:
+        probe("log_weights", (1,), values, None)
+    else:
+        probe("log_weights", (NUM_SAMPLES,), values, draw((NUM_SAMPLES, gate.latent)))
+    probe("sample", shape, cluster, noise)
+    if shape is not None:
+        probe("draw", shape, cluster, noise, torch.special.ndtr(draw(shape)))
+    if gate.can("log_pi"):
+        _check_log_pi(f"{key}: {type(gate).__name__}.log_pi", gate, num_clusters)
+
+
+def _check_log_pi(who: str, gate: Gate, num_clusters: int) -> None:
+    try:
+        log_pi_K = check_column("its result", gate.log_pi(), (num_clusters,), "return one number for each cluster")
+    except ValueError as fault:
+        raise Fault(f"{who} {fault}") from None
+    total = float(log_pi_K.detach().double().exp().sum())
+    if not abs(total - 1) < COARSE:
+        raise Fault(f"{who} returns logs of weights that sum to {total:.4g}, expected 1: return log_softmax of them")
 
 
 def _check_posterior(key: str, expert: Expert, rows: Rows) -> None:

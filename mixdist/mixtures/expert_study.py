@@ -95,7 +95,7 @@ class ExpertStudy(Study):
     def start(self) -> None:
         """Take the mixture's shares, where they are the weights of a density or of predictions."""
         request, mixture = self.request, self.mixture
-        is_density = self.target is None and (mixture.one_density or mixture.drawn_field is not None)
+        is_density = self.target is None and (mixture.one_density or mixture.common("draws") is not None)
         is_density = is_density and self.has_losses
         if is_density or mixture.reads_target:
             rows = request.shares_from or self.dataset

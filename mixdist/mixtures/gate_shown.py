@@ -15,7 +15,9 @@ from mixdist.data import Samples
 from mixdist.gates import Gate
 from mixdist.mixtures.figures import ExpertEvaluation, class_names
 from mixdist.mixtures.pictures import Latents, Panel, Panels, Picture, Plane
+from mixdist.mixtures.samples import DRAWN_AT_ONCE, apportioned
 from mixdist.noise import Moment, Purpose
+from mixdist.terms import Spec
 
 if TYPE_CHECKING:
     from mixdist.mixtures.ensemble import Ensemble
@@ -24,16 +26,49 @@ NUM_LATENTS, NUM_IMAGES, NUM_POINTS = 2000, 8, 300
 """Rows whose latents are shown; samples of a cluster that are: images, points in the plane."""
 
 
-def samples_of_cluster(gate: Gate, cluster: int, num: int, at: Moment, num_experts: int, dtype: torch.dtype) -> Tensor:
-    """Draw a cluster's samples, (S, *shape of x), each a function of (seed, phase, its number, cluster) alone.
+def drawn_of_cluster(
+    gate: Gate, cluster: int, ids: Tensor, at: Moment, of: int, spec: Spec, dtype: torch.dtype, observed: bool = False
+) -> Tensor:
+    """Draw a cluster's samples of the given numbers, each a function of (seed, phase, its number, cluster) alone.
 
-    Their draws are those of an expert ``num_experts + cluster``, of which there is none.
+    Args:
+        gate: a model of rows.
+        cluster: its number.
+        ids: the samples' numbers, (S,).
+        at: names the draws; its step is not used.
+        of: how many clusters there are. Draws are those of an expert ``of + cluster``, of which there is none.
+        spec: of the data.
+        dtype: of the samples.
+        observed: draw from p(x|z), where there are latents; otherwise the means of p(x|z).
+
+    Returns:
+        (S, *shape of x).
     """
-    device = next(gate.parameters()).device
-    eps = at.draw(Purpose.PRIOR).normal(
-        torch.arange(num, device=device), [num_experts + cluster], (gate.num_drawn,), dtype
-    )[0]
-    return gate.sample(torch.full((num,), cluster, device=device), eps)
+    at, clusters = Moment(at.seed, at.phase), torch.full_like(ids, cluster)
+    eps = at.draw(Purpose.PRIOR).normal(ids, [of + cluster], (gate.num_drawn,), dtype)[0]
+    if not observed:
+        return gate.sample(clusters, eps)
+    shape = spec[getattr(gate, "field", "x")].shape
+    return gate.draw(clusters, eps, at.draw(Purpose.OBSERVATION).uniform(ids, [of + cluster], shape, dtype)[0])
+
+
+@torch.no_grad()
+def drawn_of_gate(gate: Gate, num_samples: int, at: Moment, spec: Spec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Draw S samples x ~ p(x) of a gate that is a model, S pi_k of each cluster, rounded as ``apportioned`` has it.
+
+    Returns:
+        how many of each cluster (K,), and the samples (S, *shape of x), in the order of clusters.
+    """
+    device, training = next(gate.parameters()).device, gate.training
+    counts_K = apportioned(gate.log_pi().double().exp().cpu().numpy(), num_samples)
+    gate.eval()
+    drawn = [
+        drawn_of_cluster(gate, cluster, ids, at, len(counts_K), spec, dtype, observed=True)
+        for cluster, count in enumerate(counts_K.tolist())
+        for ids in torch.arange(count, device=device).split(DRAWN_AT_ONCE)
+    ]
+    gate.train(training)
+    return torch.from_numpy(counts_K), torch.cat(drawn)
 
 
 @torch.no_grad()
@@ -59,8 +94,12 @@ def _clusters(
     if not image and not plane:
         return None
     num, at = NUM_IMAGES if image else NUM_POINTS, Moment(seed)
-    drawn = [samples_of_cluster(gate, e, num, at, mixture.num_experts, mixture.dtype).float().cpu() for e in experts]
-    samples = [one.numpy() for one in drawn]
+    ids, of = torch.arange(num, device=mixture.context.mesh.device), mixture.num_experts
+    observed = plane and gate.can("draw")  # a cloud of means in the plane is no density
+    samples = [
+        drawn_of_cluster(gate, e, ids, at, of, mixture.spec, mixture.dtype, observed).float().cpu().numpy()
+        for e in experts
+    ]
     if plane:
         points = _values(mixture, dataset, field, torch.arange(len(dataset))).cpu().numpy()
         return Plane("gate.png", points, evaluation.expert_N, samples, "cluster")

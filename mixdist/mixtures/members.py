@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mixdist.experts import Expert, Noise
 from mixdist.gates import Gate
-from mixdist.mixtures.abilities import check_abilities
+from mixdist.mixtures.abilities import check_abilities, check_gate_abilities
 from mixdist.mixtures.contracts import Rows, check_expert, check_gate, check_range
 from mixdist.mixtures.mixture import Outputs, Stage
 from mixdist.mixtures.probe import COARSE, Fault
-from mixdist.noise import Moment, Purpose
+from mixdist.noise import Draw, Moment, Purpose
 from mixdist.terms import Batch, Gating
 
 if TYPE_CHECKING:
@@ -37,8 +37,18 @@ def inspect_gate(mixture: Ensemble, gate: Gate, rows: Batch, batch: Batch, at: M
     trains = stage is not None and stage.trains in ("both", "gate")
     key = "mixture.gate"
     gating, used = check_gate(key, gate, _rows(mixture, values), eps, mixture.num_experts, trains)
+    if stage is None:
+        model, draw = gate.model, at.draw(Purpose.GATE)
+        given = _rows(mixture, mixture.values(rows, model.fields))
+        shapes = partial(_of_gate, draw, rows["id"], mixture.dtype)
+        check_gate_abilities(key, model, given, mixture.spec, shapes, mixture.num_experts)
     _check_ranges(f"{key}: {type(gate).__name__}.forward", used, mixture, batch)
     return gating
+
+
+def _of_gate(draw: Draw, ids: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Return a gate's noise, (n, *shape)."""
+    return draw.normal(ids, [0], shape, dtype)[0]
 
 
 def _check_ranges(who: str, used: list[Any], mixture: Ensemble, batch: Batch) -> None:

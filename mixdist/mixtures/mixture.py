@@ -258,6 +258,11 @@ class Mixture(ABC):
         """The field whose samples ``draw`` draws; None for a family that does not sample."""
         return None
 
+    @property
+    def drawn_of(self) -> str:
+        """What ``draw`` counts samples of: expert, or what stands in its place."""
+        return "expert"
+
     def draw(self, num_samples: int, evaluation: Evaluation, at: Moment) -> tuple[list[int], np.ndarray]:
         """Draw from the whole mixture, for a kernel density on its samples; every rank calls it and gets all.
 

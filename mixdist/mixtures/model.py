@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixdist.experts import Expert
 from mixdist.gates import Gate
-from mixdist.mixtures.gate_shown import samples_of_cluster
+from mixdist.mixtures.gate_shown import drawn_of_cluster
 from mixdist.mixtures.given import Rowed, draws, whole_number
 from mixdist.mixtures.routing import responsible
 from mixdist.mixtures.samples import drawn
@@ -165,16 +165,23 @@ class Model(Rowed):
         return gate.embed(named)
 
     @torch.no_grad()
-    def generate(self, num_samples: int, cluster: int, seed: int = 0) -> Tensor:
-        """Draw rows of a cluster of a gate that is a model, as means of p(x|z): (num_samples, *shape of x).
+    def generate(self, num_samples: int, cluster: int, seed: int = 0, observed: bool = False) -> Tensor:
+        """Draw rows of a cluster of a gate that is a model: (num_samples, *shape of x).
+
+        Args:
+            num_samples: how many.
+            cluster: its number.
+            seed: of the draws; the same numbers of z, observed or not.
+            observed: draw from p(x|z), noise and all; otherwise the means of p(x|z).
 
         Raises:
             ValueError: the gate is no model of rows, or there is no such cluster.
         """
-        gate, num_samples, seed = self._model_gate("sample"), *draws(num_samples, seed)
+        gate, num_samples, seed = self._model_gate("draw" if observed else "sample"), *draws(num_samples, seed)
         if isinstance(cluster, bool) or whole_number(cluster) not in self.experts:
             raise ValueError(f"cluster ({cluster!r}) must be from 0 to {len(self.experts) - 1}: choose another")
-        return samples_of_cluster(gate, whole_number(cluster), num_samples, Moment(seed), len(self.experts), self.dtype)
+        of, ids = len(self.experts), torch.arange(num_samples)
+        return drawn_of_cluster(gate, whole_number(cluster), ids, Moment(seed), of, self.spec, self.dtype, observed)
 
     def _model_gate(self, ability: str) -> Gate:
         gate = self.gate.model

@@ -94,7 +94,7 @@ def _samples(
     plane, image = is_plane(dataset), is_image(dataset)
     share_E = mixture.density_weights(evaluation.share_E)
     whole_E, num = apportioned(share_E, NUM_WHOLE if image else 0), NUM_POINTS if plane else NUM_SAMPLES
-    observed = plane and mixture.drawn_field == "x"
+    observed = plane and mixture.common("draws") == "x"
     found = samples_of(mixture, np.maximum(whole_E, num), Moment(seed), observed)
     by_expert = {f"{e}/samples": drawn[:num] for e, drawn in found.items()}
     if not image:

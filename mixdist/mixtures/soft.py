@@ -5,40 +5,31 @@ Shape letters: B rows on this rank, R rows routed here, E all experts, e experts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixdist.data import RankBatch, Samples, share
+from mixdist.data import RankBatch
 from mixdist.experts import Compute
 from mixdist.gates import Gate
-from mixdist.mixtures.context import Context
-from mixdist.mixtures.declared import made_gate
-from mixdist.mixtures.ensemble import Ensemble, Execution, MakeExpert
+from mixdist.mixtures.ensemble import Execution, MakeExpert
 from mixdist.mixtures.expert_start import ExpertStart
-from mixdist.mixtures.figures import ExpertEvaluation
-from mixdist.mixtures.gate_shown import gate_pictures
-from mixdist.mixtures.gate_start import check_stages, start_gate
+from mixdist.mixtures.gated import Gated
 from mixdist.mixtures.members import losses_of_all, may_be_none
 from mixdist.mixtures.mixture import Outputs, Stage
 from mixdist.mixtures.objective_contracts import check_objective
 from mixdist.mixtures.objectives import Objective
-from mixdist.mixtures.pictures import Picture
 from mixdist.mixtures.routing import RoutingPlan, TopK, admitted, demand, lay_out
 from mixdist.mixtures.step_record import outcome_of, record_of
-from mixdist.mixtures.study import Evaluation
-from mixdist.noise import Moment, Purpose, permutation
+from mixdist.noise import Moment
 from mixdist.parallel.route import Route
 from mixdist.terms import Batch, Gating, Outcome, Parts, Spec, places
 
-SHARES_FROM = 1 << 16
-"""Training rows that shares are a mean over; where there are more, so many of them, chosen by the seed."""
 
-
-class Soft(Ensemble):
+class Soft(Gated):
     """Gate and experts, each row seen by every expert or by its k most responsible ones; seed documents 000 and 001.
 
     The gate runs once on all of a rank's rows and the experts in micro-batches, each of which is sent, run, combined
@@ -72,8 +63,6 @@ class Soft(Ensemble):
         10
     """
 
-    shares_are = f"mean responsibilities over the training rows ({SHARES_FROM} of them where there are more)"
-
     def __init__(
         self,
         gate: Callable[[Spec, int], Gate],
@@ -86,8 +75,8 @@ class Soft(Ensemble):
         compute: Compute = Compute(),  # noqa: B008 (frozen)
         expert_start: ExpertStart | None = None,
     ) -> None:
-        super().__init__(expert, num_experts, execution, compute)
-        self.make_gate, self.routing, self.one_way, self.prefetch = gate, routing, one_way, prefetch
+        super().__init__(gate, expert, num_experts, execution, compute)
+        self.routing, self.one_way, self.prefetch = routing, one_way, prefetch
         self.expert_start = expert_start
         self._ahead: tuple[RankBatch, Route] | None = None
         if routing is not None and routing.k > self.num_experts:
@@ -101,10 +90,6 @@ class Soft(Ensemble):
                 "step before; set it to false, or leave routing out"
             )
 
-    def setup(self, context: Context) -> None:
-        super().setup(context)
-        self.gate = made_gate(context, self.make_gate, self.num_experts, self.bank.owned())
-
     def check(self, stages: Mapping[str, Stage]) -> None:
         for name, stage in stages.items():
             if self.one_way and stage.objective.reads_losses and not stage.objective.linear:
@@ -113,21 +98,6 @@ class Soft(Ensemble):
                     f"mixture.one_way (true) needs an objective linear in the experts' losses, and {name}.objective is "
                     f"{kind}: set it to false, or take WeightedLoss"
                 )
-
-    def check_stages(self, stages: Mapping[str, Stage], num_rows: int) -> None:
-        mute = next((type(one).__name__ for one in self.bank.owned().values() if not one.has_loss), None)
-        check_stages(self.gate.model, stages, num_rows, mute, any(p.requires_grad for p in self.bank.parameters()))
-
-    def describe(self, stages: Sequence[Stage]) -> dict[str, Any]:
-        named = [stage.stage for stage in stages]
-        return super().describe(stages) | ({} if set(named) == {"joint"} else {"stages": named})
-
-    def enter(self, stage: Stage) -> None:
-        self.gate.model.enter(stage.stage)
-
-    def start(self, dataset: Samples, stage: Stage, at: Moment) -> None:
-        if self.gate.model.starts_at(stage.stage):
-            start_gate(self.context, self.dispatch.over_batch, self.gate.model, dataset, at)
 
     def inspect(self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None = None) -> Outputs:
         """Check experts, gate and objective."""
@@ -298,53 +268,11 @@ class Soft(Ensemble):
             torch.autograd.backward(outputs, grads)
         return {} if gating.loss_B is None else {"gate": gating.loss_B.detach().sum() / total}
 
-    def gating(self, rows: Batch, at: Moment) -> Gating:
-        """Ask the gate about this rank's stored rows."""
-        eps = None
-        if self.gate.noise_shape is not None:
-            eps = at.draw(Purpose.GATE).normal(rows["id"], [0], self.gate.noise_shape, self.dtype)[0]
-        return self.gate(self.values(rows, self.gate.fields), eps)
-
-    def choose(self, batch: RankBatch, route: Route, at: Moment) -> Gating:
-        """Return the log weights of all experts for each row outside training: what routing leaves out is -inf."""
-        return self._weights(batch.rows, at)
-
-    def _weights(self, rows: Batch, at: Moment) -> Gating:
+    def weights(self, rows: Batch, at: Moment) -> Gating:
         gating = self.gating(rows, at)
         if self.routing is None:
             return gating
         return gating._replace(log_resp_BE=self.routing.untrained_log_weights(gating.log_resp_BE))
 
-    @property
-    def decides_by(self) -> tuple[str, ...]:
-        return self.gate.fields
-
-    @torch.no_grad()
-    def shares(self, dataset: Samples, batch_size: int, at: Moment) -> Tensor:
-        """Return the mean weight of ``choose`` of each expert over ``SHARES_FROM`` rows at most, (E,) float64."""
-        mesh, size = self.context.mesh, len(dataset)
-        positions = torch.arange(size)
-        if size > SHARES_FROM:
-            positions = permutation(at.seed, at.phase, 1, size)[:SHARES_FROM].sort().values
-        sum_E = torch.zeros(self.num_experts, dtype=torch.float64, device=mesh.device)
-        for part in positions.split(batch_size):
-            own = share(len(part), mesh.rank, mesh.world_size)
-            rows = dataset.take(part[own.start : own.stop], fields=self.gate.fields)
-            gating = self._weights({name: column.to(mesh.device) for name, column in rows.items()}, at)
-            sum_E += gating.log_resp_BE.double().exp().sum(0)
-        return self.dispatch.over_batch.sum(sum_E) / len(positions)
-
     def record(self, outcome: Outcome, num_rows: int) -> dict[str, Any]:
         return record_of(outcome, num_rows)
-
-    def pictures(self, dataset: Samples, evaluation: Evaluation, seed: int) -> list[Picture]:
-        """Return those of the experts, and of a gate that is a model."""
-        shown = super().pictures(dataset, evaluation, seed)
-        if self.context.mesh.rank:
-            return shown
-        assert isinstance(evaluation, ExpertEvaluation)
-        of_gate = gate_pictures(self, self.gate.model, dataset, evaluation, seed)
-        return [*of_gate, *shown] if self.common("has_loss") is False else [*shown, *of_gate]
-
-    def gate_in_process(self) -> Gate:
-        return self.gate
