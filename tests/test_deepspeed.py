@@ -100,6 +100,7 @@ CASES: dict[str, Case] = {
     "parts of experts": case((4, 2), trains="decoder", expert="gaussian"),
     "two stages": case((4, 2), family="two-stage"),
     "one decoder": case((2, 2), family="mvae", gate="gaussian-each", balance="dhsic", objective="mean"),
+    "components that go off": case((4, 2), family="mvae", gate="gumbel-each-off", balance="dhsic", steps=8),
     "modalities": case((2, 2), family="mmvae", num_experts=3, gate="dreg-looser", expert="laplace"),
     "modalities in one": case((4, 2), family="poe", num_experts=3),
     "modalities and subsets": case((4, 2), family="mopoe", num_experts=3),
@@ -119,6 +120,7 @@ QUICK = {
     "parts of experts": ("zero1",),
     "two stages": ("zero2",),
     "one decoder": ("zero1",),
+    "components that go off": ("zero2",),
     "modalities": ("zero2",),
     "a model and no experts": ("zero2",),
 }

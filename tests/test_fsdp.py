@@ -53,6 +53,7 @@ CASES = [
     few((4, 2), engine="fsdp-offloaded", optimizer="clipped-sgd", expert="gaussian", batch_size=13, memory="again"),
     few((4, 1), engine="fsdp", optimizer="clipped-sgd", routing="top1", way="ahead", num_experts=3),
     few((4, 2), engine="fsdp-whole", family="mvae", gate="gaussian-each", balance="dhsic", objective="mean"),
+    case_of((2, 1), engine="fsdp", family="mvae", gate="gumbel-each-off", balance="dhsic", num_experts=5, steps=8),
     few((2, 1), engine="fsdp", family="mmvae", num_experts=3, gate="dreg-looser", expert="normal", objective="private"),
     few((4, 1), engine="fsdp", optimizer="clipped-sgd", expert="gaussian", trains="decoder"),
     few((2, 2), engine="fsdp"),

@@ -63,6 +63,7 @@ CASES = [
     case_of((4, 1), engine="sharded-offloaded", optimizer="clipped-sgd"),
     case_of((4, 2), engine="sharded-offloaded", optimizer="clipped-sgd", trains="decoder", execution="stacked"),
     case_of((4, 2), engine="sharded", family="mvae", gate="gaussian-each", balance="dhsic", objective="mean"),
+    case_of((4, 2), engine="sharded-offloaded", family="mvae", gate="gumbel-each-off", balance="dhsic", num_experts=5),
 ]
 
 
