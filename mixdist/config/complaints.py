@@ -48,7 +48,12 @@ _PLAIN = {
 
 def explain(message: str, parser: ArgumentParser) -> str:
     """Return in one line what the parser objects to, and what to write instead."""
-    place, sentences, rest = _innermost(message, Place("", None, CONFIG if "config" in keys_of(parser) else None))
+    return explain_at(Place("", None, CONFIG if "config" in keys_of(parser) else None), message, parser)
+
+
+def explain_at(root: Place, message: str, parser: ArgumentParser) -> str:
+    """Return what the parser objects to in what stands at a place."""
+    place, sentences, rest = _innermost(message, root)
     for sentence in sentences:
         told = _unknown(sentence, place, parser) or _missing(sentence, place, parser)
         if told:

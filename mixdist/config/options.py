@@ -22,6 +22,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, Unset, set_parsing_settings
 
 from mixdist.config.complaints import EXAMPLE, explain, said
+from mixdist.config.lists import wrong_entry
 from mixdist.config.places import near
 from mixdist.messages import describe_failure, failing_class, last_own_line, one_line
 
@@ -69,8 +70,11 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
         _check_yaml(path)
     if "" in sys.path:  # the parser changes directory while it reads a file, and classes lie in this one
         sys.path[sys.path.index("")] = os.getcwd()
-    with explained(parser):
-        parsed: Namespace = parser.parse_args(_nulls_as_json(parser, argv))
+    try:
+        with explained(parser):
+            parsed: Namespace = parser.parse_args(_nulls_as_json(parser, argv))
+    except ValueError as error:
+        raise ValueError(wrong_entry(str(error), parser, values_of(argv, "--config"), argv) or str(error)) from error
     for name, value in vars(parsed).items():
         if value is Unset:
             parsed[name] = None
@@ -169,4 +173,5 @@ def _wrong_keys(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, str]]:
         elif names[i] == "class_path" and value.tag.endswith(":null"):
             yield name, "(null) must be the import path of a class"
         elif names[i] == "init_args" and not isinstance(value, yaml.MappingNode):
-            yield name, f"({value.value}) must be a section with the arguments of the class"
+            shown = value.value if isinstance(value, yaml.ScalarNode) else "a list"
+            yield name, f"({shown}) must be a section with the arguments of the class"

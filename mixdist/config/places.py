@@ -8,6 +8,7 @@ import difflib
 import importlib
 import inspect
 import sys
+import types
 import typing
 from collections.abc import Sequence
 from contextlib import suppress
@@ -44,6 +45,10 @@ class Place(NamedTuple):
             with suppress(NameError, TypeError):
                 hints |= typing.get_type_hints(one.__init__)
         return Place(f"{self.key}.{name}".lstrip("."), hints.get(name))
+
+    def of_list(self) -> Any:
+        """Return the annotation of an entry, where a list of classes or of sections can stand here; else None."""
+        return next((hint for hint in _lists(self.hint) if _bases(hint)), None)
 
     def arguments(self) -> list[str]:
         """Return the names that a config can set here, those inside a section dotted."""
@@ -95,8 +100,8 @@ class Place(NamedTuple):
             ValueError: nothing can be made of it.
         """
         if isinstance(value, list):
-            for inner in value:
-                self.check(inner)
+            for number, inner in enumerate(value):
+                Place(f"{self.key}[{number}]", self.of_list()).check(inner)
         elif isinstance(value, Namespace):
             place, inside = self, value
             if "class_path" in value:
@@ -136,6 +141,16 @@ def _bases(hint: Any) -> list[type]:
     if arguments:
         return [base for argument in arguments for base in _bases(argument)]
     return [hint] if inspect.isclass(hint) and hint.__module__ != "builtins" else []
+
+
+def _lists(hint: Any) -> list[Any]:
+    """Return the annotations of the entries of lists in an annotation."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) in (list, collections.abc.Sequence):
+        return [arguments[0]]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [entry for argument in arguments for entry in _lists(argument)]
+    return []
 
 
 def _num_handed_in(hint: Any) -> int:
