@@ -249,6 +249,26 @@ def test_a_run_goes_on_without_the_run_that_it_started_from(
         assert all(torch.equal(value, whole[name]) for name, value in last("two").items())
 
 
+@pytest.mark.parametrize("family", ["soft", "competition"])
+def test_a_damaged_checkpoint_is_passed_over_in_one_line(
+    one: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by every command, and once, though experts and a first table read it; no warning of Python's."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(one, "one")
+    newest = max(Path("one/checkpoints").glob("step-*"))
+    other = Path(f"{newest.parent}/step-{int(newest.name[5:]) + 1:09d}")
+    shutil.copytree(newest, other)
+    (other / "expert-0000.safetensors").write_bytes(b"")
+    ended = here("train", "--config", config_of(tmp_path, "one", family), "--out", "run")
+    assert ended.code == 0, ended.err
+    told = f"mixdist: mixture.expert_start.run (one): checkpoint {other.name} is damaged (expert-0000.safetensors"
+    lines = [line for line in ended.err.splitlines() if "damaged" in line]
+    assert len(lines) == 1, ended.err
+    assert lines[0].startswith(told)
+    assert lines[0].endswith(f"using {newest.name}")
+
+
 def check_kept(model: dict[str, Tensor], ended: dict[str, Tensor], part: str) -> None:
     """Check that experts moved in one part alone, and have an optimiser's states of that alone."""
     own = {name.partition(".")[2]: value for name, value in model.items()}

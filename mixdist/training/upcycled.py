@@ -5,9 +5,8 @@ Shape letters: N rows, L latent, K clusters (as many as experts).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +18,7 @@ from mixdist.data import Samples
 from mixdist.experts import Expert
 from mixdist.gates import Gate
 from mixdist.gates.gaussians import ClusterName, Clusters, fit_clusters
+from mixdist.messages import report
 from mixdist.mixtures import Context, ExpertStart
 from mixdist.mixtures.clustered import clustered
 from mixdist.noise import Draw, Purpose
@@ -66,6 +66,8 @@ class Upcycled(ExpertStart):
     clusters: ClusterName = "kmeans"
     rows: int = 20_000
     trains: Sequence[str] | None = None
+    # What was told of damaged checkpoints: experts, a gate and a first table read the run, and it is told once.
+    _passed_over: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise < 1:
@@ -149,8 +151,10 @@ class Upcycled(ExpertStart):
             path, passed_over = choose_checkpoint(store, self.weights)
         except Agreed as error:
             raise Agreed(f"mixture.expert_start.run ({self.run}): {error}") from None
-        for sentence in passed_over if mesh.rank == 0 else ():
-            warnings.warn(f"{sentence}; using {path.name}", stacklevel=2)
+        for sentence in passed_over:
+            if mesh.rank == 0 and sentence not in self._passed_over:
+                report(f"mixture.expert_start.run ({self.run}): {sentence}; using {path.name}")
+        self._passed_over[:] = passed_over
         return agreed(lambda: self._tensors(path), mesh.world)
 
     def _tensors(self, path: Path) -> dict[str, Tensor]:
