@@ -87,6 +87,7 @@ def test_every_key_is_in_the_help() -> None:
     assert not missing
     assert "Path to a configuration file" not in text
     assert "Callable[" not in text
+    assert "default: Unset" not in text
     assert "mixdist.gates.Gate," not in text
 
 
@@ -106,6 +107,7 @@ def test_help_tells(words: list[str], told: str) -> None:
     ended = here(*words)
     assert (ended.code, ended.err) == (0, "")
     assert told in ended.out
+    assert "default: Unset" not in ended.out
 
 
 @pytest.mark.parametrize(

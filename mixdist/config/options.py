@@ -32,11 +32,14 @@ set_parsing_settings(unset_sentinel=True)  # where None means that nothing is gi
 
 def plain_parser(prog: str, description: str) -> ArgumentParser:
     """Make a parser without keys that raises instead of exiting and accepts no abbreviation."""
-    return _Parser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False, formatter_class=_Help)
+    return _Parser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
 
 
 class _Parser(ArgumentParser):
     """The library's, but that help on a class leaves out what its maker gives, also where null may stand."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": _Help, **kwargs})  # the library makes some of help by itself
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
         added: list[str] = super().add_class_arguments(*args, **kwargs)
@@ -54,6 +57,7 @@ class _Help(DefaultHelpFormatter):
         if text == "Path to a configuration file.":
             return f"a YAML file with the keys of {action.dest}"
         text = re.sub(r"<class '(\w+)'>", r"\1", text)
+        text = re.sub(r"(\(required, .*), default: Unset", r"\1", text).replace("default: Unset", "default: null")
         while (short := re.sub(r"Callable\[\[(?:[^][]|\[[^][]*\])*\], (\w+)\]", r"\1", text)) != text:
             text = short  # a factory is told by what it makes, innermost ones first
         # A base class cannot be chosen.
