@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rivals import adam
 from torch import nn
-from turns import figures, interval, meet, ms, parser_of, positive, take_turns, tell, write
+from turns import figures, interval, ms, parser_of, positive, run, take_turns, tell
 
 from mixdist.engines import Native
 from mixdist.engines.solo import Solo, solo_of
@@ -37,14 +37,6 @@ WAYS: dict[str, dict[str, str]] = {
 }
 SPEC: Spec = {"x": Field((784,), torch.float32)}
 LATENT = 20
-
-
-def main() -> None:
-    """Measure; rank 0 prints tables and JSON."""
-    options = read_options()
-    mesh = meet(options.experts, options)
-    write(measure(options, mesh), options, mesh)
-    mesh.close()
 
 
 def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -130,4 +122,4 @@ def compare(hidden: int, options: argparse.Namespace, mesh: Mesh) -> dict[str, d
 
 
 if __name__ == "__main__":
-    main()
+    run(read_options, measure)

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from turns import figures, meet, ms, parser_of, plain, positive, ratio, take_turns, tell, write
+from turns import figures, ms, parser_of, plain, positive, ratio, run, take_turns, tell
 
 from mixdist.mixtures.routing import TopK, admitted, demand, lay_out
 from mixdist.parallel.agreement import gather_json
@@ -164,14 +164,6 @@ class Token(Work):
         return (resp_BE[row_T, expert_T] * losses_T).sum()
 
 
-def main() -> None:
-    """Measure; rank 0 prints a table and JSON."""
-    options = read_options()
-    mesh = meet(options.experts, options)
-    write(measure(options, mesh), options, mesh)
-    mesh.close()
-
-
 def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     """Run both ways in turns; return what is written. Every rank calls it."""
     for name, value in (("experts", options.experts), ("batch", options.batch)):
@@ -241,4 +233,4 @@ def show(result: dict[str, Any], mesh: Mesh) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(read_options, measure)

@@ -28,7 +28,7 @@ from typing import Any
 from layers import DeepSpeedStyle, Ours, TokenStyle
 from rivals import SIZES, ExpertParallel, Problem
 from torch import Tensor
-from turns import figures, interval, meet, ms, parser_of, positive, take_turns, tell, write
+from turns import figures, interval, ms, parser_of, positive, run, take_turns, tell
 
 import mixdist.engines
 from mixdist.engines import FSDP, EngineFactory, Native
@@ -45,14 +45,6 @@ ENGINES: dict[str, EngineFactory] = {
 }
 STAGES = ("zero 0", "zero 1", "zero 2")
 WAYS = ("mixdist", "token", "deepspeed")
-
-
-def main() -> None:
-    """Measure; rank 0 prints tables and JSON."""
-    options = read_options()
-    mesh = meet(options.experts, options)
-    write(measure(options, mesh), options, mesh)
-    mesh.close()
 
 
 def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -221,4 +213,4 @@ def within(of: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(read_options, measure)

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from rivals import SEED, adam
 from rounds import Rounds, Work, seeded, shares, skewed
 from torch import nn
-from turns import figures, meet, ms, parser_of, plain, positive, ratio, take_turns, tell, write
+from turns import figures, ms, parser_of, plain, positive, ratio, run, take_turns, tell
 
 from mixdist.competition import Assignment
 from mixdist.data import Dataset
@@ -54,14 +54,6 @@ EXPERTS: dict[str, Callable[[Spec], Expert]] = {
     "conv": lambda spec: VAE(spec, LATENT, Conv([16, 32])),
 }
 """784-256-10 with 0.41 million parameters, and two levels of convolutions with 0.06 million."""
-
-
-def main() -> None:
-    """Measure; rank 0 prints tables and JSON."""
-    options = read_options()
-    mesh = meet(options.experts, options)
-    write(measure(options, mesh), options, mesh)
-    mesh.close()
 
 
 def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -198,4 +190,4 @@ def show(told: dict[str, Any], table: Assignment, options: argparse.Namespace, m
 
 
 if __name__ == "__main__":
-    main()
+    run(read_options, measure)

@@ -18,7 +18,7 @@ from turns import figures
 
 from mixdist import competition
 from mixdist.competition import Assignment, Competition, Discriminators
-from mixdist.competition.rounds import RoundPosition
+from mixdist.competition.position import RoundPosition
 from mixdist.data import Dataset
 from mixdist.data.loader import share
 from mixdist.experts import Expert

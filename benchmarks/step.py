@@ -36,7 +36,7 @@ from statistics import median
 from typing import Any
 
 from rivals import SIZES, ExpertParallel, Problem, Replicated, Rival, num_bytes, on_rank_0
-from turns import Figures, figures, meet, ms, now, parser_of, plain, positive, ratio, take_turns, tell, write
+from turns import Figures, figures, ms, now, parser_of, plain, positive, ratio, run, take_turns, tell
 
 from mixdist.parallel.agreement import gather_json
 from mixdist.parallel.launch import Launch
@@ -52,14 +52,6 @@ SWITCHES: dict[str, dict[str, Any]] = {
 }
 OURS = "expert-parallel "
 PEERS = ["process", "process+", "ddp", "apart"]
-
-
-def main() -> None:
-    """Measure; rank 0 prints tables and JSON."""
-    options = read_options()
-    mesh = meet(options.experts, options)
-    write(measure(options, mesh), options, mesh)
-    mesh.close()
 
 
 def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
@@ -239,4 +231,4 @@ def mean(values: list[Any]) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    run(read_options, measure)

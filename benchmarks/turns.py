@@ -156,6 +156,16 @@ def tell(headers: Sequence[str], lines: Sequence[Sequence[object]], mesh: Mesh) 
         print(table(headers, lines), flush=True)
 
 
+def run(
+    read_options: Callable[[], argparse.Namespace], measure: Callable[[argparse.Namespace, Mesh], Mapping[str, Any]]
+) -> None:
+    """Run a benchmark from its command line: measure, which every rank does; rank 0 prints tables and JSON."""
+    options = read_options()
+    mesh = meet(options.experts, options)
+    write(measure(options, mesh), options, mesh)
+    mesh.close()
+
+
 def write(result: Mapping[str, Any], options: argparse.Namespace, mesh: Mesh) -> None:
     """Write the JSON, on rank 0: to the file asked for, else as the last line."""
     if mesh.rank:
