@@ -177,7 +177,7 @@ def test_ranks_that_cannot_share_the_experts_are_refused_once(
         monkeypatch.setenv(name, value)
     hard = load("hard")
     with pytest.raises(SystemExit) as ended:
-        hard.meet(2, hard.read_options(["--experts", "2"]))
+        load("turns").meet(2, hard.read_options(["--experts", "2"]))
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("3 ranks cannot share 2 experts") if rank == "0" else not error

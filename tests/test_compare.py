@@ -170,6 +170,21 @@ def test_an_exact_likelihood_is_compared_with_a_sampled_one(runs: tuple[Path, Pa
     assert here("compare", "one", "exact").code == here("compare", "exact", "two").code == 0
 
 
+@pytest.mark.parametrize(("key", "values"), [("dtype", ("float32", "float64")), ("mixdist", ("0.1", "0.2"))])
+def test_what_has_a_part_in_a_difference_is_noted(key: str, values: tuple[str, str], folder: Path) -> None:
+    """One line, which names every run; no refusal: a baseline's exact density is float64, a run's usually float32."""
+    columns = {"id": np.arange(9), "log_likelihood": RNG.normal(size=9)}
+    for run, value in zip(("one", "two", "three"), (*values, values[0]), strict=True):
+        write(folder / run, columns, **{key: value})
+    ended = here("compare", "one", "two", "three", "--json", "told.json")
+    assert (ended.code, ended.err) == (0, "")
+    noted = [line for line in ended.out.splitlines() if line.startswith("note: ")]
+    assert len(noted) == 1
+    assert noted[0].startswith(f"note: {key} is {values[0]} in one, three and {values[1]} in two: ")
+    assert json.loads(Path("told.json").read_text())["notes"] == noted
+    assert "note" not in here("compare", "one", "three").out
+
+
 def test_other_rows_are_refused(runs: tuple[Path, Path]) -> None:
     write(Path("fewer"), {"id": np.arange(400), "log_likelihood": np.zeros(400)})
     refused("compare", "one", "fewer", names="rows 400 500 --rows")

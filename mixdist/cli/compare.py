@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mixdist.config.options import parse, plain_parser
-from mixdist.evaluation.compare import Line, compare, read_evaluation
+from mixdist.evaluation.compare import Line, compare, notes, read_evaluation
 from mixdist.files import write_file
 from mixdist.report.metrics import table
 
@@ -35,7 +35,7 @@ def compare_runs(argv: Sequence[str]) -> None:
     protocol = runs[0].protocol
     about = {"figure": figure, "split": options.split, "rows": protocol["rows"], "data": protocol["data"]}
     if options.json:
-        told = {**about, "runs": [line._asdict() for line in lines]}
+        told = {**about, "notes": notes(runs), "runs": [line._asdict() for line in lines]}
         try:
             write_file(Path(options.json), (json.dumps(told, indent=2) + "\n").encode())
         except OSError as error:
@@ -43,6 +43,8 @@ def compare_runs(argv: Sequence[str]) -> None:
     print(f"{figure} on {protocol['rows']} {options.split} rows")
     headers = ["run", "value", "error", "difference", "its error", "95% interval", "z"]
     print(table(headers, [_cells(line) for line in lines]))
+    for note in notes(runs):
+        print(note)
 
 
 def _cells(line: Line) -> list[str]:

@@ -199,6 +199,33 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any], figure: str) -> 
     return None
 
 
+UNLIKE = {
+    "dtype": "what lies below float32's rounding says nothing",
+    "mixdist": "a figure may be taken otherwise in another version",
+}
+"""What protocols may differ in, but not in silence: exact densities of baselines are float64, runs usually float32."""
+
+
+def notes(runs: Sequence[Judged]) -> list[str]:
+    """Return a line for each thing that does not keep runs from being compared, but has a part in their differences.
+
+    Examples:
+        >>> from mixdist.evaluation.compare import Judged, notes
+        >>> dtypes = {"a": "float32", "b": "float64"}
+        >>> notes([Judged(name, {"dtype": dtype}, {}, {}, {}) for name, dtype in dtypes.items()])
+        ["note: dtype is float32 in a and float64 in b: what lies below float32's rounding says nothing"]
+    """
+    found = []
+    for key, why in UNLIKE.items():
+        values: dict[str, list[str]] = {}
+        for run in runs:
+            values.setdefault(str(run.protocol.get(key, "unknown")), []).append(run.run)
+        if len(values) > 1:
+            told = " and ".join(f"{value} in {', '.join(names)}" for value, names in values.items())
+            found.append(f"note: {key} is {told}: {why}")
+    return found
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return f"{text[:12]}..." if len(text) == 64 and text.isalnum() else text
