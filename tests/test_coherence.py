@@ -85,7 +85,7 @@ def test_what_is_known_is_coherent(kind: str) -> None:
         "coherence_given_2",
     }
     assert min(told.values()) > 0.99
-    assert all(found.figures[f"{name}_x{m}"] > 0.99 for name in ("classifier_accuracy", "probe") for m in range(3))
+    assert all(found.figures[f"{n}_x{m}"] > 0.99 for n in ("classifier_accuracy", "probe_logistic") for m in range(3))
     by_given = found.protocol["coherence_by_given"]
     assert len(by_given) == 6 + 3
     assert by_given["x0+x2 -> x1"] > 0.99
@@ -102,14 +102,14 @@ def test_a_modality_that_says_something_else_is_seen() -> None:
     assert found["coherence_given_1"] == pytest.approx(4 / 6, abs=0.01)
     assert found["coherence_given_2"] == pytest.approx(2 / 3, abs=0.01)
     assert found["coherence_joint"] < 0.05
-    assert found["probe_x2"] > 0.99
+    assert found["probe_logistic_x2"] > 0.99
 
 
 def test_absent_modalities_are_neither_given_nor_counted() -> None:
     train, test = rows(0, 2, absent=True), rows(1000, 2, absent=True)
     found = evaluate(knowing(made("mmvae", train, 2)), test, 40, 0, 4, train)
     lacks = ~test.rows["present"][:, 0].bool().numpy()
-    for name in ("coherence_x0_to_x1", "classifier_accuracy_x0", "probe_x0"):
+    for name in ("coherence_x0_to_x1", "classifier_accuracy_x0", "probe_logistic_x0"):
         assert np.array_equal(np.isnan(found.columns[name]), lacks)
     assert np.isfinite(found.columns["coherence_x1_to_x0"]).all()  # it can be made, and judged by the label
     assert found.figures["coherence_given_1"] > 0.99
@@ -121,7 +121,7 @@ def test_what_no_training_row_has_is_not_judged() -> None:
     train.rows["present"][:, 0] = 0
     found = evaluate(made("mmvae", train, 3), test, 40, 0, 4, train)
     judged = {name for name in found.figures if name.startswith(("coherence", "probe", "classifier"))}
-    assert judged == {f"{name}_x{m}" for name in ("probe", "classifier_accuracy") for m in (1, 2)} | {
+    assert judged == {f"{name}_x{m}" for name in ("probe_logistic", "classifier_accuracy") for m in (1, 2)} | {
         f"coherence_x{n}_to_x{m}" for n in range(3) for m in (1, 2) if n != m
     } | {"coherence_given_1", "coherence_given_2"}
     assert not any(key.endswith("-> x0") for key in found.protocol["coherence_by_given"])

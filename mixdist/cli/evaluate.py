@@ -25,6 +25,7 @@ from mixdist.data import Samples
 from mixdist.evaluation.compare import stem_of
 from mixdist.evaluation.density import KernelDensity, check_draws, kernel_density
 from mixdist.evaluation.evaluate import evaluate
+from mixdist.evaluation.probes import TOLD, Probing
 from mixdist.evaluation.protocol import protocol
 from mixdist.evaluation.record import record
 from mixdist.mixtures import Evaluation
@@ -51,6 +52,8 @@ def evaluate_run(argv: Sequence[str]) -> None:
         raise ValueError(f"--num_samples ({options.num_samples}) must be 1 or more: give 100 for a usual estimate")
     if options.rows is not None and options.rows < 1:
         raise ValueError(f"--rows ({options.rows}) must be 1 or more: leave it out for all rows")
+    if options.probe_rows < 1:
+        raise ValueError(f"--probe_rows ({options.probe_rows}) must be 1 or more: give --probes none for no probes")
     config = make_config(parser, options, trains=False)
     assert run is not None
     if (run / MODEL).is_file() or ((run / ABOUT).is_file() and read_about(run)["kind"] != "vae"):
@@ -109,6 +112,15 @@ def evaluate_parser() -> ArgumentParser:
     )
     parser.add_argument("--rows", type=int | None, help="take the first so many rows of the split; unset, all")
     parser.add_argument("--num_samples", type=int, default=100, help="importance samples for each row and expert")
+    parser.add_argument(
+        "--probes",
+        type=Literal["family", "all", "none"],
+        default="family",
+        help="classifiers of latents by the label: those that the mixture's family has, all, or none",
+    )
+    parser.add_argument(
+        "--probe_rows", type=int, default=10_000, help="rows that these are fitted on, and are judged by, at most"
+    )
     parser.add_argument(
         "--kde", type=int, default=0, help="samples of the mixture for a kernel density on them, as 10000; 0 for none"
     )
@@ -189,6 +201,7 @@ def _evaluate(config: Config, session: Session, options: Namespace, checkpoint: 
             options.num_samples,
             session.train,
             lambda done, total: bar.write({"step": done}),
+            Probing({"family": None, "all": [*TOLD], "none": []}[options.probes], options.probe_rows),
         )
     kde = None
     if options.kde:

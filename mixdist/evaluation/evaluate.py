@@ -9,6 +9,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from mixdist.data import Loader, Samples
+from mixdist.evaluation.probes import Probing, probed
 from mixdist.messages import within
 from mixdist.mixtures import Evaluation, Mixture, Request
 from mixdist.mixtures.inspection import inspect
@@ -25,6 +26,7 @@ def evaluate(
     num_samples: int | None = None,
     shares_from: Samples | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    probing: Probing = Probing(),  # noqa: B008 (a tuple)
 ) -> Evaluation:
     """Evaluate on every row of a data set once; every rank calls it.
 
@@ -39,6 +41,7 @@ def evaluate(
         num_samples: importance samples for each row and expert; None for no likelihoods.
         shares_from: rows that the mixture's weights are taken from, the training rows; None for ``dataset`` itself.
         on_batch: called with the number of batches done and of all.
+        probing: classifiers of latents, fitted on ``shares_from`` where that and ``num_samples`` are given.
 
     Raises:
         Agreed: a module or the family breaks its contract.
@@ -58,8 +61,11 @@ def evaluate(
                 study.keep(label=batch.rows[dataset.label])
             study.add(batch)
             on_batch(index + 1, loader.num_batches)
-    sums = {name: over_batch.sum(value.contiguous()).cpu().numpy() for name, value in study.sums.items()}
-    return study.result(sums, _in_order(study.own_columns(), dataset, mesh))
+        sums = {name: over_batch.sum(value.contiguous()).cpu().numpy() for name, value in study.sums.items()}
+        found = study.result(sums, _in_order(study.own_columns(), dataset, mesh))
+        if num_samples is None or shares_from is None:
+            return found
+        return probed(found, mixture, shares_from, probing, batch_size, seed)
 
 
 @contextmanager

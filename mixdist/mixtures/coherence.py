@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixdist.data import Samples
 from mixdist.experts import Expert
-from mixdist.mixtures.judges import AT_ONCE, PROBE_TOLD, TOLD, Judges, Probes
+from mixdist.mixtures.judges import AT_ONCE, TOLD, Judges
 from mixdist.mixtures.proposals import Here, Seen
 from mixdist.mixtures.samples import from_experts
 from mixdist.mixtures.study import Evaluation
@@ -46,13 +46,12 @@ def given_sets(num: int) -> list[tuple[int, ...]]:
 
 
 class Coherence:
-    """Gathers coherence (Shi et al. 2019, section 4.2; by the number of views given as Sutter et al. 2021) and probes.
+    """Gathers coherence (Shi et al. 2019, section 4.2; by the number of views given as Sutter et al. 2021).
 
     - ``classifier_accuracy_m``: of the classifier of modality m on the real x_m of these rows: what limits the others.
     - ``coherence_n_to_m``: part of the rows of which x_m, the mean of p(x_m|z) at one z ~ q(z|x_n), is of their class.
     - ``coherence_given_k``: the same of z ~ q(z|x_A), the mean over all sets A of k modalities and all m not in A.
     - ``coherence_joint``: part of prior samples z of which all modalities are of one class.
-    - ``probe_m``: accuracy of a linear classifier of the location of q(z|x_m).
 
     Args:
         mixture: in evaluation mode.
@@ -63,22 +62,16 @@ class Coherence:
     def __init__(self, mixture: Multimodal, train: Samples, at: Moment) -> None:
         self.mixture, self.at = mixture, at
         self.sets = given_sets(mixture.num_experts)
-        self.judges, self.probes = Judges(mixture, train), Probes(mixture, train)
+        self.judges = Judges(mixture, train)
         self.joint = self._joint()
 
     @torch.no_grad()
     def columns(self, seen: Seen, here: Here, label_B: Tensor) -> dict[str, Tensor]:
         """Return, by the figure, a number for each of this rank's rows, (B,), NaN where it lacks a modality."""
         right_BMG = self._right(seen, here, label_B.long())
-        mine, names = seen.of(here.own), self.mixture.names
+        names = self.mixture.names
         real_BM, cross_BMG = right_BMG[:, :, -1], right_BMG[:, :, :-1]
-        shown_BM = self.probes.predict(mine.loc_RML)
-        fitted_BM = mine.present_RM & (shown_BM >= 0)
-        probe_BM = torch.where(fitted_BM, (shown_BM == label_B[:, None]).double(), math.nan)
-        found = {}
-        for m, name in enumerate(names):
-            found[f"classifier_accuracy_{name}"] = real_BM[:, m]
-            found[f"probe_{name}"] = probe_BM[:, m]
+        found = {f"classifier_accuracy_{name}": real_BM[:, m] for m, name in enumerate(names)}
         for g, given in enumerate(self.sets):
             if len(given) == 1:
                 others = [m for m in range(len(names)) if m not in given]
@@ -106,7 +99,7 @@ class Coherence:
             figures["coherence_joint"] = self.joint
             errors["coherence_joint"] = math.sqrt(self.joint * (1 - self.joint) / NUM_PRIOR)
         told = f"means of p(x_m|z), z ~ q(z|x_A) once a row and A, {NUM_PRIOR} of z ~ p(z), judged by the classifiers"
-        about = {"coherence": told, "classifiers": TOLD, "probe": PROBE_TOLD, "coherence_by_given": by_set}
+        about = {"coherence": told, "classifiers": TOLD, "coherence_by_given": by_set}
         return replace(found, figures=figures, errors=errors, protocol={**found.protocol, **about})
 
     def _right(self, seen: Seen, here: Here, label_B: Tensor) -> Tensor:

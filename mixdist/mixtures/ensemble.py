@@ -27,6 +27,7 @@ from mixdist.mixtures.members import inspect_experts, inspect_gate, inspect_stac
 from mixdist.mixtures.mixture import Mixture, Outputs, Stage
 from mixdist.mixtures.model import Model
 from mixdist.mixtures.pictures import Picture
+from mixdist.mixtures.posteriors import embedded
 from mixdist.mixtures.shown import expert_pictures
 from mixdist.mixtures.study import Evaluation, Request, Study
 from mixdist.noise import TRIAL_PHASE, Moment, Purpose
@@ -74,6 +75,7 @@ class Ensemble(Mixture):
     twin: Expert | None
     shares_are: ClassVar[str]
     reads_features: ClassVar[bool] = False
+    embed = embedded
 
     def __init__(
         self,
@@ -332,10 +334,8 @@ class Ensemble(Mixture):
     def protocol(self, num_samples: int) -> dict[str, Any]:
         gate = getattr(self, "gate", None)
         sampled = any(facts.weighs for facts in self.facts) or (gate is not None and gate.model.latent is not None)
-        return {
-            "num_samples": num_samples if sampled else None,
-            "sampled": evidence.SAMPLED if sampled else evidence.EXACT,
-        }
+        told = evidence.SAMPLED if sampled else evidence.EXACT
+        return {"num_samples": num_samples if sampled else None, "sampled": told}
 
     @property
     def drawn_field(self) -> str | None:

@@ -1,19 +1,17 @@
-"""Classifiers that judge what a mixture of modalities generates, and linear ones of what it encodes.
+"""Classifiers that judge what a mixture of modalities generates.
 
-Shape letters: R rows, N training rows, M modalities, C classes, L shared latent.
+Shape letters: R rows, M modalities.
 """
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mixdist.data import RankBatch, Samples
+from mixdist.data import Samples
 from mixdist.experts import Modality
 from mixdist.mixtures.guards import guarded
 from mixdist.mixtures.proposals import PRESENT
@@ -24,15 +22,11 @@ if TYPE_CHECKING:
     from mixdist.mixtures.multimodal import Multimodal
 
 STEPS, EPOCHS, BATCH, RATE = 600, 60, 128, 2e-3
-PROBED, AT_ONCE = 10_000, 1000
+AT_ONCE = 1000
 TOLD = (
     f"of each modality a classifier (images: convolutions of 16 and 32 channels; texts: of 64; vectors: 128 hidden "
     f"units) trained on training rows for {STEPS} batches of {BATCH}, at most {EPOCHS} epochs, Adam {RATE:g} falling "
     f"to 0, seed 0: the same for every run on the same rows"
-)
-PROBE_TOLD = (
-    f"multinomial logistic regression (penalty |w|^2 / 2) on the location of q(z|x_m), standardised, of the first "
-    f"{PROBED} training rows that have m"
 )
 
 
@@ -97,53 +91,3 @@ def _network(expert: Modality) -> Network:
         return Text(32, (64,))
     image = len(row) == 3 and row[0] in (1, 3) and min(row[1:]) >= 8
     return Conv((16, 32)) if image else MLP((128,))
-
-
-class Probes:
-    """A linear classifier of z for each modality: how much of the label the location of q(z|x_m) shows.
-
-    Every rank fits all of them on the same rows.
-
-    Args:
-        mixture: the mixture.
-        train: training rows, with a label.
-    """
-
-    def __init__(self, mixture: Multimodal, train: Samples) -> None:
-        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        first = torch.arange(min(PROBED, len(train)))
-        for places in first.split(AT_ONCE):
-            found.append(_encoded(mixture, train, places))
-        loc_NML, present_NM, class_N = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        self.fits = [_fit(loc_NML[:, m][there], class_N[there]) for m, there in enumerate(present_NM.T)]
-
-    def predict(self, loc_RML: Tensor) -> Tensor:
-        """Return the class that each modality's posterior shows: int64 (R, M), -1 where there is no classifier."""
-        loc = loc_RML.double().cpu().numpy()
-        none = np.full(len(loc), -1)  # also of a rank without rows, which the fits would refuse
-        found = [none if fit is None or not len(loc) else fit(loc[:, m]) for m, fit in enumerate(self.fits)]
-        return torch.from_numpy(np.stack(found, axis=1)).to(loc_RML.device)
-
-
-@torch.no_grad()
-def _encoded(mixture: Multimodal, train: Samples, places: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return locations (N, M, L), what is present (N, M), and the label (N,) of rows that every rank reads."""
-    mesh = mixture.context.mesh
-    rows = {name: column.to(mesh.device) for name, column in train.take(places).items()}
-    seen, here = mixture.see(RankBatch(rows, (len(places),) * mesh.world_size))
-    mine = seen.of(here.own)
-    assert train.label is not None
-    columns = (mine.loc_RML.double(), mine.present_RM, rows[train.label].long())
-    return tuple(column.cpu().numpy() for column in columns)  # type: ignore[return-value]
-
-
-def _fit(loc_NL: np.ndarray, class_N: np.ndarray) -> Any:
-    """Return what gives the class of locations (n, L); None where there are not two classes to tell apart."""
-    from sklearn.linear_model import LogisticRegression  # slow to import, and needed here alone
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    if len(np.unique(class_N)) < 2:
-        return None
-    assert math.isfinite(float(np.abs(loc_NL).max())), "z is not finite"
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(loc_NL, class_N).predict

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -53,6 +53,7 @@ class Mixture(ABC):
         context: what ``setup`` was given.
         dispatch: moves rows to experts and fields back.
         prefetch: whether ``backward`` is to be given the next step's rows.
+        probes: classifiers that an evaluation fits to what ``embed`` returns, of ``mixdist.evaluation.probes``.
         program: makes what advances training, where that is not steps on global batches; called like
             :class:`mixdist.training.trainer.Trainer`.
     """
@@ -62,6 +63,7 @@ class Mixture(ABC):
     dispatch: Dispatch
     prefetch: bool = False
     expert_start: ExpertStart | None = None
+    probes: ClassVar[Sequence[Literal["logistic", "mlp", "svm", "knn"]]] = ()
     program: ClassVar[Callable[..., Any] | None] = None
 
     # Modules
@@ -233,6 +235,13 @@ class Mixture(ABC):
         The means over all rows are the figures; those of numbers for each row have a standard error.
         """
         raise ValueError(f"{type(self).__name__} has no figures: write its measure method")
+
+    def embed(self, batch: RankBatch) -> dict[str, Tensor]:
+        """Return by name latents of this rank's rows, (B, L), NaN in a row that has none; every rank calls it.
+
+        Classifiers of them say how much of the label they show (``probes``). The names are the same on every rank.
+        """
+        return {}
 
     def study(self, dataset: Samples, request: Request) -> Study:
         """Return what gathers the figures on a data set: by default the means of ``measure``."""

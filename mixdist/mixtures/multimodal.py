@@ -61,6 +61,7 @@ class Multimodal(Gateless):
     """
 
     shares_are = "parts of the rows that have the modality"
+    probes = ("logistic",)
     pathwise = False
     detaches = False
 
@@ -311,6 +312,14 @@ class Multimodal(Gateless):
         return {"log_px": means, "present": [count / num_rows for count in present]}
 
     # Results
+
+    @torch.no_grad()
+    def embed(self, batch: RankBatch) -> dict[str, Tensor]:
+        """Return the locations of q(z|x_m), by modality; NaN where a row lacks it."""
+        seen, here = self.see(batch)
+        mine = seen.of(here.own)
+        loc_BML = mine.loc_RML.masked_fill(~mine.present_RM[..., None], torch.nan)
+        return dict(zip(self.names, loc_BML.unbind(1), strict=True))
 
     def study(self, dataset: Samples, request: Request) -> Study:
         return MultimodalStudy(self, dataset, request)

@@ -94,6 +94,7 @@ class MVAE(Gateless):
     """
 
     shares_are, reads_features = "mean weights", True
+    probes = ("logistic", "mlp", "svm", "knn")
 
     def __init__(
         self,
@@ -281,6 +282,11 @@ class MVAE(Gateless):
         return told if self.masks.off_above is None else told | {"components_on": sum(self.masks.on())}
 
     # Results
+
+    def embed(self, batch: RankBatch) -> dict[str, Tensor]:
+        """Return the means of q(z_i|x) of the components that are on, by their numbers."""
+        on = self.masks.on()
+        return {name: mean_BL for name, mean_BL in super().embed(batch).items() if on[int(name)]}
 
     def study(self, dataset: Samples, request: Request) -> Study:
         return MVAEStudy(self, dataset, request)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mixdist.data import RankBatch
+from mixdist.gates import Gate
 from mixdist.parallel.route import Route
 
 if TYPE_CHECKING:
@@ -56,6 +58,27 @@ def posterior_sums(mixture: Ensemble, route: Route, expert_B: Tensor) -> tuple[T
         sums[e, 0, :, :size] = torch.einsum("r,rkl->kl", own_Re[:, i], terms_R4L)
         sums[e, 1, :, :size] = terms_R4L.sum(0)
     return sums, mixture.dispatch.combine(kl_Re, route).gather(1, expert_B[:, None])[:, 0]
+
+
+@torch.no_grad()
+def embedded(mixture: Ensemble, batch: RankBatch) -> dict[str, Tensor]:
+    """Return what ``Mixture.embed`` does: means of q(z|x) of each expert, by its number, and of a gate, as ``gate``.
+
+    Of experts with a posterior, and of a gate that is a model with latents.
+    """
+    found, gate, sizes = {}, getattr(mixture, "gate", None), [facts.num_latent for facts in mixture.facts]
+    if any(sizes):
+        route, owned = mixture.send(batch), mixture.bank.owned()
+        rows = mixture.values(route.rows(), mixture.bank.fields)
+        mean_ReL = rows["id"].new_zeros(route.num_rows, len(owned), max(sizes), dtype=mixture.dtype)
+        for i, (e, expert) in enumerate(owned.items()):
+            if sizes[e]:
+                mean_ReL[:, i, : sizes[e]] = expert.posterior(rows)[0]
+        mean_BEL = mixture.dispatch.combine(mean_ReL, route)
+        found = {str(e): mean_BEL[:, e, :size] for e, size in enumerate(sizes) if size}
+    if isinstance(gate, Gate) and gate.model.latent is not None:
+        found["gate"] = gate.embed(mixture.values(batch.rows, gate.fields))
+    return found
 
 
 def latents(sums_4L: np.ndarray) -> dict[str, Any]:

@@ -19,8 +19,8 @@ class Deconv(Network):
     """Transposed 3x3 convolutions that take a feature map, not a vector: seed document 002, section V-B.
 
     The seed's sub-decoders give 8x8x256 numbers, and its shared decoder has seven layers: here six widths and the layer
-    that gives the image. It does not say which layers double the sides; here they are spread evenly, the first among
-    them, so that 8x8 becomes 64x64 in layers 1, 3 and 5 and 32x32 in layers 1 and 4. Sides that are no multiple are
+    that gives the image. It does not say which layers double the sides; here they are spread evenly, the last among
+    them, so that 8x8 becomes 64x64 in layers 3, 5 and 7 and 32x32 in layers 4 and 7. Sides that are no multiple are
     reached as :class:`mixdist.nets.Conv` reaches them: 7x7, 14x14, 28x28.
 
     Args:
@@ -107,7 +107,7 @@ class DeconvDecoder(nn.Module):
         self.feature, num, doublings = net.feature, len(widths), len(sizes) - 1
         layers: list[nn.Module] = []
         for i, (num_in, width) in enumerate(zip((net.feature[0], *net.channels), widths, strict=True)):
-            done, after = -(-i * doublings // num), -(-(i + 1) * doublings // num)
+            done, after = i * doublings // num, (i + 1) * doublings // num
             stride = 1 + after - done
             height, across = sizes[after]
             more = ((height + 1) % 2, (across + 1) % 2) if stride == 2 else (0, 0)
