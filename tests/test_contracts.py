@@ -24,7 +24,7 @@ from mixdist.competition import Competition, Discriminators, Elbo, Rounds, Score
 from mixdist.data import Dataset, Samples, Source
 from mixdist.data.sources.splits import load_splits
 from mixdist.evaluation.evaluate import evaluate
-from mixdist.experts import VAE, Expert
+from mixdist.experts import VAE, Compute, Expert
 from mixdist.gates import Gate, Softmax
 from mixdist.mixtures import Balance, Context, Mixture, Model, Objective, Soft, TopK, WeightedLoss
 from mixdist.nets import MLP, Network
@@ -625,6 +625,14 @@ def test_what_gate_and_expert_share_is_told() -> None:
     told({"expert": [Auto, View, View]}, "expert 2 (View) expert 1 (View) encode.weight")
     net.requires_grad_(False)  # a frozen feature extractor may serve all
     make(expert=[Auto, View, Auto]).begin()
+
+
+def test_a_stack_under_autocast_is_held_against_its_experts_without() -> None:
+    """Rounding to bfloat16 is no other way to compute: such a run used to be refused, or to fail when it was over."""
+    trainer = make(**vae(likelihood="gaussian", mean="identity"), execution="stacked", compute=Compute(bf16=True))
+    trainer.begin()
+    assert isinstance(trainer.mixture, Soft)
+    assert trainer.mixture.bank.compute.bf16
 
 
 # A rule that is broken only where not every expert sees every row, and rows that a rank does not have.

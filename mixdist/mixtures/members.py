@@ -5,6 +5,7 @@ Shape letters: n rows of the check, E experts.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mixdist.experts import Expert, Noise
+from mixdist.experts import Compute, Expert, Noise
 from mixdist.gates import Gate
 from mixdist.mixtures.abilities import check_abilities, check_gate_abilities
 from mixdist.mixtures.contracts import Rows, check_expert, check_gate, check_range
@@ -106,9 +107,10 @@ def inspect_stack(mixture: Ensemble, rows: Batch, at: Moment, losses: Tensor) ->
     Raises:
         Fault: they do not.
     """
-    bank = mixture.bank
-    if bank.execution != "stacked":
+    if mixture.bank.execution != "stacked":
         return
+    bank = copy.copy(mixture.bank)
+    bank.compute = Compute()  # without autocast, as the losses are that it is held against
     kind = type(next(iter(bank.owned().values()))).__name__
     with torch.no_grad():
         try:
