@@ -310,6 +310,12 @@ def test_a_run_resumes_on_two_ranks_and_is_loaded(tmp_path: Path, monkeypatch: p
     torch.testing.assert_close(between[0], model.reconstruct(x[:2]))
     torch.testing.assert_close(between[2], model.reconstruct(x[2:4]))
     torch.testing.assert_close(model.cross(x, 1, 1), model.reconstruct(x, expert=1))
+    exchanged = model.interpolate(x[:2], x[2:4], steps=3, shift=1)
+    assert not torch.allclose(exchanged, between)
+    torch.testing.assert_close(exchanged[0], model.interpolate(x[:2], x[:2], steps=1, shift=1)[0])
+    for words, wrong in (("shift 4", {"shift": 4}), ("2 first and 1 second", {"second": x[:1]})):
+        with pytest.raises(ValueError, match=words.replace("shift 4", r"shift \(4\)")):
+            model.interpolate(**{"first": x[:2], "second": x[2:4]} | wrong)
     assert here("sample", "whole").code == 0
     with pytest.raises(ValueError, match="component 9"):
         model.reconstruct(x, expert=9)

@@ -186,6 +186,7 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any], figure: str) -> 
     others = [
         key for names, keys in OF_OTHERS.items() if figure in names for key in keys if key in one and key in other
     ]
+    others += ["probes"] if figure.startswith("probe_") else []
     for key in [*SAME, *(OF_LIKELIHOODS if likelihoods else ()), *others]:
         mine, theirs = one.get(key), other.get(key)
         if key == "num_samples" and (not sampled or figure in UNSAMPLED):

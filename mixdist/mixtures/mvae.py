@@ -21,7 +21,8 @@ from mixdist.mixtures.ensemble import Execution, MakeExpert
 from mixdist.mixtures.gateless import Gateless
 from mixdist.mixtures.masks import Masks
 from mixdist.mixtures.mixture import Mixture
-from mixdist.mixtures.mvae_shown import MVAEModel, mvae_pictures
+from mixdist.mixtures.mvae_pictures import mvae_pictures
+from mixdist.mixtures.mvae_shown import MVAEModel
 from mixdist.mixtures.mvae_study import MVAEStudy
 from mixdist.mixtures.objectives import Objective
 from mixdist.mixtures.penalties import Penalty
@@ -292,7 +293,7 @@ class MVAE(Gateless):
         return MVAEStudy(self, dataset, request)
 
     def pictures(self, dataset: Samples, evaluation: Evaluation, seed: int) -> list[Picture]:
-        return mvae_pictures(self, dataset, seed)
+        return mvae_pictures(self, dataset, evaluation, seed)
 
     def model(self, class_names: Sequence[str]) -> Any:
         return MVAEModel(self)

@@ -1,4 +1,4 @@
-"""A mixture with one decoder in pictures and in one process.
+"""A mixture with one decoder in one process.
 
 Shape letters: N rows, E components, L latent, H features.
 """
@@ -11,42 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixdist.data import RankBatch, Samples
 from mixdist.experts import Component
 from mixdist.mixtures.dirichlet import NUM_UNIFORM, log_weights
 from mixdist.mixtures.given import Rowed, draws, whole_number
-from mixdist.mixtures.pictures import Picture, Rows
 from mixdist.noise import Moment, Purpose
 from mixdist.terms import Batch
 
 if TYPE_CHECKING:
     from mixdist.mixtures.mvae import MVAE
-
-NUM_SHOWN = 8
-"""Rows and samples that are shown."""
-
-
-@torch.no_grad()
-def mvae_pictures(mixture: MVAE, dataset: Samples, seed: int) -> list[Picture]:
-    """Return originals, reconstructions, those of each component alone, and samples; every rank calls it."""
-    shape = mixture.shape
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        return []
-    device, ranks = mixture.context.mesh.device, mixture.context.mesh.world_size
-    first = dataset.take(torch.arange(min(NUM_SHOWN, len(dataset))))
-    rows = {name: column.to(device) for name, column in first.items()}
-    batch = RankBatch(rows, (len(rows["id"]),) * ranks)  # every rank shows the same rows
-    route = mixture.send(batch)
-    latents = mixture.latents(mixture.expert_terms(route, Moment(seed)), route)
-    weights = [mixture.mean_weights(latents.a_BE)]
-    one_hot = torch.eye(mixture.num_experts, dtype=mixture.dtype, device=device)
-    shown = [e for e, on in enumerate(mixture.masks.on()) if on]
-    weights += list(one_hot[shown, None].expand(-1, batch.size, -1))
-    made = [mixture.decoder.decode(mixture.summed_at_means(route, one)) for one in weights]
-    x = mixture.values(rows, (mixture.field,))[mixture.field]
-    images = [one.float().cpu().numpy() for one in (x, *made)]
-    titles = ["originals", "reconstructions", *(f"component {e}: alone" for e in shown)]
-    return [Rows("components.png", images, titles)]
 
 
 class MVAEModel(Rowed):
@@ -104,12 +76,26 @@ class MVAEModel(Rowed):
         return self.mixture.decoder.decode(feature)
 
     @torch.no_grad()
-    def interpolate(self, first: Tensor | np.ndarray, second: Tensor | np.ndarray, steps: int = 8) -> Tensor:
-        """Decode between pairs of rows, latents and weights alike: (steps, N, *shape of x) (equations 33 to 36)."""
+    def interpolate(
+        self, first: Tensor | np.ndarray | Batch, second: Tensor | np.ndarray | Batch, steps: int = 8, shift: int = 0
+    ) -> Tensor:
+        """Decode between pairs of rows, latents and weights alike: (steps, N, *shape of x) (equations 33 to 35).
+
+        Args:
+            first: rows, whose label counts where components have one.
+            second: as many others.
+            steps: how many, from the first to the second.
+            shift: sub-decoder i reads the latents of encoder i + shift (equation 36).
+        """
         if whole_number(steps) < 1:
             raise ValueError(f"steps ({steps!r}) must be a whole number from 1: give how many to decode")
         named, one, a = self._encoded(first)
         _, other, b = self._encoded(second)
+        if len(one) != len(other):
+            raise ValueError(f"{len(one)} first and {len(other)} second rows make no pairs: give as many of each")
+        if isinstance(shift, bool) or not 0 <= whole_number(shift) < len(self.components):
+            raise ValueError(f"shift ({shift!r}) must be a whole number from 0 to {len(self.components) - 1}: give one")
+        one, other = (z.roll(-whole_number(shift), dims=1) for z in (one, other))
         pairs = self.mixture.mean_weights(a), self.mixture.mean_weights(b)
         ways = torch.linspace(0, 1, steps, dtype=one.dtype)
         return torch.stack([self._decoded(named, torch.lerp(one, other, t), torch.lerp(*pairs, t)) for t in ways])

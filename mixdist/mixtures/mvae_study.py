@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mixdist.data import RankBatch, Samples
+from mixdist.mixtures.dependence import NUM_ROWS, dependence
 from mixdist.mixtures.study import KEYS, Evaluation, Request, Study, linearised
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ class MVAEStudy(Study):
     - ``rmse_row``, ``rmse_value``: of reconstructions at the means of q(z|x), of the weights and of the masks.
     - ``kl``: sum_i KL_i. ``selected_components``: how many the masks keep. ``components_in_use`` = exp H(mean_n E w_n),
       their effective number.
+    - ``dhsic``, ``dhsic_pairs``, ``dhsic_floor``: dHSIC of draws of z, of all components that are on, the mean over
+      their pairs, and that with shuffled rows: :func:`mixdist.mixtures.dependence.dependence`, on the first 500 rows.
+      The protocol has those of every pair, which ``images/dependence.png`` shows (figure 12).
 
     Args:
         mixture: the mixture.
@@ -37,6 +42,7 @@ class MVAEStudy(Study):
     def __init__(self, mixture: MVAE, dataset: Samples, request: Request) -> None:
         super().__init__(mixture.measure, dataset, request)
         self.mixture = mixture
+        self.z: list[Tensor] = []
 
     @torch.no_grad()
     def add(self, batch: RankBatch) -> None:
@@ -55,6 +61,8 @@ class MVAEStudy(Study):
             loss=loss_B.double(), elbo=(log_px_B - kl_B - prior_B).double(), kl=kl_B.double(), squared_error=squared_B
         )
         self.sum("weight", weight_BE.sum(0))
+        if sum(map(len, self.z)) < NUM_ROWS:  # every rank has all of them, in the data set's order
+            self.z.append(mixture.dispatch.over_batch.gather(mixture.of_on(latents.z_BEL), batch.counts))
         label = self.dataset.label
         if label:
             self.keep(expert=weight_BE.argmax(-1))
@@ -77,4 +85,11 @@ class MVAEStudy(Study):
             for e, share in enumerate(share_E)
             if len(share_E) > 2 and share > 0.8
         ]
-        return Evaluation(self.dataset, figures, told, found.errors, found.columns)
+        protocol, z_NEL = {}, torch.cat(self.z)[:NUM_ROWS]
+        if z_NEL.shape[1] > 1:
+            measured = dependence(z_NEL, self.request.at.seed)
+            figures["dhsic"], (figures["dhsic_pairs"], figures["dhsic_floor"]) = measured.whole, measured.pairs
+            on = [e for e, is_on in enumerate(self.mixture.masks.on()) if is_on]
+            pairs = {"pairs": measured.pair_EE.tolist(), "shuffled": measured.floor_EE.tolist()}
+            protocol["dhsic"] = {"rows": len(z_NEL), "components": on, **pairs}
+        return Evaluation(self.dataset, figures, told, found.errors, found.columns, protocol)

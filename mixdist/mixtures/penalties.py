@@ -87,12 +87,7 @@ class DHSIC(Penalty):
             size = z_ENL.shape[-1]
             scale = 2.0 * math.exp(math.lgamma((size + 1) / 2) - math.lgamma(size / 2))
             return torch.exp(-squared_ENN / (2.0 * scale**2))
-        num = squared_ENN.shape[-1]
-        if num < 2:
-            return torch.ones_like(squared_ENN)
-        first, second = torch.triu_indices(num, num, 1, device=z_ENL.device)
-        median_E = squared_ENN.detach()[:, first, second].median(-1).values.clamp(min=1e-12)
-        return torch.exp(-squared_ENN / (2.0 * median_E[:, None, None]))
+        return median_kernel(squared_ENN)
 
 
 class MMD(Penalty):
@@ -193,6 +188,16 @@ class MutualPosterior(Penalty):
         pairs_EP = divergence_ENN.flatten(1)[:, 1:].unflatten(1, (num - 1, num + 1))[:, :, :-1].flatten(1)
         diverse = -self.eta * F.logsigmoid(pairs_EP / self.eta).mean()
         return diverse + self.gamma * (pairs_EP.var(-1, correction=0) + 1e-12).sqrt().mean()
+
+
+def median_kernel(squared_ENN: Tensor) -> Tensor:
+    """Return exp(-d^2 / (2 m)) of squared distances d^2 of rows, m the median of those of two different rows."""
+    num = squared_ENN.shape[-1]
+    if num < 2:
+        return torch.ones_like(squared_ENN)
+    first, second = torch.triu_indices(num, num, 1, device=squared_ENN.device)
+    median_E = squared_ENN.detach()[:, first, second].median(-1).values.clamp(min=1e-12)
+    return torch.exp(-squared_ENN / (2.0 * median_E[:, None, None]))
 
 
 def sobol_normal(num: int, size: int) -> Tensor:

@@ -112,4 +112,38 @@ class Latents(NamedTuple):
     groups: list[tuple[str, np.ndarray, list[str]]]
 
 
-Picture = Latents | Panels | Mosaic | Rows | Captioned | Plane | Curves | Contingency | Attributes
+class Matrix(NamedTuple):
+    """A number for each pair of components, and one beside each line; the diagonal is left out.
+
+    Args:
+        name: of the picture.
+        value_EE: the numbers.
+        names: of the components.
+        at_right: the numbers beside, (E,).
+        caption: below.
+    """
+
+    name: str
+    value_EE: np.ndarray
+    names: list[str]
+    at_right: np.ndarray
+    caption: str
+
+
+class Cloud(NamedTuple):
+    """Points in the plane (N, 2), the group of each (N,), and the groups' names, which may be left out."""
+
+    title: str
+    points: np.ndarray
+    group_N: np.ndarray
+    names: list[str]
+
+
+class Clouds(NamedTuple):
+    """Several clouds of points, each on axes of its own."""
+
+    name: str
+    clouds: list[Cloud]
+
+
+Picture = Matrix | Clouds | Latents | Panels | Mosaic | Rows | Captioned | Plane | Curves | Contingency | Attributes

@@ -8,12 +8,14 @@ from typing import Any
 
 from mixdist.data import Samples
 from mixdist.mixtures import Evaluation, Mixture, pictures
-from mixdist.report import grids, plots
+from mixdist.report import components, grids, plots
 from mixdist.report.metrics import read_metrics
 from mixdist.report.rounds import rounds_picture
 
 DRAWN_BY: dict[type[pictures.Picture], Callable[..., None]] = {
     pictures.Latents: plots.latents_picture,
+    pictures.Matrix: components.matrix_picture,
+    pictures.Clouds: components.clouds_picture,
     pictures.Panels: grids.experts_picture,
     pictures.Mosaic: grids.mixture_picture,
     pictures.Rows: grids.sample_picture,
@@ -44,6 +46,8 @@ def draw(mixture: Mixture, dataset: Samples, evaluation: Evaluation, run: Path, 
     images, records = run / "images", read_metrics(run)
     if records:
         plots.training_picture(images / "training.png", records)
+    if any(record.get("drop_rate") and any(record["drop_rate"]) for record in records):
+        components.masks_picture(images / "masks.png", records)
     if any(record.get("round") is not None for record in records):
         rounds_picture(images / "rounds.png", records)
     paths = [draw_picture(images, picture) for picture in shown]

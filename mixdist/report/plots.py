@@ -56,9 +56,9 @@ def contingency_picture(path: Path, counts_EC: np.ndarray, class_names: Sequence
         for count, share in zip(counts_EC.flat, share_EC.flat, strict=True)
     ]
     names = [f"expert {expert}" for expert in range(num_experts)]
-    _write_cells(axes, cells, names, [f"{total:,.10g}" for total in total_E], size, inch)
+    write_cells(axes, cells, names, [f"{total:,.10g}" for total in total_E], size, inch)
     caption = "rows of each expert by label, and all of them; darker is a larger share of its rows"
-    _write_caption(axes, num_classes * inch, caption)
+    write_caption(axes, num_classes * inch, caption)
     save(figure, path)
 
 
@@ -100,15 +100,15 @@ def attributes_picture(
         for more, dark in zip(more_AE.flat, np.abs(more_AE.flat) > 0.65 * most, strict=True)
     ]
     at_right = [f"{rate:.0%}" for rate in rate_A[order_A]]
-    _write_cells(axes, cells, [names[a] for a in order_A], at_right, min(9.0, inch * 22), inch)
+    write_cells(axes, cells, [names[a] for a in order_A], at_right, min(9.0, inch * 22), inch)
     axes.text(num_experts - 0.35, -0.66, "all rows", va="center_baseline", color=FAINT, fontsize=9)
     caption = "percentage points above (red) or below (blue) the rate of all rows, by expert with its rows"
-    _write_caption(axes, num_experts * inch, caption)
+    write_caption(axes, num_experts * inch, caption)
     _head_experts(axes, rows_E, inch)
     save(figure, path)
 
 
-def _write_cells(
+def write_cells(
     axes: Axes,
     cells: Sequence[tuple[str, str]],
     names: Sequence[str],
@@ -130,7 +130,7 @@ def _write_cells(
     axes.vlines(np.arange(1, across) - 0.5, -0.5, down - 0.5, color="white", linewidth=inch * 4)
 
 
-def _write_caption(axes: Axes, width: float, caption: str) -> None:
+def write_caption(axes: Axes, width: float, caption: str) -> None:
     axes.set_xlabel(textwrap.fill(caption, max(30, round(13 * width))), color=FAINT, fontsize=9, labelpad=8)
 
 
@@ -165,7 +165,7 @@ def curves_picture(
     assert x_N.shape == y_N.shape == expert_N.shape, (x_N.shape, y_N.shape, expert_N.shape)
     figure, (axes,) = new_figure(8.0, 4.8)
     styled(axes, "x", "y")
-    _points(axes, np.stack([x_N, y_N], axis=1), expert_N)
+    draw_points(axes, np.stack([x_N, y_N], axis=1), expert_N)
     charge_EG = _in_charge(x_N, expert_N, grid_G, len(curves_EG))
     for expert, (curve_G, charge_G) in enumerate(zip(curves_EG, charge_EG, strict=True)):
         axes.plot(grid_G, curve_G, color=colour_of(expert), linewidth=1.0, dashes=(4, 3), alpha=0.7)
@@ -204,14 +204,14 @@ def scatter_picture(
     """
     assert x_N2.shape == (len(expert_N), 2), (x_N2.shape, len(expert_N))
     figure, halves = new_figure(9.6 if samples_by_expert else 5.4, 4.8, columns=2 if samples_by_expert else 1)
-    _points(styled(halves[0], "", "", f"rows by their {word}"), x_N2, expert_N)
+    draw_points(styled(halves[0], "", "", f"rows by their {word}"), x_N2, expert_N)
     if samples_by_expert:
         owner_M = np.repeat(np.arange(len(samples_by_expert)), [len(samples) for samples in samples_by_expert])
         samples_M2 = np.concatenate(samples_by_expert)
         inside_M = _near(x_N2, samples_M2)
         outside = f", {np.sum(~inside_M):,} farther out" if not inside_M.all() else ""
         styled(halves[1], "", "", f"samples from each {word}{outside}")
-        _points(halves[1], samples_M2[inside_M], owner_M[inside_M])
+        draw_points(halves[1], samples_M2[inside_M], owner_M[inside_M])
     for axes in halves:
         axes.set_aspect("equal")
     for e in range(max([len(samples_by_expert), *(expert_N + 1).tolist()])):
@@ -230,7 +230,7 @@ def latents_picture(path: Path, points_N2: np.ndarray, groups: Sequence[tuple[st
     """
     figure, halves = new_figure(0.6 + 5.4 * len(groups), 4.8, columns=len(groups))
     for axes, (title, group_N, names) in zip(halves, groups, strict=True):
-        _points(styled(axes, "", "", title), points_N2, group_N)
+        draw_points(styled(axes, "", "", title), points_N2, group_N)
         axes.set_aspect("equal")
         for number, name in enumerate(names):
             axes.scatter([], [], s=9, c=colour_of(number), marker=marker_of(number), linewidths=0, label=name)
@@ -280,7 +280,7 @@ def training_picture(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     save(figure, path)
 
 
-def _points(axes: Axes, x_N2: np.ndarray, expert_N: np.ndarray) -> None:
+def draw_points(axes: Axes, x_N2: np.ndarray, expert_N: np.ndarray) -> None:
     """Draw rows in the colours of their experts, those of one expert among the others, so that none hides the rest."""
     size = float(np.clip(240 / np.sqrt(max(1, len(x_N2))), 1.5, 24))
     turn_N = np.empty(len(x_N2))
