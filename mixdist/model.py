@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from mixdist.config.build import build_mixture, read_spec
+from mixdist.config.build import build_mixture
 from mixdist.config.parsing import RESOLVED, read_config
+from mixdist.data.fields import read_spec
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement
 from mixdist.training.checkpoint import CheckpointStore, load_mixture, read_state

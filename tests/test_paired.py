@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from mixdist.config.build import describe_spec, read_spec
 from mixdist.config.options import parse
 from mixdist.config.parsing import config_parser, dump, read_config
 from mixdist.data import (
@@ -25,6 +24,7 @@ from mixdist.data import (
     Textures,
     Views,
 )
+from mixdist.data.fields import describe_spec, read_spec
 from mixdist.data.formats import open_listing
 from mixdist.data.order import Epoch
 from mixdist.data.paired import labels_of

@@ -15,8 +15,8 @@ from scipy.stats import norm
 from torch import Tensor
 
 import mixdist
-from mixdist.config.build import describe_spec, read_spec
 from mixdist.data import Binarised, Blobs, Dataset, Dequantised, Digits, Epoch, Loader, Samples, Source, Splits
+from mixdist.data.fields import describe_spec, read_spec
 from mixdist.data.redrawn import Dequantise, Redrawn
 from mixdist.mixtures.evidence import bits_per_dim
 from mixdist.report.metrics import read_metrics

@@ -6,19 +6,22 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
 from mixdist.config.options import parse, plain_parser
-from mixdist.data.formats import SOURCES, open_listing
+from mixdist.data.formats import SOURCES, Listing, open_listing
 from mixdist.data.prepare.prepare import SET_ASIDE, SHARD_SAMPLES, Prepared, count_reasons
 from mixdist.data.prepare.prepare import prepare as make_shards
-from mixdist.data.prepare.recipe import Encoding, Recipe
+from mixdist.data.prepare.recipe import AsTheyAre, Encoding, Recipe
 from mixdist.data.shards.index import ShardIndex
 from mixdist.data.workers import MOST_WORKERS, default_workers
 from mixdist.messages import counted
+
+ROWS = "rows"
+"""The kind of source that is the data of a config."""
 
 
 def prepare(argv: Sequence[str]) -> None:
@@ -27,9 +30,16 @@ def prepare(argv: Sequence[str]) -> None:
     if not options.out:
         raise ValueError("prepare needs a folder for the shards: name a new or an empty one, as --out data/shards")
     out = Path(options.out)
-    listing = open_listing(options.source, Path(options.folder), options.labels == "source")
-    recipe = Recipe(options.channels or listing.channels, options.size, options.crop, options.encode, options.min_side)
+    rows: dict[str, Any] | None = None
+    recipe: Recipe | AsTheyAre = AsTheyAre()
     workers = default_workers() if options.workers is None else options.workers
+    if options.source == ROWS:
+        listing, rows = _rows(options)
+        workers = 0  # this process has the source
+    else:
+        listing = open_listing(options.source, Path(options.folder), options.labels == "source")
+        channels = options.channels or listing.channels
+        recipe = Recipe(channels, options.size, options.crop, options.encode, options.min_side)
     total = sum(part.num for part in listing.parts)
     with tqdm(total=total, unit="image", disable=not sys.stderr.isatty(), smoothing=0) as bar:
         prepared = make_shards(
@@ -40,8 +50,28 @@ def prepare(argv: Sequence[str]) -> None:
             options.shard_samples,
             workers,
             lambda done, total: bar.update(done - bar.n) and None,
+            rows,
         )
     print(_summary(prepared, out, listing.passed_over), flush=True)
+
+
+def _rows(options: Namespace) -> tuple[Listing, dict[str, Any]]:
+    """Return the rows of the data of a config as samples of shards, and what their fields are."""
+    if given := [name for name in ("channels", "size", "crop") if options[name] is not None]:
+        raise ValueError(
+            f"--{given[0]} ({options[given[0]]}) is for images, and rows are kept as they are: leave it out"
+        )
+    if not Path(options.folder).is_file():
+        raise ValueError(
+            f"prepare rows needs a config, whose data it takes, and {options.folder!r} is no file: name one"
+        )
+    # Other sources need no torch.
+    from mixdist.config.parsing import read_config
+    from mixdist.data.prepare.rows import list_rows
+    from mixdist.data.sources.splits import load_splits
+
+    data = read_config(Path(options.folder)).data
+    return list_rows(load_splits(data, None), type(data).__name__)
 
 
 def prepare_parser() -> ArgumentParser:
@@ -55,11 +85,13 @@ def prepare_parser() -> ArgumentParser:
         "celeba (img_align_celeba, list_attr_celeba.txt, list_eval_partition.txt), imagenet (train/WNID, val/WNID), "
         "cifar10 and cifar100 (binary versions), svhn (train_32x32.mat, test_32x32.mat), idx (MNIST's four files and "
         "its relatives'), parquet (train-00000-of-00002.parquet and so on, from the Hugging Face hub), folder (any "
-        "tree of images: folders train, valid and test are splits, the folders in them, or at the top, classes). "
+        "tree of images: folders train, valid and test are splits, the folders in them, or at the top, classes). The "
+        "source rows takes a config as its FOLDER: rows of its data, of any source, are kept with all fields, "
+        "as several modalities and which of them are present. "
         "Example: mixdist prepare celeba data/celeba --out data/celeba64 --crop 148 --size 64",
     )
-    parser.add_argument("source", type=Literal[tuple(SOURCES)], help="the kind of source")
-    parser.add_argument("folder", type=str, help="where the source lies")
+    parser.add_argument("source", type=Literal[(*SOURCES, ROWS)], help="the kind of source")
+    parser.add_argument("folder", type=str, help="where the source lies; for rows, a config")
     parser.add_argument(
         "--out", type=str | None, help="the folder of the shards, always needed: new, empty, or to go on with"
     )

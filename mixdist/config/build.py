@@ -13,6 +13,7 @@ import torch
 from mixdist.config.config import Config
 from mixdist.config.sameness import check_attributes, check_rows, check_weights
 from mixdist.data import Samples, Splits
+from mixdist.data.fields import describe_spec
 from mixdist.data.sources.splits import load_splits
 from mixdist.engines.engine import takes_stacks
 from mixdist.messages import describe_failure, last_own_line
@@ -21,7 +22,7 @@ from mixdist.parallel.agreement import Agreed, agreed, gather_json
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement, choose_device
 from mixdist.parallel.wire import LostRank, Wire
-from mixdist.terms import STORED_INTEGERS, STORED_REALS, Field, Spec
+from mixdist.terms import Spec
 from mixdist.training.loop import Program
 from mixdist.training.selection import Selection
 from mixdist.training.trainer import Trainer
@@ -246,23 +247,3 @@ def order_of(dataset: Samples) -> dict[str, Any]:
         raise ValueError(
             f"{kind}.order_options ({options}) must be JSON by name ({error}): return numbers, words and lists"
         ) from None
-
-
-def describe_spec(spec: Spec) -> dict[str, Any]:
-    """Return a spec as JSON."""
-    told = {name: {**vars(f), "shape": list(f.shape), "dtype": _type_name(f.dtype)} for name, f in spec.items()}
-    for f in told.values():
-        for name in ("words", "drawn"):  # most fields have neither
-            f.update({name: list(value) if name == "words" else value} if (value := f.pop(name)) else {})
-    return told
-
-
-def read_spec(described: dict[str, Any]) -> dict[str, Field]:
-    """Undo ``describe_spec``."""
-    stored = {_type_name(d): d for d in (*STORED_INTEGERS, *STORED_REALS)}
-    made = {n: {**f, "shape": tuple(f["shape"]), "dtype": stored[f["dtype"]]} for n, f in described.items()}
-    return {n: Field(**{**f, "words": tuple(f.get("words", ()))}) for n, f in made.items()}
-
-
-def _type_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

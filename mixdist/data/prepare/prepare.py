@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mixdist.data.formats import Listing
-from mixdist.data.prepare.recipe import Recipe
+from mixdist.data.prepare.recipe import AsTheyAre, Recipe
 from mixdist.data.prepare.writer import PREPARING, Made, SetAside, ShardWriter, Task
 from mixdist.data.shards.index import HEAD, ShardIndex
 from mixdist.data.shards.scan import assemble
@@ -51,11 +51,12 @@ class Prepared:
 def prepare(
     kind: str,
     listing: Listing,
-    recipe: Recipe,
+    recipe: Recipe | AsTheyAre,
     out: Path,
     shard_samples: int = SHARD_SAMPLES,
     workers: int = 0,
     tell: Callable[[int, int], None] = lambda done, total: None,
+    rows: dict[str, Any] | None = None,
 ) -> Prepared:
     """Write shards of a source, then their index; the bytes depend on the source and the recipe alone.
 
@@ -65,11 +66,12 @@ def prepare(
     Args:
         kind: of the source, a key of ``mixdist.data.formats.SOURCES``.
         listing: of the source.
-        recipe: what is done to every image.
+        recipe: what is done to every image, or to rows.
         out: the folder of the shards: absent, empty, or started by the same call.
         shard_samples: samples of a shard, before some are set aside.
         workers: processes; with 0 or 1 this process does it.
         tell: is told how many samples of how many are done.
+        rows: what the fields of rows are, as :func:`mixdist.data.prepare.rows.list_rows` has it; None for images.
 
     Raises:
         ValueError: the numbers make no sense, ``out`` has other things in it, a file of the source cannot be read, no
@@ -92,7 +94,7 @@ def prepare(
             write_file(out / PREPARING / _PLAN, json.dumps(made, indent=1).encode() + b"\n")
             writer = ShardWriter(out, listing.reader, recipe, listing.attribute_names)
             shards = _make(writer, listing, shard_samples, workers, tell)
-            index = _finish(shards, listing, image, made, out)
+            index = _finish(shards, listing, image, made, out, rows)
     if (out / PREPARING).is_dir():  # with an index, nothing in it is needed
         shutil.rmtree(out / PREPARING)
     lines = (out / SET_ASIDE).read_text().splitlines() if (out / SET_ASIDE).exists() else []
@@ -125,7 +127,12 @@ def _make(
 
 
 def _finish(
-    shards: list[Made], listing: Listing, image: tuple[int, int, int] | None, made: dict[str, Any], out: Path
+    shards: list[Made],
+    listing: Listing,
+    image: tuple[int, int, int] | None,
+    made: dict[str, Any],
+    out: Path,
+    rows: dict[str, Any] | None,
 ) -> ShardIndex:
     """Write the list of what was set aside, then the index, which makes the folder complete."""
     set_aside = [one for shard in shards for one in shard.set_aside]
@@ -136,15 +143,17 @@ def _finish(
     if set_aside:
         write_file(out / SET_ASIDE, "".join(json.dumps(one._asdict()) + "\n" for one in set_aside).encode())
     scans = [scan for scan, _ in full]
-    shape = [f"{key} {made[key]}" for key in ("channels", "size", "crop") if made[key] is not None]
+    shape = [f"{key} {made[key]}" for key in ("channels", "size", "crop") if made.get(key) is not None]
+    by = f"mixdist prepare ({', '.join(shape)})" if shape else "mixdist prepare"
     index = assemble(
         scans,
         [split for _, split in full],
         ids=[np.array([int(key) for key in scan.keys], dtype=np.int64) for scan in scans],
         class_names=listing.class_names,
-        source=f"{made['source']} by mixdist prepare ({', '.join(shape)})",
+        source=f"{made['source']} by {by}",
         image=image,
         made=made,
+        rows=rows,
     )
     index.write(out)
     return index

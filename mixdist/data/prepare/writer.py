@@ -10,7 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 from mixdist.data.formats import Reader, Sample
 from mixdist.data.images import Unreadable
-from mixdist.data.prepare.recipe import Recipe
+from mixdist.data.prepare.recipe import AsTheyAre, Recipe
 from mixdist.data.shards.scan import Scan, scan
 from mixdist.data.workers import stopping
 from mixdist.files import write_file
@@ -70,7 +70,7 @@ class ShardWriter:
 
     out: Path
     reader: Reader
-    recipe: Recipe
+    recipe: Recipe | AsTheyAre
     attribute_names: tuple[str, ...] = ()
 
     def make(self, task: Task) -> Made:

@@ -33,6 +33,8 @@ _NOT_OURS = (
 """What numpy, zipfile and json raise on foreign bytes."""
 _TUPLES, _OTHERS = ("extensions", "class_names", "attribute_names", "image"), ("source", "base", "made")
 _ARRAYS = {"id": "id_N", "member": "member_NM2", "crc": "crc_NM", "label": "label_N", "attribute": "attribute_NA"}
+ABOUT_ROWS = {"spec", "label", "attribute", "attribute_names"}
+"""What ``ShardIndex.rows`` says."""
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.tar")
 
 
@@ -64,7 +66,7 @@ class ShardIndex:
     Args:
         shards: in order.
         extensions: of the members of a sample, as ("cls", "jpg"); M.
-        id_N: global ids, int64, ascending within a shard.
+        id_N: global ids, int64, all different; ascending within a shard, but of rows, which keep their source's order.
         member_NM2: where each member's bytes begin in its shard and how many there are, int64; -1 where a sample lacks
             it.
         crc_NM: zlib.crc32 of each member's bytes, uint32; 0 where a sample lacks it.
@@ -77,6 +79,9 @@ class ShardIndex:
         base: the address of the folder of the shards; None where they lie beside the index.
         made: what ``mixdist prepare`` was asked for, to tell whether an interrupted one goes on; empty for others'
             shards.
+        rows: where each sample is a row of several fields, one .npy array whose fields have names: ``spec``, the fields
+            as JSON (:func:`mixdist.data.fields.describe_spec`), and the names of ``label`` and ``attribute``; else
+            empty.
     """
 
     shards: tuple[ShardEntry, ...]
@@ -92,6 +97,7 @@ class ShardIndex:
     source: str = ""
     base: str | None = None
     made: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         num = sum(shard.num_samples for shard in self.shards)
@@ -128,6 +134,8 @@ class ShardIndex:
         """Return a hash of the content: sha256 over the shards' checksums, samples and labels, wherever they lie."""
         digest = hashlib.sha256(json.dumps([asdict(shard) for shard in self.shards], sort_keys=True).encode())
         digest.update(json.dumps([self.extensions, self.class_names, self.attribute_names, self.image]).encode())
+        if self.rows:
+            digest.update(json.dumps(self.rows, sort_keys=True).encode())
         for array in self._arrays().values():
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
@@ -147,6 +155,7 @@ class ShardIndex:
             "format": FORMAT,
             "shards": [asdict(shard) for shard in self.shards],
             **{name: getattr(self, name) for name in (*_TUPLES, *_OTHERS)},
+            **({"rows": self.rows} if self.rows else {}),
             "samples_sha256": hashlib.sha256(samples.getvalue()).hexdigest(),
             "fingerprint": self.fingerprint,
         }
@@ -174,6 +183,9 @@ class ShardIndex:
             with np.load(io.BytesIO(samples), allow_pickle=False) as arrays:
                 rest: dict[str, Any] = {field: arrays[key] for key, field in _ARRAYS.items() if key in arrays.files}
             rest |= {name: about[name] for name in _OTHERS}
+            rest["rows"] = about.get("rows", {})
+            if rest["rows"] and set(rest["rows"]) != ABOUT_ROWS:
+                raise ValueError(f"rows has {', '.join(rest['rows'])}, expected {', '.join(sorted(ABOUT_ROWS))}")
             rest |= {name: None if about[name] is None else tuple(about[name]) for name in _TUPLES}
             index = ShardIndex(tuple(ShardEntry(**entry) for entry in about["shards"]), **rest)
             check_names([shard.name for shard in index.shards])  # even if signed: a name must stay in the folder

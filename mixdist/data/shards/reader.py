@@ -57,7 +57,7 @@ class Reading:
         crop: side of the square that is kept before.
         decoder: of JPEGs.
         shape: that every array must have; None takes any.
-        dtype: that every array must have.
+        dtype: that every array must have; of rows one with names.
     """
 
     storage: Storage
@@ -67,7 +67,7 @@ class Reading:
     crop: int | None = None
     decoder: Decoder = "pillow"
     shape: tuple[int, ...] | None = None
-    dtype: str = "uint8"
+    dtype: Any = "uint8"
 
     def one(self, wanted: Wanted) -> NDArray[Any]:
         """Read a sample.
@@ -148,10 +148,11 @@ def read_npy(data: bytes) -> NDArray[Any]:
         header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, _, dtype = header(stream)
         claimed = int(np.prod(shape, dtype=object)) * dtype.itemsize
-        if dtype.kind not in "biuf" or claimed > MAX_BYTES:
+        kinds = [dtype[name].base.kind for name in dtype.names] if dtype.names else [dtype.kind]
+        if any(kind not in "biuf" for kind in kinds) or claimed > MAX_BYTES:
             raise ValueError(f"it claims {shape} of {dtype}, expected numbers of at most {MAX_BYTES} bytes")
         stream.seek(0)
         array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
     except (ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError) as error:
         raise Unreadable(f"it is no .npy array of numbers ({' '.join(str(error).split())})") from None
-    return np.ascontiguousarray(array)
+    return array if array.dtype.names else np.ascontiguousarray(array)  # which would give a row an axis

@@ -73,12 +73,14 @@ class ShardSamples(Samples):
     Args:
         shelf: where they are.
         places: of the samples in the index, ascending, int64 (N,).
-        spec: the fields: "x", and where they are wanted "y" and "attributes".
-        label_N: class of each, as stored; None without "y".
+        spec: the fields: "x", and where they are wanted "y" and "attributes"; or those of rows.
+        label_N: class of each, as stored; None without a label, or with one that is read with its row.
         attribute_NA: attributes of each; None without them.
         class_names: of the label.
         attribute_names: A names.
         augment: what happens to images in training; None for nothing.
+        label: the field that holds the class.
+        attribute: the field that holds attributes.
     """
 
     shelf: Shelf
@@ -89,12 +91,12 @@ class ShardSamples(Samples):
     class_names: tuple[str, ...] = ()
     attribute_names: tuple[str, ...] = ()
     augment: Augment | None = None
+    label: str | None = None
+    attribute: str | None = None
 
     log_density_N = None
 
     def __post_init__(self) -> None:
-        self.label = None if self.label_N is None else "y"
-        self.attribute = None if self.attribute_NA is None else "attributes"
         self._ids = torch.from_numpy(self.shelf.index.id_N[self.places])
 
     @property
@@ -115,7 +117,10 @@ class ShardSamples(Samples):
     ) -> Callable[[], Batch]:
         names = self.spec if fields is None else fields
         places = self.places[index.numpy()]
-        started = self.shelf.pool.start(self.shelf.wanted(places)) if "x" in names else None
+        known = {self.label: self.label_N, self.attribute: self.attribute_NA}
+        kept = {name: column for name, column in known.items() if name is not None and column is not None}
+        read = [name for name in names if name not in kept]
+        started = self.shelf.pool.start(self.shelf.wanted(places)) if read else None
 
         def finish() -> Batch:
             rows = {"id": self._ids[index]}
@@ -126,12 +131,13 @@ class ShardSamples(Samples):
                         f"{self.shelf.described(int(places[bad[0].place]), bad[0].reason)}; mixdist verify --decode "
                         f"finds all such samples, data.init_args.on_error skip leaves them out"
                     )
-                rows["x"] = torch.from_numpy(arrays)
+                if arrays.dtype.names:
+                    rows |= {name: torch.from_numpy(arrays[name].copy()) for name in read}
+                else:
+                    rows["x"] = torch.from_numpy(arrays)
                 if epoch is not None and self.augment is not None:
                     rows["x"] = self.augment(rows["x"], rows["id"], epoch)
-            for name, column in {"y": self.label_N, "attributes": self.attribute_NA}.items():
-                if name in names and column is not None:
-                    rows[name] = column.index_select(0, index)
+            rows |= {name: column.index_select(0, index) for name, column in kept.items() if name in names}
             return rows
 
         return finish

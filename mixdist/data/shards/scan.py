@@ -222,6 +222,7 @@ def assemble(
     base: str | None = None,
     image: tuple[int, int, int] | None = None,
     made: dict[str, Any] | None = None,
+    rows: dict[str, Any] | None = None,
 ) -> ShardIndex:
     """Make an index of shards, in their order.
 
@@ -231,12 +232,13 @@ def assemble(
     Args:
         scans: one a shard.
         splits: of each shard.
-        ids: of each shard's samples, ascending, or None to number on through all shards.
+        ids: of each shard's samples, all different, or None to number on through all shards.
         class_names: of the labels, or empty.
         source: see :class:`ShardIndex`, as the following.
         base: the https address of the shards' folder, or None.
         image: the shape that all images are known to have.
         made: what prepare was asked for.
+        rows: what the fields of rows are.
 
     Raises:
         ValueError: there is no shard, two have one name, a split has a key twice, a shard's name is no plain name, or
@@ -250,7 +252,7 @@ def assemble(
     if ids is None:
         ids = [np.arange(starts[i], starts[i + 1]) for i in range(len(scans))]
     assert [len(part) for part in ids] == [len(one.keys) for one in scans], "an id for each sample"
-    assert all(np.all(np.diff(part) > 0) for part in ids), "ids ascend within a shard"
+    assert all(len(np.unique(part)) == len(part) for part in ids), "ids are different"
     member_NM2 = np.concatenate([one.member_NM2 for one in scans])
     used_M = (member_NM2[..., 0] != ABSENT).any(0)
     label_N = _labels(scans, class_names)
@@ -272,6 +274,7 @@ def assemble(
         source,
         base,
         made or {},
+        rows or {},
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mixdist.data.augment import Augment
 from mixdist.data.dataset import Source, Splits
+from mixdist.data.fields import dtype_of, read_spec
 from mixdist.data.images import Decoder, Unreadable
 from mixdist.data.order import OrderName
 from mixdist.data.shards.index import ABSENT, ShardIndex
@@ -50,8 +51,9 @@ class Shards(Source):
 
     Fields: "x", images uint8 (channels, height, width) with scale 1/255, or what .npy members hold; "y", the class,
     where there is one; "attributes", binary ones, where there are some. The id of a sample is the one in the index.
-    Only the index is in memory; samples are decoded in worker processes, each once an epoch in the whole cluster for a
-    soft mixture.
+    Shards that ``mixdist prepare rows`` made have the fields of the source that they are of, such as several modalities
+    and "present". Only the index is in memory; samples are decoded in worker processes, each once an epoch in the whole
+    cluster for a soft mixture.
 
     Args:
         root: the folder, or its address: https://, or s3://, gs://, hf:// or az:// with the extra of that name.
@@ -136,6 +138,8 @@ class Shards(Source):
         reading = self._reading(index, storage, splits[0])
         shelf = Shelf(index, Pool(reading, self.workers), content, **self.shelving, **self.skipping)  # type: ignore[arg-type]
         assert reading.shape is not None
+        if index.rows:
+            return Splits(*(self._rows(shelf, places) for places in splits))
         kind = torch.from_numpy(np.zeros(0, dtype=reading.dtype)).dtype
         spec = {"x": Field(reading.shape, kind, scale=1 / 255 if kind == torch.uint8 else 1.0)}
         if self.augment is not None:
@@ -175,7 +179,7 @@ class Shards(Source):
             raise ValueError(
                 f"sample {index.id_N[train[0]]} of {self.root!r} cannot be read ({error}): set size or fix it"
             ) from None
-        return replace(reading, shape=array.shape, dtype=str(array.dtype))
+        return replace(reading, shape=array.shape, dtype=array.dtype if array.dtype.names else str(array.dtype))
 
     def _labels(self, index: ShardIndex) -> Labels | None:
         if self.label == "none" or (self.label == "auto" and index.label_N is None):
@@ -210,6 +214,34 @@ class Shards(Source):
             () if labels is None else labels.names,
             index.attribute_names if attribute_MA is not None else (),
             self.augment,
+            None if labels is None else "y",
+            None if attribute_MA is None else "attributes",
+        )
+
+    def _rows(self, shelf: Shelf, places: NDArray[np.int64]) -> ShardSamples:
+        """Return samples that are rows of another source."""
+        index, told = shelf.index, shelf.index.rows
+        spec, label = read_spec(told["spec"]), told["label"]
+        if self.augment is not None:
+            raise ValueError(f"augment is for images, and {self.root!r} holds rows of a source: leave it out")
+        if self.label not in ("auto", "none", label):
+            has = f" {label}," if label else ""
+            raise ValueError(
+                f"label ({self.label}) is not that of the rows of {self.root!r}: set it to{has} auto or none"
+            )
+        stored = dtype_of({name: field for name, field in spec.items() if name != label or index.label_N is None})
+        if (found := shelf.pool.reading.dtype) != stored:
+            raise ValueError(f"the rows of {self.root!r} are {found}, and its index says {stored}: prepare them anew")
+        label_N = None
+        if label is not None and index.label_N is not None:
+            label_N = torch.from_numpy(index.label_N[places]).to(spec[label].dtype)
+        if self.label == "none" and label is not None:
+            del spec[label]
+            label, label_N = None, None
+        names, attribute_names = index.class_names if label else (), tuple(told["attribute_names"])
+        attribute = told["attribute"]
+        return ShardSamples(
+            shelf, places, spec, label_N, None, names, attribute_names, label=label, attribute=attribute
         )
 
 
