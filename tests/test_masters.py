@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from mixdist.engines import Native
 from mixdist.engines.masters import bfloat16_weights
+from mixdist.experts import VAE, Compute
+from mixdist.gates import Softmax
+from mixdist.mixtures import Context, Soft
+from mixdist.nets import MLP
 from mixdist.noise import Moment
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Outcome, Parts
+from mixdist.training.phases import Phase
+from mixdist.training.trainer import Trainer
+from tests.errors import error_of
 from tests.launch import changed, here, refused, together, write_config
 from tests.parity import (
     SEED,
@@ -134,14 +143,82 @@ def test_what_others_write_between_steps_is_stepped_from() -> None:
         assert expert.net.weight.unique().tolist() == [torch.tensor(value).item()]
 
 
+def test_what_is_written_within_steps_is_told_and_not_lost() -> None:
+    mesh, expert = Mesh(Placement.plan(1, 1), Launch(), torch.device("cpu")), Still()
+    parts = Parts({}, {0: expert}, bf16=True)
+    engine = Native(parts, mesh, Wire(mesh.device), lambda p: torch.optim.SGD(p, 0.1), bf16_weights=True)
+    for step in range(3):
+        engine.zero_grad()
+        engine.step(Outcome(torch.zeros(()), {}, {}, {}), step)
+    with torch.no_grad():
+        expert.net.bias.clamp_(min=0.0)
+    error_of(engine.zero_grad, "engine.bf16_weights", "net.bias of expert 0", "anneal")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's, of the older kind of weight_norm
 def test_a_weight_that_another_kind_of_module_reads_stays() -> None:
+    """And one that a hook makes of others before each call: autocast does not round these."""
     linear = {name: nn.Linear(3, 3) for name in ("tied", "frozen", "own")}
-    expert = nn.ModuleDict({"table": nn.Embedding(3, 3), **linear})
+    expert = nn.ModuleDict({"table": nn.Embedding(3, 3), **linear, "normed": nn.utils.weight_norm(nn.Linear(3, 3))})
     linear["tied"].weight = expert["table"].weight
     linear["frozen"].bias.requires_grad_(False)
     found = bfloat16_weights(Parts({}, {0: expert}, bf16=True))
-    assert found.layers == [linear["own"]]
-    assert list(map(id, found.tensors)) == list(map(id, linear["own"].parameters()))
+    assert list(found.named) == ["own.weight of expert 0", "own.bias of expert 0"]
+    assert list(map(id, found.named.values())) == list(map(id, linear["own"].parameters()))
+
+
+class Attention(nn.Module):
+    """Attention over halves of a vector: a layer that reads weights of its own and those of another one."""
+
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(num_in, 8), nn.Linear(8, num_out)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).unflatten(-1, (2, 4))
+        return self.last(self.attention(h, h, h, need_weights=False)[0].flatten(-2))
+
+
+class Attentive(MLP):
+    stackable = False
+
+    def encoder(self, shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+        return Attention(math.prod(shape), num_outputs)
+
+
+def test_records_are_those_of_float32_weights() -> None:
+    """What is called outside of autocast between steps meets float32 weights, so layers of every kind may be mixed."""
+    reports = []
+    for engine in (Native, functools.partial(Native, bf16_weights=True)):
+        mesh, data = mesh_of(3, 1, 1), rows_of(Case())
+        mixture = Soft(
+            functools.partial(Softmax, network=MLP([6])),
+            functools.partial(VAE, latent=2, network=Attentive([6])),
+            3,
+            compute=Compute(bf16=True),
+        )
+        mixture.setup(Context(SEED, torch.float32, data.spec, mesh, Wire(mesh.device)))
+        trainer = Trainer(mixture, data, [Phase(2, 16)], engine, log_every=1)
+        trainer.begin()
+        records = [trainer.advance().record or {} for _ in range(trainer.total_steps)]
+        assert "duplicate_experts" in records[0]
+        reports.append([{k: v for k, v in record.items() if k not in MEASURED} for record in records])
+    assert reports[0] == reports[1]
+
+
+MEASURED = ("rows_per_s", "peak_memory_bytes", "waiting_s", "transfer_s")
+
+
+def test_gradients_of_torch_before_2_10_have_their_parameters_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "grad_dtype", property(absent), raising=False)
+    mesh, expert = Mesh(Placement.plan(1, 1), Launch(), torch.device("cpu")), Still()
+    Native(Parts({}, {0: expert}), mesh, Wire(mesh.device), torch.optim.SGD).collect()
+    assert all(p.grad is not None for p in expert.parameters())
+
+
+def absent(tensor: Tensor) -> None:
+    raise AttributeError("grad_dtype")
 
 
 BF16 = {"class_path": "mixdist.engines.Native", "init_args": {"shard": "optimizer", "bf16_weights": True}}

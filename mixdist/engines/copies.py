@@ -125,7 +125,7 @@ class Shards(Copies):
     def _flat(self, grads: Sequence[Tensor]) -> Tensor:
         """Return the numbers of gradients as one; a member may have none."""
         first = self.tensors[0]
-        empty = torch.empty(0, dtype=first.grad_dtype, device=first.device)
+        empty = torch.empty(0, dtype=gradient_dtype(first), device=first.device)
         return torch.cat([empty, *(g.reshape(-1) for g in grads)])
 
 
@@ -159,6 +159,11 @@ def bring(state: dict[str, Tensor], group: Group, wire: Wire) -> dict[str, Tenso
 def gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the gradients of tensors that have one."""
     return [t.grad for t in tensors if t.grad is not None]
+
+
+def gradient_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of a tensor's gradient, which in torch before 2.10 is always its own."""
+    return getattr(tensor, "grad_dtype", None) or tensor.dtype
 
 
 @torch.no_grad()

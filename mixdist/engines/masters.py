@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from mixdist.terms import Parts
 
@@ -65,48 +63,65 @@ class Masters:
 
 
 class Bfloat16Weights:
-    """Layers whose weights are bfloat16 while steps are taken, and float32 between: in evaluations and saves.
+    """Weights that are bfloat16 while steps are taken, and float32 between: in evaluations and saves.
 
-    Autocast rounds them in each pass anyway, so a pass is the same. Where one is called outside of autocast its input
-    is rounded as there. Gradients are float32, and so are sums of them over passes and ranks.
+    Autocast rounds them in each pass anyway, so a pass is the same. Gradients are float32, and so are sums of them over
+    passes and ranks.
 
     Args:
-        layers: in float32.
+        named: by names for messages; in float32, each once.
     """
 
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
-        self.layers, self.rounded = list(layers), False
-        self.tensors = list(dict.fromkeys(p for layer in self.layers for p in layer.parameters(recurse=False)))
-        self._hooks: list[RemovableHandle] = []
+    def __init__(self, named: Mapping[str, Tensor]) -> None:
+        self.named, self.rounded = dict(named), False
+        self._written: dict[str, int] = {}
 
     def round(self) -> None:
         """Make the weights bfloat16."""
         self._become(torch.bfloat16)
-        self._hooks = [layer.register_forward_pre_hook(_round_inputs) for layer in self.layers]
+        self.mark()
 
     def widen(self) -> None:
         """Make the weights float32, of the values that they have."""
         self._become(torch.float32)
-        while self._hooks:
-            self._hooks.pop().remove()
 
     def _become(self, dtype: torch.dtype) -> None:
-        for tensor in self.tensors:
+        for tensor in self.named.values():
             tensor.data = tensor.data.to(dtype)
             tensor.grad_dtype = torch.float32
         self.rounded = dtype == torch.bfloat16
 
+    def mark(self) -> None:
+        """Take the values as they are: what is written from here on is no step's."""
+        self._written = {name: tensor._version for name, tensor in self.named.items()}
 
-def _round_inputs(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+    def check(self) -> None:
+        """Check that nobody wrote to a weight since ``mark``, as its master would not know.
+
+        Raises:
+            ValueError: somebody did.
+        """
+        for name, tensor in self.named.items():
+            if tensor._version != self._written[name]:
+                raise ValueError(
+                    f"engine.bf16_weights (true) has float32 masters of weights while steps are taken, which do not "
+                    f"know what else writes to them, and {name} was written to between two steps, as in anneal: leave "
+                    f"bf16_weights out"
+                )
 
 
 def bfloat16_weights(parts: Parts) -> Bfloat16Weights:
-    """Return the layers of this rank's experts whose weights autocast rounds in each pass.
+    """Return the weights of this rank's experts that autocast rounds in each pass.
 
     Raises:
-        ValueError: experts do not run under bfloat16 autocast, have another dtype than float32, or run as one stack.
+        ValueError: experts do not run under bfloat16 autocast, have another dtype than float32, or run as one stack; or
+            this torch has no gradients of another dtype than their parameters'.
     """
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        raise ValueError(
+            f"engine.bf16_weights (true) needs grad_dtype of torch's Tensor, and torch {torch.__version__} has none: "
+            f"install torch 2.10 or newer, or leave bf16_weights out"
+        )
     if not parts.bf16:
         raise ValueError(
             "engine.bf16_weights (true) needs experts that compute in bfloat16: set mixture.compute.bf16 to true, "
@@ -117,30 +132,35 @@ def bfloat16_weights(parts: Parts) -> Bfloat16Weights:
             "mixture.execution (stacked) cannot be used with engine.bf16_weights (true), which rounds each expert's "
             "own weights: set it to loop, or leave bf16_weights out"
         )
-    weights = Bfloat16Weights(layer for expert in parts.experts.values() for layer in _layers(expert))
-    for tensor in weights.tensors:
+    named: dict[str, Tensor] = {}
+    for e, expert in parts.experts.items():
+        rounded = _autocast(expert)
+        named |= {f"{name} of expert {e}": p for name, p in expert.named_parameters() if p in rounded}
+    for name, tensor in named.items():
         if tensor.dtype != torch.float32:
             raise ValueError(
-                f"engine.bf16_weights (true) needs experts in float32, and these are in "
+                f"engine.bf16_weights (true) needs experts in float32, and {name} is in "
                 f"{str(tensor.dtype).removeprefix('torch.')}: set dtype to float32, or leave bf16_weights out"
             )
-    return weights
+    return Bfloat16Weights(named)
 
 
-def _layers(expert: nn.Module) -> list[nn.Module]:
-    """Return the layers that autocast runs in bfloat16, whose parameters all learn and are in no other kind of module.
+def _autocast(expert: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters of layers that autocast runs in bfloat16, of those that all learn and no other module has.
 
-    They are torch's linear and convolutional layers, and modules that say so by ``autocast_weights``.
+    The layers are torch's linear and convolutional ones, and modules that say so by ``autocast_weights``; none that a
+    hook is called before, which may compute its weight from others, as ``torch.nn.utils.spectral_norm`` does.
     """
     layers: list[nn.Module] = []
     others: set[nn.Parameter] = set()
     for module in expert.modules():
         torchs = isinstance(module, nn.Linear | _ConvNd) and type(module).__module__.startswith("torch.nn.modules.")
-        if torchs or getattr(module, "autocast_weights", False):
+        if (torchs or getattr(module, "autocast_weights", False)) and not module._forward_pre_hooks:
             layers.append(module)
         else:
             others.update(module.parameters(recurse=False))
-    return [m for m in layers if all(p.requires_grad and p not in others for p in m.parameters(recurse=False))]
+    parameters = [list(layer.parameters(recurse=False)) for layer in layers]
+    return {p for own in parameters if all(p.requires_grad and p not in others for p in own) for p in own}
 
 
 def check_steps_on_cpu(*optimizers: Optimizer) -> None:

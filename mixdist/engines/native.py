@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixdist.engines.copies import Copies, Shards, bring, gradients
+from mixdist.engines.copies import Copies, Shards, bring, gradient_dtype, gradients
 from mixdist.engines.engine import (
     Engine,
     OptimizerFactory,
@@ -77,7 +77,7 @@ class Native(Engine):
         self.shard = shard == "optimizer"
         self.shared, self.own = self._copies()
         owned = [*self.shared.owned, *self.own.owned]
-        rounded = set(self.weights.tensors if self.weights else ())
+        rounded = set(self.weights.named.values() if self.weights else ())
         copied = owned if offload == "optimizer" else [tensor for tensor in owned if tensor in rounded]
         self.masters = Masters(copied, offload == "optimizer")
         self._stepped = {tensor: tensor for tensor in owned} | self.masters.copies
@@ -112,7 +112,9 @@ class Native(Engine):
 
     def zero_grad(self) -> None:
         """Clear every gradient: the next backward pass puts its own there, without a pass over memory to add them."""
-        if self.weights and not self.weights.rounded:
+        if self.weights and self.weights.rounded:
+            self.weights.check()
+        elif self.weights:
             self.masters.fetch_values()
             self.weights.round()
         self._clear()
@@ -156,6 +158,8 @@ class Native(Engine):
         self.masters.put()
         for arrive in [copies.start_spread() for copies in (self.shared, self.own)]:
             arrive()
+        if self.weights:
+            self.weights.mark()
 
     def ready(self) -> None:
         if self.weights and self.weights.rounded:
@@ -241,7 +245,7 @@ class Native(Engine):
         for _, parameters in self.trained:
             for parameter in parameters:
                 if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+                    parameter.grad = torch.zeros_like(parameter, dtype=gradient_dtype(parameter))
 
     def _totals(self, outcome: Outcome, reduced: Callable[[], None]) -> tuple[Totals, Tensor]:
         """Return what a step was over all ranks, and squared norms, (E + 1,).

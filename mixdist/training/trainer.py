@@ -289,7 +289,8 @@ class Trainer:
             "peak_memory_bytes": max(peak),
         }
         if self.position.batch < self.log_every and self.phase.objective.reads_losses:
-            # The epoch's first record: it runs the experts once more.
+            # The epoch's first record: it runs the experts once more, and calls them as an evaluation does.
+            self.engine.ready()
             record |= self.mixture.diagnose(batch)
         self._rows = 0
         return record
