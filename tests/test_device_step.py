@@ -82,6 +82,7 @@ LAWS = {
     "VaDE alone": Law(replace(SOFT, gate="vade", expert="silent", objective="gate")),
     "MVAE": Law(MVAE, 2),
     "MVAE, masks": Law(replace(MVAE, gate="gumbel-shared"), 3),
+    "MVAE, masks that put components off": Law(replace(MVAE, gate="gumbel-each-off"), 3, {"masks.Masks.on": 1}),
     "MVAE, DHSIC": Law(replace(MVAE, balance="dhsic"), 2),
     "MVAE, MMD, accumulation of 2": Law(replace(MVAE, balance="mmd", accumulate=2), 6),
     "MVAE, W2": Law(replace(MVAE, balance="w2"), 2, EIGENVALUES),
@@ -131,12 +132,13 @@ def draws_counted(device: Device) -> Iterator[list[str]]:
         yield drawn
 
 
-def count(case: Case, at: torch.device = DEVICE) -> Counts:
-    """Do two steps on this rank; return what the second one did."""
+def count(case: Case, at: torch.device = DEVICE, prepare: Callable[[Any], None] = lambda mixture: None) -> Counts:
+    """Do two steps on this rank, of a mixture that is prepared first; return what the second one did."""
     mesh, device = mesh_on(at, case.num_experts, case.ranks, case.ep_size), Device()
     wire = Wire(mesh.device)
     with device.running(), draws_counted(device) as drawn:
         mixture = make_mixture(case, mesh, wire)
+        prepare(mixture)
         engine = make_engine(case, mixture, mesh, wire)
         loader = Loader(rows_of(case), case.batch_size, SEED, 0, mesh.rank, mesh.world_size)
         for step in range(2):
@@ -159,6 +161,19 @@ def test_a_step_sends_one_tensor_reads_once_and_draws_once(name: str) -> None:
     assert found.reads == {**TOTALS, **reads}
     assert found.draws == draws
     assert found.loss == pytest.approx(count(case, torch.device("cpu")).loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_components_that_are_off_are_read_once_too(accumulate: int) -> None:
+    def put_off(mixture: Any) -> None:
+        mixture.masks.above_E[1:] += 500
+
+    case = replace(MVAE, gate="gumbel-each-off", balance="dhsic", accumulate=accumulate)
+    found, plain = count(case, DEVICE, put_off), count(case, torch.device("cpu"), put_off)
+    assert found.reads == {**TOTALS, "masks.Masks.on": 1}
+    assert found.copies == SENT
+    assert found.loss == pytest.approx(plain.loss, rel=1e-12)
+    assert found.loss != pytest.approx(count(case).loss)
 
 
 @pytest.mark.parametrize("case", [SOFT, replace(SOFT, routing="top2"), MVAE], ids=["dense", "top-2", "MVAE"])

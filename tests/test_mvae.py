@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -258,6 +259,18 @@ def test_a_component_is_off_after_so_many_steps_in_a_row_and_one_stays() -> None
     assert step(3, 0.8, 0.1, 0.7) == [False, False, True]
     assert step(4, 0.8, 0.1, 0.9) == [False, False, True]
     assert masks.kept()[:2].tolist() == [0.0, 0.0] == masks.mean()[:2].tolist()
+
+
+def test_what_is_on_is_known_anew_after_every_change() -> None:
+    """It is kept between reads of the device, also when counts are loaded, moved or copied."""
+    one, other = (Masks(3, rates="each", off_above=0.5, off_after=2) for _ in range(2))
+    assert one.on() == other.on() == [True] * 3
+    other.above_E[1] = 2
+    assert other.on() == [True, False, True]
+    one.load_state_dict(other.state_dict())
+    assert one.on() == copy.deepcopy(one).on() == [True, False, True]
+    one.above_E = torch.zeros(3, dtype=torch.int64)
+    assert one.on() == [True] * 3
 
 
 def test_a_run_goes_on_with_components_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

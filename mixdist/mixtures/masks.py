@@ -89,6 +89,7 @@ class Masks(nn.Module):
         if off_above is not None:
             self.above_E: Tensor  # steps in a row with a rate above
             self.register_buffer("above_E", torch.zeros(num_components, dtype=torch.int64))
+            self._known: tuple[Tensor | None, int, list[bool]] = (None, 0, [])  # what was read, of which counts
         if kind != "none":
             num = 1 if rates == "shared" else num_components
             logit_P = torch.full((num,), math.log(rate / (1.0 - rate)))
@@ -117,15 +118,21 @@ class Masks(nn.Module):
             return
         rate_E, off_E = self.rates(), self.above_E >= self.off_after
         above_E = torch.where(off_E, self.above_E, torch.where(rate_E > self.off_above, self.above_E + 1, 0))
-        if bool((above_E >= self.off_after).all()):
-            above_E[rate_E.masked_fill(off_E, torch.inf).argmin()] = 0
-        self.above_E.copy_(above_E)
+        least_E = (
+            torch.arange(self.num_components, device=rate_E.device) == rate_E.masked_fill(off_E, torch.inf).argmin()
+        )
+        stays_E = least_E & (above_E >= self.off_after).all()
+        self.above_E.copy_(above_E.masked_fill(stays_E, 0))
 
     def on(self) -> list[bool]:
-        """Return which components are on."""
+        """Return which components are on; a device is read once after each change, in a step once."""
         if self.off_above is None:
             return [True] * self.num_components
-        return (self.above_E < self.off_after).tolist()
+        counted, version, found = self._known
+        if counted is not self.above_E or version != self.above_E._version:
+            found = (self.above_E < self.off_after).tolist()
+            self._known = self.above_E, self.above_E._version, found
+        return found
 
     def only_on(self, value: Tensor, off: float) -> Tensor:
         """Return values (..., E) with ``off`` at components that are off."""

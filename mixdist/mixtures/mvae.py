@@ -224,7 +224,9 @@ class MVAE(Gateless):
     def of_on(self, field_BE: Tensor) -> Tensor:
         """Return the part of a field (B, E, ...) that is of components that are on."""
         on = self.masks.on()
-        return field_BE if all(on) else field_BE[:, torch.tensor(on, device=field_BE.device)]
+        if all(on):
+            return field_BE
+        return torch.stack([field_BE[:, e] for e, is_on in enumerate(on) if is_on], dim=1)  # an index would be sent
 
     def draw_weights(self, ids_B: Tensor, a_BE: Tensor, at: Moment) -> Tensor:
         """Return log b of rows, (B, E): Dirichlet draws under masks, keyed by row and component."""

@@ -81,7 +81,8 @@ class Dispatch:
     def send_to(self, rows: Batch, fields: Fields, on: Sequence[bool], counts: Sequence[int]) -> Route:
         """Start sending every row to the experts that are on, and to no other, as ``send`` does to all."""
         arrivals = Arrivals.of_experts(on, self.experts, [counts[rank] for rank in self.members], self.mesh.member)
-        routed_BE = torch.tensor(on, device=rows["id"].device).expand(len(rows["id"]), -1)
+        ids_B = rows["id"]
+        routed_BE = torch.stack([torch.full_like(ids_B, one, dtype=torch.bool) for one in on], dim=1)  # made there
         return self.send_some(rows, fields, routed_BE, arrivals)
 
     def _specs(self, fields: Fields) -> list[Spec]:
