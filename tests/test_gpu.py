@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixdist.noise import Draw, Purpose, _rounds, compiled
+from mixdist.noise import Draw, Purpose
+from mixdist.noise.philox import compiled, rounds
 from mixdist.report.metrics import read_metrics
 from tests.launch import HANG_S, ROOT
 
@@ -53,7 +54,7 @@ def test_cuda_devices_give_the_run_of_the_cpu(tmp_path: Path, ranks: int, engine
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_compiled_noise_has_the_bits_of_the_cpu() -> None:
     device = torch.device("cuda", 0)
-    assert compiled(device) is not _rounds
+    assert compiled(device) is not rounds
     for step in (0, 7):
         draw, ids = Draw(seed=3, purpose=Purpose.POSTERIOR, step=step), torch.arange(99)
         assert torch.equal(draw.uniform(ids.to(device), [0, 5], (7,)).cpu(), draw.uniform(ids, [0, 5], (7,)))

@@ -194,7 +194,7 @@ def test_the_top_level_is_small():
         (upward_imports, "mixdist/experts/vae.py", "from .. import gates"),
         (upward_imports, "mixdist/experts/vae.py", "from mixdist.parallel import wire"),
         (misplaced_libraries, "mixdist/experts/vae.py", "from torch import distributed"),
-        (misplaced_libraries, "mixdist/noise.py", "import torch\ntorch.distributed.get_rank()"),
+        (misplaced_libraries, "mixdist/noise/draws.py", "import torch\ntorch.distributed.get_rank()"),
         (misplaced_libraries, "mixdist/engines/native.py", "import deepspeed"),
         (misplaced_libraries, "mixdist/training/trainer.py", "from webdataset import WebDataset"),
         (names_and_sizes, "mixdist/data/utils.py", ""),
@@ -213,7 +213,7 @@ def test_a_breach_is_seen(rule, path, source):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("mixdist/noise.py", "from mixdist.terms import Batch"),
+        ("mixdist/noise/draws.py", "from mixdist.terms import Batch"),
         ("mixdist/experts/vae.py", "import torch.distributions\nfrom mixdist import nets\nfrom .affine import Affine"),
         ("mixdist/engines/native.py", "import torch.distributed as dist\nfrom mixdist.parallel.mesh import Mesh"),
         ("mixdist/engines/deepspeed.py", "def start():\n    import deepspeed"),

@@ -14,7 +14,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from mixdist.noise import Draw, Kind, Purpose, _rounds, compiled, derive, permutation, philox, weights_seed
+from mixdist.noise import Draw, Kind, Purpose, derive, permutation, weights_seed
+from mixdist.noise.philox import compiled, philox, rounds
 from tests.errors import error_of
 
 ONES = 0xFFFFFFFF
@@ -209,7 +210,7 @@ def test_permutations_differ_by_seed_phase_and_epoch() -> None:
 
 def test_a_permutation_does_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = permutation(5, 1, 2, 1000)
-    monkeypatch.setattr("mixdist.noise._CHUNK", 7)
+    monkeypatch.setattr("mixdist.noise.draws._CHUNK", 7)
     assert torch.equal(permutation(5, 1, 2, 1000), whole)
 
 
@@ -235,21 +236,21 @@ def miscounting(graph: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_rounds_that_cannot_be_compiled_or_have_other_bits_stay_as_they_are() -> None:
     with pytest.warns(UserWarning, match="noise is not compiled on cpu .*no Triton"):
-        assert compiled(torch.device("cpu"), refusing) is _rounds
-    assert compiled(torch.device("cpu"), miscounting) is _rounds
-    assert compiled(torch.device("cpu"), "eager") is not _rounds
+        assert compiled(torch.device("cpu"), refusing) is rounds
+    assert compiled(torch.device("cpu"), miscounting) is rounds
+    assert compiled(torch.device("cpu"), "eager") is not rounds
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's compiler calls what torch warns of
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here, which torch's needs on a CPU")
 def test_compiled_rounds_have_the_same_bits() -> None:
-    rounds = compiled(torch.device("cpu"))
-    assert rounds is not _rounds
+    made = compiled(torch.device("cpu"))
+    assert made is not rounds
     for experts, rows, blocks in [(3, 17, 2), (1, 1, 1), (5, 8, 3), (2, 100, 16)]:
         for step in (0, 5, ONES):
             words = torch.randint(0, ONES + 1, (4, experts, rows), generator=torch.Generator().manual_seed(step))
             counter = (torch.arange(blocks), words[0][..., None], words[1][..., None], step)
             key = (words[2, :, :1, None], words[3, :, :1, None])
-            found, wanted = rounds(counter, key), _rounds(counter, key)  # type: ignore[arg-type]
+            found, wanted = made(counter, key), rounds(counter, key)  # type: ignore[arg-type]
             assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), (experts, rows, blocks, step)

@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixdist import noise
 from mixdist.competition import Competition, Discriminators, Elbo, Fixed, Likelihood, Random, Rounds, Score
 from mixdist.data import Augment, Bananas, Blobs, Dataset, Digits, Epoch, Parabolas
 from mixdist.data.order import shuffled_blocks
@@ -31,7 +30,7 @@ from mixdist.mixtures.context import Context as Maker
 from mixdist.mixtures.ensemble import Ensemble
 from mixdist.mixtures.routing import TopK
 from mixdist.nets import MLP
-from mixdist.noise import EVALUATION_PHASE, TRIAL_PHASE, Draw, Kind, Moment, Purpose, derive, hashes
+from mixdist.noise import EVALUATION_PHASE, TRIAL_PHASE, Draw, Kind, Moment, Purpose, derive, draws, hashes, philox
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Batch, Field
 from mixdist.training.phases import Phase
@@ -56,7 +55,7 @@ class Blocks:
         half = np.uint64(32)
         self.drawn.append(np.stack([k0 << half | k1, c0 << half | c1, c2 << half | c3], axis=1))
         codes = [(Path(frame.f_code.co_filename), frame.f_code.co_name) for frame, _ in traceback.walk_stack(None)]
-        named = [f"{path.stem}.{name}" for path, name in codes if "mixdist" in path.parts and path.stem != "noise"]
+        named = [f"{path.stem}.{name}" for path, name in codes if "mixdist" in path.parts and "noise" not in path.parts]
         self.places.append(" < ".join(named[:6]))
         return words
 
@@ -76,7 +75,7 @@ class Blocks:
         return [f"{one} / {other}" for one, other in sorted(pairs)]
 
 
-PHILOX = noise.philox
+PHILOX = philox.philox
 
 
 @contextmanager
@@ -84,7 +83,7 @@ def recorded() -> Iterator[Blocks]:
     """Record all that is drawn; no block may be drawn twice."""
     blocks = Blocks()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(noise, "philox", blocks.philox)
+        patch.setattr(draws, "philox", blocks.philox)
         patch.setattr("mixdist.data.sources.digits.philox", blocks.philox)
         yield blocks
     assert blocks.drawn

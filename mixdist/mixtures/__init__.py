@@ -3,7 +3,7 @@
 from mixdist.mixtures.clustered import ClusterStart
 from mixdist.mixtures.context import Context
 from mixdist.mixtures.declared import check_fields
-from mixdist.mixtures.ensemble import Ensemble, MakeExpert, Scores
+from mixdist.mixtures.ensemble import Ensemble, MakeExpert
 from mixdist.mixtures.expert_start import ExpertStart, PCAStart
 from mixdist.mixtures.facts import Facts
 from mixdist.mixtures.figures import ExpertEvaluation
@@ -26,6 +26,7 @@ from mixdist.mixtures.objectives import (
 from mixdist.mixtures.penalties import DHSIC, MMD, W2, MutualPosterior, Penalty
 from mixdist.mixtures.poe import MoPoE, PoEMVAE
 from mixdist.mixtures.routing import RoutingPlan, TopK
+from mixdist.mixtures.scores import Scores
 from mixdist.mixtures.soft import Soft
 from mixdist.mixtures.study import Evaluation, Request, Study
 

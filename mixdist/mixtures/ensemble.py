@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from mixdist.mixtures.mixture import Mixture, Outputs, Stage
 from mixdist.mixtures.model import Model
 from mixdist.mixtures.pictures import Picture
 from mixdist.mixtures.posteriors import embedded
+from mixdist.mixtures.scores import Scores
 from mixdist.mixtures.shown import expert_pictures
 from mixdist.mixtures.study import Evaluation, Request, Study
 from mixdist.noise import TRIAL_PHASE, Moment, Purpose
@@ -37,25 +38,6 @@ from mixdist.terms import Batch, ExpertTerms, Gating, Spec
 
 MakeExpert = Callable[[Spec], Expert]
 Execution = Literal["auto", "loop", "stacked"]
-
-
-class Scores(NamedTuple):
-    """What a mixture makes of B rows.
-
-    Args:
-        log_resp_BE: log responsibilities.
-        losses_BE: each expert's loss, as in training, nats.
-        elbo_BE: each expert's ELBO, log p(x|z) - KL at one posterior sample, or its log p where that is exact, nats;
-            NaN for an expert without one, None where no expert has one.
-        exact_BE: log p(x), or log p(y|x) of supervised experts, where it is exact; NaN and None as above.
-        gate_loss_B: the gate's own loss, nats; None where it has none.
-    """
-
-    log_resp_BE: Tensor
-    losses_BE: Tensor
-    elbo_BE: Tensor | None
-    exact_BE: Tensor | None
-    gate_loss_B: Tensor | None = None
 
 
 class Ensemble(Mixture):

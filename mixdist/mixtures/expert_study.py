@@ -36,7 +36,8 @@ from mixdist.stats import entropy
 from mixdist.terms import Spec
 
 if TYPE_CHECKING:
-    from mixdist.mixtures.ensemble import Ensemble, Scores
+    from mixdist.mixtures.ensemble import Ensemble
+    from mixdist.mixtures.scores import Scores
 
 LEVEL = 1e-3
 """A number is on a level if it is as near to it, in steps between levels."""

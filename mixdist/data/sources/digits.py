@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from mixdist.data.dataset import Dataset, Source, Splits
-from mixdist.noise import Purpose, derive, philox
+from mixdist.noise import Purpose, derive
+from mixdist.noise.philox import philox
 from mixdist.terms import Field
 
 

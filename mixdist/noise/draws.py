@@ -1,8 +1,7 @@
 """Random numbers that belong to rows: pure functions of (seed, purpose, phase, step, sample id, expert).
 
-The generator is Philox 4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011):
-a bijection of a 128-bit counter under a 64-bit key, without state. A row's numbers are therefore the same on any rank,
-in any batch and beside any other rows.
+The generator has no state (:mod:`mixdist.noise.philox`). A row's numbers are therefore the same on any rank, in any
+batch and beside any other rows.
 
 Shape letters: R rows, E experts, T pairs of a row and an expert, N numbers of a row in blocks of four.
 """
@@ -10,26 +9,16 @@ Shape letters: R rows, E experts, T pairs of a row and an expert, N numbers of a
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mixdist.messages import one_line
+from mixdist.noise.philox import MASK, Words, philox, rounds
 
-Word = TypeVar("Word", int, Tensor, Any)
-Words = tuple[Tensor, Tensor, Tensor, Tensor]
-
-_MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
 _CHUNK = 1 << 16
 
 
@@ -86,60 +75,13 @@ EVALUATION_PHASE = 2**31  # figures
 ASSIGNMENT_PHASE = 2**31 + 1  # scores that assign rows in an evaluation
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor | int], key: tuple[Tensor | int, Tensor | int]) -> Words:
-    """Return four pseudo-random words for each counter by Philox 4x32-10.
-
-    Args:
-        counter: four int64 tensors of uint32 words that broadcast together; the last may be an int.
-        key: two uint32 words, int64 tensors that broadcast with the counter, or ints.
-
-    Returns:
-        Four int64 tensors of the common shape with words from 0 to 2**32 - 1.
-    """
-    # The rounds mix all words, so every word gets the common shape without being expanded first.
-    if (device := counter[0].device).type != "cpu":
-        rounds = compiled(device) if device.type == "cuda" else _rounds
-        return rounds(cast(Words, counter), cast(tuple[Tensor, Tensor], key))
-    # NumPy takes 0.5 to 0.7 of torch's time on a CPU. Its scalars would warn that they wrap, hence at least one axis.
-    c0, c1, c2, c3, k0, k1 = (np.atleast_1d(w.numpy()) if isinstance(w, Tensor) else w for w in (*counter, *key))
-    return cast(Words, tuple(map(torch.from_numpy, _rounds((c0, c1, c2, c3), (k0, k1)))))
-
-
-def _rounds(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, Word, Word, Word]:
-    """Run the ten rounds, for tensors (products wrap at 64 bits) and for Python ints (products do not)."""
-    c0, c1, c2, c3 = counter
-    for i in range(_ROUNDS):
-        k0, k1 = (key[0] + i * _KEY_STEPS[0]) & _MASK, (key[1] + i * _KEY_STEPS[1]) & _MASK
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        # c1 and c3 keep their high halves until the end: only their low halves are ever read.
-        c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & _MASK, p1, ((p0 >> 32) ^ c3 ^ k1) & _MASK, p0
-    return c0, c1 & _MASK, c2, c3 & _MASK
-
-
-@lru_cache(maxsize=8)
-def compiled(device: torch.device, backend: Any = "inductor") -> Callable[[Words, tuple[Tensor, Tensor]], Words]:
-    """Return the rounds as one operator of a device where there were 120; they are integers, so the bits are the same.
-
-    That is checked once, on a few counters. Where torch cannot compile, as without Triton or with
-    ``TORCH_COMPILE_DISABLE=1``, or where a bit differs, it is the rounds as they are.
-    """
-    made = torch.compile(_rounds, dynamic=True, backend=backend)
-    words = torch.tensor([[0, 1, 7, _MASK], [_MASK, 0, 3 << 30, 1]], device=device)
-    counter, key = (words[0], words[1], words[:, :1], 5), (words[1][None], words[0][None])
-    try:
-        return made if all(map(torch.equal, made(counter, key), _rounds(counter, key))) else _rounds
-    except Exception as error:  # of compilers, of any kind
-        warnings.warn(f"noise is not compiled on {device} ({one_line(str(error))}): steps take longer", stacklevel=2)
-        return _rounds
-
-
 @lru_cache(maxsize=1 << 16)
 def _stream(seed: int, purpose: Purpose, phase: int, expert: int, kind: int = 0) -> tuple[int, int, int, int]:
     """Return the block of four words that names a stream, computed on the host."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed ({seed}) must be from 0 to 2**64 - 1: choose another seed.")
-    assert 0 <= min(phase, expert) <= max(phase, expert) <= _MASK, f"phase {phase} and expert {expert} must be uint32"
-    return _rounds((int(purpose), phase, expert, kind), (seed & _MASK, seed >> 32))
+    assert 0 <= min(phase, expert) <= max(phase, expert) <= MASK, f"phase {phase} and expert {expert} must be uint32"
+    return rounds((int(purpose), phase, expert, kind), (seed & MASK, seed >> 32))
 
 
 def derive(seed: int, purpose: Purpose, phase: int = 0, expert: int = 0, kind: Kind | None = None) -> tuple[int, int]:
@@ -261,8 +203,8 @@ class Draw:
         keys_E2 = _keys(self.seed, self.purpose, self.phase, tuple(experts), kind, ids.device)
         k0, k1 = (keys_E2[:, None] if of_T is None else keys_E2[of_T])[..., None].unbind(-2)
         block = _blocks(-(-math.prod(shape) // 4), ids.device)
-        step = self.step & _MASK if steps_R is None else (steps_R & _MASK)[:, None]
-        return philox((block, (ids & _MASK)[..., None], ((ids >> 32) & _MASK)[..., None], step), (k0, k1))
+        step = self.step & MASK if steps_R is None else (steps_R & MASK)[:, None]
+        return philox((block, (ids & MASK)[..., None], ((ids >> 32) & MASK)[..., None], step), (k0, k1))
 
 
 @lru_cache(maxsize=256)
@@ -335,7 +277,7 @@ def hashes(
     # In pieces, because the temporary words of a hundred million ids would not fit beside them.
     for start in range(0, len(ids_N), _CHUNK):
         ids = ids_N[start : start + _CHUNK]
-        low, high, _, _ = philox((zero, ids & _MASK, (ids >> 32) & _MASK, epoch & _MASK), key)
+        low, high, _, _ = philox((zero, ids & MASK, (ids >> 32) & MASK, epoch & MASK), key)
         found[start : start + _CHUNK] = low | high << 32
     return found
 
