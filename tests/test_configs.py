@@ -10,7 +10,7 @@ import torch
 from mixdist.config.parsing import read_config
 from mixdist.experts import Expert
 from mixdist.gates import Gate
-from mixdist.mixtures import Ensemble, Soft
+from mixdist.mixtures import MVAE, Ensemble, Soft
 from mixdist.mixtures.multimodal import Multimodal
 from mixdist.terms import Field
 from tests.launch import ROOT
@@ -71,6 +71,10 @@ def test_a_config_is_read_and_its_networks_fit_its_data(path: Path) -> None:
         if mixture.expert_start is not None:
             mixture.expert_start.prepare(expert)
         assert expert(rows, eps_for(expert)).loss_R.shape == (2,)
+        if isinstance(mixture, MVAE):
+            features = expert(rows, eps_for(expert)).features["feature_RH"]
+            decoded = mixture.network.decoder(features.shape[1], spec["x"].shape)(features)
+            assert decoded.shape == (2, spec["x"].num_values)
         if isinstance(mixture, Soft):
             gate = mixture.make_gate(spec, mixture.num_experts)
             assert gate(rows, eps_for(gate)).log_resp_BE.shape == (2, mixture.num_experts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from mixdist.config.options import parse
+from mixdist.config.parsing import config_parser, make_config
 from mixdist.data import RankBatch
 from mixdist.experts import Component
 from mixdist.mixtures import DHSIC, MMD, MVAE, W2, Masks, MutualPosterior, Penalty, WeightedLoss
@@ -24,7 +27,7 @@ from mixdist.nets import MLP, Conv
 from mixdist.noise import TRIAL_PHASE, Moment
 from mixdist.report.metrics import read_metrics
 from mixdist.terms import Field
-from tests.launch import changed, here, mlp, refused, together, write_config
+from tests.launch import ROOT, changed, here, mlp, refused, together, write_config
 from tests.test_figures import ready
 
 
@@ -380,3 +383,19 @@ def test_a_labelled_component_reads_the_label() -> None:
     assert not torch.allclose(features[0], features[1])
     with pytest.raises(ValueError, match="MLP"):
         Component(spec, 2, 5, Conv([4]), label="y")
+
+
+@pytest.mark.parametrize(
+    "line", re.findall(r"^\| [\w -]+ \| (`--mixture.*)\|$", (ROOT / "docs/mvae.md").read_text(), re.M)
+)
+def test_a_baseline_of_the_page_is_a_config(line: str) -> None:
+    """Each is the mixture without masks with one component and other words."""
+    words = [word for part in re.findall(r"`(--[^`]+)`", line) for word in part.split()]
+    given = [{"W": "0.5", "V": "2"}.get(word, word) for word in words if word != "--mixture.component.latent"]
+    parser = config_parser("mixdist train", "")
+    base = ["--config", str(ROOT / "configs/mvae_fixed_mnist.yaml"), "--mixture.num_experts", "1"]
+    mixture = make_config(parser, parse(parser, [*base, *given])).mixture
+    assert isinstance(mixture, MVAE)
+    assert mixture.num_experts == 1
+    named = given[given.index("--mixture.penalty") + 1] if "--mixture.penalty" in given else ""
+    assert type(mixture.penalty).__name__ == {"null": "NoneType"}.get(named, named)
