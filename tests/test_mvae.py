@@ -333,6 +333,8 @@ def test_a_run_resumes_on_two_ranks_and_is_loaded(tmp_path: Path, monkeypatch: p
         with pytest.raises(ValueError, match=words.replace("shift 4", r"shift \(4\)")):
             model.interpolate(**{"first": x[:2], "second": x[2:4]} | wrong)
     assert here("sample", "whole").code == 0
+    with pytest.raises(ValueError, match=r"label \(1\) is read by no component"):
+        model.sample(3, label=1)
     with pytest.raises(ValueError, match="component 9"):
         model.reconstruct(x, expert=9)
 

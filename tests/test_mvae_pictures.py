@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import mixdist
 from mixdist.data import Digits
 from mixdist.experts import Component
 from mixdist.mixtures import DHSIC, MVAE, Evaluation, Masks
@@ -147,6 +148,13 @@ def test_a_run_of_labelled_components_on_two_ranks_is_drawn(tmp_path: Path, monk
         "training",
     )
     assert {path.stem for path in Path("run/images").iterdir()} == set(names)
+    model = mixdist.load("run")
+    assert here("sample", "run").code == 0
+    one, other = (model.sample(3, label=c) for c in (1, 2))
+    assert not torch.allclose(one, other)
+    for wrong in (None, 10, True):
+        with pytest.raises(ValueError, match=r"^label \(" + str(wrong)):
+            model.sample(3, label=wrong)
     ended = here("evaluate", "run", "--probes", "none")
     assert ended.code == 0, ended.err
     assert "dhsic_floor" in ended.out

@@ -48,8 +48,8 @@ def probed(
     """Return an evaluation with the accuracy of classifiers of latents; every rank calls it and gets the same.
 
     ``probe_K``: of classifier K on all latents of ``Mixture.embed`` side by side; where there are several,
-    ``probe_K_NAME``: on those of one name. Latents are standardised by the training rows'. Rows that lack a latent are
-    neither fitted on nor judged.
+    ``probe_K_NAME``: on those of one name. Latents are centred and divided by one number, so that their mean variance
+    is 1. Rows that lack a latent are neither fitted on nor judged.
 
     Ranks encode their share of the rows, all get all latents, and each fits its share of the classifiers: a classifier
     is fitted once, on the same numbers whatever the layout.
@@ -86,7 +86,7 @@ def probed(
         if (judged := ~np.isnan(column_N)).any():
             found = found.plus(name, column_N, judged)
     told: dict[str, str] = {
-        "fitted_on": f"the first {len(label_N)} training rows, standardised",
+        "fitted_on": f"the first {len(label_N)} training rows, centred, their mean variance 1",
         "judged_by": f"the first {len(true_N)} of these rows",
         **{kind: TOLD[kind] for kind in kinds},
     }
@@ -141,8 +141,6 @@ def _right(
 ) -> np.ndarray:
     """Return 1 where a classifier is right about the rows that are shown, else 0: (N,); NaN where there is none."""
     from sklearn.exceptions import ConvergenceWarning  # slow to import, and needed here alone
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
     there_N, judged_N = ~np.isnan(z_NL).any(1), ~np.isnan(shown_NL).any(1)
     right_N = np.full(len(true_N), np.nan)
@@ -152,9 +150,18 @@ def _right(
         raise ValueError("latents are not finite, and probes cannot be fitted to them: give --probes none")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # so many epochs, and no more
-        fit = make_pipeline(StandardScaler(), _made(kind, there_N.sum())).fit(z_NL[there_N], label_N[there_N])
-    right_N[judged_N] = fit.predict(shown_NL[judged_N]) == true_N[judged_N]
+        fit = _made(kind, there_N.sum()).fit(_scaled(z_NL[there_N], z_NL[there_N]), label_N[there_N])
+    right_N[judged_N] = fit.predict(_scaled(shown_NL[judged_N], z_NL[there_N])) == true_N[judged_N]
     return right_N
+
+
+def _scaled(z_NL: np.ndarray, of_NL: np.ndarray) -> np.ndarray:
+    """Return latents less the mean of some, over one number, the root of these ones' mean variance.
+
+    Dimensions that the posterior leaves at the prior stay small beside those that say something.
+    """
+    found: np.ndarray = (z_NL - of_NL.mean(0)) / max(float(np.sqrt(of_NL.var(0).mean())), 1e-12)
+    return found
 
 
 def _made(kind: ProbeName, num_rows: int) -> Any:

@@ -101,27 +101,42 @@ class MVAEModel(Rowed):
         return torch.stack([self._decoded(named, torch.lerp(one, other, t), torch.lerp(*pairs, t)) for t in ways])
 
     @torch.no_grad()
-    def sample(self, num_samples: int, seed: int = 0, alike: bool = False) -> Tensor:
+    def sample(self, num_samples: int, seed: int = 0, alike: bool = False, label: int | None = None) -> Tensor:
         """Draw z_i ~ N(0, I) and w ~ Dir(prior), and decode: (num_samples, *shape of x).
 
         Args:
             num_samples: how many.
             seed: of the draws.
             alike: the same z for all components (figure 17).
+            label: the class, of components that read one.
         """
         num_samples, seed = draws(num_samples, seed)
         mixture, ids = self.mixture, torch.arange(num_samples)
-        if getattr(mixture.component, "label", None) is not None:
-            raise ValueError("samples of components with a label need one: use reconstruct of mixdist.load(RUN)")
+        given, name = {"id": ids}, getattr(mixture.component, "label", None)
+        if (name is None) != (label is None):
+            told = (
+                f"is needed, since components read {name!r}: give a class"
+                if name
+                else "is read by no component: drop it"
+            )
+            raise ValueError(f"label ({label!r}) {told}")
+        if name is not None:
+            num_classes = mixture.spec[name].num_classes or 0
+            if isinstance(label, bool) or not 0 <= whole_number(label) < num_classes:
+                raise ValueError(f"label ({label!r}) must be a class from 0 to {num_classes - 1}: give one")
+            given[name] = torch.full((num_samples,), whole_number(label))
         experts, draw = list(range(mixture.num_experts)), Moment(seed).draw(Purpose.PRIOR)
         z_ENL = draw.normal(ids, [0] if alike else experts, mixture.component.noise_shape or (), self.dtype)
         z_NEL = z_ENL.expand(len(experts), -1, -1).transpose(0, 1)
         uniform = Moment(seed).draw(Purpose.MIXING).uniform(ids, experts, (NUM_UNIFORM,), self.dtype).transpose(0, 1)
         prior = torch.full((num_samples, len(experts)), mixture.prior, dtype=self.dtype)
-        return self._decoded({"id": ids}, z_NEL, mixture.mean_weights(log_weights(prior, uniform).exp()))
+        return self._decoded(given, z_NEL, mixture.mean_weights(log_weights(prior, uniform).exp()))
 
     def rows_of_samples(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
-        """Return samples of the mixture, and with the same z for all components, by a title."""
+        """Return samples of the mixture by a title: of each class; without a label also with z alike for all components."""
+        if name := getattr(self.mixture.component, "label", None):
+            classes = range(self.mixture.spec[name].num_classes or 0)
+            return {f"class {c}": self.sample(num_samples, seed, label=c) for c in classes}
         return {"samples": self.sample(num_samples, seed), "z alike": self.sample(num_samples, seed, alike=True)}
 
     def _number(self, expert: int) -> int:
