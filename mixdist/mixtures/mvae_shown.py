@@ -133,7 +133,7 @@ class MVAEModel(Rowed):
         return self._decoded(given, z_NEL, mixture.mean_weights(log_weights(prior, uniform).exp()))
 
     def rows_of_samples(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
-        """Return samples of the mixture by a title: of each class; without a label also with z alike for all components."""
+        """Return samples of the mixture by a title: of each class where there is a label, else also with z alike."""
         if name := getattr(self.mixture.component, "label", None):
             classes = range(self.mixture.spec[name].num_classes or 0)
             return {f"class {c}": self.sample(num_samples, seed, label=c) for c in classes}
