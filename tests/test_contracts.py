@@ -1268,6 +1268,14 @@ def test_a_model_says_what_it_cannot_take(name: str, model: Model) -> None:
     error_of(lambda: call(model), *words.split())
 
 
+def test_real_numbers_beyond_the_likelihood_are_told_how_to_come_back() -> None:
+    mixture, mesh = Soft(Softmax, lambda spec: VAE(spec, 2, MLP([4])), 2), mesh_of(2, 1, 1)
+    mixture.setup(Context(7, torch.float32, SPEC, mesh, Wire(mesh.device)))
+    made = mixture.model(())
+    error_of(lambda: made.assign(3 * torch.ones(2, SIZE)), "'x'", "3 to 3", "0 to 1", "scale of the rows")
+    error_of(lambda: made.assign(math.nan * torch.ones(2, SIZE)), "'x'", "nan", "no number")
+
+
 def test_a_model_takes_numbers_of_any_type(model: Model) -> None:
     as_numbers = model.assign(STORED / 16)
     for given in (STORED, STORED.numpy().astype(np.uint16), STORED.tolist(), (STORED / 16).numpy()):

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mixdist"
 
 # Rooms (files or folders of mixdist/) from the bottom up: each may import its own room and those on lines above it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("terms", "noise", "stats", "files", "messages"),
+    ("terms", "noise", "stats", "files", "messages", "arguments"),
     ("nets",),
     ("data", "parallel", "experts", "gates"),
     ("mixtures",),

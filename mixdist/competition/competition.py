@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
+from mixdist.arguments import check_arguments
 from mixdist.competition.mixture import HardMixture
 from mixdist.competition.rounds import Rounds
 from mixdist.competition.rules import Rules
@@ -49,6 +51,10 @@ class Competition(HardMixture):
         expert_start: ExpertStart | None = None,
         **rules: Any,
     ) -> None:
+        check_arguments(Competition.__init__, locals(), "mixture.")
+        known = [field.name for field in fields(Rules)]
+        if unknown := sorted(set(rules) - set(known)):
+            raise ValueError(f"mixture.{unknown[0]} is unknown: a competition takes {', '.join(known)}")
         super().__init__(expert, num_experts, compute, Rules(**rules))
         self.expert_start = expert_start
         self.rules.check()

@@ -30,7 +30,7 @@ from mixdist.messages import within
 from mixdist.noise import TRIAL_PHASE, Moment
 from mixdist.training.checkpoint import Saved
 from mixdist.training.loop import Advance
-from mixdist.training.phases import Phase, check_alike, phase_keys, with_defaults
+from mixdist.training.phases import Phase, check_given, phase_keys
 from mixdist.training.resume import check_progress
 
 TABLE = "assignment.npy"
@@ -61,8 +61,7 @@ class Rounds:
         log_every: int = 10,
         fresh: bool = True,
     ) -> None:
-        phases = with_defaults(phases)
-        check_alike(mixture.context, len(dataset), phases)
+        phases = check_given(mixture, dataset, phases)
         # First: ``facts`` is a collective where experts differ.
         read = [name for facts in mixture.facts for name in facts.fields]
         self.fields = tuple(dict.fromkeys([*read, *mixture.extra_fields]))

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mixdist.arguments import check_fields
 from mixdist.competition.delivery import Delivery
-from mixdist.competition.scores import Score
+from mixdist.competition.scores import Discriminators, Score
 from mixdist.competition.table import StarvedRule
 
 
@@ -67,6 +68,9 @@ class Rules:
     block: int = 2000
 
     def __post_init__(self) -> None:
+        if isinstance(self.score, dict):  # the default, of which a parser makes one; in Python nobody did
+            object.__setattr__(self, "score", Discriminators())
+        check_fields(self, "mixture.")
         for name in ("rounds", "block", "e_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"mixture.{name} ({getattr(self, name)}) must be at least 1: give 1 or more")

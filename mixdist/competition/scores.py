@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mixdist.arguments import check_arguments
 from mixdist.competition.discriminators import Discriminator
 from mixdist.experts import Expert
 from mixdist.experts.importance import importance
@@ -106,6 +107,7 @@ class Discriminators(Score):
         observe: bool = True,
         reads: str = "x",
     ) -> None:
+        check_arguments(Discriminators.__init__, locals(), "Discriminators' ")
         for name, value in (("epochs", epochs), ("batches", batches), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"Discriminators' {name} ({value}) must be at least 1: give 1 or more")

@@ -13,7 +13,7 @@ from mixdist.data.sources.splits import check_part
 from mixdist.engines import EngineFactory
 from mixdist.engines.average import check_decay
 from mixdist.mixtures import Mixture
-from mixdist.training.phases import Phase
+from mixdist.training.phases import POSITIVE, Phase
 from mixdist.training.selection import Select
 
 
@@ -107,7 +107,7 @@ def check(config: Config) -> None:
     for name, phase in phases.items():
         if phase.ema is not None:
             check_decay(phase.ema, f"{name}.ema")
-        for key in ("epochs", "batch_size", "accumulate", "clip_norm"):
+        for key in POSITIVE:
             positive[f"{name}.{key}"] = getattr(phase, key)
     for key, value in positive.items():
         if value is not None and not value > 0:

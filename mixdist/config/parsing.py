@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import math
-import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
@@ -22,8 +18,7 @@ from mixdist.config.complaints import CONFIG
 from mixdist.config.config import Config, check
 from mixdist.config.options import explained, parse, plain_parser
 from mixdist.config.places import Place
-from mixdist.engines import OptimizerFactory, ScheduleFactory
-from mixdist.messages import one_line
+from mixdist.training.phases import try_out
 
 RESOLVED = "config.yaml"
 
@@ -58,10 +53,10 @@ def make_config(parser: ArgumentParser, parsed: Namespace, trains: bool = True) 
     if not trains:
         return config
     for i, phase in enumerate(config.pretrain):
-        _try_out(f"pretrain[{i}]", phase.optimizer, phase.schedule)
-    _try_out("train", config.train.optimizer, config.train.schedule)
+        try_out(f"pretrain[{i}]", phase.optimizer, phase.schedule)
+    try_out("train", config.train.optimizer, config.train.schedule)
     for name, optimizer in config.mixture.optimizers().items():
-        _try_out(f"mixture.{name}", optimizer)
+        try_out(f"mixture.{name}", optimizer)
     return config
 
 
@@ -95,25 +90,3 @@ def read_config(path: Path) -> Config:
     """
     parser = config_parser("mixdist train")
     return make_config(parser, parse(parser, ["--config", str(path)]), trains=False)
-
-
-def _try_out(name: str, make: OptimizerFactory, schedule: ScheduleFactory | None = None) -> None:
-    """Step an optimiser and a schedule once on one number: better now than after the phases before it."""
-    number = torch.nn.Parameter(torch.zeros(1))
-    number.grad = torch.zeros(1)
-    part, remedy = "optimizer", "choose one that works element by element, such as torch.optim.Adam"
-    try:
-        optimizer = make([number])
-        with suppress(AssertionError):  # capturable optimisers want CUDA
-            optimizer.step()
-        part, remedy = "schedule", "choose one that needs no metric, such as torch.optim.lr_scheduler.StepLR"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch would have it made before the step
-            if schedule is not None:
-                schedule(optimizer).step()
-        rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
-        if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
-            raise ValueError(f"learning rate {rates[0]}")
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
-        told = one_line(str(error))
-        raise ValueError(f"{name}.{part} cannot be used ({told}): change its init_args, or {remedy}") from None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from mixdist.arguments import check_fields
 from mixdist.experts.expert import Expert
 from mixdist.experts.seen import Seen
 from mixdist.terms import Batch, ExpertTerms, Parts, places
@@ -56,6 +57,7 @@ class Compute:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, "compute.")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"compute.micro_batch ({self.micro_batch}) must be at least 1: give rows, or null for all")
 

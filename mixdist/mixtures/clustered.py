@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mixdist.arguments import check_fields
 from mixdist.data import Samples
 from mixdist.gates.gaussians import ClusterName, Clusters, fit_clusters, log_joint
 from mixdist.mixtures.context import Context
@@ -53,6 +54,7 @@ class ClusterStart(ExpertStart):
     field: str = "x"
 
     def __post_init__(self) -> None:
+        check_fields(self, "mixture.expert_start.")
         if self.rows < 1:
             raise ValueError(f"mixture.expert_start.rows ({self.rows}) must be at least 1: give more")
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mixdist.arguments import check_fields
 from mixdist.data import Samples
 from mixdist.experts import Expert
 from mixdist.mixtures.context import Context
@@ -140,6 +141,7 @@ class PCAStart(ExpertStart):
     scales: Literal["one", "each"] = "one"
 
     def __post_init__(self) -> None:
+        check_fields(self, "mixture.expert_start.")
         if self.rows < 2:
             raise ValueError(f"mixture.expert_start.rows ({self.rows}) must be at least 2: give more")
 

@@ -120,6 +120,8 @@ class Rowed:
             low, high = max(low, ends[0]), min(high, ends[1])
         least, most = (float(end) for end in given.aminmax())
         if not (low - IN_RANGE <= least and most <= high + IN_RANGE) or not math.isfinite(most - least):
+            if math.isfinite(most - least) and remedy.startswith("remove"):
+                remedy = "bring them to the scale of the rows that the model was trained on"
             raise ValueError(
                 f"field {name!r} has numbers from {least:g} to {most:g}, expected {low:g} to {high:g}: {remedy}"
             )

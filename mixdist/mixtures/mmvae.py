@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.experts.location_scale import PosteriorName
 from mixdist.mixtures.bounds import (
     DoublyReparametrised,
@@ -80,6 +81,7 @@ class MMVAE(Multimodal):
         rescale: bool = True,
         learn_prior: bool = True,
     ) -> None:
+        check_arguments(MMVAE.__init__, locals(), "mixture.")
         super().__init__(expert, latent, posterior, samples, rescale, learn_prior)
         self.objective, self.gradient = objective, gradient
         self.pathwise, self.detaches = gradient == "dreg", gradient != "iwae"

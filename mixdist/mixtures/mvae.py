@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.data import RankBatch, Samples
 from mixdist.experts import Component, Compute
 from mixdist.mixtures.context import Context
@@ -113,6 +114,7 @@ class MVAE(Gateless):
         execution: Execution = "auto",
         compute: Compute = Compute(),  # noqa: B008 (frozen)
     ) -> None:
+        check_arguments(MVAE.__init__, locals(), "mixture.")
         super().__init__(component, num_experts, execution, compute)
         for name, value in (("kl_weight", kl_weight), ("prior", prior)):
             if not (0 if name == "kl_weight" else 1e-300) <= value < math.inf:

@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.stats import Warmup, annealed, check_steps, entropy, ramp, temperatures
 
 
@@ -45,6 +46,7 @@ class _Weighted(Balance):
 
     def __init__(self, weight: float, warmup_steps: int | Warmup) -> None:
         kind = type(self).__name__
+        check_arguments(_Weighted.__init__, locals(), f"{kind}'s ")
         if not 0 <= weight < math.inf:
             raise ValueError(f"{kind}'s weight ({weight}) must be 0 or more: a negative one would reward collapse")
         check_steps(f"{kind}'s warmup_steps", warmup_steps)
@@ -147,6 +149,7 @@ class Objective:
 
     def __init__(self, balance: Balance | None = None, entropy_bonus: float = 0.0, entropy_steps: int = 0) -> None:
         kind = type(self).__name__
+        check_arguments(Objective.__init__, locals(), f"{kind}'s ")
         if not math.isfinite(entropy_bonus):
             raise ValueError(f"{kind}'s entropy_bonus ({entropy_bonus}) must be a finite number: give 0 for none")
         check_steps(f"{kind}'s entropy_steps", entropy_steps)
@@ -239,6 +242,7 @@ class SoftMinLoss(Objective):
         anneal_steps: int | Warmup = 0,
     ) -> None:
         super().__init__(balance, entropy_bonus, entropy_steps)
+        check_arguments(SoftMinLoss.__init__, locals(), "SoftMinLoss's ")
         self.temperatures = temperatures("SoftMinLoss", temperature, final_temperature, anneal_steps)
         self.temperature, self.anneal_steps = temperature, anneal_steps
 

@@ -11,6 +11,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.mixtures.multimodal import MakeModality, Multimodal
 from mixdist.mixtures.proposals import Proposals, Seen
 from mixdist.mixtures.subsets import all_subsets, product, random_subset
@@ -88,6 +89,7 @@ class PoEMVAE(_Products):
         rescale: bool = True,
         learn_prior: bool = False,
     ) -> None:
+        check_arguments(PoEMVAE.__init__, locals(), "mixture.")
         super().__init__(expert, latent, samples, beta, rescale, learn_prior)
         if subsets < 0:
             raise ValueError(f"mixture.subsets ({subsets}) must be a whole number from 0")
@@ -171,6 +173,7 @@ class MoPoE(_Products):
         rescale: bool = True,
         learn_prior: bool = False,
     ) -> None:
+        check_arguments(MoPoE.__init__, locals(), "mixture.")
         super().__init__(expert, latent, samples, beta, rescale, learn_prior)
         if self.num_experts > MOST:
             raise ValueError(

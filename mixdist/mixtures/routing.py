@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_fields
+
 
 class RoutingPlan(NamedTuple):
     """The experts that see each of this rank's rows.
@@ -67,6 +69,7 @@ class TopK:
     renormalise: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self, "TopK's ")
         if self.k < 1:
             raise ValueError(f"TopK's k ({self.k}) must be at least 1: give the number of experts that see a row")
         if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.data import RankBatch
 from mixdist.experts import Compute
 from mixdist.gates import Gate
@@ -75,6 +76,7 @@ class Soft(Gated):
         compute: Compute = Compute(),  # noqa: B008 (frozen)
         expert_start: ExpertStart | None = None,
     ) -> None:
+        check_arguments(Soft.__init__, locals(), "mixture.")
         super().__init__(gate, expert, num_experts, execution, compute)
         self.routing, self.one_way, self.prefetch = routing, one_way, prefetch
         self.expert_start = expert_start

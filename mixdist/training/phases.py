@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -14,9 +16,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mixdist.engines import OptimizerFactory
-from mixdist.engines.average import averaged
-from mixdist.mixtures import Context, Objective, WeightedLoss
+from mixdist.arguments import check_argument, check_fields
+from mixdist.data import Samples
+from mixdist.engines import OptimizerFactory, ScheduleFactory
+from mixdist.engines.average import averaged, check_decay
+from mixdist.messages import one_line
+from mixdist.mixtures import Context, Mixture, Objective, WeightedLoss
 from mixdist.mixtures.held import as_text, held, marks
 from mixdist.parallel.agreement import alike
 
@@ -90,7 +95,16 @@ class Phase:
 
 
 def with_defaults(phases: Sequence[Phase]) -> list[Phase]:
-    """Return phases with their defaults made: a parser makes them of what a config says, phases of Python have not."""
+    """Return phases with their defaults made: a parser makes them of what a config says, phases of Python have not.
+
+    Raises:
+        ValueError: there is no phase, or something else.
+    """
+    if not isinstance(phases, Sequence) or not phases:
+        given = "none" if isinstance(phases, Sequence) else f"a {type(phases).__name__}"
+        raise ValueError(f"phases ({given}) must be a list of one Phase or more, the last of which is the main one")
+    for key, phase in zip(phase_keys(phases), phases, strict=True):
+        check_argument(key, phase, Phase)
     made: dict[str, tuple[Any, Any]] = {
         "objective": (_weighted_loss(), WeightedLoss()),
         "optimizer": (_adam(), partial(torch.optim.Adam, lr=1e-3)),
@@ -99,6 +113,58 @@ def with_defaults(phases: Sequence[Phase]) -> list[Phase]:
         replace(phase, **{name: own for name, (told, own) in made.items() if getattr(phase, name) == told})
         for phase in phases
     ]
+
+
+def check_phase(key: str, phase: Phase) -> None:
+    """Check a phase that was made in Python as a config's is.
+
+    Raises:
+        ValueError: a number that makes no sense, an argument of another type, an optimiser that cannot be used.
+    """
+    check_is_objective(f"{key}.objective", phase.objective)
+    check_fields(phase, f"{key}.")
+    for name in POSITIVE:
+        value = getattr(phase, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{key}.{name} ({value}) must be above 0: give 1 or more")
+    if phase.ema is not None:
+        check_decay(phase.ema, f"{key}.ema")
+    try_out(key, phase.optimizer, phase.schedule)
+
+
+POSITIVE = ("epochs", "batch_size", "accumulate", "clip_norm")
+"""The numbers of a phase that are above 0."""
+
+
+def try_out(key: str, make: OptimizerFactory, schedule: ScheduleFactory | None = None) -> None:
+    """Step an optimiser and a schedule once on one number: better now than after the phases before it.
+
+    Args:
+        key: of what has them in a config.
+        make: makes the optimiser.
+        schedule: makes the schedule.
+
+    Raises:
+        ValueError: one of them cannot be used.
+    """
+    number = torch.nn.Parameter(torch.zeros(1))
+    number.grad = torch.zeros(1)
+    part, remedy = "optimizer", "choose one that works element by element, such as torch.optim.Adam"
+    try:
+        optimizer = make([number])
+        with suppress(AssertionError):  # capturable optimisers want CUDA
+            optimizer.step()
+        part, remedy = "schedule", "choose one that needs no metric, such as torch.optim.lr_scheduler.StepLR"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch would have it made before the step
+            if schedule is not None:
+                schedule(optimizer).step()
+        rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+        if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+            raise ValueError(f"learning rate {rates[0]}")
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
+        told = one_line(str(error))
+        raise ValueError(f"{key}.{part} cannot be used ({told}): change its init_args, or {remedy}") from None
 
 
 def phase_keys(phases: Sequence[Phase]) -> list[str]:
@@ -128,18 +194,36 @@ def _as_text(value: Any) -> str:
     return as_text(value)
 
 
-def check_alike(context: Context, num_rows: int, phases: Sequence[Phase]) -> None:
-    """Check phases, and that every rank was given the same run: built in Python, no config was compared.
+def check_given(mixture: Mixture, dataset: Samples, phases: Sequence[Phase]) -> list[Phase]:
+    """Check what a program is made of in Python, and that every rank was given the same: no config was compared.
+
+    Returns:
+        the phases, with their defaults made.
 
     Raises:
-        ValueError: an objective that is none.
+        ValueError: something of another type, or a number that makes no sense.
         Agreed: a rank was given another.
     """
+    check_argument("mixture", mixture, Mixture)
+    if not isinstance(dataset, Samples):
+        raise ValueError(
+            f"dataset (a {type(dataset).__name__}) must be samples: give a mixdist.data.Dataset, or the train "
+            f"of what a source loads"
+        )
+    if not hasattr(mixture, "context"):
+        raise ValueError(f"{type(mixture).__name__} has no modules yet: call its setup(context) first")
+    made = with_defaults(phases)
+    for key, phase in zip(phase_keys(made), made, strict=True):
+        check_phase(key, phase)
+    _check_alike(mixture.context, len(dataset), made)
+    return made
+
+
+def _check_alike(context: Context, num_rows: int, phases: Sequence[Phase]) -> None:
     named: dict[str, Any] = {"seed": context.seed, "dtype": str(context.dtype), "number of training rows": num_rows}
     for key, phase in zip(phase_keys(phases), phases, strict=True):
         for name in ("epochs", "batch_size", "accumulate", "trains", "stage", "clip_norm", "ema"):
             named[f"{key}.{name}"] = getattr(phase, name)
-        check_is_objective(f"{key}.objective", phase.objective)
         for name, one in (("objective", phase.objective), ("objective.balance", phase.objective.balance)):
             named[f"{key}.{name}"] = type(one).__qualname__
             named |= {f"{key}.{name}.{path}": _as_text(value) for path, value in held(one)}

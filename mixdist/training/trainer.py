@@ -21,7 +21,7 @@ from mixdist.parallel.agreement import agreed, gather_json
 from mixdist.stats import Step
 from mixdist.training.checkpoint import Saved, load_module
 from mixdist.training.loop import Advance, peak_memory
-from mixdist.training.phases import Phase, Position, check_alike, phase_keys, with_defaults
+from mixdist.training.phases import Phase, Position, check_given, phase_keys
 from mixdist.training.resume import check_progress
 
 
@@ -46,8 +46,7 @@ class Trainer:
         log_every: int = 10,
         fresh: bool = True,
     ) -> None:
-        self.mixture, self.dataset, self.phases = mixture, dataset, with_defaults(phases)
-        check_alike(mixture.context, len(dataset), self.phases)
+        self.mixture, self.dataset, self.phases = mixture, dataset, check_given(mixture, dataset, phases)
         self.make_engine, self.log_every = engine or Native, log_every
         self.mesh, self.wire, self.seed = mixture.context.mesh, mixture.context.wire, mixture.context.seed
         self.owned = mixture.parts.owned()

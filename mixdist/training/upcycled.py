@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mixdist.arguments import check_fields
 from mixdist.data import Samples
 from mixdist.experts import Expert
 from mixdist.gates import Gate
@@ -70,6 +71,7 @@ class Upcycled(ExpertStart):
     _passed_over: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_fields(self, "mixture.expert_start.")
         if not 0 <= self.noise < 1:
             raise ValueError(f"mixture.expert_start.noise ({self.noise}) must be from 0 to below 1: give 0 for none")
         if self.rows < 1:
