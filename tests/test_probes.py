@@ -102,6 +102,13 @@ def test_latents_that_are_not_finite_are_told() -> None:
         figures(Shows(z=[0]), train, test)
 
 
+def test_latents_are_a_vector_a_row() -> None:
+    mixture = Shows(z=[0])
+    mixture.embed = lambda batch: {"z": batch.rows["x"][:-1]}  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"Shows.embed returns 'z' of shape \(15, 4\), expected \(16, L\)"):
+        figures(mixture, rows(0), rows(1000))
+
+
 @pytest.mark.parametrize("make_gate", [Uniform, functools.partial(VaDE, latent=2, network=MLP([5]))])
 def test_experts_and_gates_with_latents_show_them(make_gate: Any) -> None:
     data = rows(0)

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from safetensors.numpy import load, save
+from torch import Tensor
 
 from mixdist.data import Loader, Samples
 from mixdist.mixtures import Evaluation, Mixture
@@ -109,7 +110,7 @@ def _encoded(
     num_rows = min(num_rows, len(rows))
     for index in range(-(-num_rows // batch_size)):
         batch = loader.batch(0, index).to(mesh.device)
-        own = {f"z {name}": z.flatten(1).double() for name, z in mixture.embed(batch).items()}
+        own = {f"z {name}": _checked(mixture, name, z, batch.size) for name, z in mixture.embed(batch).items()}
         if not own or batch.rows[label].dim() != 1:
             return {}, np.zeros(0)
         own["label"] = batch.rows[label].long()
@@ -122,6 +123,21 @@ def _encoded(
     }
     label_N, latents = whole.pop("label")[:num_rows], {n.removeprefix("z "): z[:num_rows] for n, z in whole.items()}
     return ({ALL: np.concatenate(list(latents.values()), 1)} | (latents if len(latents) > 1 else {})), label_N
+
+
+def _checked(mixture: Mixture, name: str, z: Tensor, num_rows: int) -> Tensor:
+    """Return latents as float64, once they are seen to be one vector a row.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if z.dim() != 2 or len(z) != num_rows:
+        kind = type(mixture).__name__
+        raise ValueError(
+            f"{kind}.embed returns {name!r} of shape {tuple(z.shape)}, expected ({num_rows}, L): return a vector for "
+            f"each row"
+        )
+    return z.double()
 
 
 def _packed(parts: Sequence[Mapping[str, np.ndarray]]) -> bytes:
