@@ -51,6 +51,7 @@ def bf16(layout: tuple[int, int], engine: str, **changes: object) -> Case:
 CASES = [
     bf16((1, 1), "bf16", expert="bernoulli", optimizer="scheduled-adamw"),
     bf16((1, 1), "bf16-offloaded", expert="unlike", accumulate=3),
+    bf16((1, 1), "bf16", trains="decoder"),
     bf16((2, 1), "bf16", expert="gaussian", optimizer="clipped-sgd"),
     bf16((2, 1), "bf16-sharded", expert="unlike", optimizer="clipped-sgd"),
     bf16((2, 1), "bf16-sharded-offloaded", trains="experts"),

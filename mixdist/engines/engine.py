@@ -56,8 +56,8 @@ class Engine(ABC):
     expert without rows not at all; a missing gradient counts as zero, and its optimiser steps. The gradient of a shared
     module is this rank's part of a sum over all ranks; that of an expert is a part of a sum over its replicas: sums,
     never means. Parameters are ordinary tensors: nobody but the engine replaces or shards them, ``parts.stack`` holds
-    those of a stack. ``gather`` is called on every rank before a save, ``ready`` before an evaluation and
-    before experts run for a record.
+    those of a stack. ``gather`` is called on every rank before a save, ``ready`` before an evaluation and before
+    experts run for a record.
 
     Args:
         parts: the mixture's modules on this rank.

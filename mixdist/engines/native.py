@@ -49,8 +49,8 @@ class Native(Engine):
             to the others. Checkpoints are the same files.
         offload: optimizer: optimiser states are in CPU memory, where the optimiser steps.
         bf16_weights: weights of experts' linear and convolutional layers are bfloat16 while steps are taken. The
-            optimiser steps float32 masters, which are where its states are; gradients are float32. Where experts run
-            under bfloat16 autocast it is the same run.
+            optimiser steps float32 masters, which are where its states are; gradients are float32. Experts run under
+            bfloat16 autocast, and it is the same run.
 
     Raises:
         ValueError: shard or offload is something else, the optimiser cannot step in CPU memory, or not a stack, or
