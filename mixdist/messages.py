@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE, _PYTHON = Path(__file__).resolve().parent, Path(traceback.__file__).parent
 USER_ERROR, INTERRUPTED = 2, 130
 
 
@@ -50,17 +50,33 @@ def within(part: str) -> Iterator[None]:
 def last_own_line(error: BaseException) -> str:
     """Return the last line of an error's way that lies outside of this package and of libraries, or nothing."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        if not path.is_relative_to(PACKAGE) and "site-packages" not in path.parts and path.suffix == ".py":
-            return f"{path.name} line {frame.lineno}"
+        if _is_own(frame.filename):
+            return f"{Path(frame.filename).name} line {frame.lineno}"
+    return ""
+
+
+def _is_own(file: str) -> bool:
+    """Return whether a file is a user's: none of this package, of libraries or of Python's own."""
+    path = Path(file)
+    inside = path.is_relative_to(PACKAGE) or path.is_relative_to(_PYTHON) or "site-packages" in path.parts
+    return path.suffix == ".py" and not inside
+
+
+def own_failure(error: BaseException) -> str:
+    """Return in one line which function of a user's own code fails, and why; nothing where none is on its way."""
+    if isinstance(error, NotImplementedError) and str(error):  # of a base class of this package, which says what lacks
+        return f"{one_line(str(error))}: write it"
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if _is_own(frame.f_code.co_filename):
+            return f"{frame.f_code.co_qualname} fails ({describe_failure(error)}): fix it"
     return ""
 
 
 def failing_class(error: BaseException) -> str:
     """Return the name of a user's class in whose ``__init__`` an error was raised, or which was called wrongly."""
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
-        code, path = frame.f_code, Path(frame.f_code.co_filename)
-        if code.co_name == "__init__" and not path.is_relative_to(PACKAGE) and "site-packages" not in path.parts:
+        code = frame.f_code
+        if code.co_name == "__init__" and _is_own(code.co_filename):
             return type(frame.f_locals.get(code.co_varnames[0])).__name__
     called = re.match(r"(\w+)\.__init__\(\) ", str(error)) if isinstance(error, TypeError) else None
     return called[1] if called else ""

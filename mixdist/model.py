@@ -53,4 +53,9 @@ def load(run: str | PathLike[str], weights: Which = "best", ema: bool = False) -
     load_mixture(path, mixture, ema)
     for owned in mixture.owned():
         owned.module.eval()
-    return mixture.model(about["class_names"])
+    model: Any = mixture.model(about["class_names"])
+    if model is None:
+        raise ValueError(
+            f"mixture: {type(mixture).__name__}.model returns None: return what users are to have of a run"
+        )
+    return model

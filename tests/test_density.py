@@ -175,6 +175,12 @@ def test_experts_that_do_not_draw_are_refused(tmp_path: Path, monkeypatch: pytes
     assert all(word in ended.err for word in ("--kde (10)", "Regressor", "Softmax", "VaDE", "leave --kde out"))
 
 
+def test_one_row_has_a_kernel_density_too(run: Path) -> None:
+    one = evaluated("--rows", "1", "--num_samples", "1", "--kde", "50")
+    assert one["protocol"]["kde"]["rows"] == 1
+    assert math.isfinite(one["figures"]["kde_log_likelihood"])
+
+
 GATE_LOSS, SILENT = "mixdist.mixtures.GateLoss", "mixdist.experts.Silent"
 
 

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mixdist.messages import USER_ERROR, SharedError, SingleRankError, format_error, one_line, report
+from mixdist.messages import USER_ERROR, SharedError, SingleRankError, format_error, one_line, own_failure, report
 from mixdist.parallel.launch import Launch, has_launcher
 from mixdist.parallel.meeting import LINGER_S, Meeting, end_early
 from mixdist.parallel.mesh import Mesh
@@ -56,7 +56,8 @@ def end_rank(error: Exception, launch: Launch | None, meets: bool) -> int:
     """Report what ends a command on one of several ranks; return the exit code.
 
     What all ranks know is reported by rank 0; what this one found after all had met, by this one; before, see
-    ``end_early``. A traceback is printed of what is no error that a user can fix.
+    ``end_early``. A traceback is printed of what is no error that a user can fix, which what fails in a user's own
+    code is.
 
     Args:
         error: what ends it.
@@ -64,6 +65,8 @@ def end_rank(error: Exception, launch: Launch | None, meets: bool) -> int:
         meets: the command's ranks meet.
     """
     met = Meeting.last is not None and Meeting.last.over
+    if not isinstance(error, (ValueError, OSError)) and (told := own_failure(error)):
+        error = SingleRankError(f"rank {launch.rank}: {told}") if met and launch is not None else ValueError(told)
     if not isinstance(error, (ValueError, OSError)):
         traceback.print_exception(error)
         if meets and not met:

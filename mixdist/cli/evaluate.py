@@ -175,7 +175,7 @@ def _load(config: Config, session: Session, checkpoint: Path, ema: bool) -> None
     remedies = {
         "num_experts": f"evaluate with the run's own {RESOLVED}",
         "valid": f"evaluate with the run's own {RESOLVED}",
-        "data": "point --data at the data that the run was trained on",
+        "data": "point --data at the data that the run was trained on; a source must give the same rows each time",
         "spec": "read the data as the run did",
     }
     for key, remedy in remedies.items():

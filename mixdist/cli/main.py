@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from mixdist.messages import INTERRUPTED, USER_ERROR, format_error, report
+from mixdist.messages import INTERRUPTED, USER_ERROR, format_error, own_failure, report
 from mixdist.parallel.launch import Launch, follow_launcher, keep_large_blocks, quiet_torch
 
 COMMANDS = {
@@ -65,9 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from mixdist.cli.ending import end_rank  # which needs torch
 
             return end_rank(error, launch, meets=argv[0] not in ALONE)
-        if not isinstance(error, (ValueError, OSError)):
+        told = format_error(error) if isinstance(error, (ValueError, OSError)) else own_failure(error)
+        if not told:
             raise
-        report(format_error(error))
+        report(told)
         return USER_ERROR
     except KeyboardInterrupt as interrupt:
         remedy = str(interrupt) or ("run the same command to continue" if argv[0] == "prepare" else "start it again")

@@ -71,6 +71,7 @@ def run_training(
                 if not resumed:
                     agreed(lambda: check_model(parsed), mesh.world)
                     session.mixture.start_experts(session.train)
+                agreed(lambda: describe(config, session.train), mesh.world)
                 program = agreed(lambda: build_program(config, session, fresh=not resumed), mesh.world)
                 if not resumed:
                     program.begin()
@@ -81,7 +82,8 @@ def run_training(
                 run = Path(on_rank_0(lambda: _directory(parsed, resumed), mesh))
                 held = _hold(run, mesh, fresh=not resumed)
                 for name, (value, _) in session.mixture.choices().items():
-                    parsed.mixture.init_args[name] = value  # what was chosen here: the run goes on with it
+                    if name in parsed.mixture.init_args:  # a family of one's own may have another constructor
+                        parsed.mixture.init_args[name] = value  # what was chosen here: the run goes on with it
                 for name, data in beside.items() if mesh.rank == 0 else ():
                     write_file(run / name, data)
                 try:

@@ -18,11 +18,12 @@ from mixdist.data.sources.splits import load_splits
 from mixdist.engines.engine import takes_stacks
 from mixdist.messages import describe_failure, last_own_line
 from mixdist.mixtures import Context, Mixture
+from mixdist.mixtures.probe import check_json, shown
 from mixdist.parallel.agreement import Agreed, agreed, gather_json
 from mixdist.parallel.launch import Launch
 from mixdist.parallel.mesh import Mesh, Placement, choose_device
 from mixdist.parallel.wire import LostRank, Wire
-from mixdist.terms import Spec
+from mixdist.terms import Parts, Spec
 from mixdist.training.loop import Program
 from mixdist.training.selection import Selection
 from mixdist.training.trainer import Trainer
@@ -147,6 +148,10 @@ def build_mixture(config: Config, spec: Spec, mesh: Mesh) -> Mixture:
     try:
         mixture.setup(Context(config.seed, DTYPES[config.dtype], spec, mesh, Wire(mesh.device)))
         method = "parts"
+        parts: Any = mixture.parts
+        if not isinstance(parts, Parts):
+            kind = type(mixture).__name__
+            raise ValueError(f"mixture: {kind}.parts returns {shown(parts)}, expected mixdist.terms.Parts: return that")
         mixture.owned()
     except (ValueError, OSError, LostRank):
         raise
@@ -216,6 +221,7 @@ def _readable(split: str, dataset: Samples, mesh: Mesh) -> Samples:
 def describe(config: Config, dataset: Samples) -> dict[str, Any]:
     """Return, as JSON, what must be the same for a checkpoint to be resumed; enough to load it without its data."""
     phases, kind = [*config.pretrain, config.train], type(config.mixture)
+    mixture = check_json(f"mixture: {kind.__name__}.describe", config.mixture.describe(phases))
     return {
         "seed": config.seed,
         "dtype": config.dtype,
@@ -230,7 +236,7 @@ def describe(config: Config, dataset: Samples) -> dict[str, Any]:
         "spec": describe_spec(dataset.spec),
         "label": dataset.label,
         "class_names": list(dataset.class_names),
-        "mixture": {"family": f"{kind.__module__}.{kind.__qualname__}", **config.mixture.describe(phases)},
+        "mixture": {"family": f"{kind.__module__}.{kind.__qualname__}", **mixture},
     }
 
 

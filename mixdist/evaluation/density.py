@@ -91,7 +91,7 @@ def kernel_density(
 
     log_density, bandwidth, at_edge = on_rank_0(estimate, mixture.context.mesh)
     log_density_N = np.full(len(dataset), np.nan)
-    log_density_N[reported] = log_density
+    log_density_N[reported.numpy()] = log_density  # a tensor of one place would be a number
     return KernelDensity(
         log_density_N, reported.numpy(), num_samples, counts_E, mixture.drawn_of, bandwidth, at_edge, len(held_out)
     )

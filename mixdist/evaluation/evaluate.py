@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load, save
@@ -11,8 +12,9 @@ from safetensors.numpy import load, save
 from mixdist.data import Loader, Samples
 from mixdist.evaluation.probes import Probing, probed
 from mixdist.messages import within
-from mixdist.mixtures import Evaluation, Mixture, Request
+from mixdist.mixtures import Evaluation, Mixture, Request, Study
 from mixdist.mixtures.inspection import inspect
+from mixdist.mixtures.probe import shown
 from mixdist.noise import EVALUATION_PHASE, TRIAL_PHASE, Moment
 from mixdist.parallel.agreement import gather_bytes
 from mixdist.parallel.mesh import Mesh
@@ -52,7 +54,12 @@ def evaluate(
     with _untrained(mixture):
         with within("evaluation"):
             inspect(mixture, first, loader.ids(0, 0), Moment(seed, TRIAL_PHASE))
-        study = mixture.study(dataset, Request(at, batch_size, num_samples, shares_from))
+        study: Any = mixture.study(dataset, Request(at, batch_size, num_samples, shares_from))
+        if not isinstance(study, Study):
+            kind = type(mixture).__name__
+            raise ValueError(
+                f"mixture: {kind}.study returns {shown(study)}, expected mixdist.mixtures.Study: return that"
+            )
         study.start()
         for index in range(loader.num_batches):
             batch = first if index == 0 else loader.batch(0, index).to(mesh.device)

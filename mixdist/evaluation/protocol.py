@@ -7,6 +7,7 @@ from typing import Any
 
 from mixdist.data import Samples
 from mixdist.mixtures import Mixture
+from mixdist.mixtures.probe import check_json
 
 KNOWN = "exact_log_likelihood: the source's own log density of the rows' values, as models see them"
 
@@ -19,7 +20,8 @@ def protocol(mixture: Mixture, dataset: Samples, num_samples: int) -> dict[str, 
         dataset: the rows.
         num_samples: importance samples for each row and expert that were asked for.
     """
-    return {**about_rows(dataset), **mixture.protocol(num_samples)}
+    own = check_json(f"mixture: {type(mixture).__name__}.protocol", mixture.protocol(num_samples))
+    return {**about_rows(dataset), **own}
 
 
 def about_rows(dataset: Samples) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Shape letters: n rows of the check, S importance samples, K clusters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ Draws = Callable[[tuple[int, ...]], Tensor]
 """Returns standard normal numbers (n, *shape)."""
 
 
-def check_abilities(key: str, expert: Expert, rows: Rows, spec: Spec, draw: Draws) -> None:
+def check_abilities(
+    key: str, expert: Expert, rows: Rows, spec: Spec, draw: Draws, only: Sequence[str] | None = None
+) -> None:
     """Check the optional methods that an expert has, each on a few rows.
 
     Args:
@@ -35,6 +37,7 @@ def check_abilities(key: str, expert: Expert, rows: Rows, spec: Spec, draw: Draw
         rows: a few.
         spec: of all fields.
         draw: returns noise for the rows.
+        only: methods, the others are not called; None for all.
 
     Raises:
         Fault: a method breaks its contract.
@@ -43,7 +46,7 @@ def check_abilities(key: str, expert: Expert, rows: Rows, spec: Spec, draw: Draw
     values, shape = rows.of(expert), spec[field].shape if field in spec else None
 
     def probe(method: str, wanted: tuple[int, ...] | None, *args: Any) -> None:
-        if wanted is None or not expert.can(method):
+        if wanted is None or not expert.can(method) or (only is not None and method not in only):
             return
 
         def read(result: Any, num_rows: int) -> Columns:
@@ -56,7 +59,7 @@ def check_abilities(key: str, expert: Expert, rows: Rows, spec: Spec, draw: Draw
     if target in spec:
         classes = spec[target].num_classes
         probe("predict", spec[target].shape if classes is None else (*spec[target].shape, classes), values)
-    if noise is None:
+    if noise is None or only is not None:
         return
     _check_posterior(key, expert, rows)
     probe("log_weights", (NUM_SAMPLES,), values, draw((NUM_SAMPLES, *noise)))
@@ -76,7 +79,10 @@ def check_gate_abilities(key: str, gate: Gate, rows: Rows, spec: Spec, draw: Dra
             return
 
         def read(result: Any, num_rows: int) -> Columns:
-            return {"its result": check_column("its result", result, (num_rows, *wanted), "one result for each row")}
+            column = check_column("its result", result, (num_rows, *wanted), "one result for each row")
+            if bool(column.isnan().any()):
+                raise ValueError("returns what is not a number for some rows: look at its network and its scales")
+            return {"its result": column}
 
         who = f"{key}: {type(gate).__name__}.{method}"
         Probe(who, lambda one, *given: getattr(one, method)(*given), (gate,), read, takes_none=rows.takes_none)(*args)

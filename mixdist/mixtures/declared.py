@@ -48,7 +48,17 @@ def check_declared(key: str, module: Gate | Expert, base: type[Gate] | type[Expe
     if not isinstance(module, base):
         raise Fault(f"{key}: {kind} is no {base.__name__}: subclass mixdist.{base.__name__.lower()}s.{base.__name__}")
     check_fields(key, module, spec)
-    whole = {"latent": 1} if isinstance(module, Gate) else {"levels": 2}
+    for name in ("field", "target"):
+        value = getattr(module, name, None)
+        if value is not None and not (isinstance(value, str) and value in spec):
+            raise Fault(
+                f"{key}: {kind}.{name} ({value!r}) is no field of the data, which has {', '.join(spec)}: change it"
+            )
+    if isinstance(module, Gate):
+        stages = module.stages
+        if not isinstance(stages, tuple) or not stages or not all(isinstance(stage, str) for stage in stages):
+            raise Fault(f"{key}: {kind}.stages ({stages!r}) must be a tuple of names: give ('joint',) for one stage")
+    whole = {"latent": 1, "num_drawn": 0} if isinstance(module, Gate) else {"levels": 2}
     if module.log_px_is not in ("density", "mass", None):
         raise Fault(f"{key}: {kind}.log_px_is ({module.log_px_is!r}) must be 'density', 'mass' or None")
     for name, least in whole.items():

@@ -149,15 +149,17 @@ def _run(
 ) -> Result:
     """Run ``backward`` on this rank's part of the rows, from no gradients at all."""
     modules, parts, states = _modules(mixture), mixture.parts, {}
-    strays = [(path, name, t) for name, module in modules.items() for path, t in astray(module).items()]
+    stacked = set(map(id, parts.stack.values()))  # a bank holds them, for the experts whose parameters lie in them
+    found = [(path, name, t) for name, module in modules.items() for path, t in astray(module).items()]
+    strays = [one for one in found if id(one[2]) not in stacked]
     for _, _, tensor in strays:
         tensor.grad = None
     for name, module in modules.items():
         states[name] = module_state(module)
         for parameter in module.parameters():
             parameter.grad = None
-    for stacked in parts.stack.values():
-        stacked.grad = None
+    for tensor in parts.stack.values():
+        tensor.grad = None
     with _explained(who):
         outcome = mixture.backward(_part(mixture, rows, counts), stage.objective, at, num_parts)
     for name, module in modules.items():

@@ -28,6 +28,7 @@ from mixdist.mixtures.mixture import Mixture, Outputs, Stage
 from mixdist.mixtures.model import Model
 from mixdist.mixtures.pictures import Picture
 from mixdist.mixtures.posteriors import embedded
+from mixdist.mixtures.probe import Fault, shown
 from mixdist.mixtures.scores import Scores
 from mixdist.mixtures.shown import expert_pictures
 from mixdist.mixtures.study import Evaluation, Request, Study
@@ -269,8 +270,11 @@ class Ensemble(Mixture):
 
         Every rank calls it, with the route that ``send`` returned for the batch.
         """
-        log_weights_BE, gate_loss_B = self.choose(batch, route, at)
-        return self._score(log_weights_BE, route, at)._replace(gate_loss_B=gate_loss_B)
+        found: Any = self.choose(batch, route, at)
+        if not isinstance(found, Gating):
+            kind = type(self).__name__
+            raise Fault(f"mixture: {kind}.choose returns {shown(found)}, expected mixdist.terms.Gating: return that")
+        return self._score(found.log_resp_BE, route, at)._replace(gate_loss_B=found.loss_B)
 
     def _score(self, log_weights_BE: Tensor, route: Route, at: Moment) -> Scores:
         terms = self.expert_terms(route, at)

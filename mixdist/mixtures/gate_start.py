@@ -16,10 +16,12 @@ from mixdist.gates import Gate
 from mixdist.messages import one_line
 from mixdist.mixtures.context import Context
 from mixdist.mixtures.mixture import Stage
+from mixdist.mixtures.probe import Fault, shown
 from mixdist.mixtures.row_pass import chosen, gathered, over_chunks
 from mixdist.noise import Moment, Purpose, weights_seed
 from mixdist.parallel.agreement import agreed
 from mixdist.parallel.collectives import OverBatch
+from mixdist.terms import Batch
 
 
 def check_stages(gate: Gate, stages: Mapping[str, Stage], num_rows: int, mute: str | None, experts_learn: bool) -> None:
@@ -71,7 +73,7 @@ def start_gate(context: Context, over_batch: OverBatch, gate: Gate, dataset: Sam
     """
     mesh, size, limit = context.mesh, len(dataset), getattr(gate, "start_rows", len(dataset))
     positions = chosen(at.seed, at.phase, size, limit)
-    seen_NM = gathered(context, over_batch, dataset, gate.fields, positions, gate.seen)
+    seen_NM = gathered(context, over_batch, dataset, gate.fields, positions, partial(_seen, gate))
     seed = weights_seed(at.seed, Purpose.START, 1, at.phase)
     agreed(lambda: _started(gate, seen_NM, seed) if mesh.rank == 0 else None, mesh.world)
     # Closed forms may round otherwise on another processor.
@@ -81,6 +83,17 @@ def start_gate(context: Context, over_batch: OverBatch, gate: Gate, dataset: Sam
         own = agreed(pass_over, mesh.world)
         gate.maximise(over_batch.sum(torch.stack(own).sum(0)))
     over_batch.copy_first([*gate.parameters(), *gate.buffers()])
+
+
+def _seen(gate: Gate, rows: Batch) -> Tensor:
+    """Return what a gate sees of rows, once it has one row for each."""
+    found = gate.seen(rows)
+    if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(rows["id"]):
+        raise Fault(
+            f"mixture.gate: {type(gate).__name__}.seen returns {shown(found)}, expected a tensor (n, M): return the "
+            f"numbers of each of n rows"
+        )
+    return found
 
 
 def _started(gate: Gate, seen_NM: Tensor, seed: int) -> None:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from mixdist.mixtures.ensemble import Ensemble
 
 
+IN_TRAINING = ("reconstruct",)
+"""Optional methods of experts that training calls, to find duplicates among them."""
+
+
 def inspect_gate(mixture: Ensemble, gate: Gate, rows: Batch, batch: Batch, at: Moment, stage: Stage | None) -> Gating:
     """Check a gate on stored rows, and the values of a batch; return what it says of the rows.
 
@@ -90,8 +94,8 @@ def inspect_experts(
         eps = None if expert.noise_shape is None else noise(rows["id"], [e], expert.noise_shape)[0]
         losses, used = check_expert(key, expert, some, eps, trains, mixture.reads_features)
         _check_ranges(f"{key}: {type(expert).__name__}.forward", used, mixture, batch)
-        if stage is None:
-            check_abilities(key, expert, some, mixture.spec, partial(_drawn, noise, rows["id"], e))
+        drawn = partial(_drawn, noise, rows["id"], e)
+        check_abilities(key, expert, some, mixture.spec, drawn, None if stage is None else IN_TRAINING)
         found[f"{key}: {type(expert).__name__}.forward (losses of expert {e})"] = losses
     return next(iter(found.values())), found
 

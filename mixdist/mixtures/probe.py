@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixdist.messages import describe_failure
+from mixdist.messages import describe_failure, one_line
 from mixdist.mixtures.guards import guarded
 from mixdist.mixtures.held import astray
 from mixdist.terms import Batch
@@ -185,6 +186,23 @@ def shown(value: Any) -> str:
     if isinstance(value, Tensor):
         return "a nested tensor" if value.is_nested else f"a tensor {tuple(value.shape)}"
     return "None" if value is None else f"a {type(value).__name__}"
+
+
+def check_json(who: str, value: Any) -> dict[str, Any]:
+    """Return what a method returns, once it is seen to be a dict that JSON can hold.
+
+    Raises:
+        Fault: it is something else.
+    """
+    if not isinstance(value, Mapping):
+        raise Fault(f"{who} returns {shown(value)}, expected a dict: return one, an empty one for nothing")
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise Fault(
+            f"{who} returns what JSON cannot hold ({one_line(str(error))}): return numbers, words, lists, dicts"
+        ) from None
+    return dict(value)
 
 
 def check_column(name: str, value: Any, shape: tuple[int, ...], remedy: str) -> Tensor:

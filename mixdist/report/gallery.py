@@ -40,7 +40,10 @@ def draw(mixture: Mixture, dataset: Samples, evaluation: Evaluation, run: Path, 
     Returns:
         the path of the main picture on rank 0; None on other ranks or where the family shows nothing.
     """
-    shown = mixture.pictures(dataset, evaluation, seed)
+    shown: Any = mixture.pictures(dataset, evaluation, seed)
+    if not isinstance(shown, list) or not all(type(picture) in DRAWN_BY for picture in shown):
+        kind = type(mixture).__name__
+        raise ValueError(f"mixture: {kind}.pictures returns no list of mixdist.mixtures.pictures: return [] for none")
     if mixture.context.mesh.rank:
         return None
     images, records = run / "images", read_metrics(run)

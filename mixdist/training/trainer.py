@@ -15,6 +15,7 @@ from mixdist.engines import Engine, EngineFactory, Native, NotFinite, Totals
 from mixdist.messages import within
 from mixdist.mixtures import Mixture
 from mixdist.mixtures.inspection import inspect
+from mixdist.mixtures.probe import check_json, shown
 from mixdist.mixtures.schedules import anneal, anneal_module
 from mixdist.noise import TRIAL_PHASE, Moment
 from mixdist.parallel.agreement import agreed, gather_json
@@ -98,6 +99,7 @@ class Trainer:
         """
         with self._named():
             self._inspect()
+            self._json("state", self.mixture.state())
         self._rows, self._seconds = 0, 0.0
 
     def advance(self) -> Advance:
@@ -131,7 +133,7 @@ class Trainer:
         state = {
             "position": asdict(self.position),
             "optimizer": self.engine.kind(),
-            "mixture": self.mixture.state(),
+            "mixture": self._json("state", self.mixture.state()),
             "order": self._order(),
         }
         return Saved(state, self.mixture.owned(), self.engine)
@@ -254,10 +256,15 @@ class Trainer:
             outcome = self.mixture.backward(batch, phase.objective, moment, phase.accumulate, self._upcoming)
         rate = self.engine.learning_rate()
         try:
-            totals = self.engine.step(outcome, at.total + 1)
+            totals: Any = self.engine.step(outcome, at.total + 1)
         except NotFinite:
             self.mixture.settle()  # groups end in good order only with nothing in flight
             raise
+        if not isinstance(totals, Totals):
+            kind = type(self.engine).__name__
+            raise ValueError(
+                f"engine: {kind}.step returns {shown(totals)}, expected mixdist.engines.Totals: return that"
+            )
         self._rows += batch.total
         return totals, batch, rate
 
@@ -266,6 +273,9 @@ class Trainer:
         at, loader = self.position, self.loader
         epoch, batch = divmod(at.epoch * loader.num_batches + at.batch + 1, loader.num_batches)
         return self._batch(epoch, batch) if epoch < self.phase.epochs else None
+
+    def _json(self, method: str, value: Any) -> dict[str, Any]:
+        return check_json(f"mixture: {type(self.mixture).__name__}.{method}", value)
 
     def _record(self, totals: Totals, batch: RankBatch, rate: float, seconds: float) -> dict[str, Any]:
         """Return the record of the step just done, the same on every rank."""
@@ -281,7 +291,7 @@ class Trainer:
             "grad_norm": totals.grad_norm,
             "learning_rate": rate,
             "rows_per_s": self._rows / max(seconds, 1e-9),
-            **self.mixture.record(outcome, batch.total),
+            **self._json("record", self.mixture.record(outcome, batch.total)),
             **totals.meter,
             "waiting_s": sum(waiting) / len(waiting),
             "transfer_s": sum(transfer) / len(transfer),
@@ -290,6 +300,6 @@ class Trainer:
         if self.position.batch < self.log_every and self.phase.objective.reads_losses:
             # The epoch's first record: it runs the experts once more, and calls them as an evaluation does.
             self.engine.ready()
-            record |= self.mixture.diagnose(batch)
+            record |= self._json("diagnose", self.mixture.diagnose(batch))
         self._rows = 0
         return record
