@@ -71,8 +71,11 @@ def test_it_is_the_same_run_as_with_float32_weights(pool: Callable[[int], Pool],
     assert {k: v for k, v in differences(got, wanted).items() if v} == {}
 
 
-def rounded(case: Case) -> tuple[int, int, list[int]]:
-    """Do two steps; return bytes of weights in a step, bytes of reductions, and what differs from bfloat16 after it."""
+def rounded(case: Case) -> tuple[int, int, list[int], tuple[int, int]]:
+    """Do two steps; return bytes of weights in a step, bytes of reductions, what differs from bfloat16 after it.
+
+    Besides: how many numbers are bfloat16 in a step, and how many masters are here.
+    """
     mesh = mesh_of(case.num_experts, case.ranks, case.ep_size)
     wire = Wire(mesh.device)
     mixture = make_mixture(case, mesh, wire)
@@ -82,6 +85,7 @@ def rounded(case: Case) -> tuple[int, int, list[int]]:
     for step in range(2):
         engine.zero_grad()
         held = sum(p.numel() * p.element_size() for p in parameters)
+        num_rounded = sum(p.numel() for p in parameters if p.dtype == torch.bfloat16)
         wire.meter.reset()
         outcome = mixture.backward(loader.batch(0, step), make_objective(case), Moment(SEED, 0, step))
         assert {p.grad.dtype for p in parameters if p.grad is not None} == {torch.float32}
@@ -89,7 +93,11 @@ def rounded(case: Case) -> tuple[int, int, list[int]]:
     engine.ready()
     assert {p.dtype for p in parameters} == {torch.float32}
     assert [p.dtype for p in parameters] == [p.grad_dtype for p in parameters]
-    return held, totals.meter["sync_bytes"], [int((p != p.bfloat16()).sum()) for p in parameters]
+    assert isinstance(engine, Native)
+    masters = list(engine.masters.copies.values())
+    assert all(copy.grad is None for copy in masters), "a gradient is held once"
+    kept = [int((p != p.bfloat16()).sum()) for p in parameters]
+    return held, totals.meter["sync_bytes"], kept, (num_rounded, sum(copy.numel() for copy in masters))
 
 
 def test_weights_and_what_is_sent_of_them_are_half(pool: Callable[[int], Pool]) -> None:
@@ -99,7 +107,10 @@ def test_weights_and_what_is_sent_of_them_are_half(pool: Callable[[int], Pool]) 
         pool(2).run("tests.test_masters:rounded", replace(case, engine=engine))
         for engine in ("sharded", "bf16-sharded")
     )
-    (held, sent, _), (held_2, sent_2, kept) = plain[0], half[0]
+    (held, sent, *_), (held_2, sent_2, kept, (num_rounded, _)) = plain[0], half[0]
+    masters = [num for *_, (_, num) in half]
+    assert sum(masters) == num_rounded, "each has one owner"
+    assert max(masters) <= 0.55 * num_rounded
     assert held_2 < 0.52 * held
     assert 0 < sent - sent_2 < 0.26 * sent, "values are sent in half, gradients in whole"
     assert sum(kept) > 0, "between steps the masters' values are there"
