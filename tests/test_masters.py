@@ -233,6 +233,11 @@ def absent(tensor: Tensor) -> None:
     raise AttributeError("grad_dtype")
 
 
+def test_other_dtypes_are_told_without_a_config() -> None:
+    parts = Parts({}, {3: nn.Linear(2, 2).double()}, bf16=True)
+    error_of(lambda: bfloat16_weights(parts), "engine.bf16_weights", "weight of expert 3", "float64")
+
+
 BF16 = {"class_path": "mixdist.engines.Native", "init_args": {"shard": "optimizer", "bf16_weights": True}}
 
 
@@ -265,7 +270,7 @@ def test_a_run_leaves_it_at_a_checkpoint(folder: Path) -> None:
     ("changes", "names"),
     [
         ({"dtype": "float32"}, "engine.bf16_weights true mixture.compute.bf16"),
-        ({"dtype": "float64", "compute": {"bf16": True}}, "engine.bf16_weights float64 dtype"),
+        ({"dtype": "float64", "compute": {"bf16": True}}, "mixture.compute.bf16 float64 dtype"),
         ({"dtype": "float32", "compute": {"bf16": True}, "execution": "stacked"}, "mixture.execution stacked loop"),
     ],
 )

@@ -85,6 +85,10 @@ class Ensemble(Mixture):
     def setup(self, context: Context) -> None:
         super().setup(context)
         self.spec, self.dtype = context.spec, context.dtype
+        if self.compute.bf16 and self.dtype == torch.float64:  # autocast leaves it as it is
+            raise ValueError(
+                "mixture.compute.bf16 (true) does nothing for float64: set dtype to float32, or leave bf16 out"
+            )
         experts = {e: self.make_expert(e) for e in context.mesh.experts}
         for e, expert in experts.items():
             check_declared(self.key_of(e), expert, Expert, self.spec)
