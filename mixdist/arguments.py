@@ -9,16 +9,17 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from numbers import Integral, Real
+from os import PathLike
 from typing import Any, Literal, cast
 
 from torch import nn
 
-_PLAIN: dict[Any, tuple[type, str]] = {
+_PLAIN: dict[Any, tuple[Any, str]] = {
     int: (Integral, "a whole number"),
     float: (Real, "a number"),
-    str: (str, "text"),
+    str: ((str, PathLike), "text"),
 }
-_SHOWN = 40
+_SHOWN, _CALLABLE = 40, "a class or a function"
 
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], key: str = "") -> None:
@@ -46,11 +47,14 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], key:
             check_argument(f"{key}{name}", given[name], hint)
 
 
-def check_fields(one: Any, key: str = "") -> None:
-    """Check the fields of a dataclass by their annotations; arguments and errors as for ``check_arguments``."""
+def check_fields(one: Any, key: str = "", but: Sequence[str] = ()) -> None:
+    """Check the fields of a dataclass, but for some, by their annotations.
+
+    Other arguments and errors are those of ``check_arguments``.
+    """
     hints = _hints(cast(Hashable, type(one)))
     for field in fields(one):
-        if field.init and field.name in hints:
+        if field.init and field.name in hints and field.name not in but:
             check_argument(f"{key}{field.name}", getattr(one, field.name), hints[field.name])
 
 
@@ -62,7 +66,8 @@ def check_argument(key: str, value: Any, hint: Any) -> None:
     """
     wanted = _wanted(hint, value)
     if wanted is not None:
-        remedy = "give its class, or a function that makes one" if isinstance(value, nn.Module) else "give one"
+        made = isinstance(value, nn.Module) and _CALLABLE in wanted
+        remedy = "give its class, or a function that makes one" if made else "give one"
         raise ValueError(f"{key} ({_shown(value)}) must be {wanted}: {remedy}")
 
 
@@ -92,12 +97,17 @@ def _wanted(hint: Any, value: Any) -> str | None:
         kind, told = _PLAIN[hint]
         return told if isinstance(value, bool) or not isinstance(value, kind) else None
     if origin is Callable:
-        return None if callable(value) and not isinstance(value, nn.Module) else "a class or a function"
+        return None if callable(value) and not isinstance(value, nn.Module) else _CALLABLE
+    if origin is tuple:  # a parser gives lists
+        return None if isinstance(value, Sequence) and not isinstance(value, str) else "a tuple"
     if origin in (list, Sequence):
         entries = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
         found = [_wanted(inner[0], one) for one in value] if entries else ["anything"]
         bad = next(filter(None, found), None)
         return None if bad is None else f"a list, each entry {_wanted(inner[0], object()) or 'of one kind'}"
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        bad = next(filter(None, (_wanted(inner[1], one) for one in value.values())), None)
+        return None if bad is None else f"a dict, each value {bad}"
     return _wanted_instance(origin or hint, value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -13,13 +14,17 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
 
+import mixdist.data
+import mixdist.experts
+import mixdist.gates
+import mixdist.nets
 from mixdist.arguments import check_argument
 from mixdist.competition import Competition, Discriminators, Elbo, Rounds
-from mixdist.data import Blobs, Dataset
-from mixdist.experts import VAE, Compute
-from mixdist.gates import Softmax
+from mixdist.data import Augment, Blobs, Dataset, Digits, Pairs, Shards, Source
+from mixdist.experts import VAE, Compute, Expert
+from mixdist.gates import GMM, Consistent, Gate, Softmax, VaDE
 from mixdist.mixtures import MMVAE, MVAE, ClusterStart, Context, KLBalance, MoPoE, PoEMVAE, Soft, SoftMinLoss, TopK
-from mixdist.nets import MLP
+from mixdist.nets import MLP, Network
 from mixdist.parallel.wire import Wire
 from mixdist.terms import Field, Spec
 from mixdist.training import Upcycled
@@ -88,6 +93,48 @@ FIXTURES: dict[str, tuple[Callable[[], Any], str]] = {
     "clusters": (lambda: ClusterStart("x"), "mixture.expert_start.clusters ('x') kmeans"),  # type: ignore[arg-type]
     "a run": (lambda: Upcycled(3), "mixture.expert_start.run (3) text"),  # type: ignore[arg-type]
 }
+IDS, X = torch.arange(4), torch.rand(4, 6)
+Y = Field((), torch.uint8, num_classes=2)
+PARTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a latent as text": (lambda: VAE(SPEC, "2"), "VAE's latent ('2') whole number"),  # type: ignore[arg-type]
+    "half a latent": (lambda: VAE(SPEC, 2.5), "VAE's latent (2.5) whole number"),  # type: ignore[arg-type]
+    "the class of a network": (lambda: VAE(SPEC, 2, MLP), "VAE's network (the class MLP) Network"),  # type: ignore[arg-type]
+    "a layer": (lambda: VAE(SPEC, 2, nn.Linear(6, 2)), "VAE's network (a Linear) Network None: give one"),  # type: ignore[arg-type]
+    "a likelihood": (lambda: VAE(SPEC, likelihood="gausian"), "VAE's likelihood ('gausian') gaussian, laplace"),  # type: ignore[arg-type]
+    "a scale": (lambda: VAE(SPEC, scale="x"), "VAE's scale ('x') a number or learned"),  # type: ignore[arg-type]
+    "a mean": (lambda: VAE(SPEC, mean="x"), "VAE's mean ('x') sigmoid or identity"),  # type: ignore[arg-type]
+    "no spec": (lambda: VAE(None, 2), "VAE's spec (None) Mapping"),  # type: ignore[arg-type]
+    "a temperature": (lambda: Softmax(SPEC, 3, temperature="1"), "Softmax's temperature ('1')"),  # type: ignore[arg-type]
+    "a covariance": (lambda: GMM(SPEC, 3, covariance="full "), "GMM's covariance ('full ') diag or full"),  # type: ignore[arg-type]
+    "a start": (lambda: GMM(SPEC, 3, start="EM"), "GMM's start ('EM') none or em"),  # type: ignore[arg-type]
+    "a latent of a gate": (lambda: VaDE(SPEC, 3, latent="x"), "VaDE's latent ('x')"),  # type: ignore[arg-type]
+    "a gate in a gate": (lambda: Consistent(SPEC, 3, Softmax(SPEC, 3)), "Consistent's gate (a Softmax) its class"),  # type: ignore[arg-type]
+    "a width": (lambda: MLP(3), "MLP's hidden (3) a list"),  # type: ignore[arg-type]
+    "a width as text": (lambda: MLP(["a"]), "MLP's hidden (a list) whole number"),  # type: ignore[list-item]
+    "an activation": (lambda: MLP([3], "rellu"), "MLP's activation ('rellu') relu"),  # type: ignore[arg-type]
+    "rows as text": (lambda: Blobs(rows="9"), "Blobs' rows ('9') whole number"),  # type: ignore[arg-type]
+    "half a row": (lambda: Blobs(rows=2.5), "Blobs' rows (2.5) whole number"),  # type: ignore[arg-type]
+    "a root": (lambda: Shards(3), "Shards' root (3) text"),  # type: ignore[arg-type]
+    "an order": (lambda: Shards("x", order="random"), "Shards' order ('random') blocks or full"),  # type: ignore[arg-type]
+    "sources as a list": (lambda: Pairs([Digits(), Digits()]), "Pairs' sources (a list) dict"),  # type: ignore[arg-type]
+    "a source as text": (lambda: Pairs({"a": "x", "b": Digits()}), "Pairs' sources (a dict) Source"),  # type: ignore[dict-item]
+    "a flip": (lambda: Augment(flip="yes"), "augment.flip ('yes') True or False"),  # type: ignore[arg-type]
+    "no rows": (lambda: Dataset(None, SPEC), "rows (None) dict"),  # type: ignore[arg-type]
+    "no spec of rows": (lambda: Dataset({"id": IDS, "x": X}, None), "spec (None) Mapping"),  # type: ignore[arg-type]
+    "names in one word": (lambda: Dataset({"id": IDS, "y": IDS % 2}, {"y": Y}, "y", "ab"), "class_names ('ab') tuple"),  # type: ignore[arg-type]
+    "densities in a list": (
+        lambda: Dataset({"id": IDS, "x": X}, SPEC, log_density_N=[0.0] * 4),
+        "log_density_N Tensor",
+    ),  # type: ignore[arg-type]
+    "a scale as text": (
+        lambda: Dataset({"id": IDS, "x": X}, {"x": Field((6,), torch.float32, scale="1")}),  # type: ignore[arg-type]
+        "field 'x': scale ('1') number",
+    ),
+    "half a class": (
+        lambda: Dataset({"id": IDS, "y": IDS.byte() % 2}, {"y": Field((), torch.uint8, num_classes=2.5)}),  # type: ignore[arg-type]
+        "field 'y': num_classes (2.5) whole number",
+    ),
+}
 PHASES: dict[str, tuple[dict[str, Any], str]] = {
     "no epoch": ({"epochs": 0}, "train.epochs (0) above 0"),
     "half an epoch": ({"epochs": 1.5}, "train.epochs (1.5) whole number"),
@@ -108,10 +155,26 @@ PHASES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", FIXTURES)
-def test_an_argument_of_another_kind_is_told(name: str) -> None:
-    make, words = FIXTURES[name]
+@pytest.mark.parametrize(("make", "words"), [*FIXTURES.values(), *PARTS.values()], ids=[*FIXTURES, *PARTS])
+def test_an_argument_of_another_kind_is_told(make: Callable[[], Any], words: str) -> None:
     error_of(make, *words.split())
+
+
+@pytest.mark.parametrize(
+    "package", [mixdist.data, mixdist.experts, mixdist.gates, mixdist.nets], ids=lambda one: one.__name__
+)
+def test_every_constructor_of_ours_checks_its_arguments(package: Any) -> None:
+    """Nothing is left out: each class that a config can name refuses an object for its last argument with a type."""
+    bases = (Source, Gate, Expert, Network)
+    for kind in (getattr(package, name) for name in package.__all__):
+        if not inspect.isclass(kind) or not issubclass(kind, bases) or kind in bases or "__init__" not in vars(kind):
+            continue
+        named = inspect.signature(kind).parameters
+        given: dict[str, Any] = {"spec": SPEC, "num_experts": 3}
+        given = {name: given.get(name) for name in named}
+        if last := [name for name in named if name not in ("spec", "num_experts")][-1:]:
+            line = error_of(partial(kind, **{**given, last[0]: object()}))
+            assert line.startswith(f"{kind.__name__}'"), line
 
 
 @pytest.mark.parametrize("mixture", [soft, hard], ids=["Soft", "Competition"])

@@ -301,9 +301,11 @@ REFUSED: list[tuple[Callable[..., Gate], dict[str, Any], str]] = [
     (_consistent, {"field": "image"}, r"'s field is 'image', but Softmax reads \['picture'\]: set the same field"),
     *(
         (_consistent, {name: value}, rf"'s {name} \({value}\) must be a number .*: give 0 for no")
-        for name in ("weight", "shift", "rotation", "scale", "shear", "warmup_steps")
+        for name in ("weight", "shift", "rotation", "scale", "shear")
         for value in (-0.1, math.inf, math.nan)
     ),
+    (_consistent, {"warmup_steps": -1}, r"'s warmup_steps \(-1\) must be a number .*: give 0 for no"),
+    (_consistent, {"warmup_steps": math.inf}, r"'s warmup_steps \(inf\) must be a whole number or a Warmup"),
 ]
 
 

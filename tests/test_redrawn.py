@@ -181,7 +181,7 @@ def test_a_level_beyond_the_last_is_refused_by_its_sample() -> None:
     data = Redrawn(Dataset(rows, {"x": Field((1,), torch.uint8, 1 / 16)}), "x", Dequantise(0))
     with pytest.raises(ValueError, match=r"field 'x' of sample 9 holds 17, expected 0 to 16"):
         data.check()
-    with pytest.raises(ValueError, match="must be a source of data"):
+    with pytest.raises(ValueError, match="must be a Source"):
         Dequantised(Splits(data, data))  # type: ignore[arg-type]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mixdist.arguments import check_fields
 from mixdist.data.order import Epoch
 from mixdist.noise import Draw, Purpose
 
@@ -33,6 +34,7 @@ class Augment:
     shift: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self, "augment.")
         if self.shift < 0:
             raise ValueError(f"augment.shift ({self.shift}) must be at least 0: give a number of pixels, 0 for none")
 

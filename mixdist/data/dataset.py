@@ -13,6 +13,7 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_argument, check_fields
 from mixdist.data.order import Epoch, shuffled
 from mixdist.terms import STORED_INTEGERS, STORED_REALS, Batch, Field, Spec
 
@@ -161,6 +162,8 @@ class Dataset(Samples):
     attribute_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_argument("rows", self.rows, dict)
+        check_fields(self, but=("rows",))
         if odd := [name for name, column in self.rows.items() if not isinstance(column, Tensor)]:
             kind = type(self.rows[odd[0]]).__name__
             raise ValueError(f"field {odd[0]!r} is a {kind}, expected a tensor: take torch.as_tensor of it")
@@ -275,6 +278,7 @@ def check_field(name: str, field: Field) -> None:
         given = getattr(field, "dtype", type(field).__name__)
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in stored)
         raise ValueError(f"field {name!r} is {given}, expected a Field of {known}: store it as one of these")
+    check_fields(field, f"field {name!r}: ", but=("shape",))
     if not isinstance(field.shape, tuple) or not all(isinstance(n, int) and n > 0 for n in field.shape):
         raise ValueError(f"field {name!r} has shape {field.shape}, expected a tuple of numbers from 1: fix its spec")
     if not (math.isfinite(field.scale) and field.scale and math.isfinite(field.offset)):

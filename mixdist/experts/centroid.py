@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mixdist.arguments import check_arguments
 from mixdist.experts.expert import Expert
 from mixdist.nets.mlp import flat
 from mixdist.stats import normal_sum_log_prob
@@ -54,6 +55,7 @@ class Centroid(Expert):
     log_px_is = "density"
 
     def __init__(self, spec: Spec, scale: float = 1.0, field: str = "x") -> None:
+        check_arguments(Centroid.__init__, locals(), "Centroid's ")
         super().__init__()
         described = real_field(spec, field, "Centroid")
         if not 0 < scale < math.inf:

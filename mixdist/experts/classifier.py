@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.experts.expert import Expert
 from mixdist.nets.mlp import MLP, flat
 from mixdist.nets.network import Network
@@ -43,6 +44,7 @@ class Classifier(Expert):
     log_px_is = "mass"
 
     def __init__(self, spec: Spec, network: Network | None = None, input: str = "x", target: str = "y") -> None:
+        check_arguments(Classifier.__init__, locals(), "Classifier's ")
         super().__init__()
         x = real_field(spec, input, "Classifier")
         self.input, self.target, self.fields = input, target, (input, target)

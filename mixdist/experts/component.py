@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.experts.expert import Expert
 from mixdist.nets.mlp import ACTIVATIONS, MLP, ActivationName, Affine, flat
 from mixdist.nets.network import Network
@@ -57,6 +58,7 @@ class Component(Expert):
         label: str | None = None,
         field: str = "x",
     ) -> None:
+        check_arguments(Component.__init__, locals(), "Component's ")
         super().__init__()
         described = real_field(spec, field, "Component")
         for name, value in (("latent", latent), ("features", features)):

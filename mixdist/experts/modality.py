@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.experts.expert import Expert
 from mixdist.experts.location_scale import KINDS, PosteriorName, Prior
 from mixdist.nets.categorical import Categorical, class_field
@@ -78,6 +79,7 @@ class Modality(Expert):
         padding: int | None = None,
         learn_prior: bool = True,
     ) -> None:
+        check_arguments(Modality.__init__, locals(), "Modality's ")
         super().__init__()
         for name, value, least in (("latent", latent, 1), ("private", private, 0)):
             if value < least:

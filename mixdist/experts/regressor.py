@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.experts.expert import Expert
 from mixdist.nets.likelihood import Likelihood
 from mixdist.nets.mlp import MLP, flat
@@ -52,6 +53,7 @@ class Regressor(Expert):
         input: str = "x",
         target: str = "y",
     ) -> None:
+        check_arguments(Regressor.__init__, locals(), "Regressor's ")
         super().__init__()
         x, y = real_field(spec, input, "Regressor"), real_field(spec, target, "Regressor")
         self.input, self.target, self.fields, self.shape = input, target, (input, target), y.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.experts.expert import Expert
 from mixdist.terms import Batch, ExpertTerms, Spec
 
@@ -29,6 +30,7 @@ class Silent(Expert):
     has_loss = False
 
     def __init__(self, spec: Spec) -> None:
+        check_arguments(Silent.__init__, locals(), "Silent's ")
         super().__init__()
         self.zero: Tensor
         self.register_buffer("zero", torch.zeros(()), persistent=False)

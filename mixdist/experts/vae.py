@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.experts.expert import Expert
 from mixdist.nets.likelihood import Likelihood, LikelihoodName, MeanName, ScaleName, check_levels
 from mixdist.nets.linear import Paths
@@ -87,6 +88,7 @@ class VAE(Expert):
         first_scale: float | None = None,
         components: int = 1,
     ) -> None:
+        check_arguments(VAE.__init__, locals(), "VAE's ")
         super().__init__()
         described = real_field(spec, field, "VAE")
         if latent < 1:

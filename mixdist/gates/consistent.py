@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.gates.gate import Gate
 from mixdist.stats import Warmup, check_steps, ramp
 from mixdist.terms import Batch, Gating, Spec, constant
@@ -70,6 +71,7 @@ class Consistent(Gate):
         field: str = "x",
         warmup_steps: int | Warmup = 0,
     ) -> None:
+        check_arguments(Consistent.__init__, locals(), "Consistent's ")
         super().__init__()
         if field not in spec or spec[field].num_classes is not None or len(spec[field].shape) != 3:
             has = {name: f.shape for name, f in spec.items()}

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.gates.gaussians import cluster_kl, fit_diagonal, weighted_clusters
 from mixdist.gates.latent import LatentGate
 from mixdist.nets.likelihood import LikelihoodName, MeanName, ScaleName
@@ -87,6 +88,7 @@ class DMVAE(LatentGate):
         relaxed: bool = True,
         floor: float | None = None,
     ) -> None:
+        check_arguments(DMVAE.__init__, locals(), "DMVAE's ")
         super().__init__(spec, num_experts, latent, network, likelihood, scale, mean, field, spread, start_rows, floor)
         if not 0 < temperature < math.inf:
             raise ValueError(f"DMVAE's temperature ({temperature}) must be a number above 0: give 0.2 as the text does")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.gates.gate import Gate
 from mixdist.terms import Batch, Gating, Spec, label_classes
 
@@ -25,6 +26,7 @@ class Uniform(Gate):
     fields = ()
 
     def __init__(self, spec: Spec, num_experts: int) -> None:
+        check_arguments(Uniform.__init__, locals(), "Uniform's ")
         super().__init__()
         # Zeros are exact in any dtype that the module is moved to; their log-softmax is taken there.
         self.zeros_E: Tensor
@@ -56,6 +58,7 @@ class LabelOracle(Gate):
     """
 
     def __init__(self, spec: Spec, num_experts: int, field: str = "y") -> None:
+        check_arguments(LabelOracle.__init__, locals(), "LabelOracle's ")
         super().__init__()
         num_classes = label_classes(spec, field, "LabelOracle", num_experts)
         self.field, self.fields = field, (field,)

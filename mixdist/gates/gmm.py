@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mixdist.arguments import check_arguments
 from mixdist.gates.gate import Gate
 from mixdist.gates.gaussians import fit_diagonal
 from mixdist.gates.latent import check_enough
@@ -64,6 +65,7 @@ class GMM(Gate):
         steps: int = 50,
         min_variance: float = 1e-6,
     ) -> None:
+        check_arguments(GMM.__init__, locals(), "GMM's ")
         super().__init__()
         described = real_field(spec, field, "GMM")
         numbers = {"spread": spread, "start_rows": start_rows, "min_variance": min_variance, "steps": steps}

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mixdist.arguments import check_arguments
 from mixdist.gates.gate import Gate
 from mixdist.gates.gaussians import ClusterName, Clusters, fit_clusters, log_joint
 from mixdist.gates.latent import check_enough
@@ -69,6 +70,7 @@ class LatentGMM(Gate):
         final_temperature: float | None = None,
         anneal_steps: int | Warmup = 0,
     ) -> None:
+        check_arguments(LatentGMM.__init__, locals(), "LatentGMM's ")
         super().__init__()
         self.shape = real_field(spec, field, "LatentGMM").shape
         self.temperatures = temperatures("LatentGMM", temperature, final_temperature, anneal_steps)

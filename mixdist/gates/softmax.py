@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.gates.gate import Gate
 from mixdist.nets.mlp import MLP, Affine, flat
 from mixdist.nets.network import Network
@@ -63,6 +64,7 @@ class Softmax(Gate):
         final_noise: float | None = None,
         anneal_steps: int | Warmup = 0,
     ) -> None:
+        check_arguments(Softmax.__init__, locals(), "Softmax's ")
         super().__init__()
         kind = type(self).__name__
         shape = real_field(spec, field, kind).shape

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mixdist.arguments import check_arguments
 from mixdist.gates.gaussians import Clusters, cluster_kl, fit_diagonal, log_joint
 from mixdist.gates.latent import LatentGate
 from mixdist.nets.likelihood import LikelihoodName, MeanName, ScaleName
@@ -79,6 +80,7 @@ class VaDE(LatentGate):
         test_samples: int = 0,
         floor: float | None = None,
     ) -> None:
+        check_arguments(VaDE.__init__, locals(), "VaDE's ")
         super().__init__(spec, num_experts, latent, network, likelihood, scale, mean, field, spread, start_rows, floor)
         if test_samples < 0:
             raise ValueError(f"VaDE's test_samples ({test_samples}) must be 0 or more: give 0 for the mean of z")

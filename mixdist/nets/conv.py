@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from mixdist.arguments import check_arguments
 from mixdist.nets.mlp import ACTIVATIONS, ActivationName, Affine
 from mixdist.nets.network import Network
 
@@ -49,6 +50,7 @@ class Conv(Network):
         activation: ActivationName = "relu",
         kernel: int = 3,
     ) -> None:
+        check_arguments(Conv.__init__, locals(), "Conv's ")
         self.channels, self.residual, self.norm = tuple(channels), residual, norm
         self.activation, self.kernel = activation, kernel
 

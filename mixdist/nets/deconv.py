@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from mixdist.arguments import check_arguments
 from mixdist.nets.conv import NormName, image_shape, norm_and_activation, start_conv
 from mixdist.nets.mlp import ACTIVATIONS, ActivationName
 from mixdist.nets.network import Network
@@ -46,6 +47,7 @@ class Deconv(Network):
         norm: NormName = "none",
         activation: ActivationName = "relu",
     ) -> None:
+        check_arguments(Deconv.__init__, locals(), "Deconv's ")
         self.feature, self.channels = tuple(feature), tuple(channels)
         self.norm, self.activation = norm, activation
         if len(self.feature) != 3 or min(self.feature) < 1:

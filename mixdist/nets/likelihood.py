@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from mixdist.arguments import check_arguments
 from mixdist.nets.continuous_bernoulli import (
     continuous_bernoulli_log_prob,
     continuous_bernoulli_mean,
@@ -110,6 +111,7 @@ class Likelihood(nn.Module):
         first: float | None = None,
         components: int = 1,
     ) -> None:
+        check_arguments(Likelihood.__init__, locals(), "Likelihood's ")
         super().__init__()
         fixed = not isinstance(scale, str)
         if not isinstance(scale, str) and not 0 < scale < math.inf:

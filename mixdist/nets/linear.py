@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mixdist.arguments import check_arguments
 from mixdist.nets.mlp import Affine
 from mixdist.nets.network import Network
 
@@ -41,6 +42,7 @@ class LinearPaths(Network):
     """
 
     def __init__(self, network: Network, rate: float = 1.0) -> None:
+        check_arguments(LinearPaths.__init__, locals(), "LinearPaths' ")
         if not 0 <= rate <= 1:
             raise ValueError(f"LinearPaths' rate ({rate}) must be from 0 to 1: give 0.02, for example")
         self.network, self.rate, self.stackable = network, rate, network.stackable

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mixdist.arguments import check_arguments
 from mixdist.nets.network import Network
 
 ActivationName = Literal["relu", "sigmoid", "tanh", "elu", "silu", "gelu", "softplus"]
@@ -97,6 +98,7 @@ class MLP(Network):
     widths, stackable = ("hidden",), True
 
     def __init__(self, hidden: Sequence[int] = (128,), activation: ActivationName = "relu") -> None:
+        check_arguments(MLP.__init__, locals(), "MLP's ")
         self.hidden, self.activation = tuple(hidden), activation
 
     def encoder(self, shape: tuple[int, ...], num_outputs: int) -> FeedForward:

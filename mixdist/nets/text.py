@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from mixdist.arguments import check_arguments
 from mixdist.nets.mlp import ACTIVATIONS, ActivationName, Affine
 from mixdist.nets.network import Network
 
@@ -40,6 +41,7 @@ class Text(Network):
     def __init__(
         self, embedding: int = 128, channels: Sequence[int] = (128, 256), activation: ActivationName = "relu"
     ) -> None:
+        check_arguments(Text.__init__, locals(), "Text's ")
         self.embedding, self.channels, self.activation = embedding, tuple(channels), activation
 
     def encoder(self, shape: tuple[int, ...], num_outputs: int) -> TextEncoder:

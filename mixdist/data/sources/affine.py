@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mixdist.arguments import check_arguments
 from mixdist.data.dataset import Dataset, Source, Splits
 from mixdist.data.sources.synthetic import require_rows
 from mixdist.noise import Draw, Purpose
@@ -44,6 +45,7 @@ class AffineTargets(Source):
         field: str = "x",
         seed: int = 0,
     ) -> None:
+        check_arguments(AffineTargets.__init__, locals(), "AffineTargets' ")
         if not isinstance(source, Source):
             raise ValueError(f"source ({source!r}) must be a source of data: give one, such as Spiral()")
         if not isinstance(outputs, int):

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.data.dataset import Dataset, Source, Splits
 from mixdist.data.sources.synthetic import require_number, require_rows
 from mixdist.noise import Draw, Purpose
@@ -77,6 +78,7 @@ class Bananas(Source):
     def __init__(
         self, modes: Modes = 3, rows: int = 64000, test_rows: int = 6400, separation: float = 80.0, seed: int = 0
     ) -> None:
+        check_arguments(Bananas.__init__, locals(), "Bananas' ")
         if modes not in get_args(Modes):
             raise ValueError(f"modes ({modes}) must be 3, 5 or 9: choose one of the seed's three layouts.")
         require_rows(rows=rows, test_rows=test_rows)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mixdist.arguments import check_arguments
 from mixdist.data.dataset import Dataset, Source, Splits
 from mixdist.data.formats.listing import Files, Sample
 from mixdist.data.formats.trees import images, read_text, subfolders
@@ -90,6 +91,7 @@ class Captions(Source):
         holdout: int | float = 0.1,
         limit: int | None = None,
     ) -> None:
+        check_arguments(Captions.__init__, locals(), "Captions' ")
         require_rows(size=size, **({} if limit is None else {"limit": limit}))
         if tokens < 2 or more_than < 0:
             raise ValueError(f"tokens ({tokens}) must be at least 2 and more_than ({more_than}) at least 0: raise it")

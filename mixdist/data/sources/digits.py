@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mixdist.arguments import check_arguments
 from mixdist.data.dataset import Dataset, Source, Splits
 from mixdist.noise import Purpose, derive
 from mixdist.noise.philox import philox
@@ -32,6 +33,7 @@ class Digits(Source):
     """
 
     def __init__(self, test_fraction: float = 0.2) -> None:
+        check_arguments(Digits.__init__, locals(), "Digits' ")
         if not 0.0 < test_fraction < 1.0:
             raise ValueError(f"test_fraction ({test_fraction}) must be between 0 and 1: set it to 0.2, for example.")
         self.test_fraction = test_fraction

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mixdist.arguments import check_arguments
 from mixdist.data.dataset import Dataset, Source, Splits
 from mixdist.data.formats import SOURCES, Listing, Sample, open_listing
 from mixdist.data.images import SOURCE_FORMATS, Unreadable, decode
@@ -69,6 +70,7 @@ class Memory(Source):
         test: str | None = None,
         holdout: int | float = 0,
     ) -> None:
+        check_arguments(Memory.__init__, locals(), "Memory's ")
         if kind not in SOURCES:
             raise ValueError(f"kind ({kind}) must be one of {', '.join(SOURCES)}")
         for name, value in {"limit": limit, "num_classes": num_classes, "size": size, "crop": crop}.items():
@@ -163,6 +165,7 @@ class Idx(Memory):
     """
 
     def __init__(self, root: str, limit: int | None = None, num_classes: int = 10) -> None:
+        check_arguments(Idx.__init__, locals(), "Idx's ")
         if not 1 <= num_classes <= 256:
             raise ValueError(f"num_classes ({num_classes}) must be from 1 to 256: labels are single bytes.")
         super().__init__("idx", root, limit, num_classes)
@@ -185,4 +188,5 @@ class Cifar10(Memory):
     """
 
     def __init__(self, root: str, limit: int | None = None) -> None:
+        check_arguments(Cifar10.__init__, locals(), "Cifar10's ")
         super().__init__("cifar10", root, limit, 10)

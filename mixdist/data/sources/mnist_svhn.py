@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.data.dataset import Samples, Source, Splits
 from mixdist.data.paired import Paired, keyed_order, labels_of, members
 from mixdist.data.shards.index import HEAD
@@ -42,6 +43,7 @@ class MnistSvhn(Source):
     """
 
     def __init__(self, mnist: str, svhn: str, pairs: int = 30, max_per_class: int = 10_000, seed: int = 0) -> None:
+        check_arguments(MnistSvhn.__init__, locals(), "MnistSvhn's ")
         require_rows(pairs=pairs, max_per_class=max_per_class)
         self.mnist, self.svhn, self.pairs, self.max_per_class, self.seed = mnist, svhn, pairs, max_per_class, seed
 

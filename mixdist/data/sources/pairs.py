@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.data.dataset import Samples, Source, Splits
 from mixdist.data.paired import PRESENT, Paired, check_label, present_field
 from mixdist.terms import Spec
@@ -45,6 +46,7 @@ class Pairs(Source):
     """
 
     def __init__(self, sources: dict[str, Source], key: str = "id", field: str = "x", absent: bool = False) -> None:
+        check_arguments(Pairs.__init__, locals(), "Pairs' ")
         if len(sources) < 2:
             raise ValueError(f"sources ({', '.join(sources) or 'none'}) must be two or more: give another, by its name")
         if bad := [name for name in sources if name in ("id", PRESENT, key)]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from mixdist.arguments import check_arguments
 from mixdist.data.contracts import load
 from mixdist.data.dataset import Samples, Source, Splits
 from mixdist.data.redrawn import Binarise, Dequantise, Redraw, Redrawn
@@ -50,6 +51,7 @@ class Dequantised(_Over):
     """
 
     def __init__(self, source: Source, field: str = "x", seed: int = 0) -> None:
+        check_arguments(Dequantised.__init__, locals(), "Dequantised's ")
         _check("Dequantised", source, seed)
         self.source, self.field, self.seed = source, field, seed
 
@@ -87,6 +89,7 @@ class Binarised(_Over):
     """
 
     def __init__(self, source: Source, kind: BinariseName = "static", field: str = "x", seed: int = 0) -> None:
+        check_arguments(Binarised.__init__, locals(), "Binarised's ")
         _check("Binarised", source, seed)
         if kind not in get_args(BinariseName):
             raise ValueError(f"kind ({kind!r}) must be one of {', '.join(get_args(BinariseName))}")

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.data.augment import Augment
 from mixdist.data.dataset import Source, Splits
 from mixdist.data.fields import dtype_of, read_spec
@@ -106,6 +107,7 @@ class Shards(Source):
         augment: Augment | None = None,
         cache: Cache | None = None,
     ) -> None:
+        check_arguments(Shards.__init__, locals(), "Shards' ")
         least = {"size": (size, 1), "crop": (crop, 1), "limit": (limit, 1), "block": (block, 1), "window": (window, 1)}
         for name, (value, lowest) in {**least, "workers": (workers, 0), "ahead": (ahead, 0)}.items():
             if value is not None and value < lowest:

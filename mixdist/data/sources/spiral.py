@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mixdist.arguments import check_arguments
 from mixdist.data.dataset import Dataset, Source, Splits
 from mixdist.data.sources.synthetic import require_number, require_rows, split_rows
 from mixdist.noise import Draw, Purpose
@@ -37,6 +38,7 @@ class Spiral(Source):
     """
 
     def __init__(self, rows: int = 25_000, test_rows: int = 5_000, noise: float = 0.05, seed: int = 0) -> None:
+        check_arguments(Spiral.__init__, locals(), "Spiral's ")
         require_rows(rows=rows, test_rows=test_rows)
         require_number("noise", noise, 0.0, 1e6)
         self.rows, self.test_rows, self.noise, self.seed = rows, test_rows, noise, seed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.data.dataset import Dataset, Source, Splits
 from mixdist.noise import Draw, Purpose
 from mixdist.terms import Batch, Field, Spec
@@ -47,6 +48,7 @@ class Blobs(Source):
         separation: float = 1.0,
         seed: int = 0,
     ) -> None:
+        check_arguments(Blobs.__init__, locals(), "Blobs' ")
         if not 1 <= num_classes <= 256:
             raise ValueError(f"num_classes ({num_classes}) must be from 1 to 256: labels are single bytes.")
         require_rows(num_features=num_features, rows=rows, test_rows=test_rows)
@@ -110,6 +112,7 @@ class Parabolas(Source):
     def __init__(
         self, rows: int = 1000, test_rows: int = 200, split: float = 0.4, noise: float = 0.02, seed: int = 0
     ) -> None:
+        check_arguments(Parabolas.__init__, locals(), "Parabolas' ")
         require_rows(rows=rows, test_rows=test_rows)
         if not -1.0 < split < 1.0:
             raise ValueError(f"split ({split}) must be between -1 and 1: set it to 0.4, for example.")

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.data.dataset import Samples, Source, Splits
 from mixdist.data.order import Epoch
 from mixdist.data.paired import Paired, check_label, keyed_order, labels_of, members
@@ -55,6 +56,7 @@ class Textures(Source):
     """
 
     def __init__(self, source: Source, modalities: int = 5, channels: int = 3, seed: int = 0) -> None:
+        check_arguments(Textures.__init__, locals(), "Textures' ")
         if not isinstance(source, Source):
             raise ValueError(f"source ({source!r}) must be a source of data: give one, such as Digits()")
         require_rows(modalities=modalities)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mixdist.arguments import check_arguments
 from mixdist.data.dataset import Dataset, Source, Splits
 from mixdist.data.formats.trees import reading
 from mixdist.data.paired import PRESENT, present_field
@@ -65,6 +66,7 @@ class Views(Source):
         holdout: int | float = 0.2,
         seed: int = 0,
     ) -> None:
+        check_arguments(Views.__init__, locals(), "Views' ")
         views = list(SIZES) if views is None else views
         bad = [name for i, name in enumerate(views) if name not in SIZES or name in views[:i]]
         if bad or not views:
