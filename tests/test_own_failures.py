@@ -60,6 +60,10 @@ class NoSeen(Plain):
         return True
 
 
+class Steps(Plain):
+    em_steps = 3
+
+
 class SeenMean(Start):
     def seen(self, rows):
         return rows["x"].mean()
@@ -172,6 +176,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "gate start": (changed(gate=of("Start")), f"Start.start {NIX}"),
     "gate without seen": (changed(gate=of("NoSeen")), "NoSeen has no start"),
     "gate seen": (changed(gate=of("SeenMean")), "mixture.gate: SeenMean.seen (n, M)"),
+    "gate em_steps": (changed(gate=of("Steps")), "mixture.gate: Steps.em_steps (3) starts_at"),
     "gate stages": (changed(gate=of("Stages")), "mixture.gate: Stages.stages ('joint',)"),
     "gate num_drawn": (changed(gate=of("Drawn")), "mixture.gate: Drawn.num_drawn ('3')"),
     "expert late": (changed(expert=of("Late")), f"Late.forward {NIX}"),

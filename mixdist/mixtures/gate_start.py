@@ -38,6 +38,11 @@ def check_stages(gate: Gate, stages: Mapping[str, Stage], num_rows: int, mute: s
         ValueError: the gate has no such stage, or too few rows to start; an objective reads losses that are not there.
     """
     gate.check_rows(num_rows)
+    if gate.em_steps and not any(gate.starts_at(stage.stage) for stage in stages.values()):
+        raise ValueError(
+            f"mixture.gate: {type(gate).__name__}.em_steps ({gate.em_steps}) come after a start, and its starts_at is "
+            f"true of no phase: write it, or leave em_steps out"
+        )
     for key, stage in stages.items():
         if stage.stage not in gate.stages:
             known, kind = ", ".join(gate.stages), type(gate).__name__

@@ -95,7 +95,10 @@ def inspect_experts(
         losses, used = check_expert(key, expert, some, eps, trains, mixture.reads_features)
         _check_ranges(f"{key}: {type(expert).__name__}.forward", used, mixture, batch)
         drawn = partial(_drawn, noise, rows["id"], e)
-        check_abilities(key, expert, some, mixture.spec, drawn, None if stage is None else IN_TRAINING)
+        if stage is None:
+            check_abilities(key, expert, some, mixture.spec, drawn)
+        elif stage.objective.reads_losses:
+            check_abilities(key, expert, some, mixture.spec, drawn, IN_TRAINING)
         found[f"{key}: {type(expert).__name__}.forward (losses of expert {e})"] = losses
     return next(iter(found.values())), found
 
