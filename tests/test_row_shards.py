@@ -130,6 +130,8 @@ def test_the_same_command_goes_on_and_another_source_does_not(tmp_path: Path) ->
         (["rows", "drawn.yaml", "--out", "x"], "Dequantised 'x' Shards"),
         (["rows", "missing.yaml", "--out", "x"], "prepare rows missing.yaml"),
         (["rows", "c.yaml", "--out", "x", "--size", "8"], "--size (8)"),
+        (["rows", "c.yaml", "--out", "x", "--labels", "none"], "--labels (none)"),
+        (["rows", "c.yaml", "--out", "x", "--min-side", "9"], "--min-side (9)"),
         (["rows", "c.yaml"], "--out"),
     ],
 )

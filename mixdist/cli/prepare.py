@@ -57,10 +57,10 @@ def prepare(argv: Sequence[str]) -> None:
 
 def _rows(options: Namespace) -> tuple[Listing, dict[str, Any]]:
     """Return the rows of the data of a config as samples of shards, and what their fields are."""
-    if given := [name for name in ("channels", "size", "crop") if options[name] is not None]:
-        raise ValueError(
-            f"--{given[0]} ({options[given[0]]}) is for images, and rows are kept as they are: leave it out"
-        )
+    free = {"channels": None, "size": None, "crop": None, "encode": "png", "labels": "source", "min_side": 8}
+    if given := [name for name, unset in free.items() if options[name] != unset]:
+        name = given[0].replace("_", "-")
+        raise ValueError(f"--{name} ({options[given[0]]}) is for images, and rows are kept as they are: leave it out")
     if not Path(options.folder).is_file():
         raise ValueError(
             f"prepare rows needs a config, whose data it takes, and {options.folder!r} is no file: name one"
