@@ -32,8 +32,13 @@ def counted(number: int, noun: str) -> str:
 
 
 def format_error(error: Exception) -> str:
-    """Return an error as one line."""
-    return one_line(str(error)) + (": fix it and try again" if isinstance(error, OSError) else "")
+    """Return an error as one line; with the place where a user's own code has raised it."""
+    text = one_line(str(error)) + (": fix it and try again" if isinstance(error, OSError) else "")
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not frames or not _is_own(frames[-1][0].f_code.co_filename):
+        return text
+    code = frames[-1][0].f_code
+    return f"{text} ({code.co_qualname}; {Path(code.co_filename).name} line {frames[-1][1]})"
 
 
 @contextmanager

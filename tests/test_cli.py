@@ -60,7 +60,9 @@ def test_a_mistake_on_one_rank_is_told_once(folder: Path) -> None:
     config = changed(data={"class_path": "own_rows.Rows", "init_args": {"fails_on": 1}})
     ended = together("train", "--config", write_config(folder / "c.yaml", config), ranks=2, folder=folder)
     assert ended.code == 1  # its launcher's own
-    assert ended.err.startswith("mixdist: rank 1: the disk of this rank has no rows: mount it\n")
+    assert ended.err.startswith(
+        "mixdist: rank 1: the disk of this rank has no rows: mount it (Rows.load; own_rows.py line "
+    )
     assert ended.err.count("mixdist: ") == 1
     assert "Traceback (most recent call last):\n  File" not in ended.err
     assert not (folder / "runs").exists()

@@ -84,6 +84,13 @@ class Late(VAE):
         return super().forward(rows, eps)
 
 
+class Words(VAE):
+    def forward(self, rows, eps):
+        if len(rows["x"]) > 100:
+            raise ValueError("too many rows")
+        return super().forward(rows, eps)
+
+
 class LateEval(VAE):
     def forward(self, rows, eps):
         if len(rows["x"]) > 100 and not self.training:
@@ -180,6 +187,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "gate stages": (changed(gate=of("Stages")), "mixture.gate: Stages.stages ('joint',)"),
     "gate num_drawn": (changed(gate=of("Drawn")), "mixture.gate: Drawn.num_drawn ('3')"),
     "expert late": (changed(expert=of("Late")), f"Late.forward {NIX}"),
+    "expert's own words": (changed(expert=of("Words")), "too many rows (Words.forward; own_code.py line"),
     "expert in evaluation": (changed(expert=of("LateEval")), f"LateEval.forward {NIX}"),
     "expert reconstruct": (changed(expert=of("Narrow")), "Narrow.reconstruct (8, 1, 8, 3) (8, 1, 8, 8)"),
     "expert field": (changed(expert=of("Field")), "Field.field ('zz') x, y"),
