@@ -57,8 +57,8 @@ def train_alone(parser: ArgumentParser, parsed: Namespace, config: Config, stem:
 
     def judge(session: Session, run: Path) -> None:
         for split in ["test"] if session.valid is None else ["valid", "test"]:
-            options = {"split": split, "rows": None, "num_samples": parsed.num_samples, "kde": 0, "weights": "best"}
-            evaluate_checkpoint(single, session, Namespace(**options, ema=False, mixture=derived.mixture), run)
+            options = {"split": split, "num_samples": parsed.num_samples, "mixture": derived.mixture}
+            evaluate_checkpoint(single, session, options, run)
 
     run_training(derived, single, beside=beside, then=judge)
 
