@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from mixdist.data import Blobs, Dataset, share
 from mixdist.experts import VAE
 from mixdist.gates import LatentGMM
 from mixdist.mixtures import ClusterStart, Context
-from mixdist.nets import MLP
+from mixdist.nets import MLP, Centred
 from mixdist.parallel.wire import Wire
 from mixdist.stats import Step, Warmup
 from mixdist.terms import Field
@@ -156,6 +157,55 @@ def first_table(layout: tuple[int, int]) -> np.ndarray:
     mixture.start_experts(dataset)
     assert mixture.first_N is not None
     return mixture.first_N
+
+
+def centred(layout: tuple[int, int]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """The centres of this rank's encoders and decoders after the same start, of networks that have one."""
+    dataset = Blobs(num_classes=EXPERTS, rows=1200, spread=0.05).load().train
+    expert = functools.partial(VAE, network=Centred(MLP([4])), likelihood="gaussian", mean="identity")
+    mixture = Competition(expert, EXPERTS, expert_start=ClusterStart(rows=900), start="clusters", score=Elbo())
+    mesh = mesh_of(EXPERTS, *layout)
+    mixture.setup(Context(0, torch.float64, dataset.spec, mesh, Wire(mesh.device)))
+    mixture.start_experts(dataset)
+    experts = mixture.parts.experts.items()
+    return {e: (one.encoder.centre_D.clone(), one.decoder.centre_D.clone()) for e, one in experts}  # type: ignore
+
+
+def test_centres_are_those_of_clusters(pool: Callable[[int], Pool]) -> None:
+    """Each the mean of the rows that are the expert's in the first table; the same bits on every layout."""
+    dataset, alone_N, found = Blobs(num_classes=EXPERTS, rows=1200, spread=0.05).load().train, first_table((1, 1)), {}
+    x_ND = dataset.spec["x"].values(dataset.rows["x"], torch.float64).flatten(1)
+    for e, (encoder_D, decoder_D) in (alone := centred((1, 1))).items():
+        assert torch.equal(encoder_D, decoder_D)
+        torch.testing.assert_close(encoder_D, x_ND[torch.from_numpy(alone_N) == e].mean(0), atol=0.02, rtol=0)
+    assert len({tuple(encoder_D.tolist()) for encoder_D, _ in alone.values()}) == EXPERTS
+    for layout in ((2, 2), (4, 2)):
+        for own in pool(layout[0]).run("tests.test_reassignment:centred", layout):
+            found |= own
+            assert all(torch.equal(one_D, alone[e][0]) for e, two in own.items() for one_D in two)
+        assert found.keys() == alone.keys()
+
+
+def test_a_centre_moves_rows_and_means() -> None:
+    """The loss of x + c around c is that of x around 0, and samples move by c; with scales from the decoder, too."""
+    spec, x, c_D = {"x": Field((4,), torch.float64)}, torch.randn(6, 4).double(), torch.arange(4.0).double()
+    for scale in ("learned", "decoder"):
+        torch.manual_seed(0)
+        expert = VAE(spec, 2, Centred(MLP([5])), "gaussian", scale, "identity").double()  # type: ignore[arg-type]
+        eps = torch.randn(6, 2).double()
+        around_0, drawn = expert({"x": x}, eps).loss_R, expert.sample(eps)
+        for one in (expert.encoder, expert.decoder):
+            one.set(c_D)
+        torch.testing.assert_close(expert({"x": x + c_D}, eps).loss_R, around_0)
+        torch.testing.assert_close(expert.sample(eps), drawn + c_D)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "mean", "components"), [("gaussian", "sigmoid", 1), ("bernoulli", "identity", 1)]
+)
+def test_a_centre_needs_means_as_they_are(likelihood: Any, mean: Any, components: int) -> None:
+    with pytest.raises(ValueError, match=rf"network \(Centred\) .*{likelihood} .*{mean}"):
+        VAE({"x": Field((4,), torch.float32)}, 2, Centred(MLP([5])), likelihood, mean=mean, components=components)
 
 
 def test_a_first_table_of_clusters_of_rows(pool: Callable[[int], Pool]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixdist.arguments import check_arguments
 from mixdist.experts.expert import Expert
+from mixdist.nets.centred import Around
 from mixdist.nets.likelihood import Likelihood, LikelihoodName, MeanName, ScaleName, check_levels
 from mixdist.nets.linear import Paths
 from mixdist.nets.mlp import MLP, flat
@@ -105,6 +106,11 @@ class VAE(Expert):
         made = Likelihood(likelihood, scale, mean, num_levels, floor, self.shape, first_scale, components)
         self.encoder = network.encoder(self.shape, 2 * latent)
         self.decoder, self.likelihood = network.decoder(latent, self.shape, made.num_maps), made
+        if isinstance(self.decoder, Around) and (mean != "identity" or "bernoulli" in likelihood or components > 1):
+            raise ValueError(
+                f"VAE's network (Centred) adds its centre to means, which the likelihood {likelihood} with mean {mean} "
+                f"and components {components} does not take as they are: take gaussian, mean identity, one component"
+            )
         self.log_px_is, self.levels = self.likelihood.is_a, self.likelihood.levels
         self.kl_weight: Tensor
         self.register_buffer("kl_weight", torch.tensor(1.0), persistent=False)

@@ -19,8 +19,9 @@ from mixdist.gates.gaussians import ClusterName, Clusters, fit_clusters, log_joi
 from mixdist.mixtures.context import Context
 from mixdist.mixtures.expert_start import ExpertStart
 from mixdist.mixtures.row_pass import chosen, gathered
+from mixdist.nets.centred import Around
 from mixdist.noise import Purpose, weights_seed
-from mixdist.parallel.agreement import agreed
+from mixdist.parallel.agreement import agreed, gather_json
 from mixdist.parallel.collectives import OverBatch
 from mixdist.terms import Batch
 
@@ -28,6 +29,8 @@ from mixdist.terms import Batch
 @dataclass(frozen=True)
 class ClusterStart(ExpertStart):
     """Experts begin as drawn; a competition's first table, with ``start: clusters``, is of clusters of the rows.
+
+    Where their network is :class:`mixdist.nets.Centred`, its centre is the mean of the expert's cluster.
 
     K-means++ starts on rank 0, in float64 and one thread; each row then goes to its most probable cluster, so that the
     first table is the same bits on every layout.
@@ -61,12 +64,32 @@ class ClusterStart(ExpertStart):
     def start(
         self, context: Context, over_batch: OverBatch, experts: Mapping[int, nn.Module], dataset: Samples
     ) -> None:
-        """Leave the experts as they are."""
+        found = {e: [one for one in expert.modules() if isinstance(one, Around)] for e, expert in experts.items()}
+        if not any(gather_json(any(found.values()), context.mesh.world)):
+            return
+        clusters = self._clusters(context, over_batch, context.mesh.placement.num_experts, dataset)
+
+        def begin() -> None:
+            for e, centres in found.items():
+                for one in centres:
+                    try:
+                        one.set(clusters.mean_KL[e])
+                    except ValueError as error:
+                        raise ValueError(f"mixture.expert_start.field ({self.field}), expert {e}: {error}") from None
+
+        agreed(begin, context.mesh.world)
 
     @torch.no_grad()
     def assign(
         self, context: Context, over_batch: OverBatch, expert: nn.Module, num_experts: int, dataset: Samples
     ) -> np.ndarray:
+        clusters = self._clusters(context, over_batch, num_experts, dataset)
+        return nearest(context, over_batch, dataset, (self.field,), self._points, clusters)
+
+    def _points(self, rows: Batch) -> Tensor:
+        return rows[self.field].double().flatten(1)
+
+    def _clusters(self, context: Context, over_batch: OverBatch, num_clusters: int, dataset: Samples) -> Clusters:
         field = self.field
 
         def check() -> None:
@@ -77,25 +100,17 @@ class ClusterStart(ExpertStart):
                 )
 
         agreed(check, context.mesh.world)
-        return clustered(
-            context,
-            over_batch,
-            dataset,
-            (field,),
-            lambda rows: rows[field].double().flatten(1),
-            lambda points_NL, seed: self._fit(points_NL, num_experts, seed),
-            num_experts,
-            self.rows,
-        )
+        fit = partial(self._fit, num_clusters=num_clusters)
+        return clusters_of(context, over_batch, dataset, (field,), self._points, fit, num_clusters, self.rows)
 
-    def _fit(self, points_NL: Tensor, num_clusters: int, seed: int) -> Clusters:
+    def _fit(self, points_NL: Tensor, seed: int, num_clusters: int) -> Clusters:
         try:
             return fit_clusters(points_NL, num_clusters, seed, self.clusters)
         except ValueError as error:
             raise ValueError(f"mixture.expert_start (ClusterStart): {error}") from None
 
 
-def clustered(
+def clusters_of(
     context: Context,
     over_batch: OverBatch,
     dataset: Samples,
@@ -104,8 +119,8 @@ def clustered(
     fit: Callable[[Tensor, int], Clusters],
     num_clusters: int,
     limit: int,
-) -> np.ndarray:
-    """Return the cluster of each row, (N,), on every rank; every rank calls it.
+) -> Clusters:
+    """Return clusters of the rows, the same on every rank; every rank calls it.
 
     Args:
         context: this rank's place, and the seed.
@@ -121,17 +136,30 @@ def clustered(
     Raises:
         Agreed: rows cannot be read or clustered; the same message on every rank.
     """
-    mesh, of_rows = context.mesh, partial(gathered, context, over_batch, dataset, fields)
-    points_NL = of_rows(chosen(context.seed, 0, len(dataset), limit), point_of)
+    mesh, picked = context.mesh, chosen(context.seed, 0, len(dataset), limit)
+    points_NL = gathered(context, over_batch, dataset, fields, picked, point_of)
     seed = weights_seed(context.seed, Purpose.START, 3)
     zeros_KL = torch.zeros(num_clusters, points_NL.shape[1], dtype=torch.float64)
     empty = Clusters(zeros_KL[:, 0].clone(), zeros_KL, zeros_KL.clone())
     found = agreed(lambda: fit(points_NL, seed) if mesh.rank == 0 else empty, mesh.world)
     clusters = Clusters(*(one.to(mesh.device) for one in found))
     over_batch.copy_first(clusters)
+    return clusters
 
-    def nearest(rows: Batch) -> Tensor:
+
+def nearest(
+    context: Context,
+    over_batch: OverBatch,
+    dataset: Samples,
+    fields: Sequence[str],
+    point_of: Callable[[Batch], Tensor],
+    clusters: Clusters,
+) -> np.ndarray:
+    """Return the most probable cluster of each row, (N,), on every rank; arguments as for ``clusters_of``."""
+
+    def of(rows: Batch) -> Tensor:
         return log_joint(point_of(rows).double(), clusters).argmax(-1)
 
-    cluster_N: np.ndarray = of_rows(torch.arange(len(dataset)), nearest).cpu().numpy()
+    every = torch.arange(len(dataset))
+    cluster_N: np.ndarray = gathered(context, over_batch, dataset, fields, every, of).cpu().numpy()
     return cluster_N

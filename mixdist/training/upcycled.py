@@ -21,11 +21,11 @@ from mixdist.gates import Gate
 from mixdist.gates.gaussians import ClusterName, Clusters, fit_clusters
 from mixdist.messages import report
 from mixdist.mixtures import Context, ExpertStart
-from mixdist.mixtures.clustered import clustered
+from mixdist.mixtures.clustered import clusters_of, nearest
 from mixdist.noise import Draw, Purpose
 from mixdist.parallel.agreement import Agreed, agreed
 from mixdist.parallel.collectives import OverBatch
-from mixdist.terms import misfit
+from mixdist.terms import Batch, misfit
 from mixdist.training.checkpoint import CheckpointStore, read_tensors, tensors_of
 from mixdist.training.manifest import file_name, read_manifest
 from mixdist.training.selection import Which, choose_checkpoint
@@ -134,16 +134,15 @@ class Upcycled(ExpertStart):
         mesh, tensors = context.mesh, self._read(context)
         assert isinstance(expert, Expert)
         agreed(lambda: self._ready(expert, tensors), mesh.world)
-        return clustered(
-            context,
-            over_batch,
-            dataset,
-            expert.fields,
-            lambda rows: expert.posterior(rows).mean_RL,
-            lambda points_NL, seed: self._fit(points_NL, num_experts, seed),
-            num_experts,
-            self.rows,
-        )
+
+        def points(rows: Batch) -> Tensor:
+            return expert.posterior(rows).mean_RL
+
+        def fit(points_NL: Tensor, seed: int) -> Clusters:
+            return self._fit(points_NL, num_experts, seed)
+
+        clusters = clusters_of(context, over_batch, dataset, expert.fields, points, fit, num_experts, self.rows)
+        return nearest(context, over_batch, dataset, expert.fields, points, clusters)
 
     def _read(self, context: Context) -> dict[str, Tensor]:
         """Return the trained model's tensors by name; every rank calls it."""
