@@ -7,11 +7,13 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mixdist.competition import Competition, Discriminators, Elbo, Fixed, LabelOracle, Likelihood, Random, Score
 from mixdist.competition.reassign import Scoring
@@ -24,6 +26,7 @@ from mixdist.parallel.wire import Wire
 from mixdist.stats import Step, Warmup
 from mixdist.terms import Field
 from tests.contest import Contest, make_rounds, records_of
+from tests.launch import HARD, changed, here, mlp, together, write_config
 from tests.parity import mesh_of
 from tests.pool import Pool
 
@@ -216,3 +219,27 @@ def test_a_first_table_of_clusters_of_rows(pool: Callable[[int], Pool]) -> None:
     for layout in ((2, 2), (3, 3), (4, 2)):
         for own_N in pool(layout[0]).run("tests.test_reassignment:first_table", layout):
             np.testing.assert_array_equal(own_N, alone_N)
+
+
+def test_centres_are_in_checkpoints(folder: Path) -> None:
+    """Two ranks and a resume on one are one process: weights and centres."""
+    network = {"class_path": "mixdist.nets.Centred", "init_args": {"network": mlp(6)}}
+    start = {"expert_start": {"class_path": "mixdist.mixtures.ClusterStart"}, "start": "clusters"}
+    config = write_config(
+        folder / "c.yaml",
+        changed(HARD, dtype="float64", expert__init_args__network=network, score="mixdist.competition.Elbo", **start),
+    )
+    assert (
+        together("train", "--config", config, "--out", "two", "--mixture.rounds", "1", ranks=2, folder=folder).code == 0
+    )
+    assert here("train", "--resume", "two", "--mixture.rounds", "2").code == 0
+    assert here("train", "--config", config, "--out", "one").code == 0
+    (newest, *_) = sorted(Path("one/checkpoints").glob("step-*"), reverse=True)
+    files = sorted(newest.glob("expert*.safetensors"))
+    assert len(files) == 3
+    for path in files:
+        mine, theirs = load_file(Path("two/checkpoints") / newest.name / path.name), load_file(path)
+        assert mine.keys() == theirs.keys()
+        assert theirs["model.encoder.centre_D"].abs().max() > 0.1
+        for name, b in theirs.items():
+            torch.testing.assert_close(mine[name], b, rtol=1e-9, atol=1e-10)
