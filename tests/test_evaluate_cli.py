@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 
 import mixdist
-from mixdist.cli.evaluate import OPTIONS, evaluate_parser
-from mixdist.config.parsing import config_parser
 from mixdist.data import Digits
 from mixdist.training.manifest import MANIFEST
 from tests import sources
@@ -184,11 +182,3 @@ def test_a_supervised_run_is_evaluated(folder: Path) -> None:
     assert found["protocol"]["num_samples"] is None
     assert "is exact" in found["protocol"]["sampled"]
     assert {"prediction_rmse", "conditional_log_likelihood"} <= found["figures"].keys()
-
-
-def test_every_option_has_its_default_where_another_command_evaluates() -> None:
-    """A baseline of one expert is evaluated by the same code, without a command line."""
-    parser = evaluate_parser()
-    own = {action.dest for action in parser._actions} - {action.dest for action in config_parser("")._actions} - {"run"}
-    assert own == set(OPTIONS)
-    assert all(parser.get_default(name) == value for name, value in OPTIONS.items() if value is not None)

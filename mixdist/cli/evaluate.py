@@ -83,22 +83,46 @@ def evaluate_run(argv: Sequence[str]) -> None:
 
 def evaluate_checkpoint(config: Config, session: Session, given: Mapping[str, Any], run: Path) -> None:
     """Evaluate a run's checkpoint with options of ``mixdist evaluate``, others by default; every rank calls it."""
-    options = Namespace(**{**OPTIONS, **given})
+    options = Namespace(**{name: about["default"] for name, about in OPTIONS.items()} | dict(given))
     checkpoint = _restore(config, session, run, options)
     _evaluate(config, session, options, checkpoint, run)
 
 
-OPTIONS: dict[str, Any] = {
-    "split": "test",
-    "weights": "best",
-    "ema": False,
-    "rows": None,
-    "num_samples": 100,
-    "probes": "family",
-    "probe_rows": 10_000,
-    "kde": 0,
+OPTIONS: dict[str, dict[str, Any]] = {
+    "split": {
+        "type": Literal["test", "valid", "train"],
+        "default": "test",
+        "help": "the rows: test, valid or train",
+    },
+    "weights": {
+        "type": Literal["best", "newest"],
+        "default": "best",
+        "help": "of the best checkpoint, where the run's select monitors a figure; or of the newest one",
+    },
+    "ema": {
+        "action": "store_true",
+        "default": False,
+        "help": "take the moving averages of weights of a run that has train.ema",
+    },
+    "rows": {"type": int | None, "default": None, "help": "take the first so many rows of the split; unset, all"},
+    "num_samples": {"type": int, "default": 100, "help": "importance samples for each row and expert"},
+    "probes": {
+        "type": Literal["family", "all", "none"],
+        "default": "family",
+        "help": "classifiers of latents by the label: those that the mixture's family has, all, or none",
+    },
+    "probe_rows": {
+        "type": int,
+        "default": 10_000,
+        "help": "rows that these are fitted on, and are judged by, at most",
+    },
+    "kde": {
+        "type": int,
+        "default": 0,
+        "help": "samples of the mixture for a kernel density on them, as 10000; 0 for none",
+    },
 }
-"""What ``mixdist evaluate`` takes beside a config, with its defaults."""
+"""What ``mixdist evaluate`` takes beside a config."""
 
 
 def evaluate_parser() -> ArgumentParser:
@@ -112,43 +136,8 @@ def evaluate_parser() -> ArgumentParser:
         "Example: torchrun --standalone --nproc-per-node 2 -m mixdist evaluate runs/mnist --num_samples 100",
     )
     parser.add_argument("run", type=str, help="the run's directory")
-    parser.add_argument(
-        "--split",
-        type=Literal["test", "valid", "train"],
-        default=OPTIONS["split"],
-        help="the rows: test, valid or train",
-    )
-    parser.add_argument(
-        "--weights",
-        type=Literal["best", "newest"],
-        default=OPTIONS["weights"],
-        help="of the best checkpoint, where the run's select monitors a figure; or of the newest one",
-    )
-    parser.add_argument(
-        "--ema", action="store_true", help="take the moving averages of weights of a run that has train.ema"
-    )
-    parser.add_argument("--rows", type=int | None, help="take the first so many rows of the split; unset, all")
-    parser.add_argument(
-        "--num_samples", type=int, default=OPTIONS["num_samples"], help="importance samples for each row and expert"
-    )
-    parser.add_argument(
-        "--probes",
-        type=Literal["family", "all", "none"],
-        default=OPTIONS["probes"],
-        help="classifiers of latents by the label: those that the mixture's family has, all, or none",
-    )
-    parser.add_argument(
-        "--probe_rows",
-        type=int,
-        default=OPTIONS["probe_rows"],
-        help="rows that these are fitted on, and are judged by, at most",
-    )
-    parser.add_argument(
-        "--kde",
-        type=int,
-        default=OPTIONS["kde"],
-        help="samples of the mixture for a kernel density on them, as 10000; 0 for none",
-    )
+    for name, about in OPTIONS.items():
+        parser.add_argument(f"--{name}", **about)
     return parser
 
 

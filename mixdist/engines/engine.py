@@ -110,6 +110,11 @@ class Engine(ABC):
             f"trains by itself: take mixdist.engines.Native, whose shard and offload work there, or leave engine out"
         )
 
+    @classmethod
+    def can_stack(cls, **options: Any) -> bool:
+        """Return whether experts may run as one stack, given the constructor's options after the first six."""
+        return cls.stacks
+
     @abstractmethod
     def zero_grad(self) -> None:
         """Clear every gradient."""
@@ -166,10 +171,10 @@ EngineFactory = Callable[[Parts, Mesh, Wire, OptimizerFactory, ScheduleFactory |
 
 def takes_stacks(factory: EngineFactory | None) -> bool:
     """Return whether engines that a factory makes can run a stack, as far as its class is known."""
-    if not isinstance(factory, partial):
-        return getattr(factory, "stacks", True)
-    rounds = factory.keywords.get("bf16_weights", False)  # of Native: of each expert's own weights
-    return not rounds and all(getattr(one, "stacks", True) for one in (factory.func, *factory.args))
+    made, options = [factory], {}
+    if isinstance(factory, partial):
+        made, options = [factory.func, *factory.args], factory.keywords
+    return all(one.can_stack(**options) for one in made if isinstance(one, type) and issubclass(one, Engine))
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

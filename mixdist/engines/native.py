@@ -110,6 +110,10 @@ class Native(Engine):
         check_options(**options)
         return partial(Solo, **{name: value == "optimizer" for name, value in options.items()})
 
+    @classmethod
+    def can_stack(cls, **options: Any) -> bool:
+        return cls.stacks and not options.get("bf16_weights", False)
+
     def zero_grad(self) -> None:
         """Clear every gradient: the next backward pass puts its own there, without a pass over memory to add them."""
         if self.weights and self.weights.rounded:

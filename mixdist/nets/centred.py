@@ -6,7 +6,6 @@ Shape letters: R rows, D numbers of a row.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,12 +70,14 @@ class Around(nn.Module):
             ValueError: it has not as many numbers as a row.
         """
         if centre_D.shape != self.centre_D.shape:
-            raise ValueError(f"a centre of {len(centre_D)} numbers does not fit rows of {len(self.centre_D)}")
+            raise ValueError(
+                f"a centre of {len(centre_D)} numbers does not fit rows of {len(self.centre_D)}: name the field that "
+                f"the expert models"
+            )
         self.centre_D.copy_(centre_D)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.decodes:
-            y: Any = self.net(x - self.centre_D)
-            return y
+            return self.net(x - self.centre_D)
         y = self.net(x)
         return y + pad(self.centre_D, (0, y.shape[-1] - len(self.centre_D)))
