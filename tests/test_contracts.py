@@ -27,6 +27,7 @@ from mixdist.evaluation.evaluate import evaluate
 from mixdist.experts import VAE, Compute, Expert
 from mixdist.gates import Gate, Softmax
 from mixdist.mixtures import Balance, Context, Mixture, Model, Objective, Soft, TopK, WeightedLoss
+from mixdist.mixtures.covered import is_covered
 from mixdist.nets import MLP, Network
 from mixdist.nets.likelihood import Likelihood
 from mixdist.noise import Purpose
@@ -629,7 +630,12 @@ def test_what_gate_and_expert_share_is_told() -> None:
 
 def test_a_stack_under_autocast_is_held_against_its_experts_without() -> None:
     """Rounding to bfloat16 is no other way to compute: such a run used to be refused, or to fail when it was over."""
-    trainer = make(**vae(likelihood="gaussian", mean="identity"), execution="stacked", compute=Compute(bf16=True))
+
+    class Own(VAE):
+        """A class of the package is not looked at."""
+
+    own = {"expert": lambda spec: Own(spec, 2, MLP([4]), likelihood="gaussian", mean="identity")}
+    trainer = make(**own, execution="stacked", compute=Compute(bf16=True))
     trainer.begin()
     assert isinstance(trainer.mixture, Soft)
     assert trainer.mixture.bank.compute.bf16
@@ -1121,6 +1127,20 @@ def test_a_check_leaves_no_gradient_and_no_buffer() -> None:
     assert all(p.grad is None for m in modules for p in m.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, (b for m in modules for b in m.buffers()), strict=True))
     assert all("log_prob" not in vars(m) and not m._forward_hooks for one in modules for m in one.modules())
+
+
+def test_what_parity_tests_run_is_called_once_and_all_else_is_looked_at() -> None:
+    """A module of a user's own, a layer that mixes rows, a hook or a method of the instance may be anywhere inside."""
+    spec = {"x": Field((6,), torch.float32, scale=1 / 16)}
+    made = [VAE(spec, 2, MLP([4])) for _ in range(6)]
+    assert all(is_covered(one) for one in (*made, Softmax(spec, 3), nn.Sequential(nn.Linear(6, 2), nn.ReLU())))
+    made[0].encoder.add_module("norm", nn.BatchNorm1d(4))
+    made[1].decoder.add_module("drop", nn.Dropout())
+    made[2].encoder.register_forward_hook(lambda one, given, output: output)
+    made[3].log_prob = lambda x, output: output  # type: ignore[assignment]
+    nn.utils.parametrizations.spectral_norm(next(m for m in made[4].modules() if hasattr(m, "weight")))
+    made[5] = VAE(spec, 2, NormedNetwork())
+    assert not any(is_covered(one) for one in (*made, Auto(spec), nn.Sequential(nn.Softmax(dim=0))))
 
 
 def test_what_only_rounding_changes_is_no_fault() -> None:

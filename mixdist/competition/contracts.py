@@ -16,6 +16,7 @@ from mixdist.data import RankBatch, Samples, share
 from mixdist.data.contracts import check_rows
 from mixdist.experts import Expert
 from mixdist.mixtures import Stage
+from mixdist.mixtures.covered import is_packaged
 from mixdist.mixtures.inspection import check_same, first_rows
 from mixdist.mixtures.learning import check_learns, check_none_learn
 from mixdist.mixtures.members import inspect_experts
@@ -126,7 +127,7 @@ def _check_way(mixture: HardMixture, column: Tensor, losses: Tensor) -> None:
     """Check that a score of one's own is not higher where the expert's loss is."""
     known = column.isfinite() & losses.isfinite()
     pair = torch.stack([column[known], -losses[known]]).double()
-    if type(mixture.score_rule).__module__.startswith("mixdist.") or pair.shape[1] < 4 or not bool(pair.std(1).all()):
+    if is_packaged(mixture.score_rule) or pair.shape[1] < 4 or not bool(pair.std(1).all()):
         return
     if float(torch.corrcoef(pair)[0, 1]) < WRONG_WAY:
         raise Fault(

@@ -15,6 +15,7 @@ from torch import Tensor
 from mixdist.experts import Expert
 from mixdist.gates import Gate
 from mixdist.mixtures.contracts import Rows
+from mixdist.mixtures.covered import is_covered
 from mixdist.mixtures.probe import COARSE, Columns, Fault, Probe, check_column, shown
 from mixdist.terms import Spec
 
@@ -53,7 +54,8 @@ def check_abilities(
             return {"its result": check_column("its result", result, (num_rows, *wanted), "one result for each row")}
 
         who = f"{key}: {type(expert).__name__}.{method}"
-        Probe(who, lambda one, *given: getattr(one, method)(*given), (expert,), read, takes_none=rows.takes_none)(*args)
+        call = lambda one, *given: getattr(one, method)(*given)  # noqa: E731
+        Probe(who, call, (expert,), read, None, rows.takes_none, is_covered(expert))(*args)
 
     probe("reconstruct", shape, values)
     if target in spec:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mixdist.experts import Expert
 from mixdist.gates import Gate
+from mixdist.mixtures.covered import is_covered
 from mixdist.mixtures.learning import check_learns
 from mixdist.mixtures.probe import COARSE, Columns, Fault, Probe, check_column, shown
 from mixdist.nets import flat
@@ -84,7 +85,7 @@ def check_gate(
         with _watched(who, module, values, used):
             return module(values, noise)
 
-    gating: Gating = Probe(who, call, (gate,), read, rows.dtype, rows.takes_none)(rows.of(gate), eps)
+    gating: Gating = Probe(who, call, (gate,), read, rows.dtype, rows.takes_none, is_covered(gate))(rows.of(gate), eps)
     log_resp_BE = gating.log_resp_BE
     _check_normalised(who, log_resp_BE.detach())
     _check_finite(who, "loss_B", gating.loss_B, rows.values["id"])
@@ -154,7 +155,7 @@ def check_expert(
         with _watched(who, module, values, used):
             return module(values, noise)
 
-    terms = Probe(who, call, (expert,), read, rows.dtype, rows.takes_none)(rows.of(expert), eps)
+    terms = Probe(who, call, (expert,), read, rows.dtype, rows.takes_none, is_covered(expert))(rows.of(expert), eps)
     ranges = [f"{n} from {x.min():.4g} to {x.max():.4g}" for n, x in rows.of(expert).items() if x.is_floating_point()]
     _check_finite(who, "loss_R", terms.loss_R, rows.values["id"], f" ({', '.join(ranges)})")
     for name in ("log_px_R", "kl_R"):

@@ -17,6 +17,7 @@ from mixdist.experts import Compute, Expert, Noise
 from mixdist.gates import Gate
 from mixdist.mixtures.abilities import check_abilities, check_gate_abilities
 from mixdist.mixtures.contracts import Rows, check_expert, check_gate, check_range
+from mixdist.mixtures.covered import is_covered
 from mixdist.mixtures.mixture import Outputs, Stage
 from mixdist.mixtures.probe import COARSE, Fault
 from mixdist.noise import Draw, Moment, Purpose
@@ -114,7 +115,7 @@ def inspect_stack(mixture: Ensemble, rows: Batch, at: Moment, losses: Tensor) ->
     Raises:
         Fault: they do not.
     """
-    if mixture.bank.execution != "stacked":
+    if mixture.bank.execution != "stacked" or is_covered(next(iter(mixture.bank.owned().values()))):
         return
     bank = copy.copy(mixture.bank)
     bank.compute = Compute()  # without autocast, as the losses are that it is held against

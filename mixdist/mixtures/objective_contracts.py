@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mixdist.messages import describe_failure
+from mixdist.mixtures.covered import is_packaged
 from mixdist.mixtures.guards import guarded
 from mixdist.mixtures.learning import check_none_learn
 from mixdist.mixtures.objectives import Balance, Objective
@@ -83,7 +84,7 @@ def _check_methods(key: str, objective: Objective, leaves: list[Tensor], takes_n
     for method in sorted(written if "rows" in written and not parted else written | {"expert_rows"}):
         who, call = f"{key}: {kind}.{method}", getattr(objective, method)
         given = leaves[:1] if method == "gate_rows" else leaves
-        part_B = Probe(who, call, (), _read_rows(), leaves[0].dtype, takes_none)(*given)
+        part_B = Probe(who, call, (), _read_rows(), leaves[0].dtype, takes_none, is_packaged(objective))(*given)
         _check_finite(who, part_B, leaves)
         if method == "expert_rows" and objective.linear:
             _check_linear(key, kind, part_B, leaves)

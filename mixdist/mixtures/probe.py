@@ -42,6 +42,7 @@ class Probe:
             ValueError with what is wrong.
         dtype: of the columns; None for any.
         takes_none: whether it may be given no rows at all.
+        covered: whether parity tests show that it is a pure function of each row alone: it is called once.
     """
 
     who: str
@@ -50,6 +51,7 @@ class Probe:
     read: Callable[[Any, int], Columns]
     dtype: torch.dtype | None = None
     takes_none: bool = False
+    covered: bool = False
 
     def __call__(self, *args: Argument) -> Any:
         """Return the result on the rows given, once it is seen to be right.
@@ -59,6 +61,8 @@ class Probe:
         Raises:
             Fault: it fails, its results are not what they must be, or it is no pure function of each row alone.
         """
+        if self.covered:
+            return self._run(args)[0]
         result, columns = self._pure(args)
         num_rows, device = _num_rows(args), _tensors(args)[0].device
         backwards = torch.arange(num_rows - 1, -1, -1, device=device)
