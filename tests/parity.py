@@ -306,7 +306,7 @@ def make_mvae(case: Case) -> MVAE:
     masks = functools.partial(Masks, kind=kind, rates=rates, rate=0.3, kl="sigmoid", **options) if rates else None
     network, features = (Conv([2, 3], activation="tanh"), 8) if conv else (MLP([7], "tanh"), 6)
     return MVAE(
-        functools.partial(Component, latent=2, features=features, network=network),
+        functools.partial(Component, latent=2, features=features, network=network, label="label" if conv else None),
         case.num_experts,
         Deconv([2, 2, 2], [3, 2], activation="tanh") if conv else MLP([8], "tanh"),
         masks=masks,

@@ -23,7 +23,7 @@ from mixdist.data import RankBatch
 from mixdist.experts import Component
 from mixdist.mixtures import DHSIC, MMD, MVAE, W2, Masks, MutualPosterior, Penalty, WeightedLoss
 from mixdist.mixtures.dirichlet import NUM_UNIFORM, dirichlet_kl, log_weights
-from mixdist.nets import MLP, Conv
+from mixdist.nets import MLP, Conv, Network
 from mixdist.noise import TRIAL_PHASE, Moment
 from mixdist.report.metrics import read_metrics
 from mixdist.terms import Field
@@ -377,14 +377,21 @@ def test_a_component_alone_is_no_expert(tmp_path: Path, monkeypatch: pytest.Monk
     refused("train", "--config", config, names="Component sub_decoder")
 
 
-def test_a_labelled_component_reads_the_label() -> None:
-    spec = {"x": Field((1, 4, 4), torch.float64), "y": Field((), torch.uint8, num_classes=3)}
-    component = Component(spec, 2, 5, MLP([4]), label="y").double()
-    x = torch.zeros(3, 1, 4, 4, dtype=torch.float64)
-    features = component({"x": x, "y": torch.arange(3)}, torch.zeros(3, 2).double()).features["feature_RH"]
+@pytest.mark.parametrize("network", [MLP([4]), Conv([4])], ids=["numbers", "maps"])
+def test_a_labelled_component_reads_the_label(network: Network) -> None:
+    """Beside flat rows as a number of each class, beside images as a map of each class."""
+    spec = {"x": Field((2, 4, 4), torch.float64), "y": Field((), torch.uint8, num_classes=3)}
+    component = Component(spec, 2, 5, network, label="y").double()
+    x, y = torch.randn(3, 2, 4, 4, dtype=torch.float64), torch.tensor([2, 0, 1])
+    if isinstance(network, Conv):
+        seen = torch.cat([x, torch.eye(3, dtype=x.dtype)[y][:, :, None, None].expand(3, 3, 4, 4)], dim=1).flatten(1)
+    else:
+        seen = torch.cat([x.flatten(1), torch.eye(3, dtype=x.dtype)[y]], dim=1)
+    mean, _, _ = component.encode({"x": x, "y": y})
+    torch.testing.assert_close(mean, component.encoder(seen)[:, :2], rtol=0.0, atol=0.0)
+    z = torch.zeros(3, 2, dtype=x.dtype)
+    features = component.decode(z, {"x": x, "y": y})
     assert not torch.allclose(features[0], features[1])
-    with pytest.raises(ValueError, match="MLP"):
-        Component(spec, 2, 5, Conv([4]), label="y")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ Shape letters: R rows, E experts (leading, only in a stack), D numbers of a row,
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,7 +35,8 @@ class Component(Expert):
         features: H, of the sub-decoder.
         network: of the encoder; unset, an MLP with two hidden layers of 500.
         activation: f.
-        label: a class that joins the inputs of encoder and sub-decoder (section V-C); unset, none.
+        label: a class that joins the inputs of encoder and sub-decoder (section V-C), as a one-hot number each; before
+            a convolutional encoder as a map each, of ones or zeros. Unset, none.
         field: which field it models.
 
     Raises:
@@ -70,16 +73,18 @@ class Component(Expert):
         self.fields = (field,) if label is None else (field, label)
         self.noise_shape, self.latent, self.num_features = (latent,), latent, features
         self.stackable = network.stackable and label is None
-        if label is not None and not network.stackable:
-            raise ValueError(f"Component's label ({label}) joins flat rows, so its network must be an MLP: choose one")
-        shape = described.shape if label is None else (described.num_values + self.num_classes,)
+        # An image gets a map for each class, which a convolution can read anywhere; flat rows a number.
+        shape, self.places = described.shape, 1
+        if label is not None:
+            first, *sides = (described.num_values,) if network.stackable else shape
+            shape, self.places = (first + self.num_classes, *sides), math.prod(sides)
         self.encoder = network.encoder(shape, 2 * latent + 1)
         self.sub_decoder = Affine(latent + self.num_classes, features)
         self.activation = ACTIVATIONS[activation]()
 
     def encode(self, rows: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean and log variance of q(z|x), each (R, L), and a, (R,)."""
-        x = self._with_label(flat(rows[self.field], self.shape), rows)
+        x = self._with_label(flat(rows[self.field], self.shape), rows, self.places)
         mean, raw, weight = self.encoder(x).to(x.dtype).split([self.latent, self.latent, 1], dim=-1)
         log_var = 2.0 * torch.log(F.softplus(raw) + LEAST_SIGMA)
         return mean, log_var, F.softplus(weight[..., 0]) + LEAST_WEIGHT
@@ -89,10 +94,12 @@ class Component(Expert):
         feature: Tensor = self.activation(self.sub_decoder(self._with_label(z, rows)))
         return feature
 
-    def _with_label(self, x: Tensor, rows: Batch) -> Tensor:
+    def _with_label(self, x: Tensor, rows: Batch, places: int = 1) -> Tensor:
+        """Return flat rows with the one-hot label after them, each of its numbers at as many places."""
         if self.label is None:
             return x
-        return torch.cat([x, F.one_hot(rows[self.label].long(), self.num_classes).to(x.dtype)], dim=-1)
+        one_hot = F.one_hot(rows[self.label].long(), self.num_classes).to(x.dtype)
+        return torch.cat([x, one_hot.repeat_interleave(places, dim=-1)], dim=-1)
 
     def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
         assert eps is not None
