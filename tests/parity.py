@@ -190,7 +190,7 @@ def make_expert(case: Case, spec: Spec) -> Expert:
     if case.expert == "regressor":
         return Regressor(spec, MLP([7], "tanh"), "gaussian", "learned")
     if case.expert == "laplace":
-        return VAE(spec, 3, MLP([8], "elu"), "laplace", "pixel", "identity", beta=0.7)
+        return VAE(spec, 3, MLP([8], "elu"), "laplace", "pixel", "identity", beta=0.7, samples=3)
     if case.expert == "linear":
         return VAE(spec, 2, LinearPaths(MLP([8], "tanh"), 0.25), "gaussian", "decoder", "identity", floor=0.05)
     if case.expert == "gaussian":

@@ -47,7 +47,7 @@ class Plain(Expert):
 @pytest.mark.parametrize("num_samples", [2, SAMPLES_AT_ONCE, 2 * SAMPLES_AT_ONCE + 3])
 def test_chunks_do_not_matter(num_samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(23)
-    whole = importance(Plain(), rows, 3, AT, num_samples, torch.float64)
+    whole = importance(Plain(), rows, 3, AT, num_samples, torch.float64, Plain.noise_shape)
     # By the textbook, from all samples at once; the weights span hundreds of nats.
     steps = range(-(-num_samples // SAMPLES_AT_ONCE))
     draws = [Draw(SEED, Purpose.IMPORTANCE, EVALUATION_PHASE, c) for c in steps]
@@ -60,11 +60,15 @@ def test_chunks_do_not_matter(num_samples: int, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(subject, "DECODES_AT_ONCE", {"cpu": 3 * num_samples, "cuda": 1})
     order = torch.randperm(23, generator=torch.Generator().manual_seed(0))
-    mixed = importance(Plain(), {n: c[order] for n, c in rows.items()}, 3, AT, num_samples, torch.float64)
+    mixed = importance(
+        Plain(), {n: c[order] for n, c in rows.items()}, 3, AT, num_samples, torch.float64, Plain.noise_shape
+    )
     for one, other in zip(mixed, whole, strict=True):
         torch.testing.assert_close(one, other[order], rtol=1e-12, atol=1e-12)
-    assert importance(Plain(), rows, 3, AT, 1, torch.float64).error.isnan().all()
-    none = importance(Plain(), {n: c[:0] for n, c in rows.items()}, 3, AT, num_samples, torch.float64)
+    assert importance(Plain(), rows, 3, AT, 1, torch.float64, Plain.noise_shape).error.isnan().all()
+    none = importance(
+        Plain(), {n: c[:0] for n, c in rows.items()}, 3, AT, num_samples, torch.float64, Plain.noise_shape
+    )
     assert [len(field) for field in none] == [0, 0]
 
 

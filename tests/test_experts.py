@@ -291,6 +291,8 @@ def test_a_bank_is_its_experts(case: int, execution: str, rows: str) -> None:
         (VAE, {"kl_warmup": -1}, ["kl_warmup (-1)"]),
         (VAE, {"free_bits": -0.5}, ["free_bits (-0.5)"]),
         (VAE, {"latent": 0}, ["latent (0)"]),
+        (VAE, {"samples": 0}, ["samples (0)"]),
+        (VAE, {"samples": 5, "free_bits": 0.1}, ["samples (5)", "free_bits (0.1)"]),
         (VAE, {"likelihood": "gaussian", "scale": 0.0}, ["scale (0.0)"]),
         (VAE, {"likelihood": "laplace", "scale": math.inf}, ["scale (inf)"]),
         (VAE, {"likelihood": "logistic", "field": "real"}, ["logistic", "'real'", "bytes"]),
@@ -336,6 +338,29 @@ def test_importance_weights(options: dict[str, Any]) -> None:
     error = ((elbo.var(1) + log_w.var(1)) / num).sqrt()
     assert ((elbo.mean(1) - log_w.mean(1)).abs() < 5 * error + 1e-9).all()
     assert (log_w.logsumexp(1) - math.log(num) >= log_w.mean(1)).all()
+
+
+@vaes
+@pytest.mark.parametrize("beta", [1.0, 0.4])
+def test_several_samples_are_the_bound_of_importance_weights(options: dict[str, Any], beta: float) -> None:
+    """The loss is that of torch.distributions; without a weight of its own it is of the expert's log_weights."""
+    expert, rows = make(VAE, {**options, "samples": 4, "beta": beta, "free_bits": 0.0}), rows_of()
+    eps = eps_for(expert, 7)
+    assert eps.shape == (7, 4, 3)
+    judged = [judge(expert, options, rows, eps[:, s]) for s in range(4)]
+    mean, log_var = expert.encode(rows)
+    q, p = Normal(mean, (0.5 * log_var).exp()), Normal(0.0, 1.0)
+    z = [mean + (0.5 * log_var).exp() * eps[:, s] for s in range(4)]
+    ratio = torch.stack([(p.log_prob(one) - q.log_prob(one)).sum(1) for one in z], 1)
+    log_w = torch.stack([one.log_p for one in judged], 1) + beta * ratio
+    terms = expert.eval()(rows, eps)
+    close(terms.loss_R, math.log(4) - log_w.logsumexp(1))
+    assert terms.log_px_R is not None
+    close(terms.log_px_R, torch.stack([one.log_p for one in judged]).mean(0))
+    close(terms.kl_R, judged[0].kl_RL.sum(1) if judged[0].kl_RL is not None else None)
+    if beta == 1.0:
+        close(terms.loss_R, math.log(4) - expert.log_weights(rows, eps).logsumexp(1))
+    assert expert.latent_shape == (3,) == expert.posterior(rows).mean_RL.shape[1:]
 
 
 @pytest.mark.parametrize("weights", [{"beta": 0.0}, {"beta": 4.0}, {"free_bits": 0.5}, {"kl_warmup": 100}])

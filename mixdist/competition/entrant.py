@@ -183,9 +183,9 @@ class Entrant:
         """Draw from the expert, for its discriminator: with the noise of p(x|z), or its means."""
         context, expert, discriminating = self.context, self.expert, self.mixture.discriminating
         assert discriminating is not None
-        assert expert.noise_shape is not None
+        assert expert.latent_shape is not None
         at = Moment(context.seed, DISCRIMINATOR_PHASE + round, step)
-        eps = at.draw(Purpose.RIVAL).normal(ids, [self.number], expert.noise_shape, context.dtype)[0]
+        eps = at.draw(Purpose.RIVAL).normal(ids, [self.number], expert.latent_shape, context.dtype)[0]
         if not discriminating.observe:
             return expert.sample(eps)
         assert self.discriminator is not None

@@ -221,7 +221,7 @@ class Likelihood(Score):
     def column(
         self, e: int, expert: Expert, discriminator: Discriminator | None, rows: Batch, at: Moment, dtype: torch.dtype
     ) -> Tensor:
-        return importance(expert, rows, e, at, self.num_samples, dtype).log_px.to(dtype)
+        return importance(expert, rows, e, at, self.num_samples, dtype, expert.latent_shape).log_px.to(dtype)
 
 
 class LabelOracle(Score):

@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 from mixdist.config.parsing import RESOLVED, plain
 from mixdist.training import Upcycled
 
-OF_TRAINING = ("beta", "kl_warmup", "free_bits", "first_scale")
+OF_TRAINING = ("beta", "kl_warmup", "free_bits", "first_scale", "samples")
 """Options of this package's experts that decide how they train, not what they are."""
 
 

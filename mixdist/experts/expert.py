@@ -22,7 +22,7 @@ class Expert(nn.Module):
 
     Attributes:
         fields: the fields of a row that it needs; only those cross the wire.
-        noise_shape: the standard normal numbers that it needs for a row, or None.
+        noise_shape: the standard normal numbers that ``forward`` needs for a row, or None.
         stackable: True when ``forward`` also accepts parameters with a leading expert axis (see mixdist/nets/mlp.py),
             with noise of shape (E, R, ...) and results of shape (E, R).
         log_px_is: whether ``log_px_R`` is the log of a density of real numbers or of a probability mass of discrete
@@ -55,6 +55,11 @@ class Expert(nn.Module):
         """Return the terms of R rows of real numbers, given standard normal noise (R, *noise_shape)."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
+    @property
+    def latent_shape(self) -> tuple[int, ...] | None:
+        """The standard normal numbers of one draw of z, which other methods take; noise_shape where it draws once."""
+        return self.noise_shape
+
     def can(self, ability: str) -> bool:
         """Return whether this class implements an optional method of the base class, such as ``can("sample")``."""
         return getattr(type(self), ability) is not getattr(Expert, ability)
@@ -85,27 +90,27 @@ class Expert(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not reconstruct")
 
     def sample(self, eps: Tensor) -> Tensor:
-        """Return the mean of p(x|z) for standard normal z (R, *noise_shape): (R, *shape of x)."""
+        """Return the mean of p(x|z) for standard normal z (R, *latent_shape): (R, *shape of x)."""
         raise NotImplementedError(f"{type(self).__name__} does not sample")
 
     def draw(self, eps: Tensor, uniform: Tensor) -> Tensor:
         """Return samples of this expert's p(x), with the noise of p(x|z): (R, *shape of x).
 
         Args:
-            eps: independent standard normal numbers (R, *noise_shape).
+            eps: independent standard normal numbers (R, *latent_shape).
             uniform: independent numbers, uniform on (0, 1), (R, *shape of x).
         """
         raise NotImplementedError(f"{type(self).__name__} does not draw")
 
     def log_weights(self, rows: Batch, eps: Tensor) -> Tensor:
-        """Return log p(x, z) - log q(z|x) for S posterior samples of each row: (R, S) nats, eps (R, S, *noise_shape).
+        """Return log p(x, z) - log q(z|x) for S posterior samples of each row: (R, S) nats, eps (R, S, *latent_shape).
 
         Their log-mean-exp over S estimates log p(x) (importance sampling; Burda et al. 2016, eq. 8).
         """
         raise NotImplementedError(f"{type(self).__name__} has no importance weights")
 
     def posterior(self, rows: Batch) -> Posterior:
-        """Return mean and KL of q(z|x) for each row and latent dimension, (R, L) each, L the numbers of a row's noise.
+        """Return mean and KL of q(z|x) for each row and latent dimension, (R, L) each, L the numbers of latent_shape.
 
         From it come the KL by dimension and the active units (Burda et al. 2016, section 5.3) of an evaluation.
         """

@@ -72,8 +72,6 @@ class Weights:
 class Weighs(Protocol):
     """What has importance weights: an expert, or a gate that is a model."""
 
-    noise_shape: tuple[int, ...] | None
-
     def log_weights(self, rows: Batch, eps: Tensor, /) -> Tensor: ...
 
 
@@ -85,7 +83,7 @@ def importance(
     at: Moment,
     num_samples: int,
     dtype: torch.dtype,
-    shape: tuple[int, ...] | None = None,
+    shape: tuple[int, ...] | None,
 ) -> Evidence:
     """Estimate log p(x) of rows under one expert from S posterior samples.
 
@@ -93,18 +91,17 @@ def importance(
     the batch that a row is in nor on the rank that computes it. Memory is bounded whatever R and S are.
 
     Args:
-        expert: has ``log_weights`` and a ``noise_shape``.
+        expert: has ``log_weights``.
         rows: R rows of real numbers with "id".
         number: the expert's global number.
         at: names seed and phase of the draws; its step is not used.
         num_samples: S.
         dtype: of real numbers.
-        shape: of a sample's noise; unset, the expert's ``noise_shape``.
+        shape: of a sample's noise: an expert's ``latent_shape``.
 
     Returns:
         fields (R,).
     """
-    shape = expert.noise_shape if shape is None else shape
     assert shape is not None
     num_rows, device = rows["id"].shape[0], rows["id"].device
     block = max(1, DECODES_AT_ONCE.get(device.type, DECODES_AT_ONCE["cuda"]) // min(num_samples, SAMPLES_AT_ONCE))

@@ -29,6 +29,10 @@ class VAE(Expert):
     analytic, and w rising from 0 to 1 over ``kl_warmup``, so that z is used before it costs. ``kl_R`` is the plain KL,
     so that ``log_px_R - kl_R`` is the ELBO whatever the training weights.
 
+    With ``samples: S`` above 1 the bound is that of importance-weighted autoencoders (Burda et al. 2016, equation 8),
+    which is tighter: loss = -log 1/S sum_s exp(log p(x|z_s) + w beta (log p(z_s) - log q(z_s|x))). ``log_px_R`` is then
+    a mean over s.
+
     With ``MLP([128], "sigmoid")`` it is seed document 000's expert; with ``Conv([8, 16, 32, 64], kernel=4)`` and
     ``latent=8`` that of seed document 004, section 8.2, but for its batch normalisation. Parameters on 3x64x64: 7.0
     million with ``Conv([64, 128, 256, 512])`` and ``latent=160``, 0.29 million with ``Conv([16, 32, 64, 128])`` and
@@ -56,10 +60,12 @@ class VAE(Expert):
         first_scale: where a scale that is not fixed begins, in units of x; unset, about 1, for logistic 0.1. A small
             one makes reconstructions count from the start, so that z is used.
         components: of a mixture of logistics for each number, such as 10; needs logistic with scale decoder.
+        samples: S, of z for each row; decoders cost as many times as much.
 
     Raises:
-        ValueError: a field that is missing, holds classes or does not suit the network; no latent dimension; a negative
-            weight; a scale or floor that is not positive; logistic on numbers that are not stored as levels on [0, 1].
+        ValueError: a field that is missing, holds classes or does not suit the network; no latent dimension or sample;
+            free_bits beside several samples; a negative weight; a scale or floor that is not positive; logistic on
+            numbers that are not stored as levels on [0, 1].
 
     Examples:
         >>> import torch
@@ -88,18 +94,24 @@ class VAE(Expert):
         floor: float | None = None,
         first_scale: float | None = None,
         components: int = 1,
+        samples: int = 1,
     ) -> None:
         check_arguments(VAE.__init__, locals(), "VAE's ")
         super().__init__()
         described = real_field(spec, field, "VAE")
         if latent < 1:
             raise ValueError(f"VAE's latent ({latent}) must be at least 1: give a number of dimensions")
+        if samples < 1 or (samples > 1 and free_bits):
+            raise ValueError(
+                f"VAE's samples ({samples}) must be 1, or more where free_bits ({free_bits}) is 0: give 1 or 5, say"
+            )
         check_steps("VAE's kl_warmup", kl_warmup)
         for name, value in (("beta", beta), ("free_bits", free_bits)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"VAE's {name} ({value}) must be a number from 0: give 0 or more")
         network = MLP([128]) if network is None else network
-        self.field, self.fields, self.noise_shape = field, (field,), (latent,)
+        self.field, self.fields, self.latent, self.samples = field, (field,), latent, samples
+        self.noise_shape = (latent,) if samples == 1 else (samples, latent)
         self.shape, self.stackable = described.shape, network.stackable
         self.beta, self.kl_warmup, self.free_bits = beta, kl_warmup, free_bits
         num_levels = check_levels(described, field, "VAE") if likelihood == "logistic" else None
@@ -115,12 +127,15 @@ class VAE(Expert):
         self.kl_weight: Tensor
         self.register_buffer("kl_weight", torch.tensor(1.0), persistent=False)
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return (self.latent,)
+
     def anneal(self, step: int) -> None:
         self.kl_weight.fill_(ramp(step, self.kl_warmup))
 
     def check_linear(self) -> int:
-        likelihood, noise_shape = self.likelihood, self.noise_shape
-        assert noise_shape is not None
+        likelihood = self.likelihood
         if not (isinstance(self.encoder, Paths) and isinstance(self.decoder, Paths)):
             raise ValueError("VAE's network has no linear paths: take mixdist.nets.LinearPaths around it")
         if (likelihood.name, likelihood.mean_name) != ("gaussian", "identity"):
@@ -133,7 +148,7 @@ class VAE(Expert):
                 f"VAE's scale ({likelihood.scale}) is fixed, and the linear model has its own: set it to learned, "
                 f"channel, pixel or decoder"
             )
-        return noise_shape[0]
+        return self.latent
 
     @torch.no_grad()
     def begin_linear(self, model: LinearGaussian, each: bool) -> None:
@@ -161,12 +176,16 @@ class VAE(Expert):
     def forward(self, rows: Batch, eps: Tensor | None) -> ExpertTerms:
         assert eps is not None
         mean, log_var = self.encode(rows)
+        kl_by_dimension = normal_kl(mean, log_var)
+        weight = self.beta * self.kl_weight if self.training else self.beta
+        if self.samples > 1:
+            log_px_S, log_ratio_S = self._weigh(rows, mean, log_var, eps)
+            bound = torch.logsumexp(log_px_S + weight * log_ratio_S, dim=-1) - math.log(self.samples)
+            return ExpertTerms(-bound, log_px_S.mean(-1), kl_by_dimension.sum(-1))
         z = mean + torch.exp(0.5 * log_var) * eps
         x = flat(rows[self.field], self.shape)
         log_px = self.likelihood.log_prob(x, self.decoder(z).to(x.dtype))
-        kl_by_dimension = normal_kl(mean, log_var)
         charged = kl_by_dimension.clamp(min=self.free_bits) if self.free_bits else kl_by_dimension
-        weight = self.beta * self.kl_weight if self.training else self.beta
         return ExpertTerms(weight * charged.sum(-1) - log_px, log_px, kl_by_dimension.sum(-1))
 
     def posterior(self, rows: Batch) -> Posterior:
@@ -174,14 +193,18 @@ class VAE(Expert):
         return Posterior(mean, normal_kl(mean, log_var))
 
     def log_weights(self, rows: Batch, eps: Tensor) -> Tensor:
-        mean, log_var = self.encode(rows)
-        z = mean[:, None] + torch.exp(0.5 * log_var)[:, None] * eps
+        log_px_S, log_ratio_S = self._weigh(rows, *self.encode(rows), eps)
+        return log_px_S + log_ratio_S
+
+    def _weigh(self, rows: Batch, mean: Tensor, log_var: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log p(x|z) and log p(z) - log q(z|x) of each draw of z, (R, S) each, given eps (R, S, L)."""
+        mean, log_var = mean.unsqueeze(-2), log_var.unsqueeze(-2)
+        z = mean + torch.exp(0.5 * log_var) * eps
         # log N(z; 0, 1) - log N(z; mean, var), where the two constants cancel.
-        log_ratio = 0.5 * (eps.square() - z.square() + log_var[:, None]).sum(-1)
-        num_samples = eps.shape[1]
-        x = flat(rows[self.field], self.shape).repeat_interleave(num_samples, dim=0)
-        log_px = self.likelihood.log_prob(x, self.decoder(z.flatten(0, 1)).to(x.dtype))
-        return log_px.view(-1, num_samples) + log_ratio
+        log_ratio = 0.5 * (eps.square() - z.square() + log_var).sum(-1)
+        x = flat(rows[self.field], self.shape).repeat_interleave(eps.shape[-2], dim=-2)
+        log_px = self.likelihood.log_prob(x, self.decoder(z.flatten(-3, -2)).to(x.dtype))
+        return log_px.unflatten(-1, eps.shape[-3:-1]), log_ratio
 
     def decode(self, z: Tensor) -> Tensor:
         """Return the mean of p(x|z), (R, *shape of x), for z (R, L)."""

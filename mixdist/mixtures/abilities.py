@@ -43,7 +43,7 @@ def check_abilities(
     Raises:
         Fault: a method breaks its contract.
     """
-    field, target, noise = getattr(expert, "field", "x"), str(getattr(expert, "target", "")), expert.noise_shape
+    field, target, noise = getattr(expert, "field", "x"), str(getattr(expert, "target", "")), expert.latent_shape
     values, shape = rows.of(expert), spec[field].shape if field in spec else None
 
     def probe(method: str, wanted: tuple[int, ...] | None, *args: Any) -> None:
@@ -116,8 +116,8 @@ def _check_posterior(key: str, expert: Expert, rows: Rows) -> None:
     """Check that a posterior has a mean and a KL for each row and latent dimension."""
     if not expert.can("posterior"):
         return
-    who, size = f"{key}: {type(expert).__name__}.posterior", math.prod(expert.noise_shape or ())
-    remedy = "return Posterior(mean, kl), one number of noise_shape each"
+    who, size = f"{key}: {type(expert).__name__}.posterior", math.prod(expert.latent_shape or ())
+    remedy = "return Posterior(mean, kl), one number of latent_shape each"
 
     def read(found: Any, num_rows: int) -> Columns:
         if not isinstance(found, tuple) or len(found) != 2:

@@ -49,7 +49,9 @@ def evidence(mixture: Ensemble, batch: RankBatch, route: Route, at: Moment, num_
     rows, own = mixture.values(route.rows(), mixture.bank.fields), []
     for e, expert in mixture.bank.owned().items():
         if expert.can("log_weights"):
-            own.append(torch.stack(importance(expert, rows, e, at, num_samples, mixture.dtype), dim=-1))
+            own.append(
+                torch.stack(importance(expert, rows, e, at, num_samples, mixture.dtype, expert.latent_shape), dim=-1)
+            )
         else:
             own.append(torch.full((route.num_rows, 2), math.nan, dtype=torch.float64, device=rows["id"].device))
     fields_BE2 = mixture.dispatch.combine(torch.stack(own, dim=1), route)

@@ -46,7 +46,7 @@ class Facts(NamedTuple):
             field if expert.can("draw") and noisy else None,
             getattr(expert, "target", None) if expert.can("predict") else None,
             expert.can("log_weights"),
-            math.prod(expert.noise_shape or ()) if expert.can("posterior") and noisy else 0,
+            math.prod(expert.latent_shape or ()) if expert.can("posterior") and noisy else 0,
             expert.log_px_is,
             expert.levels,
             expert.has_loss,

@@ -51,7 +51,7 @@ def posterior_sums(mixture: Ensemble, route: Route, expert_B: Tensor) -> tuple[T
             shapes = f"{tuple(mean_RL.shape)} and {tuple(kl_RL.shape)}"
             raise ValueError(
                 f"{type(expert).__name__}'s posterior returns {shapes}: return mean and KL of {route.num_rows} rows "
-                f"and the {size} numbers of noise_shape"
+                f"and the {size} numbers of latent_shape"
             )
         kl_Re[:, i] = kl_RL.sum(1)
         terms_R4L = torch.stack([torch.ones_like(kl_RL), kl_RL, mean_RL, mean_RL.square()], dim=1)

@@ -81,9 +81,9 @@ def drawn(expert: Expert, e: int, ids_n: Tensor, at: Moment, observed: bool, spe
     Returns:
         (n, *shape of x): x ~ p(x|z) where ``observed``, otherwise the means of p(x|z).
     """
-    assert expert.noise_shape is not None
+    assert expert.latent_shape is not None
     at = Moment(at.seed, at.phase)
-    eps = at.draw(Purpose.PRIOR).normal(ids_n, [e], expert.noise_shape, dtype)[0]
+    eps = at.draw(Purpose.PRIOR).normal(ids_n, [e], expert.latent_shape, dtype)[0]
     if not observed:
         return expert.sample(eps)
     shape = spec[getattr(expert, "field", "x")].shape
