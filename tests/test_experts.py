@@ -363,6 +363,20 @@ def test_several_samples_are_the_bound_of_importance_weights(options: dict[str, 
     assert expert.latent_shape == (3,) == expert.posterior(rows).mean_RL.shape[1:]
 
 
+def test_the_shape_of_one_latent_is_that_of_the_noise_unless_it_is_set() -> None:
+    """A subclass that takes more noise goes on getting it in all its methods."""
+
+    class Wider(VAE):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(SPEC, 3, **options)
+            self.noise_shape = (*self.noise_shape[:-1], 5)
+
+    assert (Wider().latent_shape, Wider(samples=2).latent_shape) == ((5,), (3,))
+    wider = Wider()
+    wider.latent_shape = (4,)
+    assert (wider.noise_shape, wider.latent_shape) == ((5,), (4,))
+
+
 @pytest.mark.parametrize("weights", [{"beta": 0.0}, {"beta": 4.0}, {"free_bits": 0.5}, {"kl_warmup": 100}])
 def test_the_elbo_ignores_the_weights_of_training(weights: dict[str, float]) -> None:
     plain, weighted, rows, eps = make(VAE, {}), make(VAE, weights), rows_of(), random(7, 10)

@@ -126,7 +126,7 @@ class Discriminators(Score):
 
     def check(self, spec: Spec, num_experts: int, template: Expert) -> None:
         wanted = "draw" if self.observe else "sample"
-        if template.noise_shape is None or not template.can(wanted):
+        if template.latent_shape is None or not template.can(wanted):
             raise ValueError(
                 f"Discriminators need experts that {wanted}, and {type(template).__name__} does not: take another "
                 f"expert, set observe to {str(not self.observe).lower()}, or take the score Elbo"
@@ -214,7 +214,7 @@ class Likelihood(Score):
         self.num_samples, self.normalized, self.by_shares = num_samples, normalized, not normalized
 
     def check(self, spec: Spec, num_experts: int, template: Expert) -> None:
-        if not template.can("log_weights"):
+        if template.latent_shape is None or not template.can("log_weights"):
             kind = type(template).__name__
             raise ValueError(f"the score Likelihood needs importance weights, which {kind} has not: take Elbo")
 

@@ -57,8 +57,13 @@ class Expert(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, ...] | None:
-        """The standard normal numbers of one draw of z, which other methods take; noise_shape where it draws once."""
-        return self.noise_shape
+        """The standard normal numbers of one draw of z, which other methods take; unless it is set, noise_shape."""
+        shape: tuple[int, ...] | None = self.__dict__.get("_latent_shape", self.noise_shape)
+        return shape
+
+    @latent_shape.setter
+    def latent_shape(self, shape: tuple[int, ...] | None) -> None:
+        self.__dict__["_latent_shape"] = shape
 
     def can(self, ability: str) -> bool:
         """Return whether this class implements an optional method of the base class, such as ``can("sample")``."""

@@ -111,7 +111,9 @@ class VAE(Expert):
                 raise ValueError(f"VAE's {name} ({value}) must be a number from 0: give 0 or more")
         network = MLP([128]) if network is None else network
         self.field, self.fields, self.latent, self.samples = field, (field,), latent, samples
-        self.noise_shape = (latent,) if samples == 1 else (samples, latent)
+        self.noise_shape = (latent,)
+        if samples > 1:
+            self.noise_shape, self.latent_shape = (samples, latent), (latent,)
         self.shape, self.stackable = described.shape, network.stackable
         self.beta, self.kl_warmup, self.free_bits = beta, kl_warmup, free_bits
         num_levels = check_levels(described, field, "VAE") if likelihood == "logistic" else None
@@ -126,10 +128,6 @@ class VAE(Expert):
         self.log_px_is, self.levels = self.likelihood.is_a, self.likelihood.levels
         self.kl_weight: Tensor
         self.register_buffer("kl_weight", torch.tensor(1.0), persistent=False)
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        return (self.latent,)
 
     def anneal(self, step: int) -> None:
         self.kl_weight.fill_(ramp(step, self.kl_warmup))

@@ -23,13 +23,15 @@ def check_fields(key: str, module: Any, spec: Spec) -> None:
     """Check the ``fields`` that a gate, expert or score reads against those of the data.
 
     Raises:
-        ValueError: a field is missing, or fields or noise_shape are of another type.
+        ValueError: a field is missing, or fields, noise_shape or latent_shape are of another type.
     """
-    kind, fields, noise = type(module).__name__, module.fields, getattr(module, "noise_shape", None)
+    kind, fields = type(module).__name__, module.fields
     if not isinstance(fields, (tuple, list)) or not all(isinstance(name, str) for name in fields):
         raise ValueError(f"{key}: {kind}.fields ({fields!r}) must be a tuple of names: give ('x',) for one field")
-    if noise is not None and not (isinstance(noise, tuple) and all(isinstance(n, int) and n >= 0 for n in noise)):
-        raise ValueError(f"{key}: {kind}.noise_shape ({noise!r}) must be None or a tuple of numbers, such as (4,)")
+    for name in ("noise_shape", "latent_shape"):
+        shape = getattr(module, name, None)
+        if shape is not None and not (isinstance(shape, tuple) and all(isinstance(n, int) and n >= 0 for n in shape)):
+            raise ValueError(f"{key}: {kind}.{name} ({shape!r}) must be None or a tuple of numbers, such as (4,)")
     for name in module.fields:
         if name not in spec:
             raise ValueError(

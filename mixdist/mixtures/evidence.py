@@ -48,7 +48,7 @@ def evidence(mixture: Ensemble, batch: RankBatch, route: Route, at: Moment, num_
     """
     rows, own = mixture.values(route.rows(), mixture.bank.fields), []
     for e, expert in mixture.bank.owned().items():
-        if expert.can("log_weights"):
+        if expert.can("log_weights") and expert.latent_shape is not None:
             own.append(
                 torch.stack(importance(expert, rows, e, at, num_samples, mixture.dtype, expert.latent_shape), dim=-1)
             )

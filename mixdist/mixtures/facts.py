@@ -38,14 +38,14 @@ class Facts(NamedTuple):
     @staticmethod
     def of(expert: Expert) -> Facts:
         """Read them from an expert."""
-        field, noisy = str(getattr(expert, "field", "x")), expert.noise_shape is not None
+        field, noisy = str(getattr(expert, "field", "x")), expert.latent_shape is not None
         return Facts(
             tuple(expert.fields),
             field if expert.can("reconstruct") and field in expert.fields else None,
             field if expert.can("sample") and noisy else None,
             field if expert.can("draw") and noisy else None,
             getattr(expert, "target", None) if expert.can("predict") else None,
-            expert.can("log_weights"),
+            expert.can("log_weights") and noisy,
             math.prod(expert.latent_shape or ()) if expert.can("posterior") and noisy else 0,
             expert.log_px_is,
             expert.levels,

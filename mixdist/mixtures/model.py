@@ -147,7 +147,7 @@ class Model(Rowed):
         """
         one, expert = self._expert(expert), whole_number(expert)
         num_samples, seed = draws(num_samples, seed)
-        if one.noise_shape is None or not one.can("draw" if observed else "sample"):
+        if one.latent_shape is None or not one.can("draw" if observed else "sample"):
             name = type(one).__name__
             raise ValueError(f"expert {expert} ({name}) has no prior to sample from: use predict of mixdist.load(RUN)")
         return drawn(one, expert, torch.arange(num_samples), Moment(seed), observed, self.spec, self.dtype)
