@@ -26,8 +26,8 @@ from mixdist.data.sources.splits import load_splits
 from mixdist.evaluation.evaluate import evaluate
 from mixdist.experts import VAE, Compute, Expert
 from mixdist.gates import Gate, Softmax
-from mixdist.mixtures import Balance, Context, Mixture, Model, Objective, Soft, TopK, WeightedLoss
-from mixdist.mixtures.covered import is_covered
+from mixdist.mixtures import Balance, Context, KLBalance, Mixture, Model, Objective, Soft, TopK, WeightedLoss
+from mixdist.mixtures.covered import is_covered, is_packaged
 from mixdist.nets import MLP, Network
 from mixdist.nets.likelihood import Likelihood
 from mixdist.noise import Purpose
@@ -370,8 +370,43 @@ class NormedNetwork(Network):
         return nn.Linear(num_inputs, num_maps * math.prod(shape))
 
 
-def vae(**options: Any) -> dict[str, Any]:
-    return {"expert": lambda spec: VAE(spec, 2, **{"network": MLP([4]), **options})}
+class Centring(nn.Parameter):
+    """A weight that says itself what a linear layer does with it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return result - result.mean(0) if func is nn.functional.linear else result
+
+
+class LinearNetwork(Network):
+    """Layers of torch alone, which have no stacks, whatever it says."""
+
+    stackable = True
+
+    def encoder(self, shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(math.prod(shape), num_outputs))
+
+    def decoder(self, num_inputs: int, shape: tuple[int, ...], num_maps: int = 1) -> nn.Module:
+        return nn.Linear(num_inputs, num_maps * math.prod(shape))
+
+
+class CentringNetwork(LinearNetwork):
+    def encoder(self, shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+        layer = nn.Linear(math.prod(shape), num_outputs)
+        layer.weight = Centring(layer.weight.detach())
+        return layer
+
+
+class InPlaceNetwork(LinearNetwork):
+    def encoder(self, shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+        return nn.Sequential(nn.ReLU(inplace=True), nn.Linear(math.prod(shape), num_outputs))
+
+
+def vae(execution: str = "loop", **options: Any) -> dict[str, Any]:
+    make = lambda spec: VAE(spec, 2, **{"network": MLP([4]), **options})  # noqa: E731
+    return {"expert": make, "execution": execution}
 
 
 EXPERTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -395,6 +430,8 @@ EXPERTS: dict[str, tuple[dict[str, Any], str]] = {
     "batch_norm as a function": ({"expert": NormedByFunction}, "NormedByFunction.forward batch, so"),
     "BatchNorm": ({"expert": NormedExpert}, "NormedExpert.forward BatchNorm1d encode.1"),
     "BatchNorm in a network": (vae(network=NormedNetwork()), "VAE.forward BatchNorm1d encoder.1"),
+    "weights with operations of their own": (vae(network=CentringNetwork()), "VAE.forward other rows Linear encoder"),
+    "in place, without another number": (vae(network=InPlaceNetwork()), "VAE.forward changes given"),
     "frozen": ({"expert": FrozenExpert}, "FrozenExpert 4 parameters buffers gate"),
     "half unused": (expert(lambda self, rows, e: ExpertTerms(self.encode(rows["x"]).sum(1))), "decode.weight"),
     "noise of another shape": (expert(Auto.out, noise_shape=(5,)), "(8, 5) RuntimeError"),
@@ -420,6 +457,8 @@ EXPERTS: dict[str, tuple[dict[str, Any], str]] = {
     "shared by all": ({"expert": Shared}, "expert 1 (Shared) expert 0 encode.weight requires_grad_(False)"),
     "log_px_is": (expert(Auto.out, log_px_is="mas"), "log_px_is 'mas' 'mass'"),
     "levels": (expert(Auto.out, levels="many"), "levels 'many'"),
+    "latent_shape": (expert(Auto.out, latent_shape=2), "latent_shape 2"),
+    "no stackable network": (vae(network=LinearNetwork(), execution="stacked"), "VAE.forward axis stackable network"),
     "not stackable": ({"expert": Stacked, "execution": "stacked"}, "stackable"),
     "a likelihood (R, D)": ({"expert": OwnLikelihood}, "OwnLikelihood.forward Wide.log_prob (8, 6) (8,)"),
 }
@@ -1129,18 +1168,35 @@ def test_a_check_leaves_no_gradient_and_no_buffer() -> None:
     assert all("log_prob" not in vars(m) and not m._forward_hooks for one in modules for m in one.modules())
 
 
-def test_what_parity_tests_run_is_called_once_and_all_else_is_looked_at() -> None:
+def test_what_parity_tests_run_is_called_once_and_all_else_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """A module of a user's own, a layer that mixes rows, a hook or a method of the instance may be anywhere inside."""
     spec = {"x": Field((6,), torch.float32, scale=1 / 16)}
-    made = [VAE(spec, 2, MLP([4])) for _ in range(6)]
-    assert all(is_covered(one) for one in (*made, Softmax(spec, 3), nn.Sequential(nn.Linear(6, 2), nn.ReLU())))
+    made = [VAE(spec, 2, MLP([4])) for _ in range(7)]
+    plain = (*made, Softmax(spec, 3), nn.Sequential(nn.Linear(6, 2), nn.ReLU()))
+    assert all(is_covered(one) for one in plain)
+    every = nn.modules.module.register_module_forward_hook(lambda one, given, output: None)
+    assert not any(is_covered(one) for one in plain)
+    every.remove()
+    with monkeypatch.context() as later:
+        later.setattr(VAE, "encode", lambda self, rows: VAE.encode(self, rows))
+        assert not any(is_covered(one) for one in made)
+    assert all(is_packaged(one) for one in (WeightedLoss(), WeightedLoss(KLBalance()), Soft(Softmax, VAE, 2)))
+    given = WeightedLoss()
+    given.expert_rows = lambda log_resp_BE, losses_BE: losses_BE.mean(0)  # type: ignore[method-assign]
+    assert not is_packaged(given)
     made[0].encoder.add_module("norm", nn.BatchNorm1d(4))
     made[1].decoder.add_module("drop", nn.Dropout())
     made[2].encoder.register_forward_hook(lambda one, given, output: output)
     made[3].log_prob = lambda x, output: output  # type: ignore[assignment]
     nn.utils.parametrizations.spectral_norm(next(m for m in made[4].modules() if hasattr(m, "weight")))
-    made[5] = VAE(spec, 2, NormedNetwork())
+    made[5], made[6] = VAE(spec, 2, NormedNetwork()), VAE(spec, 2, CentringNetwork())
     assert not any(is_covered(one) for one in (*made, Auto(spec), nn.Sequential(nn.Softmax(dim=0))))
+
+
+def test_a_stack_is_held_against_its_experts_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(**vae(network=LinearNetwork(), execution="auto"))
+    monkeypatch.setattr("mixdist.mixtures.ensemble.time_executions", lambda *args: pytest.fail("timed"))
+    error_of(lambda: trainer.mixture.tune(rows(), Phase(1, 16, objective=WeightedLoss())), "VAE.forward", "stackable")
 
 
 def test_what_only_rounding_changes_is_no_fault() -> None:

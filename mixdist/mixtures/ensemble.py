@@ -23,7 +23,7 @@ from mixdist.mixtures.declared import check_apart, check_declared, check_made_al
 from mixdist.mixtures.expert_study import ExpertStudy
 from mixdist.mixtures.facts import Facts
 from mixdist.mixtures.figures import ExpertEvaluation
-from mixdist.mixtures.members import inspect_experts, inspect_gate, inspect_stack
+from mixdist.mixtures.members import inspect_both, inspect_experts, inspect_gate, inspect_stack
 from mixdist.mixtures.mixture import Mixture, Outputs, Stage
 from mixdist.mixtures.model import Model
 from mixdist.mixtures.pictures import Picture
@@ -136,7 +136,7 @@ class Ensemble(Mixture):
         stored = dataset.take(torch.arange(min(len(dataset), max(1, round(seen)))))
         rows = self.values({name: column.to(mesh.device) for name, column in stored.items()}, bank.fields)
         at, few = Moment(self.context.seed, TRIAL_PHASE), {name: column[:8] for name, column in stored.items()}
-        agreed(lambda: inspect_experts(self, bank.owned(), few, few, at, stage), mesh.world)
+        agreed(lambda: inspect_both(self, few, at, stage), mesh.world)
         bank.timed = time_executions(bank.owned(), rows, self.noise(at), how)
         if gather_json(min(bank.timed, key=lambda way: bank.timed[way]), mesh.world)[0] == "stacked":
             bank.stack_up()
@@ -150,7 +150,7 @@ class Ensemble(Mixture):
     ) -> tuple[Tensor, Gating | None, Outputs]:
         """Check experts and gate; return the losses of an expert (n,), what the gate says of the rows, and outputs."""
         losses, outputs = inspect_experts(self, self.bank.owned(), rows, batch.rows, at, stage)
-        inspect_stack(self, rows, at, losses)
+        inspect_stack(self, self.bank, rows, at, losses)
         gate = getattr(self, "gate", None)
         if not isinstance(gate, Gate):
             return losses, None, outputs

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mixdist.experts import Compute, Expert, Noise
+from mixdist.experts import Compute, Expert, ExpertBank, Noise
 from mixdist.gates import Gate
+from mixdist.messages import one_line
 from mixdist.mixtures.abilities import check_abilities, check_gate_abilities
 from mixdist.mixtures.contracts import Rows, check_expert, check_gate, check_range
-from mixdist.mixtures.covered import is_covered
+from mixdist.mixtures.covered import is_covered_in_a_stack
 from mixdist.mixtures.mixture import Outputs, Stage
 from mixdist.mixtures.probe import COARSE, Fault
 from mixdist.noise import Draw, Moment, Purpose
@@ -109,15 +110,27 @@ def _drawn(noise: Noise, ids: Tensor, e: int, shape: tuple[int, ...]) -> Tensor:
     return noise(ids, [e], shape)[0]
 
 
-def inspect_stack(mixture: Ensemble, rows: Batch, at: Moment, losses: Tensor) -> None:
-    """Check that experts which run as one stack give what they give alone.
+def inspect_both(mixture: Ensemble, rows: Batch, at: Moment, stage: Stage) -> None:
+    """Check experts that are to be timed one by one and as a stack.
+
+    Raises:
+        Fault: one breaks its contract, or a stack of them gives something else.
+    """
+    experts = mixture.bank.owned()
+    losses, _ = inspect_experts(mixture, experts, rows, rows, at, stage)
+    if not is_covered_in_a_stack(next(iter(experts.values()))):
+        inspect_stack(mixture, ExpertBank(copy.deepcopy(experts), "stacked"), rows, at, losses)
+
+
+def inspect_stack(mixture: Ensemble, bank: ExpertBank, rows: Batch, at: Moment, losses: Tensor) -> None:
+    """Check that experts which run as one stack give what they give alone, ``losses`` of the first.
 
     Raises:
         Fault: they do not.
     """
-    if mixture.bank.execution != "stacked" or is_covered(next(iter(mixture.bank.owned().values()))):
+    if bank.execution != "stacked" or is_covered_in_a_stack(next(iter(bank.owned().values()))):
         return
-    bank = copy.copy(mixture.bank)
+    bank = copy.copy(bank)
     bank.compute = Compute()  # without autocast, as the losses are that it is held against
     kind = type(next(iter(bank.owned().values()))).__name__
     with torch.no_grad():
@@ -125,14 +138,15 @@ def inspect_stack(mixture: Ensemble, rows: Batch, at: Moment, losses: Tensor) ->
             stacked = bank(mixture.values(rows, bank.fields), mixture.noise(at)).loss_R
         except Exception as error:
             raise Fault(
-                f"mixture.expert: {kind}.forward fails on parameters with a leading expert axis ({error}): set its "
-                f"stackable to False"
+                f"mixture.expert: {kind}.forward fails on parameters with a leading expert axis "
+                f"({one_line(str(error))}): set stackable of its class, or of its network's, to False"
             ) from error
     shape = (len(losses), len(bank.ids))
     scale = float(losses.abs().max()) * COARSE
     if stacked is None or stacked.shape != shape or not torch.allclose(stacked[:, 0], losses, rtol=0.0, atol=scale):
         raise Fault(
-            f"mixture.expert: {kind}.forward gives other losses in a stack than alone: set its stackable to False"
+            f"mixture.expert: {kind}.forward gives other losses in a stack than alone: set stackable of its "
+            f"class, or of its network's, to False"
         )
 
 

@@ -100,7 +100,7 @@ class Probe:
         return found
 
     def _run(self, args: Sequence[Argument]) -> tuple[Any, Columns]:
-        given, kept = _each(args, lambda t: t), _each(args, torch.clone)
+        given, kept, written = _each(args, lambda t: t), _each(args, torch.clone), _versions(args)
         try:
             result = self.call(*self.modules, *given)
         except Fault:
@@ -108,7 +108,7 @@ class Probe:
         except Exception as error:
             failed = f"{self.who} fails on {_shapes(args)} ({describe_failure(error)})"
             raise Fault(f"{failed}: {self._remedy()}") from error
-        if not _same(given, args, kept):
+        if not _same(given, args, kept) or _versions(args) != written:
             raise Fault(f"{self.who} changes what it is given: work on a copy, as x = x - 1 in place of x -= 1")
         return result, self._columns(result, args)
 
@@ -279,6 +279,11 @@ def _each(args: Sequence[Argument], change: Callable[[Tensor], Tensor]) -> list[
 
 def _tensors(args: Sequence[Argument]) -> list[Tensor]:
     return [t for one in args if one is not None for t in (one.values() if isinstance(one, dict) else (one,))]
+
+
+def _versions(args: Sequence[Argument]) -> list[int]:
+    """Return how often each tensor was written to; autograd refuses one that was, be it with the same numbers."""
+    return [0 if t.is_inference() else t._version for t in _tensors(args)]
 
 
 def _num_rows(args: Sequence[Argument]) -> int:
