@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mixdist.experts import Compute, ExpertBank, time_executions
-from tests.test_experts import NAMES, close, given, make_bank, random, rows_of
+from mixdist.experts import VAE, Compute, ExpertBank, time_executions
+from mixdist.nets import MLP
+from mixdist.stats import Warmup
+from tests.test_experts import NAMES, SPEC, close, given, make_bank, random, rows_of
 
 LAPLACE, CONV = NAMES.index("VAE-5"), NAMES.index("VAE-11")
 executions = pytest.mark.parametrize("execution", ["loop", "stacked"])
@@ -122,3 +124,19 @@ def test_timing_leaves_the_experts_as_they_are() -> None:
     unstackable = make_bank(CONV, "loop")
     noise = given(unstackable, random(3, 7, 3))
     assert time_executions(unstackable.owned(), rows_of(), noise, Compute()).keys() == {"loop"}
+
+
+@pytest.mark.parametrize("options", [{"beta": 2.0}, {"samples": 5}, {"kl_warmup": 9}, {"kl_warmup": Warmup(steps=9)}])
+def test_a_stack_is_of_experts_with_the_same_options(options: dict[str, Any]) -> None:
+    """It runs through the first one: the others would take its weight of the KL, its warm-up and its samples."""
+    alike, other = [VAE(SPEC, 3, MLP([4])) for _ in range(2)], VAE(SPEC, 3, MLP([4]), **options)
+    assert ExpertBank(dict(enumerate(alike))).can_stack
+    with pytest.raises(ValueError, match=r"stacked.* options and buffers.* loop"):
+        ExpertBank({0: alike[0], 1: other}, "stacked")
+
+
+def test_a_stack_is_of_experts_with_the_same_buffers() -> None:
+    experts = [VAE(SPEC, 3, MLP([4])) for _ in range(2)]
+    for e, expert in enumerate(experts):
+        expert.encoder.register_buffer("shift", torch.tensor(0.1 * e))
+    assert not ExpertBank(dict(enumerate(experts))).can_stack

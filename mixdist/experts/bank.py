@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from mixdist.arguments import check_fields
+from mixdist.experts.alike import are_alike
 from mixdist.experts.expert import Expert
 from mixdist.experts.seen import Seen
 from mixdist.terms import Batch, ExpertTerms, Parts, places
@@ -127,10 +128,14 @@ class ExpertBank(nn.Module):
 
     @property
     def can_stack(self) -> bool:
-        """Whether these experts can run as one stack: of one class that allows it, with parameters of one shape."""
+        """Whether these experts can run as one stack: of one class that allows it, with parameters of one shape.
+
+        A stack runs through the first one, so the others must have its numbers and buffers.
+        """
         first, *others = self.owned().values()
         shapes = [(type(e), {n: p.shape for n, p in e.named_parameters()}) for e in (first, *others)]
-        return first.stackable and all(shape == shapes[0] for shape in shapes)
+        same = all(shape == shapes[0] for shape in shapes)
+        return first.stackable and same and all(are_alike(first, other) for other in others)
 
     def stack_up(self) -> None:
         """Go from a loop to stacked execution, before any optimiser is made.
@@ -142,7 +147,7 @@ class ExpertBank(nn.Module):
             kinds = " and ".join(dict.fromkeys(type(expert).__name__ for expert in self.owned().values()))
             raise ValueError(
                 f"mixture.execution (stacked) needs experts of one stackable class with parameters of the same shapes, "
-                f"and {kinds} here cannot be stacked: set it to loop"
+                f"the same options and buffers, and {kinds} here cannot be stacked: set it to loop"
             )
         for name, _ in self._first.named_parameters():
             own = [expert.get_parameter(name) for expert in self.owned().values()]

@@ -130,7 +130,7 @@ class Ensemble(Mixture):
         bank, mesh, how = self.bank, self.context.mesh, self.compute
         if self.execution != "auto" or not self.alike or self.num_experts == 1:
             return
-        if not bank.can_stack or how.micro_batch or how.recompute or how.compile:
+        if how.micro_batch or how.recompute or how.compile or not all(gather_json(bank.can_stack, mesh.world)):
             return  # what a stack cannot do
         seen = stage.batch_size / mesh.placement.num_replicas / stage.accumulate * self.part_of_rows
         stored = dataset.take(torch.arange(min(len(dataset), max(1, round(seen)))))
