@@ -13,11 +13,12 @@ from mixdist.mixtures.held import OF_TORCH
 BY_ROW = frozenset(
     {
         nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Identity,
-        nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.LayerNorm, nn.GroupNorm,
+        nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.GroupNorm,
         nn.ReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.LeakyReLU,
     }
 )  # fmt: skip
-"""Modules of torch that treat each row by itself, draw nothing and keep no state."""
+"""Modules of torch that treat each row by itself, draw nothing and keep no state. Not ``Conv1d`` and ``LayerNorm``: to
+them flat rows may be one row of as many channels."""
 _TENSORS = frozenset({torch.Tensor, nn.Parameter, type(None)})
 
 
