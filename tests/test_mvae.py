@@ -370,6 +370,19 @@ def test_numbers_out_of_range_are_refused(make: Callable[[], Any]) -> None:
         make()
 
 
+class Mixing(MLP):
+    """A decoder whose rows depend on each other."""
+
+    def decoder(self, num_inputs: int, shape: tuple[int, ...], num_maps: int = 1) -> torch.nn.Module:
+        return torch.nn.Sequential(super().decoder(num_inputs, shape, num_maps), torch.nn.Softmax(dim=0))
+
+
+def test_a_decoder_that_mixes_rows_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    decoder = {"class_path": "tests.test_mvae.Mixing", "init_args": {"hidden": [4]}}
+    refused("train", "--config", config_of(tmp_path, decoder=decoder), names="mixture.decoder other rows Softmax net.1")
+
+
 def test_a_component_alone_is_no_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its loss is a KL, which a soft mixture would bring to 0 and call it trained."""
     monkeypatch.chdir(tmp_path)

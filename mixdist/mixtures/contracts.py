@@ -167,6 +167,29 @@ def check_expert(
     return terms.loss_R.detach(), list(dict.fromkeys(used))
 
 
+def check_decoder(key: str, decoder: nn.Module, log_prob: Callable[..., Any], rows: Rows, given: Tensor) -> list[Any]:
+    """Check a decoder that experts share: ``log_prob(decoder, values, given)`` of a few rows and what is decoded.
+
+    Returns:
+        the likelihoods that it uses with the field that each is of.
+
+    Raises:
+        Fault: it breaks its contract.
+    """
+    used: list[tuple[Likelihood, str]] = []
+
+    def read(log_px_R: Any, num_rows: int) -> Columns:
+        return {"log p(x)": check_column("log p(x)", log_px_R, (num_rows,), SUM)}
+
+    def call(module: nn.Module, values: Batch, some: Tensor) -> Any:
+        with _watched(key, module, values, used):
+            return log_prob(module, values, some)
+
+    found = Probe(key, call, (decoder,), read, rows.dtype, rows.takes_none, is_covered(decoder))(rows.values, given)
+    _check_finite(key, "log p(x)", found, rows.values["id"])
+    return list(dict.fromkeys(used))
+
+
 def _features(features: Any, num_rows: int) -> dict[str, Tensor]:
     """Return the real ones of an expert's features, once each is seen to have a row for each row."""
     remedy = "return tensors by name, the row axis first, or leave it out"

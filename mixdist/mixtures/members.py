@@ -6,18 +6,18 @@ Shape letters: n rows of the check, E experts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixdist.experts import Compute, Expert, ExpertBank, Noise
 from mixdist.gates import Gate
 from mixdist.messages import one_line
 from mixdist.mixtures.abilities import check_abilities, check_gate_abilities
-from mixdist.mixtures.contracts import Rows, check_expert, check_gate, check_range
+from mixdist.mixtures.contracts import Rows, check_decoder, check_expert, check_gate, check_range
 from mixdist.mixtures.covered import is_covered_in_a_stack
 from mixdist.mixtures.mixture import Outputs, Stage
 from mixdist.mixtures.probe import COARSE, Fault
@@ -103,6 +103,25 @@ def inspect_experts(
             check_abilities(key, expert, some, mixture.spec, drawn, IN_TRAINING)
         found[f"{key}: {type(expert).__name__}.forward (losses of expert {e})"] = losses
     return next(iter(found.values())), found
+
+
+def inspect_decoder(
+    mixture: Ensemble,
+    decoder: nn.Module,
+    log_prob: Callable[..., Any],
+    shape: int,
+    rows: Batch,
+    batch: Batch,
+    at: Moment,
+) -> None:
+    """Check the decoder that experts share, on normal numbers in place of their features, (n, shape).
+
+    Raises:
+        Fault: it breaks its contract.
+    """
+    who, values = "mixture.decoder", mixture.values(rows, mixture.bank.fields)
+    given = mixture.noise(at)(rows["id"], [0], (shape,))[0]
+    _check_ranges(who, check_decoder(who, decoder, log_prob, _rows(mixture, values), given), mixture, batch)
 
 
 def _drawn(noise: Noise, ids: Tensor, e: int, shape: tuple[int, ...]) -> Tensor:

@@ -21,7 +21,8 @@ from mixdist.mixtures.dirichlet import NUM_UNIFORM, dirichlet_kl, log_weights
 from mixdist.mixtures.ensemble import Execution, MakeExpert
 from mixdist.mixtures.gateless import Gateless
 from mixdist.mixtures.masks import Masks
-from mixdist.mixtures.mixture import Mixture
+from mixdist.mixtures.members import inspect_decoder
+from mixdist.mixtures.mixture import Mixture, Outputs, Stage
 from mixdist.mixtures.mvae_pictures import mvae_pictures
 from mixdist.mixtures.mvae_shown import MVAEModel
 from mixdist.mixtures.mvae_study import MVAEStudy
@@ -35,7 +36,7 @@ from mixdist.nets.mlp import flat
 from mixdist.nets.network import Network
 from mixdist.noise import Moment, Purpose
 from mixdist.parallel.route import Route
-from mixdist.terms import ExpertTerms, Outcome, Parts
+from mixdist.terms import Batch, ExpertTerms, Outcome, Parts
 
 
 class Latents(NamedTuple):
@@ -194,6 +195,13 @@ class MVAE(Gateless):
         if all(on):
             return super().send(batch)
         return self.dispatch.send_to(batch.rows, self.fields_P, on, batch.counts)
+
+    def inspect(self, rows: Batch, batch: RankBatch, at: Moment, stage: Stage | None = None) -> Outputs:
+        """Check the components and the decoder."""
+        found, size = super().inspect(rows, batch, at, stage), int(self.component.num_features)  # type: ignore[arg-type]
+        call = lambda one, values, given: one.log_prob(values[self.field], given)  # noqa: E731
+        inspect_decoder(self, self.decoder, call, size, rows, batch.rows, at)
+        return found
 
     def latents(self, terms: ExpertTerms, route: Route) -> Latents:
         """Bring the small numbers of all components to the rows' own ranks, in one move."""
