@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mixdist.data import Dataset
+from mixdist.cli.evaluate import evaluate_parser
+from mixdist.cli.judge import judge_rows
+from mixdist.data import Dataset, Digits
 from mixdist.data.words import SPECIAL, encode
 from mixdist.evaluation.evaluate import evaluate
 from mixdist.experts import Modality
@@ -22,6 +25,7 @@ from mixdist.nets import MLP, Text
 from mixdist.parallel.wire import Wire
 from mixdist.report.gallery import draw_picture
 from mixdist.terms import Field
+from tests.launch import changed, write_config
 from tests.parity import mesh_of
 
 NUM, CLASSES = 90, 3
@@ -145,6 +149,56 @@ def test_judges_depend_on_the_training_rows_alone() -> None:
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])
     assert judges[0].predict(1, torch.eye(CLASSES, dtype=torch.float64)).tolist() == [0, 1, 2]
+
+
+def test_runs_on_unlike_rows_may_be_judged_alike() -> None:
+    """Classifiers of other rows change what they judge, and no other figure."""
+    few, many, test = rows(0, 2, num=5), rows(500, 2), rows(1000, 2)
+    few.rows["x1"].zero_()  # nothing to learn from
+    mixture = made("mmvae", few, 2)
+    own, alike, there = (
+        evaluate(mixture, test, 40, 0, 4, train, judges_from=judges)
+        for train, judges in ((few, None), (few, many), (many, None))
+    )
+    judged = {name for name in own.figures if name.startswith(("coherence", "classifier"))}
+    assert {name: alike.figures[name] for name in judged} == {name: there.figures[name] for name in judged}
+    assert alike.figures["classifier_accuracy_x1"] > 0.9 > own.figures["classifier_accuracy_x1"]
+    rest = own.figures.keys() - judged
+    assert {name: alike.figures[name] for name in rest} == {name: own.figures[name] for name in rest}
+    assert alike.protocol["classifiers_trained_on"] == {"rows": NUM, "fingerprint": many.fingerprint}
+
+
+@pytest.mark.parametrize(
+    ("judged", "made_of", "evaluated", "names"),
+    [
+        (True, None, "test", ["gone", "config.yaml"]),
+        (False, {}, "test", ["other", "Soft"]),
+        (True, {}, "train", ["other", "sample 0"]),
+        (True, {"data": "mixdist.data.Bananas"}, "test", ["other", "'x'"]),
+    ],
+)
+def test_judges_that_do_not_suit_are_refused(
+    judged: bool, made_of: dict[str, Any] | None, evaluated: str, names: list[str], tmp_path: Path
+) -> None:
+    if made_of is not None:
+        (tmp_path / "other").mkdir()
+        write_config(tmp_path / "other" / "config.yaml", changed(**made_of))
+    mixture = type("Soft", (), {"judged": judged})()
+    session: Any = SimpleNamespace(mixture=mixture)
+    judge = str(tmp_path / ("gone" if made_of is None else "other"))
+    with pytest.raises(ValueError, match=r"^--judge ") as refused:
+        judge_rows(evaluate_parser(), judge, session, getattr(Digits().load(), evaluated))
+    assert all(name in str(refused.value) for name in names), refused.value
+
+
+def test_judges_are_the_other_run_s_training_rows(tmp_path: Path) -> None:
+    write_config(tmp_path / "config.yaml", changed())
+    session: Any = SimpleNamespace(mixture=SimpleNamespace(judged=True))
+    digits = Digits().load()
+    found = judge_rows(evaluate_parser(), str(tmp_path), session, digits.test)
+    assert found is not None
+    assert found.fingerprint == digits.train.fingerprint
+    assert judge_rows(evaluate_parser(), None, session, digits.test) is None
 
 
 # Pictures

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from mixdist.baselines.model import ABOUT, MODEL, read_about
 from mixdist.cli.ending import report_errors_once
+from mixdist.cli.judge import judge_rows
 from mixdist.config.build import KINDS, Session, build, build_mesh, describe
 from mixdist.config.card import card, flat
 from mixdist.config.config import Config
@@ -63,6 +64,8 @@ def evaluate_run(argv: Sequence[str]) -> None:
             raise ValueError(
                 f"--kde ({options.kde}) needs samples, and {run} is a baseline, which draws none: leave it out"
             )
+        if options.judge:
+            raise ValueError(f"--judge ({options.judge}) needs a mixture, and {run} is a baseline: leave it out")
         if options.ema:
             raise ValueError(f"--ema needs a run of train.ema, and {run} is a baseline, which has none: leave it out")
         if Launch.read().rank == 0:  # one process does it all
@@ -115,6 +118,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": int,
         "default": 10_000,
         "help": "rows that these are fitted on, and are judged by, at most",
+    },
+    "judge": {
+        "type": str | None,
+        "default": None,
+        "help": "a run, on whose training rows classifiers of what modalities generate are trained; unset, this one's",
     },
     "kde": {
         "type": int,
@@ -205,6 +213,7 @@ def _evaluate(config: Config, session: Session, options: Namespace, checkpoint: 
     on_rank_0(lambda: _check_writable(path), session.mesh)
     dataset = session.split(options.split)
     dataset = dataset if options.rows is None else dataset.first(options.rows)
+    judges = agreed(lambda: judge_rows(evaluate_parser(), options.judge, session, dataset), session.mesh.world)
     batches, rank0 = -(-len(dataset) // config.test_batch_size), session.mesh.rank == 0
     with closing(Progress(batches, 0, rank0 and sys.stderr.isatty())) as bar:
         evaluation = evaluate(
@@ -216,6 +225,7 @@ def _evaluate(config: Config, session: Session, options: Namespace, checkpoint: 
             session.train,
             lambda done, total: bar.write({"step": done}),
             Probing({"family": None, "all": [*TOLD], "none": []}[options.probes], options.probe_rows),
+            judges,
         )
     kde = None
     if options.kde:

@@ -29,6 +29,7 @@ def evaluate(
     shares_from: Samples | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
     probing: Probing = Probing(),  # noqa: B008 (a tuple)
+    judges_from: Samples | None = None,
 ) -> Evaluation:
     """Evaluate on every row of a data set once; every rank calls it.
 
@@ -44,6 +45,7 @@ def evaluate(
         shares_from: rows that the mixture's weights are taken from, the training rows; None for ``dataset`` itself.
         on_batch: called with the number of batches done and of all.
         probing: classifiers of latents, fitted on ``shares_from`` where that and ``num_samples`` are given.
+        judges_from: rows that classifiers of what is generated are trained on; None for ``shares_from``.
 
     Raises:
         Agreed: a module or the family breaks its contract.
@@ -54,7 +56,7 @@ def evaluate(
     with _untrained(mixture):
         with within("evaluation"):
             inspect(mixture, first, loader.ids(0, 0), Moment(seed, TRIAL_PHASE))
-        study: Any = mixture.study(dataset, Request(at, batch_size, num_samples, shares_from))
+        study: Any = mixture.study(dataset, Request(at, batch_size, num_samples, shares_from, judges_from))
         if not isinstance(study, Study):
             kind = type(mixture).__name__
             raise ValueError(

@@ -63,6 +63,7 @@ class Coherence:
         self.mixture, self.at = mixture, at
         self.sets = given_sets(mixture.num_experts)
         self.judges = Judges(mixture, train)
+        self.rows = {"rows": len(train), "fingerprint": train.fingerprint}
         self.joint = self._joint()
 
     @torch.no_grad()
@@ -99,7 +100,12 @@ class Coherence:
             figures["coherence_joint"] = self.joint
             errors["coherence_joint"] = math.sqrt(self.joint * (1 - self.joint) / NUM_PRIOR)
         told = f"means of p(x_m|z), z ~ q(z|x_A) once a row and A, {NUM_PRIOR} of z ~ p(z), judged by the classifiers"
-        about = {"coherence": told, "classifiers": TOLD, "coherence_by_given": by_set}
+        about = {
+            "coherence": told,
+            "classifiers": TOLD,
+            "classifiers_trained_on": self.rows,
+            "coherence_by_given": by_set,
+        }
         return replace(found, figures=figures, errors=errors, protocol={**found.protocol, **about})
 
     def _right(self, seen: Seen, here: Here, label_B: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ class Mixture(ABC):
         dispatch: moves rows to experts and fields back.
         prefetch: whether ``backward`` is to be given the next step's rows.
         probes: classifiers that an evaluation fits to what ``embed`` returns, of ``mixdist.evaluation.probes``.
+        judged: whether an evaluation has classifiers judge what it generates.
         program: makes what advances training, where that is not steps on global batches; called like
             :class:`mixdist.training.trainer.Trainer`.
     """
@@ -64,6 +65,7 @@ class Mixture(ABC):
     prefetch: bool = False
     expert_start: ExpertStart | None = None
     probes: ClassVar[Sequence[Literal["logistic", "mlp", "svm", "knn"]]] = ()
+    judged: ClassVar[bool] = False
     program: ClassVar[Callable[..., Any] | None] = None
 
     # Modules

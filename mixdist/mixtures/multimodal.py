@@ -62,6 +62,7 @@ class Multimodal(Gateless):
 
     shares_are = "parts of the rows that have the modality"
     probes = ("logistic",)
+    judged = True
     pathwise = False
     detaches = False
 

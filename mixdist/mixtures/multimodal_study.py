@@ -66,7 +66,7 @@ class MultimodalStudy(Study):
 
     def start(self) -> None:
         agreed(lambda: check_present(self.dataset), self.mixture.context.mesh.world)
-        train = self.request.shares_from
+        train = self.request.shares_from if self.request.judges_from is None else self.request.judges_from
         labelled = train is not None and train.label is not None and self.dataset.label is not None
         if self.request.num_samples and train is not None and labelled:
             self.coherence = Coherence(self.mixture, train, self.request.at)

@@ -29,12 +29,14 @@ class Request(NamedTuple):
         batch_size: rows of the global batch.
         num_samples: importance samples for each row and expert; None for no likelihoods.
         shares_from: rows that the mixture's weights are taken from, the training rows; None for the data set itself.
+        judges_from: rows that classifiers of what is generated are trained on; None for ``shares_from``.
     """
 
     at: Moment
     batch_size: int
     num_samples: int | None = None
     shares_from: Samples | None = None
+    judges_from: Samples | None = None
 
 
 @dataclass(frozen=True)
