@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mixdist.data import RankBatch
 from mixdist.data.contracts import check_rows
-from mixdist.mixtures.covered import is_packaged
 from mixdist.mixtures.dry_run import check_backward, check_measure
 from mixdist.mixtures.held import marks
 from mixdist.mixtures.mixture import Mixture, Outputs, Stage
@@ -43,7 +42,7 @@ def inspect(mixture: Mixture, batch: RankBatch, ids: Tensor, at: Moment, stage: 
     agreed(lambda: check_rows(batch.rows, spec, ids), world)
     rows = first_rows(mixture, batch)
     check_same(agreed(lambda: mixture.inspect(rows, batch, at, stage) or {}, world), world)
-    if is_packaged(mixture):
+    if type(mixture).__module__.partition(".")[0] == "mixdist":
         return  # its gradients are those of the parity tests
     if stage is None:
         agreed(lambda: check_measure(mixture, rows, at), world)
