@@ -33,6 +33,8 @@ def one_run(config: str, checked: bool) -> None:
     spent, steps, told = 0.0, 0, {}
 
     def timed(method: Any) -> Any:
+        """Return a method that counts its processor time; the last step ends the process."""
+
         def call(self: Any) -> Any:
             nonlocal spent, steps
             start = time.process_time()
@@ -77,6 +79,7 @@ def compare(config: str, turns: int) -> None:
 
 
 def main() -> None:
+    """Measure and print a line for each config."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", default=["digits_moe", "parabolas_moe"], help="names in configs/")
     parser.add_argument("--turns", type=int, default=21, help="pairs of runs; one more before them does not count")

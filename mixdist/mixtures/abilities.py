@@ -54,7 +54,10 @@ def check_abilities(
             return {"its result": check_column("its result", result, (num_rows, *wanted), "one result for each row")}
 
         who = f"{key}: {type(expert).__name__}.{method}"
-        call = lambda one, *given: getattr(one, method)(*given)  # noqa: E731
+
+        def call(one: Expert, *given: Any) -> Any:
+            return getattr(one, method)(*given)
+
         Probe(who, call, (expert,), read, None, rows.takes_none, is_covered(expert))(*args)
 
     probe("reconstruct", shape, values)
