@@ -13,6 +13,7 @@ import torch
 
 from mixdist.cli.evaluate import evaluate_parser
 from mixdist.cli.judge import judge_rows
+from mixdist.config.build import Session
 from mixdist.data import Dataset, Digits
 from mixdist.data.words import SPECIAL, encode
 from mixdist.evaluation.evaluate import evaluate
@@ -22,6 +23,7 @@ from mixdist.mixtures.coherence import MOST, given_sets
 from mixdist.mixtures.judges import Judges
 from mixdist.mixtures.multimodal import Multimodal
 from mixdist.nets import MLP, Text
+from mixdist.parallel.agreement import Agreed
 from mixdist.parallel.wire import Wire
 from mixdist.report.gallery import draw_picture
 from mixdist.terms import Field
@@ -183,22 +185,35 @@ def test_judges_that_do_not_suit_are_refused(
     if made_of is not None:
         (tmp_path / "other").mkdir()
         write_config(tmp_path / "other" / "config.yaml", changed(**made_of))
-    mixture = type("Soft", (), {"judged": judged})()
-    session: Any = SimpleNamespace(mixture=mixture)
     judge = str(tmp_path / ("gone" if made_of is None else "other"))
-    with pytest.raises(ValueError, match=r"^--judge ") as refused:
-        judge_rows(evaluate_parser(), judge, session, getattr(Digits().load(), evaluated))
+    digits, mixture = Digits().load(), type("Soft", (), {"judged": judged})()
+    session = Session(mesh_of(1, 1, 1), digits.train, digits.test, mixture)
+    with (
+        pytest.raises(Agreed, match=r"^--judge ") as refused,
+        judge_rows(evaluate_parser(), judge, session, getattr(digits, evaluated)),
+    ):
+        pass
     assert all(name in str(refused.value) for name in names), refused.value
 
 
-def test_judges_are_the_other_run_s_training_rows(tmp_path: Path) -> None:
+def test_judges_are_the_other_run_s_training_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those that can be read, and are closed at the end."""
+    closed: list[int] = []
     write_config(tmp_path / "config.yaml", changed())
-    session: Any = SimpleNamespace(mixture=SimpleNamespace(judged=True))
+    mixture: Any = SimpleNamespace(judged=True)
     digits = Digits().load()
-    found = judge_rows(evaluate_parser(), str(tmp_path), session, digits.test)
-    assert found is not None
-    assert found.fingerprint == digits.train.fingerprint
-    assert judge_rows(evaluate_parser(), None, session, digits.test) is None
+    session = Session(mesh_of(1, 1, 1), digits.train, digits.test, mixture)
+    monkeypatch.setattr(Dataset, "unreadable", lambda self, rank, ranks: [(0, "torn")])
+    monkeypatch.setattr(Dataset, "without", lambda self, samples: self.first(len(self) - len(samples)), raising=False)
+    monkeypatch.setattr(Dataset, "close", lambda self: closed.append(len(self)))
+    with judge_rows(evaluate_parser(), str(tmp_path), session, digits.test) as found:
+        assert found is not None
+        assert found.fingerprint == digits.train.first(len(found)).fingerprint
+        assert len(found) == len(digits.train) - 1
+        assert not closed
+    assert closed == [len(found), len(digits.test)]
+    with judge_rows(evaluate_parser(), None, session, digits.test) as none:
+        assert none is None
 
 
 # Pictures

@@ -213,9 +213,11 @@ def _evaluate(config: Config, session: Session, options: Namespace, checkpoint: 
     on_rank_0(lambda: _check_writable(path), session.mesh)
     dataset = session.split(options.split)
     dataset = dataset if options.rows is None else dataset.first(options.rows)
-    judges = agreed(lambda: judge_rows(evaluate_parser(), options.judge, session, dataset), session.mesh.world)
     batches, rank0 = -(-len(dataset) // config.test_batch_size), session.mesh.rank == 0
-    with closing(Progress(batches, 0, rank0 and sys.stderr.isatty())) as bar:
+    with (
+        judge_rows(evaluate_parser(), options.judge, session, dataset) as judges,
+        closing(Progress(batches, 0, rank0 and sys.stderr.isatty())) as bar,
+    ):
         evaluation = evaluate(
             session.mixture,
             dataset,

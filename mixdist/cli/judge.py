@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser
 
-from mixdist.config.build import Session
+from mixdist.config.build import Session, readable
 from mixdist.config.options import parse
 from mixdist.config.parsing import RESOLVED, make_config
-from mixdist.data import Samples
+from mixdist.data import Samples, Splits
 from mixdist.data.sources.splits import load_splits
+from mixdist.parallel.agreement import agreed
 
 
-def judge_rows(parser: ArgumentParser, judge: str | None, session: Session, evaluated: Samples) -> Samples | None:
-    """Return the training rows of another run; None where none is named.
+@contextmanager
+def judge_rows(
+    parser: ArgumentParser, judge: str | None, session: Session, evaluated: Samples
+) -> Iterator[Samples | None]:
+    """Yield the training rows of another run, and close them at the end; None where none is named. Every rank calls it.
 
     Args:
         parser: of ``mixdist evaluate``.
@@ -24,18 +31,31 @@ def judge_rows(parser: ArgumentParser, judge: str | None, session: Session, eval
         evaluated: the rows that it is judged on.
 
     Raises:
-        ValueError: there is no such run, its rows do not suit, some are among those evaluated, or nothing is judged.
+        Agreed: there is no such run, its rows do not suit, some are among those evaluated, or nothing is judged.
     """
     if judge is None:
-        return None
-    run = Path(judge)
+        yield None
+        return
+    splits = agreed(lambda: _splits(parser, Path(judge), session, evaluated), session.mesh.world)
+    rows = readable("train", splits.train, session.mesh)
+    with closing(dataclasses.replace(session, train=rows, test=splits.test, valid=splits.valid)) as other:
+        yield other.train
+
+
+def _splits(parser: ArgumentParser, run: Path, session: Session, evaluated: Samples) -> Splits:
+    """Return the data of a run whose training rows suit.
+
+    Raises:
+        ValueError: they do not, or there is no such run.
+    """
     if not session.mixture.judged:
         kind = type(session.mixture).__name__
         raise ValueError(f"--judge ({run}) needs a mixture of modalities, and {kind} is none: leave it out")
     if not (run / RESOLVED).is_file():
         raise ValueError(f"--judge ({run}) holds no run ({RESOLVED} is missing): name one that mixdist train made")
     config = make_config(parser, parse(parser, ["--config", str(run / RESOLVED), str(run)]), trains=False)
-    train = load_splits(config.data, config.valid, tests=False).train
+    splits = load_splits(config.data, config.valid, tests=False)
+    train = splits.train
     for name in {**evaluated.spec, **train.spec}:
         if train.spec.get(name) != evaluated.spec.get(name):
             raise ValueError(
@@ -50,4 +70,4 @@ def judge_rows(parser: ArgumentParser, judge: str | None, session: Session, eval
             f"--judge ({run}) has sample {evaluated.ids[shared][0]} among its training rows, which is evaluated here: "
             f"name a run that has not learnt from these rows"
         )
-    return train
+    return splits

@@ -128,7 +128,7 @@ def load_data(config: Config, mesh: Mesh) -> Session:
 
 def _session(config: Config, splits: Splits, mesh: Mesh, tests: bool) -> Session:
     names = _read(splits.valid, tests)
-    splits = splits._replace(**{name: _readable(name, getattr(splits, name), mesh) for name in names})
+    splits = splits._replace(**{name: readable(name, getattr(splits, name), mesh) for name in names})
     check_rows({KINDS[name]: getattr(splits, name) for name in names}, config.data, mesh)
     return Session(mesh, splits.train, splits.test, config.mixture, splits.valid)
 
@@ -200,7 +200,7 @@ def build_selection(config: Config, session: Session, program: Program) -> Selec
     return Selection(config.select, mixture, session.valid, session.train, config.test_batch_size, config.seed)
 
 
-def _readable(split: str, dataset: Samples, mesh: Mesh) -> Samples:
+def readable(split: str, dataset: Samples, mesh: Mesh) -> Samples:
     """Leave out what cannot be read, where the data is to do so: every rank looks at its share, all take all lists."""
     own = agreed(lambda: dataset.unreadable(mesh.rank, mesh.world_size), mesh.world)
     skipped = [(int(sample), str(why)) for part in gather_json(own, mesh.world) for sample, why in part]
