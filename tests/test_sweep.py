@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import signal
 import statistics
 import subprocess
@@ -279,6 +280,7 @@ def test_a_sweep_may_grow_and_says_what_else_differs(commands: Commands) -> None
         ("soft.yaml --seeds two", ["seeds", "two"]),
         ("missing.yaml", ["missing.yaml"]),
         ("soft.yaml soft.yaml", ["soft.yaml", "NAME="]),
+        ("'my model=soft.yaml --train.epochs 3'", ["my model=soft.yaml", "NAME", "spaces"]),
         ("soft.yaml --baselines ppca,nix", ["--baselines", "nix", "ppca"]),
         ("soft.yaml --split test,nix", ["--split", "nix", "valid"]),
         ("soft.yaml --split valid", ["soft", "valid"]),
@@ -302,7 +304,7 @@ def test_a_sweep_may_grow_and_says_what_else_differs(commands: Commands) -> None
 )
 def test_what_cannot_be_is_refused_before_anything_is_run(words: str, named: list[str], commands: Commands) -> None:
     given, _, more = words.partition(" -- ")
-    refusal_of("sweep", *given.split(), "--out", "out", *(["--", *more.split()] if more else []), named=named)
+    refusal_of("sweep", *shlex.split(given), "--out", "out", *(["--", *more.split()] if more else []), named=named)
     assert not Path("out").exists()
     assert commands.run == []
 

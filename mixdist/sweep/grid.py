@@ -79,9 +79,12 @@ def read_system(text: str) -> System:
     name, rest = named.groups() if named else ("", text)
     try:
         path, *words = shlex.split(rest)
+        if words and not words[0].startswith("-"):
+            raise ValueError("a name with a space, or two files")
     except ValueError:
         raise ValueError(
-            f"CONFIG ({text}) must be a file, or in quotes '[NAME=]FILE --key value ...': see mixdist sweep --help"
+            f"CONFIG ({text}) must be a file, or in quotes '[NAME=]FILE --key value ...', NAME without spaces: see "
+            f"mixdist sweep --help"
         ) from None
     return System(name or Path(path).stem, path, tuple(words))
 
