@@ -374,3 +374,20 @@ def test_a_gate_that_is_no_model_says_so(tmp_path: Path, monkeypatch: pytest.Mon
     assert here("train", "--config", write_config(tmp_path / "config.yaml", changed()), "--out", "run").code == 0
     with pytest.raises(ValueError, match="Softmax"):
         mixdist.load("run").embed(torch.zeros(1, 1, 8, 8))
+
+
+def test_samples_in_the_plane_have_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mixdist
+
+    monkeypatch.chdir(tmp_path)
+    options = {"latent": 2, "network": mlp(8), "likelihood": "gaussian", "mean": "identity"}
+    gate = {"class_path": "mixdist.gates.VaDE", "init_args": options}
+    changes = {"gate": gate, "expert": {"class_path": "mixdist.experts.Silent"}, "num_experts": 5}
+    changes |= {"data": {"class_path": "mixdist.data.Spiral", "init_args": {"rows": 100, "test_rows": 50}}}
+    config = changed(**changes, train__objective={"class_path": "mixdist.mixtures.GateLoss"})
+    assert here("train", "--config", write_config(tmp_path / "config.yaml", config), "--out", "run").code == 0
+    assert "gate_log_likelihood is of x" in here("evaluate", "run", "--num_samples", "2").out
+    model = mixdist.load("run")
+    assert torch.equal(model.rows_of_samples(9)["cluster 3"], model.generate(9, 3, observed=True))
+    with pytest.raises(ValueError, match="generate"):
+        model.sample(2, 0)

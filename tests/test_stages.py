@@ -193,6 +193,8 @@ def test_em_fits_the_rows_before_the_first_step(tmp_path: Path, monkeypatch: pyt
         (["--train.objective", "mixdist.mixtures.WeightedLoss"], "WeightedLoss Silent GateLoss"),
         (["--train.trains", "experts"], "train.trains experts"),
         (["--mixture.expert", "mixdist.experts.VAE", "--train.trains", "both"], "train.trains both GateLoss gate"),
+        (["--pretrain", "[]", "--train.stage", "classify"], "GateLoss Information stage joint"),
+        (["--pretrain", "[]", "--mixture.gate", "mixdist.gates.Softmax"], "GateLoss Information Softmax"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(
@@ -209,6 +211,29 @@ def test_a_full_covariance_needs_more_rows_than_numbers(tmp_path: Path, monkeypa
     silent = {"class_path": "mixdist.experts.Silent"}
     config = write_config(tmp_path / "config.yaml", changed(gate=gate, expert=silent, train__objective=GATE_LOSS))
     refused("train", "--config", config, "--valid", "1400", names="GMM covariance full 64")
+
+
+@pytest.mark.parametrize("covariance", ["diag", "full"])
+def test_em_without_variance_says_what_to_raise(
+    covariance: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number that is the same in all rows has none but min_variance."""
+    monkeypatch.chdir(tmp_path)
+    options = {"covariance": covariance, "start": "em", "min_variance": 1e-300}
+    gate = {"class_path": "mixdist.gates.GMM", "init_args": options}
+    silent = {"class_path": "mixdist.experts.Silent"}
+    config = write_config(tmp_path / "config.yaml", changed(gate=gate, expert=silent, train__objective=GATE_LOSS))
+    refused("train", "--config", config, names="GMM min_variance 1e-300")
+
+
+def test_a_run_goes_on_with_its_own_start_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = config_of(tmp_path, "VaDE", alone=True)
+    assert here("train", "--config", config, "--out", "run").code == 0
+    for words, names in ((["start", "none"], "starts mixture"), (["start_rows", "77"], "starts start_rows 77")):
+        ended = here("train", "--resume", "run", f"--mixture.gate.{words[0]}", words[1])
+        assert ended.code == 2
+        assert all(name in ended.err for name in names.split()), ended.err
 
 
 def test_a_competition_has_no_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,6 +280,10 @@ def summary(evaluation: Evaluation, split: str = "test") -> str:
         "unknown": "likelihoods may be densities or probabilities: the experts do not say which (log_px_is)",
     }
     told = [units[likelihood]] if likelihood in units else []
+    if kind := evaluation.protocol.get("gate_likelihood"):
+        told.append(
+            f"gate_log_likelihood is of {evaluation.protocol.get('gate_models')}, which the gate models ({kind})"
+        )
     return "\n".join([*above, figures, *told, *evaluation.findings])
 
 

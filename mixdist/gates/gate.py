@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -85,6 +85,11 @@ class Gate(nn.Module):
         """Return whether ``start`` is to be called before the first step of the run's first phase of a stage."""
         return False
 
+    def start_options(self) -> dict[str, Any]:
+        """Return, as JSON, what a start depends on beside rows, seed and weights: a resume with others is refused."""
+        names = {"start": "begins", "start_rows": "start_rows", "em_steps": "em_steps", "min_variance": "min_variance"}
+        return {told: getattr(self, name) for told, name in names.items() if hasattr(self, name)}
+
     def check_rows(self, num_rows: int) -> None:
         """Check that so many training rows are enough for it.
 
@@ -120,7 +125,11 @@ class Gate(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no statistics")
 
     def maximise(self, statistics: Tensor) -> None:
-        """Set parameters to those of highest likelihood under the statistics of all rows, in place."""
+        """Set parameters to those of highest likelihood under the statistics of all rows, in place.
+
+        Raises:
+            ValueError: there are none.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no statistics")
 
     # A model of its own

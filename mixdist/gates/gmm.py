@@ -186,12 +186,22 @@ class GMM(Gate):
         self.mean_KD.copy_(self.mean_KD.double() + moved_KD)
         if self.upper_KDD is None:
             variance_KD = second / total_K - moved_KD.square() + self.min_variance
+            self._check_positive(bool((variance_KD > 0).all()))
             self.log_diagonal_KD.copy_(-0.5 * variance_KD.log())
             return
         covariance = second.reshape(-1, size, size) / total_K[..., None] - moved_KD[:, :, None] * moved_KD[:, None]
         covariance += self.min_variance * torch.eye(size, dtype=torch.float64, device=covariance.device)
         identity = torch.eye(size, dtype=torch.float64, device=covariance.device).expand_as(covariance)
-        factors = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), identity, upper=False).mT
+        lower, failed = torch.linalg.cholesky_ex(covariance)
+        self._check_positive(not bool(failed.any()))
+        factors = torch.linalg.solve_triangular(lower, identity, upper=False).mT
         self.log_diagonal_KD.copy_(factors.diagonal(dim1=1, dim2=2).log())
         assert self.upper_KDD is not None
         self.upper_KDD.copy_(factors.triu(1))
+
+    def _check_positive(self, positive: bool) -> None:
+        if not positive:
+            raise ValueError(
+                f"a step of EM leaves a cluster without variance in some direction at min_variance "
+                f"({self.min_variance:g}): raise it, leave out numbers that depend on others, or give fewer clusters"
+            )

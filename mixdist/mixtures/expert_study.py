@@ -298,7 +298,9 @@ class ExpertStudy(Study):
         """Return, as JSON, what the likelihoods are and which weights they have; and the fields of other figures."""
         mixture, name, levels = self.mixture, self.mixture.modelled, self.mixture.common("levels")
         gate = getattr(mixture, "gate", None)
-        told = {"gate_likelihood": gate.model.log_px_is} if gate and "gate_log_likelihood" in found.figures else {}
+        told: dict[str, Any] = {}
+        if gate and "gate_log_likelihood" in found.figures:
+            told = {"gate_likelihood": gate.model.log_px_is, "gate_models": getattr(gate.model, "field", "x")}
         for ability, figures in (("reconstructs", "rmse_"), ("predicts", "prediction_")):
             if any(figure.startswith(figures) for figure in found.figures):
                 told |= unit_of(ability, mixture.common(ability), mixture.spec)

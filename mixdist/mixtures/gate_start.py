@@ -5,7 +5,7 @@ Shape letters: N rows, M numbers of a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -80,13 +80,14 @@ def start_gate(context: Context, over_batch: OverBatch, gate: Gate, dataset: Sam
     positions = chosen(at.seed, at.phase, size, limit)
     seen_NM = gathered(context, over_batch, dataset, gate.fields, positions, partial(_seen, gate))
     seed = weights_seed(at.seed, Purpose.START, 1, at.phase)
-    agreed(lambda: _started(gate, seen_NM, seed) if mesh.rank == 0 else None, mesh.world)
+    agreed(lambda: _set(gate, lambda: gate.start(seen_NM, seed)) if mesh.rank == 0 else None, mesh.world)
     # Closed forms may round otherwise on another processor.
     over_batch.copy_first([*gate.parameters(), *gate.buffers()])
     for _ in range(gate.em_steps):
         pass_over = partial(over_chunks, context, dataset, gate.fields, torch.arange(size), gate.statistics)
         own = agreed(pass_over, mesh.world)
-        gate.maximise(over_batch.sum(torch.stack(own).sum(0)))
+        total = over_batch.sum(torch.stack(own).sum(0))
+        agreed(partial(_set, gate, partial(gate.maximise, total)), mesh.world)
     over_batch.copy_first([*gate.parameters(), *gate.buffers()])
 
 
@@ -101,9 +102,10 @@ def _seen(gate: Gate, rows: Batch) -> Tensor:
     return found
 
 
-def _started(gate: Gate, seen_NM: Tensor, seed: int) -> None:
+def _set(gate: Gate, set_parameters: Callable[[], None]) -> None:
+    """Set a gate's parameters, and check them."""
     try:
-        gate.start(seen_NM, seed)
+        set_parameters()
     except ValueError as error:
         raise ValueError(f"mixture.gate ({type(gate).__name__}): {one_line(str(error))}") from error
     if any(not bool(one.isfinite().all()) for one in gate.parameters()):

@@ -61,7 +61,10 @@ class Gated(Ensemble):
 
     def describe(self, stages: Sequence[Stage]) -> dict[str, Any]:
         named = [stage.stage for stage in stages]
-        return super().describe(stages) | ({} if set(named) == {"joint"} else {"stages": named})
+        told: dict[str, Any] = {} if set(named) == {"joint"} else {"stages": named}
+        if any(map(self.gate.model.starts_at, named)):
+            told["starts"] = self.gate.model.start_options()
+        return super().describe(stages) | told
 
     def enter(self, stage: Stage) -> None:
         self.gate.model.enter(stage.stage)

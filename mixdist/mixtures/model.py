@@ -148,8 +148,8 @@ class Model(Rowed):
         one, expert = self._expert(expert), whole_number(expert)
         num_samples, seed = draws(num_samples, seed)
         if one.latent_shape is None or not one.can("draw" if observed else "sample"):
-            name = type(one).__name__
-            raise ValueError(f"expert {expert} ({name}) has no prior to sample from: use predict of mixdist.load(RUN)")
+            name, use = type(one).__name__, "generate" if self.gate.model.can("sample") else "predict"
+            raise ValueError(f"expert {expert} ({name}) has no prior to sample from: use {use} of mixdist.load(RUN)")
         return drawn(one, expert, torch.arange(num_samples), Moment(seed), observed, self.spec, self.dtype)
 
     @torch.no_grad()
@@ -193,8 +193,9 @@ class Model(Rowed):
 
     def rows_of_samples(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
         """Return samples of each expert, (num_samples, *shape of x), by a title; points in the plane with noise."""
-        if self.gate.model.can("sample") and not any(one.can("sample") for one in self.experts.values()):
-            return {f"cluster {e}": self.generate(num_samples, e, seed) for e in self.experts}
         plane = "x" in self.spec and self.spec["x"].shape == (2,)
+        if self.gate.model.can("sample") and not any(one.can("sample") for one in self.experts.values()):
+            observed = plane and self.gate.model.can("draw")
+            return {f"cluster {e}": self.generate(num_samples, e, seed, observed) for e in self.experts}
         observed = plane and self.experts[0].can("draw")  # a cloud of means in the plane is no density
         return {f"expert {e}": self.sample(num_samples, e, seed, observed) for e in self.experts}

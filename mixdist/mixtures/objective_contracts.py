@@ -67,6 +67,11 @@ def check_objective(
             f"{key}: {kind}.rows returns rows that do not depend on losses_BE, so that no expert learns, and the phase "
             f"trains {trains}: compute them from losses_BE without detach or item, or set trains to gate"
         )
+    if gate_learns and id(leaves[0]) not in learns and kind == "GateLoss":
+        raise Fault(
+            f"{key} (GateLoss) is the gate's own loss alone, and the gate has none in this stage: set it to "
+            f"mixdist.mixtures.Information, or the phase's stage to one with a loss, as joint; Softmax has none at all"
+        )
     if gate_learns and id(leaves[0]) not in learns:
         raise Fault(
             f"{key}: {kind}.rows returns rows that do not depend on log_resp_BE, so that the gate does not learn, and "
